@@ -1,0 +1,45 @@
+# One door for a person and for CI. `make` or `make help` lists what there is.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run demo test check format lock clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+run: .venv/ready  ## Start the local stack, send the sample flow through it, stay up until Ctrl-C
+	@$(BIN)/python -m worker.cli demo --stay || [ $$? -eq 130 ]
+
+demo: .venv/ready  ## The same, but end with exit code 0 if all is as expected
+	@$(BIN)/python -m worker.cli demo --port 0
+
+test: .venv/ready  ## Run all tests, then `make check`
+	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory check
+
+check: .venv/ready  ## Linter, formatter, type checker, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/ready  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: .venv/ready  ## Choose versions anew and write requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --upgrade \
+		--extra worker --extra embedded --extra dev --generate-hashes --no-header --no-annotate \
+		--quiet -o requirements.lock
+
+clean:  ## Remove what make and the local stack have made
+	rm -rf .venv .task-tags build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is required: make PYTHON=...")'
+	@echo "installing into .venv"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch .venv/ready

@@ -1,0 +1,50 @@
+"""Celery settings only, shared by workers, beat and producers. The broker's URL is a setting of the process.
+
+A drain message is disposable: the inbox is the truth. So nothing is acknowledged, kept or restored.
+"""
+
+from celery.schedules import crontab
+from kombu.entity import Queue
+
+task_default_queue = "task-tags"
+task_queues = (Queue("task-tags", no_ack=True),)
+task_create_missing_queues = False
+task_ignore_result = True
+result_backend = None
+task_serializer = "json"
+accept_content = ["json"]
+
+worker_pool = "solo"
+worker_hijack_root_logger = False
+worker_detect_quorum_queues = False
+worker_cancel_long_running_tasks_on_connection_loss = False
+
+broker_connection_retry_on_startup = True
+broker_connection_max_retries = None
+broker_transport_options = {
+    "socket_timeout": 10,
+    "socket_connect_timeout": 2,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+    "priority_steps": [0],
+}
+task_publish_retry_policy = {
+    "max_retries": 2,
+    "interval_start": 0,
+    "interval_step": 0.2,
+    "interval_max": 0.5,
+}
+
+timezone = "UTC"
+beat_scheduler = (
+    "celery.beat:Scheduler"  # keeps no file: neither entry needs to know when it last ran
+)
+beat_schedule = {
+    # An unread message is dropped once the next one is due: an idle queue does not fill up with them.
+    "wake": {"task": "task_tags.wake", "schedule": 5.0, "options": {"expires": 5.0}},
+    "purge": {
+        "task": "task_tags.purge",
+        "schedule": crontab(hour=3, minute=17),
+        "options": {"expires": 3600.0},
+    },
+}

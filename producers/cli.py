@@ -1,0 +1,291 @@
+"""The command `task-tags`: enqueue batches, read tags, watch changes and results, print the schemas.
+
+Exit codes: 0 done; 1 some batch was refused; 2 wrong input or settings; 3 Redis or the endpoint can't be
+used; 4 the inbox is full; 5 a result did not come in time; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn
+from uuid import UUID
+
+import httpx
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from producers.client import TagProducer
+from producers.errors import InboxFull, Misconfigured, NoResult, TaskTagsError, Unavailable
+from producers.messages import (
+    ChangeEvent,
+    InvalidMessage,
+    Message,
+    ResultRecord,
+    describe,
+    json_schemas,
+    parse_message,
+)
+from producers.settings import load_settings
+from producers.subscriber import Subscriber
+
+REFUSED: Final = 1
+WRONG: Final = 2
+UNAVAILABLE: Final = 3
+FULL: Final = 4
+NO_RESULT: Final = 5
+
+_PIECE: Final = 500
+
+app = typer.Typer(
+    help="Enqueue tag batches, read tags, and watch what becomes of them.",
+    epilog="Settings: TASK_TAGS_REDIS_URL, TASK_TAGS_ENDPOINT_URL, TASK_TAGS_ORGANIZATION_ID, "
+    "TASK_TAGS_TOKEN. Exit codes: 0 done; 1 a batch was refused; 2 wrong input or settings; 3 Redis or "
+    "the endpoint can't be used; 4 the inbox is full; 5 no result in time; 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+
+
+def main() -> None:
+    with errors_as_lines():
+        app()
+
+
+@contextmanager
+def errors_as_lines() -> Iterator[None]:
+    """Turn what can go wrong for a user into one line and an exit code."""
+    try:
+        yield
+    except Misconfigured as error:
+        fail(WRONG, str(error))
+    except (Unavailable, httpx.TransportError) as error:
+        fail(UNAVAILABLE, str(error) or type(error).__name__)
+    except InboxFull as error:
+        fail(FULL, str(error))
+    except NoResult as error:
+        fail(NO_RESULT, str(error))
+    except TaskTagsError as error:
+        fail(REFUSED, str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def fail(code: int, message: str) -> NoReturn:
+    err.print(f"[bold red]error:[/] {escape(message)}")
+    sys.exit(code)
+
+
+@app.command()
+def enqueue(
+    file: Annotated[
+        str, typer.Argument(help="JSON Lines, one message a line; - for standard input.")
+    ],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the results and print them.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for each result.")] = 30,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Send lines as they are; the worker checks them.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Enqueue the batches of a file, in its order. Nothing is sent if a line is wrong."""
+    if wait and unchecked:
+        fail(WRONG, "--wait goes with messages that are checked")
+    lines = _read_lines(file)
+    messages = [] if unchecked else _parse_lines(lines)
+    with TagProducer() as producer:
+        if wait:
+            sys.exit(_apply(producer, messages, timeout, as_json))
+        sent = 0
+        encoded = lines if unchecked else [message.encode() for message in messages]
+        for piece in _progress([encoded[i : i + _PIECE] for i in range(0, len(encoded), _PIECE)]):
+            accepted = producer.send(piece)
+            sent += accepted
+            if accepted < len(piece):
+                fail(FULL, f"the inbox is full: {sent} of {len(encoded)} batches were enqueued")
+    say = json.dumps({"enqueued": sent}) if as_json else f"{sent} batches enqueued"
+    out.print(say, markup=False)
+
+
+@app.command(name="list")
+def list_tags(
+    execution: Annotated[UUID, typer.Argument(help="The flow execution.")],
+    task: Annotated[str | None, typer.Option(help="Only this task's tags.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read the active tags of a flow execution from the endpoint."""
+    settings = load_settings()
+    query = {"flow_execution_id": str(execution), **({"task_name": task} if task else {})}
+    response = httpx.get(
+        f"{settings.endpoint_url}/task-tags",
+        params=query,
+        headers={"Authorization": f"Bearer {settings.required_token}"},
+        timeout=10,
+    )
+    if response.status_code != 200:
+        code = UNAVAILABLE if response.status_code >= 500 else REFUSED
+        fail(code, _reason(response))
+    tags: list[dict[str, Any]] = response.json()
+    if as_json:
+        for tag in tags:
+            _print_json(tag)
+    else:
+        out.print(tag_table(tags) if tags else "no active tags")
+
+
+@app.command()
+def watch(
+    execution: Annotated[UUID, typer.Argument(help="The flow execution.")], as_json: AsJson = False
+) -> None:
+    """Print the changes of a flow execution as they are published, until interrupted."""
+    with Subscriber() as subscriber:
+        for event in subscriber.changes(execution):
+            if as_json:
+                _print_json(event.model_dump(mode="json"))
+            else:
+                out.print(change_lines(event))
+
+
+@app.command()
+def results(
+    reply_to: Annotated[str, typer.Argument(help="The reply_to of the batches, or a batch id.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print results as they are published, until interrupted."""
+    with Subscriber() as subscriber:
+        for record in subscriber.results(reply_to):
+            _print_record(record, as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schemas of messages, results and change events."""
+    sys.stdout.write(json.dumps(json_schemas(), indent=2) + "\n")
+
+
+# --- Showing -------------------------------------------------------------------------------------
+
+
+def result_line(record: ResultRecord) -> str:
+    """Return a result as one line of Rich markup."""
+    if record.error is not None:
+        details = "; ".join(describe(detail) for detail in record.error.details[:3])
+        more = f" ({details})" if details else ""
+        said = f"[red]{record.error.code}[/]: {record.error.message}"
+        return f"{record.batch_id}  {said}{escape(more)}"
+    if record.flow_execution is not None:
+        return f"{record.batch_id}  [green]{record.flow_execution.status}[/]"
+    statuses = ", ".join(result.status for result in record.tags or [])
+    return f"{record.batch_id}  [green]{statuses}[/]"
+
+
+def change_lines(event: ChangeEvent) -> str:
+    """Return a change event as lines of Rich markup, one for each change."""
+    lines = []
+    for change in event.changes:
+        tag = change.tag
+        sign = "[green]+[/]" if change.change == "added" else "[red]-[/]"
+        what = escape(f"{tag.task_name}  {tag.tag_type}: {tag.tag}")
+        lines.append(
+            f"{event.flow_execution_id} #{event.revision}  {sign} {what}  by {escape(event.changed_by)}"
+        )
+    return "\n".join(lines)
+
+
+def tag_table(tags: Sequence[dict[str, Any]]) -> Table:
+    """Return active tags, as the endpoint serves them, as a table."""
+    table = Table("task", "type", "tag", "metadata", "by", "at", box=None, pad_edge=False)
+    for tag in tags:
+        metadata = tag["tag_metadata"]
+        shown = "" if metadata is None else json.dumps(metadata, ensure_ascii=False)
+        cells = [tag["task_name"], tag["tag_type"], tag["tag"], shown, tag["created_by"]]
+        table.add_row(*[escape(cell) for cell in cells], tag["created_at"][:19] + "Z")
+    return table
+
+
+def _print_record(record: ResultRecord, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(record.encode().decode() + "\n")
+        sys.stdout.flush()
+    else:
+        out.print(result_line(record))
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _progress(pieces: list[Any]) -> Any:
+    """Show a progress bar on a terminal, and nothing elsewhere."""
+    return track(pieces, "enqueuing", console=err, transient=True, disable=not err.is_terminal)
+
+
+# --- Enqueuing -----------------------------------------------------------------------------------
+
+
+def _read_lines(file: str) -> list[bytes]:
+    try:
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        fail(WRONG, f"{file}: {error.strerror}")
+    return [line for line in raw.split(b"\n") if line.strip()]
+
+
+def _parse_lines(lines: Sequence[bytes]) -> list[Message]:
+    messages, wrong = [], 0
+    for number, line in enumerate(lines, 1):
+        try:
+            messages.append(parse_message(line))
+        except InvalidMessage as error:
+            wrong += 1
+            for detail in error.details[:20]:
+                err.print(f"[bold red]error:[/] line {number}: {escape(describe(detail))}")
+    if wrong:
+        fail(WRONG, f"nothing was enqueued: {wrong} of {len(lines)} lines are wrong")
+    return messages
+
+
+def _apply(
+    producer: TagProducer, messages: Sequence[Message], timeout: float, as_json: bool
+) -> int:
+    """Enqueue, print each result in order, and return the exit code."""
+    code = 0
+    window = [(message, producer.submit(message)) for message in _progress(list(messages))]
+    for message, future in window:
+        try:
+            record = future.result(timeout)
+        except TimeoutError:
+            future.cancel()
+            err.print(f"[bold red]error:[/] {message.batch_id}: no result in {timeout:g} s")
+            code = NO_RESULT
+            continue
+        _print_record(record, as_json)
+        if record.error is not None:
+            code = code or REFUSED
+    return code
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        details = "; ".join(f"{each['field']}: {each['message']}" for each in error["details"])
+        return f"{error['message']}{f' ({details})' if details else ''}"
+    except (ValueError, LookupError, TypeError):
+        return f"the endpoint answered {response.status_code}"

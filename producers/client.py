@@ -1,0 +1,383 @@
+"""TagProducer: how a flow runner enqueues batches, and waits for a result if it wants one.
+
+Sync and asyncio callers share all of it: waiting is done on futures that one listening thread completes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis import Redis
+from redis.exceptions import RedisError
+
+from producers.connect import open_celery, open_redis
+from producers.errors import Closed, InboxFull, NoResult, Unavailable, refusal
+from producers.inbox import DRAIN_TASK, Inbox, chunks
+from producers.messages import (
+    ANY_METADATA,
+    FlowExecution,
+    Message,
+    ResultRecord,
+    TagBatch,
+    TagOperation,
+    add,
+    remove,
+    results_channel,
+)
+from producers.settings import load_settings
+from producers.subscriber import Signal, listen
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_SECONDS: Final = 30.0
+ASK_AGAIN_SECONDS: Final = 5.0
+
+
+class TagProducer:
+    """Enqueues the tag batches of one organization. Safe to share between threads; connects at first use.
+
+    Arguments that are left out come from the environment (`ProducerSettings`). `token` may be a function
+    that returns one, for a producer that lives longer than a token. Raises `Misconfigured`.
+    """
+
+    def __init__(
+        self,
+        *,
+        redis_url: str | None = None,
+        organization_id: UUID | str | None = None,
+        token: str | Callable[[], str] | None = None,
+        inbox_limit: int | None = None,
+    ) -> None:
+        settings = load_settings(
+            redis_url=redis_url,
+            organization_id=organization_id,
+            token=None if callable(token) else token,
+            inbox_limit=inbox_limit,
+        )
+        self._organization_id = settings.required_organization_id
+        if callable(token):
+            self._token = token
+        else:
+            fixed = settings.required_token
+            self._token = lambda: fixed
+        url = settings.redis_url.get_secret_value()
+        self._redis: Redis = open_redis(url)
+        self._celery: Celery = open_celery("producers", url)
+        self._inbox = Inbox(
+            self._redis,
+            self._organization_id,
+            limit=settings.inbox_limit,
+            lease_ms=int(settings.lease_seconds * 1000),
+        )
+        self._listener = _ResultListener(self._redis, self._organization_id, self._enqueue_again)
+
+    def batch(self, *, batch_id: UUID | None = None) -> BatchBuilder:
+        """Begin a batch: `producer.batch().add(…).remove(…).enqueue()`."""
+        return BatchBuilder(self, batch_id)
+
+    def register(
+        self, flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
+    ) -> UUID:
+        """Enqueue the registration of a flow execution; None allows every task name. Returns its batch id.
+
+        The inbox is ordered, so batches for the execution may be enqueued right behind it.
+        """
+        return self.enqueue(registration(flow_execution_id, task_names))
+
+    def enqueue(self, message: Message) -> UUID:
+        """Hand a batch over and go on; returns its id. Raises `InboxFull` or `Unavailable`."""
+        return self.enqueue_many([message])[0]
+
+    def enqueue_many(self, messages: Iterable[Message]) -> list[UUID]:
+        """Hand batches over in this order, many in each round trip; returns their ids.
+
+        Raises `InboxFull` with those that were not accepted (always the last ones), or `Unavailable`.
+        """
+        batches = list(messages)
+        accepted = self.send([batch.encode() for batch in batches])
+        if accepted < len(batches):
+            raise InboxFull(batches[accepted:])
+        return [batch.batch_id for batch in batches]
+
+    def submit(self, message: Message) -> Future[ResultRecord]:
+        """Enqueue a batch and return the future of its result record, whether that is an error or not.
+
+        Until it comes, the same batch is enqueued again after a lost connection, and every 5 s: it never
+        takes effect twice. Cancel the future to stop that. The result is heard on a channel of this
+        producer's own, whatever the batch's `reply_to`. Raises `InboxFull`, or `Unavailable` if Redis could
+        not be reached since this producer was made.
+        """
+        return self._listener.expect(message, self.enqueue)
+
+    def apply(self, message: Message, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ResultRecord:
+        """Enqueue a batch and wait for its result, `timeout` seconds at most.
+
+        Raises `NoResult` if none came in time, the `BatchRefused` that fits if it was refused, `InboxFull`
+        or `Unavailable`.
+        """
+        future = self.submit(message)
+        try:
+            return _accepted(future.result(timeout))
+        except FutureTimeout:
+            raise NoResult(f"no result in {timeout:g} s") from None
+        finally:
+            future.cancel()
+
+    def send(self, encoded: Sequence[bytes]) -> int:
+        """Append messages that are serialized, unchecked, and return how many of them were accepted.
+
+        The worker answers what is wrong with them. Raises `Unavailable`.
+        """
+        lease_id = str(uuid4())
+        accepted = 0
+        try:
+            for chunk in chunks(encoded):
+                appended = self._inbox.append(chunk, self._token(), lease_id)
+                accepted += appended.count
+                if appended.lease_taken:
+                    self._send_drain(lease_id)
+                if appended.count < len(chunk):
+                    break
+        except (RedisError, OSError) as error:
+            raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
+        return accepted
+
+    def close(self) -> None:
+        """Let go of connections; futures that still wait fail with `Closed`."""
+        self._listener.close()
+        self._celery.close()
+        self._redis.close()
+
+    def __enter__(self) -> TagProducer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _send_drain(self, lease_id: str) -> None:
+        """Tell the workers. If that is lost, the lease runs out and `task_tags.wake` tells them."""
+        try:
+            self._celery.send_task(DRAIN_TASK, args=(str(self._organization_id), lease_id))
+        except (OperationalError, RedisError, OSError):
+            logger.warning("the batch is accepted, but the workers will hear of it late")
+
+    def _enqueue_again(self, messages: Sequence[Message]) -> None:
+        try:
+            self.enqueue_many(messages)
+        except (Unavailable, InboxFull) as error:
+            logger.warning("asking again failed, and will be tried again: %s", error)
+
+
+class AsyncTagProducer:
+    """TagProducer for asyncio: the same arguments and methods, to be awaited."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self._producer = TagProducer(**arguments)
+
+    async def register(
+        self, flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
+    ) -> UUID:
+        return await asyncio.to_thread(self._producer.register, flow_execution_id, task_names)
+
+    async def enqueue(self, message: Message) -> UUID:
+        return await asyncio.to_thread(self._producer.enqueue, message)
+
+    async def enqueue_many(self, messages: Iterable[Message]) -> list[UUID]:
+        return await asyncio.to_thread(self._producer.enqueue_many, list(messages))
+
+    async def apply(
+        self, message: Message, timeout: float = DEFAULT_TIMEOUT_SECONDS
+    ) -> ResultRecord:
+        future = await asyncio.to_thread(self._producer.submit, message)
+        try:
+            return _accepted(await asyncio.wait_for(asyncio.wrap_future(future), timeout))
+        except TimeoutError:
+            raise NoResult(f"no result in {timeout:g} s") from None
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._producer.close)
+
+    async def __aenter__(self) -> AsyncTagProducer:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class BatchBuilder:
+    """Collects operations, then enqueues or applies them as one batch."""
+
+    def __init__(self, producer: TagProducer, batch_id: UUID | None) -> None:
+        self._producer = producer
+        self._batch_id = batch_id
+        self._operations: list[TagOperation] = []
+
+    def add(
+        self,
+        flow_execution_id: UUID | str,
+        task_name: str,
+        tag_type: str,
+        tag: str,
+        tag_metadata: Any = None,
+    ) -> BatchBuilder:
+        self._operations.append(add(flow_execution_id, task_name, tag_type, tag, tag_metadata))
+        return self
+
+    def remove(
+        self,
+        flow_execution_id: UUID | str,
+        task_name: str,
+        tag_type: str,
+        tag: str,
+        tag_metadata: Any = ANY_METADATA,
+    ) -> BatchBuilder:
+        """Remove the tag with any metadata, or exactly the one with this metadata (also None)."""
+        self._operations.append(remove(flow_execution_id, task_name, tag_type, tag, tag_metadata))
+        return self
+
+    def build(self) -> TagBatch:
+        if self._batch_id is None:
+            return TagBatch(tags=self._operations)
+        return TagBatch(tags=self._operations, batch_id=self._batch_id)
+
+    def enqueue(self) -> UUID:
+        return self._producer.enqueue(self.build())
+
+    def apply(self, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ResultRecord:
+        return self._producer.apply(self.build(), timeout)
+
+
+def registration(
+    flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
+) -> FlowExecution:
+    """Build the message that registers a flow execution."""
+    names = None if task_names is None else list(task_names)
+    return FlowExecution.model_validate(
+        {"flow_execution_id": flow_execution_id, "task_names": names}
+    )
+
+
+def _accepted(record: ResultRecord) -> ResultRecord:
+    if record.error is not None:
+        raise refusal(record)
+    return record
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A batch whose result is awaited by one or more futures."""
+
+    message: Message
+    asked_at: float
+    futures: list[Future[ResultRecord]] = field(default_factory=list)
+
+
+class _ResultListener:
+    """Completes futures with the results that one thread hears on a channel of its own."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        organization_id: UUID,
+        enqueue_again: Callable[[Sequence[Message]], None],
+    ) -> None:
+        self._redis = redis
+        self._reply_to = f"producer-{uuid4()}"
+        self._channel = results_channel(organization_id, self._reply_to)
+        self._enqueue_again = enqueue_again
+        self._waiting: dict[UUID, _Waiting] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._subscribed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def expect(self, message: Message, enqueue: Callable[[Message], Any]) -> Future[ResultRecord]:
+        """Enqueue a message in whose result this listener is named, and return the result's future."""
+        self._start()
+        message = message.model_copy(update={"reply_to": self._reply_to})
+        future: Future[ResultRecord] = Future()
+        with self._lock:
+            waiting = self._waiting.setdefault(
+                message.batch_id, _Waiting(message, time.monotonic())
+            )
+            waiting.futures.append(future)
+        try:
+            enqueue(message)
+        except Unavailable:
+            logger.warning("Redis can't be used now: the batch is enqueued once it can")
+        except BaseException:
+            future.cancel()
+            self._forget_cancelled()
+            raise
+        return future
+
+    def close(self) -> None:
+        self._stop.set()
+        with self._lock:
+            waiting = list(self._waiting.values())
+            self._waiting.clear()
+        for future in (future for each in waiting for future in each.futures):
+            with suppress(InvalidStateError):
+                future.set_exception(Closed("the producer was closed"))
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=2)
+
+    def _start(self) -> None:
+        """Listen, and return once what is published will be heard. Raises `Unavailable` after 5 s."""
+        if self._stop.is_set():
+            raise Closed("the producer was closed")
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(
+                    target=self._listen, name="task-tags-results", daemon=True
+                )
+                self._thread.start()
+        if not self._subscribed.wait(5):
+            raise Unavailable("Redis can't be reached")
+
+    def _listen(self) -> None:
+        for heard in listen(self._redis, [self._channel], self._stop):
+            if isinstance(heard, bytes):
+                self._complete(heard)
+            elif heard is Signal.SUBSCRIBED and not self._subscribed.is_set():
+                self._subscribed.set()
+            else:
+                lost = heard is Signal.SUBSCRIBED
+                self._ask_again(asked_before=time.monotonic() - (0 if lost else ASK_AGAIN_SECONDS))
+
+    def _complete(self, payload: bytes) -> None:
+        record = ResultRecord.model_validate_json(payload)
+        with self._lock:
+            waiting = self._waiting.pop(record.batch_id, None)
+        for future in waiting.futures if waiting else []:
+            with suppress(InvalidStateError):  # it was cancelled meanwhile
+                future.set_result(record)
+
+    def _ask_again(self, asked_before: float) -> None:
+        self._forget_cancelled()
+        with self._lock:
+            overdue = [each for each in self._waiting.values() if each.asked_at <= asked_before]
+            for each in overdue:
+                each.asked_at = time.monotonic()
+        if overdue:
+            self._enqueue_again([each.message for each in overdue])
+
+    def _forget_cancelled(self) -> None:
+        with self._lock:
+            self._waiting = {
+                batch_id: each
+                for batch_id, each in self._waiting.items()
+                if not all(future.cancelled() for future in each.futures)
+            }

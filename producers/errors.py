@@ -1,0 +1,90 @@
+"""What the SDK raises. Each docstring says what the caller can do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from producers.messages import Message, ResultRecord
+
+
+class TaskTagsError(Exception):
+    """The root: catch it to catch everything that this SDK raises on purpose."""
+
+
+class Misconfigured(TaskTagsError):
+    """A setting is missing or wrong. Correct it; trying again as it is won't help."""
+
+
+class Unavailable(TaskTagsError):
+    """Redis (or the endpoint) can't be reached or refused to work. Try again later with the same batches.
+
+    Some of them may have been accepted: the same batch, enqueued again, never takes effect twice.
+    """
+
+
+class InboxFull(TaskTagsError):
+    """The organization's inbox is at its bound. Enqueue `unsent` again later, in their order."""
+
+    def __init__(self, unsent: Sequence[Message]) -> None:
+        super().__init__(f"the inbox is full: {len(unsent)} batch(es) were not enqueued")
+        self.unsent = list(unsent)
+
+
+class NoResult(TaskTagsError):
+    """No result came in time. The batch may still take effect: call `apply` with the same batch again."""
+
+
+class Closed(TaskTagsError):
+    """The producer was closed while it waited. Use an open one."""
+
+
+class BatchRefused(TaskTagsError):
+    """The worker refused the batch: nothing of it took effect, and `record` has the error."""
+
+    def __init__(self, record: ResultRecord) -> None:
+        error = record.error
+        assert error is not None
+        super().__init__(f"{error.code}: {error.message}")
+        self.record = record
+
+
+class BadRequest(BatchRefused):
+    """The message breaks the contract. Correct it and send it under a new batch id."""
+
+
+class Unauthorized(BatchRefused):
+    """The token is missing, wrong or expired. Get a new one and send the same batch again."""
+
+
+class Forbidden(BatchRefused):
+    """The token lacks the scope, or is another organization's. Send the batch with one that may."""
+
+
+class NotFound(BatchRefused):
+    """An execution or task name is unknown. Register it, then send the operations under a new batch id."""
+
+
+class Conflict(BatchRefused):
+    """The batch id was used for something else. Send this batch under a new id."""
+
+
+class InternalError(BatchRefused):
+    """The worker failed at this very batch, and kept it for its operators. Tell them the batch id."""
+
+
+_REFUSALS: dict[str, type[BatchRefused]] = {
+    "bad_request": BadRequest,
+    "unauthorized": Unauthorized,
+    "forbidden": Forbidden,
+    "not_found": NotFound,
+    "conflict": Conflict,
+    "internal_error": InternalError,
+}
+
+
+def refusal(record: ResultRecord) -> BatchRefused:
+    """Return the exception for a result record that is an error."""
+    assert record.error is not None
+    return _REFUSALS[record.error.code](record)

@@ -1,0 +1,10 @@
+-- KEYS: lease
+-- ARGV: lease id, lease in ms
+-- The drain goes to the end of the Celery queue and keeps the lease while it waits there.
+-- Returns 1 if its message is to be sent, 0 if the lease is another's.
+local held = redis.call('GET', KEYS[1])
+if held and held ~= 'running ' .. ARGV[1] then
+  return 0
+end
+redis.call('SET', KEYS[1], 'queued ' .. ARGV[1], 'PX', ARGV[2])
+return 1

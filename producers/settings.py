@@ -1,0 +1,60 @@
+"""The only reader of the environment on the producers' side: every setting, its unit and its default."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from producers.errors import Misconfigured
+from producers.inbox import DEFAULT_LIMIT, LEASE_MS
+
+
+class ProducerSettings(BaseSettings):
+    """Read from variables that begin with TASK_TAGS_, as in TASK_TAGS_REDIS_URL."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TASK_TAGS_", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
+    )
+
+    redis_url: SecretStr = SecretStr("redis://localhost:6379/0")
+    """Redis or Valkey, as `redis://`, `rediss://` or `unix://`."""
+    endpoint_url: str = "http://localhost:8080"
+    """The read endpoint."""
+    organization_id: UUID | None = None
+    """The organization whose inbox is written to."""
+    token: SecretStr | None = None
+    """The bearer token that signs for the batches."""
+    inbox_limit: int = Field(DEFAULT_LIMIT, ge=1)
+    """How many messages may wait in the inbox before `InboxFull`."""
+    lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=600)
+    """How long a drain may be silent; the same as the workers' setting."""
+
+    @property
+    def required_organization_id(self) -> UUID:
+        """Return the organization, or raise `Misconfigured`."""
+        if self.organization_id is None:
+            raise Misconfigured("TASK_TAGS_ORGANIZATION_ID is not set")
+        return self.organization_id
+
+    @property
+    def required_token(self) -> str:
+        """Return the token, or raise `Misconfigured`."""
+        if self.token is None:
+            raise Misconfigured("TASK_TAGS_TOKEN is not set")
+        return self.token.get_secret_value()
+
+
+def load_settings(**values: Any) -> ProducerSettings:
+    """Read the environment; arguments that are not None go first. Raises `Misconfigured`."""
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return ProducerSettings(**given)
+    except ValidationError as error:
+        faults = [
+            f"TASK_TAGS_{str(fault['loc'][0]).upper()}: {fault['msg']}"
+            for fault in error.errors(include_url=False, include_input=False)
+        ]
+        raise Misconfigured("; ".join(faults)) from None

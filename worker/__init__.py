@@ -1,0 +1,1 @@
+"""What applies and serves tags. Deliberately empty: `import worker.decide` must not load Celery."""

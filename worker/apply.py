@@ -1,0 +1,246 @@
+"""A drain's main path: read, authorize, load, decide, save, publish (design, section 3).
+
+A round takes what is at the head of an inbox through all of it. Until its last step the messages are
+still in the inbox, so a round that breaks anywhere is simply run again: what was committed is known by its
+batch id, and only its publication is repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID
+
+from redis import exceptions as redis_errors
+
+from producers.inbox import Entry, Inbox, LeaseLost, Rejection
+from producers.messages import (
+    MAX_MESSAGE_BYTES,
+    Error,
+    ErrorCode,
+    FlowExecution,
+    InvalidMessage,
+    Message,
+    Uuid7,
+    describe,
+    parse_message,
+)
+from worker.authorize import REGISTER, WRITE, Authorizer, KeysUnavailable, Unauthorized
+from worker.decide import Outcome, Request, decide, error_record, record_failure
+from worker.publish import publications
+from worker.store import Store, is_transient
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_SECONDS: Final = 0.05
+LAST_BACKOFF_SECONDS: Final = 1.0
+
+
+@dataclass(slots=True)
+class Received:
+    """A message on its way: either `request` is still to be applied, or it is answered or rejected."""
+
+    entry: Entry
+    reply_to: str = ""
+    request: Request | None = None
+    outcome: Outcome | None = None
+    rejection: Rejection | None = None
+
+
+@dataclass(slots=True)
+class Drain:
+    """One drain of one organization's inbox.
+
+    `budget_seconds`: after this time it goes to the end of the queue. `stopping` tells whether the process
+    is to end. `hand_over` sends the drain again, under the same lease.
+    """
+
+    inbox: Inbox
+    organization_id: UUID
+    lease_id: str
+    store: Store
+    authorizer: Authorizer
+    hand_over: Callable[[], None]
+    group_size: int
+    budget_seconds: float
+    stopping: Callable[[], bool]
+    new_id: Uuid7 = field(default_factory=Uuid7)
+
+    def run(self) -> int:
+        """Drain the inbox until it is empty, the lease is lost or the budget is used up.
+
+        Returns how many messages were answered. Errors that may pass are waited out, in place, so that
+        nothing overtakes the messages at the head.
+        """
+        answered, failures, taken = 0, 0, False
+        deadline = time.monotonic() + self.budget_seconds
+        while True:
+            try:
+                if not taken and not self.inbox.take(self.lease_id):
+                    return answered
+                taken = True
+                if time.monotonic() > deadline or self.stopping():
+                    self._to_the_end_of_the_queue()
+                    return answered
+                count = self._round()
+                if count == 0 and self.inbox.release(self.lease_id):
+                    return answered
+                answered += count
+                failures = 0
+            except LeaseLost:
+                return answered
+            except Exception as error:
+                if not may_pass(error) or (self.stopping() and failures):
+                    raise
+                failures += 1
+                self._back_off(failures, error)
+
+    def _round(self) -> int:
+        entries = self.inbox.read(self.lease_id, most=self.group_size)
+        if entries:
+            received = [self._receive(entry) for entry in entries]
+            self._apply([message for message in received if message.request is not None])
+            self._publish(received)
+        return len(entries)
+
+    def _receive(self, entry: Entry) -> Received:
+        """Read and authorize one message. What can't be applied is refused or rejected here."""
+        try:
+            return receive(entry, self.organization_id, self.authorizer)
+        except KeysUnavailable:
+            raise
+        except (
+            Exception
+        ) as error:  # a fault of ours: those behind this message must not wait for its cure
+            logger.exception("a message could not be read", extra={"entry": entry.id.decode()})
+            return Received(entry, rejection=_rejection(entry, type(error).__name__))
+
+    def _apply(self, received: Sequence[Received]) -> None:
+        """Apply messages in one transaction; if that fails for a lasting reason, each one by itself."""
+        if not received:
+            return
+        try:
+            outcomes = self._transact([message.request for message in received if message.request])
+        except Exception as error:
+            if may_pass(error):
+                raise
+            if len(received) == 1:
+                self._fail(received[0], error)
+            else:
+                for message in received:
+                    self._apply([message])
+            return
+        for message, outcome in zip(received, outcomes, strict=True):
+            message.outcome = outcome
+
+    def _transact(self, requests: Sequence[Request]) -> list[Outcome]:
+        with self.store.transaction(self.organization_id) as transaction:
+            now = transaction.now()
+            microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
+            decision = decide(
+                self.organization_id,
+                requests,
+                transaction.load(requests),
+                now=now,
+                new_id=lambda: self.new_id(microseconds),
+            )
+            transaction.save(decision.writes, now)
+        return decision.outcomes
+
+    def _fail(self, message: Received, error: Exception) -> None:
+        """Answer the one message at which the transaction failed, for good, and keep it for the operators."""
+        assert message.request is not None
+        batch_id = message.request.message.batch_id
+        reason = type(getattr(error, "orig", None) or error).__name__
+        logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
+        text = "the worker failed at this batch; nothing of it took effect"
+        outcome, writes = record_failure(self.organization_id, message.request, text)
+        with self.store.transaction(self.organization_id) as transaction:
+            known = transaction.batches([batch_id]).get(batch_id)
+            if known is None:
+                transaction.save(writes, transaction.now())
+            else:
+                outcome = Outcome(known.record, known.events)
+        message.outcome = outcome
+        message.rejection = _rejection(message.entry, f"internal_error: {reason}")
+
+    def _publish(self, received: Sequence[Received]) -> None:
+        self.inbox.remove(
+            [message.entry for message in received],
+            [
+                publication
+                for message in received
+                if message.outcome is not None
+                for publication in publications(
+                    self.organization_id, message.reply_to, message.outcome
+                )
+            ],
+            [message.rejection for message in received if message.rejection is not None],
+        )
+
+    def _to_the_end_of_the_queue(self) -> None:
+        if self.inbox.hand_over(self.lease_id):
+            self.hand_over()
+
+    def _back_off(self, failures: int, error: Exception) -> None:
+        seconds = min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), LAST_BACKOFF_SECONDS)
+        if failures in (1, 10, 100):
+            logger.warning(
+                "trying again", extra={"error": type(error).__name__, "failures": failures}
+            )
+        time.sleep(seconds)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same round may succeed later, without anybody changing anything in the messages."""
+    passing = (redis_errors.ConnectionError, redis_errors.TimeoutError, KeysUnavailable)
+    return isinstance(error, passing) or is_transient(error)
+
+
+def receive(entry: Entry, organization_id: UUID, authorizer: Authorizer) -> Received:
+    """Read one message and check that its token allows it (section 4, rule 7).
+
+    A message without a readable batch id is rejected, for there is nobody to answer. Who sent it is settled
+    before anything else is said about it.
+    """
+    message: Message | None = None
+    broken: InvalidMessage | None = None
+    try:
+        message = parse_message(entry.message or b"")
+        batch_id, reply_to = message.batch_id, message.reply_channel_name
+    except InvalidMessage as error:
+        if error.batch_id is None:
+            reason = "; ".join(describe(detail) for detail in error.details[:10])
+            return Received(entry, rejection=_rejection(entry, reason))
+        broken = error
+        batch_id, reply_to = error.batch_id, error.reply_to or str(error.batch_id)
+
+    def refuse(error: Error) -> Received:
+        record = error_record(organization_id, batch_id, error).encode()
+        return Received(entry, reply_to, outcome=Outcome(record))
+
+    try:
+        grant = authorizer.verify(entry.token, at=entry.accepted_at)
+    except Unauthorized as error:
+        return refuse(_error("unauthorized", str(error)))
+    if grant.organization_id != organization_id:
+        return refuse(_error("forbidden", "the token is of another organization than the inbox"))
+    if broken is not None:
+        text = "the message breaks the contract"
+        return refuse(Error(code="bad_request", message=text, details=broken.details))
+    assert message is not None
+    scope = REGISTER if isinstance(message, FlowExecution) else WRITE
+    if not grant.allows(scope):
+        return refuse(_error("forbidden", f"the token lacks the scope {scope}"))
+    return Received(entry, reply_to, request=Request(message, grant.actor))
+
+
+def _error(code: ErrorCode, message: str) -> Error:
+    return Error(code=code, message=message, details=[])
+
+
+def _rejection(entry: Entry, reason: str) -> Rejection:
+    return Rejection((entry.message or b"")[:MAX_MESSAGE_BYTES], reason)

@@ -1,0 +1,61 @@
+"""The Celery app: `celery -A worker worker`, `celery -A worker beat`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from celery import signals
+from sqlalchemy.exc import DBAPIError
+
+from producers.connect import open_celery
+from worker import log
+from worker.settings import InvalidSettings, load_settings
+from worker.store import Store, UnsafeRole
+
+logger = logging.getLogger(__name__)
+
+try:
+    settings = load_settings()
+except InvalidSettings as error:
+    sys.exit(str(error))
+
+app = open_celery("worker", settings.redis_url.get_secret_value(), include=["worker.tasks"])
+
+
+@signals.setup_logging.connect
+def _configure_logs(**_: Any) -> None:
+    log.configure(settings.log_level)
+
+
+@signals.worker_init.connect
+def _check(**_: Any) -> None:
+    """Wait for the database, and refuse to run as a role that sees through row-level security."""
+    store = Store(settings.database_url.get_secret_value())
+    said = False
+    try:
+        while True:
+            try:
+                return store.check()
+            except UnsafeRole as error:
+                logger.critical(str(error))
+                raise SystemExit(1) from None
+            except DBAPIError as error:
+                if not said:
+                    logger.warning("waiting for the database", extra={"error": str(error.orig)})
+                    said = True
+                time.sleep(0.5)
+    finally:
+        store.close()
+
+
+@signals.worker_ready.connect
+def _say_that_the_worker_is_ready(**_: Any) -> None:
+    logger.info("ready")
+
+
+@signals.beat_init.connect
+def _say_that_beat_is_ready(**_: Any) -> None:
+    logger.info("ready")

@@ -1,0 +1,348 @@
+"""The rules of a batch (design, section 4), and nothing else: no clock, no I/O, no ids of its own.
+
+State and requests go in; results, change events and writes come out. Whoever reads the state and writes
+the outcome does so in one transaction (worker/store.py), so what is decided here is what happens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from producers.messages import (
+    Change,
+    ChangeEvent,
+    Detail,
+    Error,
+    FlowExecution,
+    Message,
+    OperationResult,
+    OperationStatus,
+    Registration,
+    ResultRecord,
+    Tag,
+    TagBatch,
+    TagOperation,
+    canonical_json,
+)
+
+
+class TagKey(NamedTuple):
+    """What a tag is called. With its metadata it is the tag's identity (rule 2)."""
+
+    flow_execution_id: UUID
+    task_name: str
+    tag_type: str
+    tag: str
+
+
+def tag_key(operation: TagOperation) -> TagKey:
+    return TagKey(
+        operation.flow_execution_id, operation.task_name, operation.tag_type, operation.tag
+    )
+
+
+def metadata_digest(tag_metadata: Any) -> bytes:
+    """Return what is the same for two metadata values if and only if they are the same JSON (rule 2).
+
+    Empty for null, else 16 bytes. `tag_metadata` is as `producers.messages` validated it.
+    """
+    if tag_metadata is None:
+        return b""
+    return hashlib.blake2b(canonical_json(tag_metadata).encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A message that is well formed and authorized, and the actor who signed for it (rule 7)."""
+
+    message: Message
+    actor: str
+
+
+@dataclass(slots=True)
+class Execution:
+    """A registered flow execution; `task_names` None allows every task name."""
+
+    task_names: frozenset[str] | None
+    revision: int
+
+    def allows(self, task_name: str) -> bool:
+        return self.task_names is None or task_name in self.task_names
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What is stored of a batch: enough to answer it again, whenever it comes again."""
+
+    digest: bytes
+    record: bytes
+    events: tuple[tuple[UUID, bytes], ...] = ()
+    """The change events, each with its execution's id, in the order in which they were made."""
+
+
+@dataclass(slots=True)
+class State:
+    """What the transaction found, of all that the requests name. `decide` carries it forward."""
+
+    batches: dict[UUID, Applied] = field(default_factory=dict)
+    executions: dict[UUID, Execution] = field(default_factory=dict)
+    tags: dict[TagKey, dict[bytes, Tag]] = field(default_factory=dict)
+    """The active tags, by their metadata's digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewBatch:
+    batch_id: UUID
+    digest: bytes
+    record: bytes
+    revisions: dict[UUID, int]
+
+
+@dataclass(frozen=True, slots=True)
+class NewChange:
+    flow_execution_id: UUID
+    revision: int
+    batch_id: UUID
+    event: bytes
+
+
+@dataclass(slots=True)
+class Writes:
+    """What has to be stored so that the results are true. Every value is final."""
+
+    batches: list[NewBatch] = field(default_factory=list)
+    registrations: dict[UUID, Execution] = field(default_factory=dict)
+    revisions: dict[UUID, int] = field(default_factory=dict)
+    added: dict[UUID, tuple[Tag, bytes]] = field(default_factory=dict)
+    """New rows with their metadata's digest; one that was removed again is a deleted row (rule 4)."""
+    removed: dict[UUID, Tag] = field(default_factory=dict)
+    changes: list[NewChange] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is published for a request: its result record, and its change events."""
+
+    record: bytes
+    events: tuple[tuple[UUID, bytes], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The outcomes, one for each request in the same order, and the writes that make them true."""
+
+    outcomes: list[Outcome]
+    writes: Writes
+
+
+def decide(
+    organization_id: UUID,
+    requests: Iterable[Request],
+    state: State,
+    *,
+    now: datetime,
+    new_id: Callable[[], UUID],
+) -> Decision:
+    """Apply requests one after the other to `state`, each seeing what the ones before it did.
+
+    `now`: the transaction's time, UTC. `new_id` gives the ids of new tags, each greater than the last.
+    """
+    ledger = _Ledger(organization_id, state, now, new_id)
+    return Decision([ledger.answer(request) for request in requests], ledger.writes)
+
+
+def error_record(organization_id: UUID, batch_id: UUID, error: Error) -> ResultRecord:
+    return ResultRecord(batch_id=batch_id, organization_id=organization_id, error=error)
+
+
+def record_failure(organization_id: UUID, request: Request, message: str) -> tuple[Outcome, Writes]:
+    """Decide that a request ends in `internal_error` and is never tried again under its id.
+
+    Were this not stored, a copy of the message that another drain still holds could be applied later than
+    the batches behind it.
+    """
+    batch_id = request.message.batch_id
+    error = Error(code="internal_error", message=message, details=[])
+    record = error_record(organization_id, batch_id, error).encode()
+    batch = NewBatch(batch_id, request.message.digest(), record, {})
+    return Outcome(record), Writes(batches=[batch])
+
+
+Changes = dict[UUID, list[Change]]
+"""What one batch changed, by execution, in the order of its operations."""
+
+
+class _Ledger:
+    """The state as it changes from request to request, and the writes that add up."""
+
+    def __init__(
+        self, organization_id: UUID, state: State, now: datetime, new_id: Callable[[], UUID]
+    ) -> None:
+        self.organization_id = organization_id
+        self.state = state
+        self.now = now
+        self.new_id = new_id
+        self.writes = Writes()
+
+    def answer(self, request: Request) -> Outcome:
+        message = request.message
+        digest = message.digest()
+        known = self.state.batches.get(message.batch_id)
+        if known is not None:
+            return self._repeat(message.batch_id, digest, known)
+        revisions: dict[UUID, int] = {}
+        events: tuple[tuple[UUID, bytes], ...] = ()
+        if isinstance(message, FlowExecution):
+            record = self._register(message)
+        elif details := self._unknown(message):
+            error = Error(
+                code="not_found", message="an execution or task is unknown", details=details
+            )
+            record = error_record(self.organization_id, message.batch_id, error)
+        else:
+            record, changes = self._apply(message, request.actor)
+            revisions = self._advance(changes)
+            events = self._report(message.batch_id, request.actor, changes, revisions)
+        encoded = record.encode()
+        self.writes.batches.append(NewBatch(message.batch_id, digest, encoded, revisions))
+        self.state.batches[message.batch_id] = Applied(digest, encoded, events)
+        return Outcome(encoded, events)
+
+    def _repeat(self, batch_id: UUID, digest: bytes, known: Applied) -> Outcome:
+        """The same batch again gets the same answer; another one under its id is a conflict (section 3)."""
+        if digest == known.digest:
+            return Outcome(known.record, known.events)
+        error = Error(
+            code="conflict", message="this batch id was used for another request", details=[]
+        )
+        return Outcome(error_record(self.organization_id, batch_id, error).encode())
+
+    def _register(self, message: FlowExecution) -> ResultRecord:
+        """Register an execution, or let its task names grow; null is every name, so it stays null."""
+        names = None if message.task_names is None else frozenset(message.task_names)
+        execution = self.state.executions.get(message.flow_execution_id)
+        if execution is None:
+            self._save_execution(message.flow_execution_id, Execution(names, revision=0))
+            return self._done(message, flow_execution=Registration(status="registered"))
+        if execution.task_names is not None and (
+            names is None or not names <= execution.task_names
+        ):
+            execution.task_names = None if names is None else execution.task_names | names
+            self._save_execution(message.flow_execution_id, execution)
+        return self._done(message, flow_execution=Registration(status="already_exists"))
+
+    def _save_execution(self, flow_execution_id: UUID, execution: Execution) -> None:
+        self.state.executions[flow_execution_id] = execution
+        self.writes.registrations[flow_execution_id] = execution
+
+    def _unknown(self, batch: TagBatch) -> list[Detail]:
+        """Return every operation on an execution or task that this organization does not have (rule 5)."""
+        details = []
+        for index, operation in enumerate(batch.tags):
+            execution = self.state.executions.get(operation.flow_execution_id)
+            if execution is None:
+                details.append(_not_found(index, "flow_execution_id", "is unknown"))
+            elif not execution.allows(operation.task_name):
+                details.append(_not_found(index, "task_name", "is not registered"))
+        return details
+
+    def _apply(self, batch: TagBatch, actor: str) -> tuple[ResultRecord, Changes]:
+        statuses: list[OperationResult] = []
+        changes: Changes = {}
+        for operation in batch.tags:
+            step = self._add if operation.operation == "add" else self._remove
+            status, changed = step(operation, actor)
+            statuses.append(_STATUS[status])
+            if changed:
+                changes.setdefault(operation.flow_execution_id, []).extend(changed)
+        return self._done(batch, tags=statuses), changes
+
+    def _add(self, operation: TagOperation, actor: str) -> tuple[OperationStatus, list[Change]]:
+        digest = metadata_digest(operation.tag_metadata)
+        active = self.state.tags.setdefault(tag_key(operation), {})
+        if digest in active:
+            return "already_exists", []
+        tag = Tag(
+            id=self.new_id(),
+            flow_execution_id=operation.flow_execution_id,
+            task_name=operation.task_name,
+            tag_type=operation.tag_type,
+            tag=operation.tag,
+            tag_metadata=operation.tag_metadata,
+            organization_id=self.organization_id,
+            status="active",
+            created_at=self.now,
+            created_by=actor,
+            updated_at=None,
+            modified_by=None,
+        )
+        active[digest] = tag
+        self.writes.added[tag.id] = tag, digest
+        return "added", [Change(change="added", tag=tag)]
+
+    def _remove(self, operation: TagOperation, actor: str) -> tuple[OperationStatus, list[Change]]:
+        active = self.state.tags.get(tag_key(operation), {})
+        digest = metadata_digest(operation.tag_metadata)
+        digests = list(active) if operation.any_metadata else [digest] if digest in active else []
+        changes = []
+        for digest in digests:
+            tag = active.pop(digest).model_copy(
+                update={"status": "deleted", "updated_at": self.now, "modified_by": actor}
+            )
+            if tag.id in self.writes.added:
+                self.writes.added[tag.id] = tag, digest
+            else:
+                self.writes.removed[tag.id] = tag
+            changes.append(Change(change="removed", tag=tag))
+        return ("removed" if changes else "not_found"), changes
+
+    def _advance(self, changes: Changes) -> dict[UUID, int]:
+        """Count each execution that really changed one revision on."""
+        revisions = {}
+        for flow_execution_id in changes:
+            execution = self.state.executions[flow_execution_id]
+            execution.revision += 1
+            revisions[flow_execution_id] = execution.revision
+        self.writes.revisions.update(revisions)
+        return revisions
+
+    def _report(
+        self, batch_id: UUID, actor: str, changes: Changes, revisions: dict[UUID, int]
+    ) -> tuple[tuple[UUID, bytes], ...]:
+        events = []
+        for flow_execution_id, revision in revisions.items():
+            event = ChangeEvent(
+                organization_id=self.organization_id,
+                flow_execution_id=flow_execution_id,
+                revision=revision,
+                batch_id=batch_id,
+                changed_by=actor,
+                changed_at=self.now,
+                changes=changes[flow_execution_id],
+            ).encode()
+            self.writes.changes.append(NewChange(flow_execution_id, revision, batch_id, event))
+            events.append((flow_execution_id, event))
+        return tuple(events)
+
+    def _done(self, message: Message, **outcome: Any) -> ResultRecord:
+        return ResultRecord(
+            batch_id=message.batch_id,
+            organization_id=self.organization_id,
+            applied_at=self.now,
+            **outcome,
+        )
+
+
+_STATUS: dict[OperationStatus, OperationResult] = {
+    status: OperationResult(status=status)
+    for status in ("added", "already_exists", "removed", "not_found")
+}
+
+
+def _not_found(index: int, field: str, message: str) -> Detail:
+    return Detail(index=index, field=field, message=message)

@@ -1,0 +1,454 @@
+"""The read endpoint (design, section 4: Reading). It asks worker/store.py, and writes nothing.
+
+Every answer that it can give is in its OpenAPI document; the pages that show it load nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Final
+from uuid import UUID, uuid4
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel, ConfigDict, Field
+from redis import asyncio as async_redis
+from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from producers.messages import Detail, Id, ResultRecord, Tag, TaskName
+from worker.authorize import READ, Authorizer, Grant, KeysUnavailable, Unauthorized
+from worker.http import MAX_BODY_BYTES, error_body
+from worker.settings import Settings
+from worker.store import Reader, UnsafeRole
+
+logger = logging.getLogger(__name__)
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+class Problem(Exception):
+    """Ends a request with an error. `message` says nothing that the caller may not know."""
+
+    def __init__(
+        self, status: int, code: str, message: str, details: list[Detail] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.details = details or []
+
+
+class ErrorBody(BaseModel):
+    message: str
+    code: str
+    details: list[Detail]
+
+
+class ErrorAnswer(BaseModel):
+    """What every error looks like; `request_id` is also in the header X-Request-ID and in the log."""
+
+    error: ErrorBody
+    request_id: str
+
+
+UNAVAILABLE: Final = Problem(503, "unavailable", "the database does not answer; try again later")
+NOT_FOUND: Final = Problem(404, "not_found", "there is no such thing here")
+
+
+def _problem_response(request: Request, problem: Problem) -> Response:
+    headers = {"WWW-Authenticate": "Bearer"} if problem.status == 401 else {}
+    if problem.status == 503:
+        headers["Retry-After"] = "1"
+    details = [detail.model_dump() for detail in problem.details]
+    body = error_body(problem.code, problem.message, details, request.state.request_id)
+    return Response(body, problem.status, headers, "application/json")
+
+
+async def _on_problem(request: Request, problem: Exception) -> Response:
+    assert isinstance(problem, Problem)
+    return _problem_response(request, problem)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    details = [
+        Detail(
+            field=str(fault["loc"][-1])[:64],
+            message=_PARAMETER_WORDS.get(fault["type"], "is not valid"),
+        )
+        for fault in error.errors()
+    ]
+    problem = Problem(400, "bad_request", "a parameter is missing or wrong", details)
+    return _problem_response(request, problem)
+
+
+_PARAMETER_WORDS: Final = {
+    "missing": "is required",
+    "extra_forbidden": "is not a known parameter",
+    "uuid_parsing": "must be a UUID",
+    "string_too_short": "must not be empty",
+    "string_too_long": "is too long",
+    "string_pattern_mismatch": "must not contain U+0000",
+}
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        response = _problem_response(
+            request, Problem(405, "method_not_allowed", "this path has other methods")
+        )
+        response.headers.update(error.headers or {})
+        return response
+    return _problem_response(request, NOT_FOUND)
+
+
+async def _on_unavailable(request: Request, error: Exception) -> Response:
+    logger.warning("the database can't be used", extra={"error": type(error).__name__})
+    return _problem_response(request, UNAVAILABLE)
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    logger.error("a request failed", exc_info=error, extra=_request_fields(request))
+    problem = Problem(500, "internal_error", "the endpoint failed at this request")
+    return _problem_response(request, problem)
+
+
+def _request_fields(request: Request) -> dict[str, str]:
+    return {"request_id": request.state.request_id, "path": request.url.path[:200]}
+
+
+# --- What a request needs ------------------------------------------------------------------------
+
+
+async def _grant(request: Request) -> Grant:
+    """Return what the bearer token grants. Raises a `Problem`: 401, 403, or 503 if there are no keys."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Problem(401, "unauthorized", "a bearer token is required")
+    authorizer: Authorizer = request.app.state.authorizer
+    try:
+        if authorizer.may_block:
+            grant = await run_in_threadpool(authorizer.verify_now, token)
+        else:
+            grant = authorizer.verify_now(token)
+    except Unauthorized as error:
+        raise Problem(401, "unauthorized", str(error)) from None
+    except KeysUnavailable:
+        raise Problem(503, "unavailable", "the keys of tokens can't be fetched") from None
+    if not grant.allows(READ):
+        raise Problem(403, "forbidden", f"the token lacks the scope {READ}")
+    return grant
+
+
+def _reader(request: Request) -> Reader:
+    reader: Reader = request.app.state.reader
+    return reader
+
+
+def _refuse_doubled(request: Request) -> None:
+    counts = Counter(name for name, _ in request.query_params.multi_items())
+    doubled = [name for name, count in counts.items() if count > 1]
+    if doubled:
+        details = [Detail(field=name[:64], message="is given more than once") for name in doubled]
+        raise Problem(400, "bad_request", "a parameter is missing or wrong", details)
+
+
+class TagsQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    flow_execution_id: Id = Field(description="The flow execution whose tags are read.")
+    task_name: TaskName | None = Field(None, description="Only the tags of this task.")
+
+
+class NoQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def _known_revisions(header: str | None) -> list[int]:
+    """Return the revisions that If-None-Match names; what is not one of our tags matches nothing."""
+    tags = re.findall(r'(?:W/)?"([0-9]{1,18})"', (header or "")[:4096])
+    return [int(tag) for tag in tags[:100]]
+
+
+# --- Paths ---------------------------------------------------------------------------------------
+
+_EXECUTION: Final = "01970000-0000-7000-8000-00000000e001"
+_TAG: Final = {
+    "id": "01970000-0000-7000-8000-00000000a001",
+    "flow_execution_id": _EXECUTION,
+    "task_name": "extract_data",
+    "tag_type": "review_status",
+    "tag": "reviewed",
+    "tag_metadata": {"reviewer": "ada"},
+    "organization_id": "01970000-0000-7000-8000-0000000000a0",
+    "status": "active",
+    "created_at": "2026-01-01T12:00:00.000000Z",
+    "created_by": "ada",
+    "updated_at": None,
+    "modified_by": None,
+}
+_RECORD: Final = {
+    "batch_id": "01970000-0000-7000-8000-00000000b001",
+    "organization_id": "01970000-0000-7000-8000-0000000000a0",
+    "applied_at": "2026-01-01T12:00:00.000000Z",
+    "tags": [{"status": "added"}, {"status": "already_exists"}],
+}
+
+
+def _error(
+    code: str, message: str, details: list[dict[str, Any]] | None = None, *headers: str
+) -> dict[str, Any]:
+    example = {
+        "error": {"message": message, "code": code, "details": details or []},
+        "request_id": "3f7e1c1e-5a57-4f0c-9a0f-1b1f0c7f5a11",
+    }
+    return {
+        "model": ErrorAnswer,
+        "description": message,
+        "content": {"application/json": {"example": example}},
+        "headers": {name: {"schema": {"type": "string"}} for name in ("X-Request-ID", *headers)},
+    }
+
+
+_ETAG: Final = {
+    "ETag": {
+        "description": "The execution's revision, quoted.",
+        "schema": {"type": "string", "examples": ['"42"']},
+    },
+    "X-Request-ID": {"schema": {"type": "string"}},
+}
+_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    400: _error(
+        "bad_request",
+        "a parameter is missing or wrong",
+        [{"index": None, "field": "flow_execution_id", "message": "must be a UUID"}],
+    ),
+    401: _error("unauthorized", "the token has expired", None, "WWW-Authenticate"),
+    403: _error("forbidden", f"the token lacks the scope {READ}"),
+    404: _error("not_found", "there is no such thing here"),
+    408: _error("request_timeout", "request timeout"),
+    413: _error("body_too_large", f"a body has at most {MAX_BODY_BYTES} bytes"),
+    431: _error("headers_too_large", "request header fields too large"),
+    500: _error("internal_error", "the endpoint failed at this request"),
+    503: _error("unavailable", UNAVAILABLE.message, None, "Retry-After"),
+}
+
+router = APIRouter()
+
+
+@router.get(
+    "/task-tags",
+    summary="Read the active tags of a flow execution",
+    response_model=list[Tag],
+    responses={
+        200: {
+            "description": "The active tags by time of creation; none for an unknown task.",
+            "content": {"application/json": {"example": [_TAG]}},
+            "headers": _ETAG,
+        },
+        304: {"description": "The execution has the revision that was named.", "headers": _ETAG},
+        **_ERRORS,
+    },
+    openapi_extra={
+        "parameters": [
+            {
+                "name": "If-None-Match",
+                "in": "header",
+                "description": "The ETag of an earlier answer.",
+                "schema": {"type": "string", "examples": ['"42"']},
+            }
+        ]
+    },
+    dependencies=[Depends(_refuse_doubled)],
+)
+async def read_tags(
+    request: Request,
+    query: Annotated[TagsQuery, Query()],
+    grant: Annotated[Grant, Depends(_grant)],
+    reader: Annotated[Reader, Depends(_reader)],
+) -> Response:
+    known = _known_revisions(request.headers.get("if-none-match"))
+    found = await reader.tags(
+        grant.organization_id, query.flow_execution_id, query.task_name, known
+    )
+    if found is None:
+        raise NOT_FOUND
+    revision, tags = found
+    headers = {"ETag": f'"{revision}"', "Cache-Control": "private, no-cache"}
+    if tags is None:
+        return Response(status_code=304, headers=headers)
+    return Response(tags, headers=headers, media_type="application/json")
+
+
+@router.get(
+    "/task-tags/batches/{batch_id}",
+    summary="Read the stored result record of a batch",
+    response_model=ResultRecord,
+    responses={
+        200: {
+            "description": "The result record, as it was published.",
+            "content": {"application/json": {"example": _RECORD}},
+        },
+        **_ERRORS,
+        404: _error("not_found", "there is no such thing here"),
+    },
+    dependencies=[Depends(_refuse_doubled)],
+)
+async def read_batch(
+    batch_id: UUID,
+    grant: Annotated[Grant, Depends(_grant)],
+    reader: Annotated[Reader, Depends(_reader)],
+    query: Annotated[NoQuery, Query()],
+) -> Response:
+    """404 while the batch is not applied, and for one that was refused: nothing is stored of that."""
+    record = await reader.record(grant.organization_id, batch_id)
+    if record is None:
+        raise NOT_FOUND
+    return Response(record, media_type="application/json")
+
+
+class Health(BaseModel):
+    status: str
+
+
+_STATE: Final[dict[int | str, dict[str, Any]]] = {
+    number: _ERRORS[number] for number in (400, 408, 413, 431, 500)
+}
+
+
+@router.get(
+    "/healthz",
+    summary="Whether this process is alive",
+    responses={
+        200: {"content": {"application/json": {"example": {"status": "alive"}}}},
+        **_STATE,
+    },
+    dependencies=[Depends(_refuse_doubled)],
+)
+async def healthz(query: Annotated[NoQuery, Query()]) -> Health:
+    return Health(status="alive")
+
+
+@router.get(
+    "/readyz",
+    summary="Whether the database and Redis answer",
+    responses={
+        200: {"content": {"application/json": {"example": {"status": "ready"}}}},
+        **_STATE,
+        503: _error("unavailable", "Redis does not answer; try again later", None, "Retry-After"),
+    },
+    dependencies=[Depends(_refuse_doubled)],
+)
+async def readyz(
+    request: Request,
+    reader: Annotated[Reader, Depends(_reader)],
+    query: Annotated[NoQuery, Query()],
+) -> Health:
+    await reader.check()
+    try:
+        await request.app.state.redis.ping()
+    except (RedisError, OSError):
+        raise Problem(503, "unavailable", "Redis does not answer; try again later") from None
+    return Health(status="ready")
+
+
+# --- The application -----------------------------------------------------------------------------
+
+
+class _RequestContext:
+    """Gives each request an id, and refuses a body that is declared too large."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = str(uuid4())
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
+            problem = Problem(413, "body_too_large", f"a body has at most {MAX_BODY_BYTES} bytes")
+            await _problem_response(Request(scope), problem)(scope, receive, send_with_id)
+            return
+        await self._app(scope, receive, send_with_id)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the application. It connects when it starts, and starts also while its servers are away."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.reader = Reader(
+            settings.database_url.get_secret_value(), settings.endpoint_connections
+        )
+        app.state.redis = async_redis.Redis.from_url(
+            settings.redis_url.get_secret_value(), socket_timeout=2, socket_connect_timeout=2
+        )
+        try:
+            await app.state.reader.check()
+        except DBAPIError:
+            logger.warning("the database does not answer yet: requests get 503 until it does")
+        logger.info("ready")
+        yield
+        await app.state.redis.aclose()
+        await app.state.reader.close()
+
+    app = FastAPIOffline(
+        title="task tags",
+        version="1.0.0",
+        description="Reads the tags that are on the tasks of flow executions.",
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.authorizer = Authorizer(settings)
+    app.include_router(router)
+    app.add_middleware(_RequestContext)
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    for unavailable in (DBAPIError, PoolTimeout, UnsafeRole):
+        app.add_exception_handler(unavailable, _on_unavailable)
+    app.add_exception_handler(Exception, _on_fault)
+    document = app.openapi
+
+    def exact_document() -> dict[str, Any]:
+        """Return FastAPI's document with the bearer scheme, and without the 422 that is never sent."""
+        described = document()
+        for path, item in described["paths"].items():
+            for operation in item.values():
+                operation["responses"].pop("422", None)
+                if path.startswith("/task-tags"):
+                    operation["security"] = [{"bearer": []}]
+        scheme = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+        described.setdefault("components", {})["securitySchemes"] = {"bearer": scheme}
+        for unused in ("HTTPValidationError", "ValidationError"):
+            described["components"]["schemas"].pop(unused, None)
+        return described
+
+    app.openapi = exact_document  # type: ignore[method-assign]
+    return app

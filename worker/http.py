@@ -1,0 +1,101 @@
+"""Limits of an HTTP connection, below the application: large headers, slow clients, broken requests.
+
+uvicorn has no setting for them. Answers have the shape that all errors of the endpoint have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, Final
+from uuid import uuid4
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES: Final = 32 * 1024
+MAX_BODY_BYTES: Final = 1024 * 1024
+REQUEST_SECONDS: Final = 10.0
+
+
+def error_body(code: str, message: str, details: list[Any], request_id: str) -> bytes:
+    """Return the one shape of an error (design, section 4)."""
+    error = {"message": message, "code": code, "details": details}
+    return json.dumps({"error": error, "request_id": request_id}, ensure_ascii=False).encode()
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """Closes a connection whose request is not complete in 10 s, or whose head is over 32 KiB."""
+
+    _deadline: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _in_head = True
+    _refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_deadline()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, "Request Header Fields Too Large", "headers_too_large")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._deadline is None:
+            self._start_deadline()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        head = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if head > MAX_HEAD_BYTES:
+            self._refuse(431, "Request Header Fields Too Large", "headers_too_large")
+            return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._stop_deadline()
+        self._in_head, self._head_bytes = True, 0
+        if not self._refused:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "Bad Request", "bad_request")
+
+    def _start_deadline(self) -> None:
+        self._deadline = self.loop.call_later(REQUEST_SECONDS, self._too_slow)
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        if self._in_head and self._head_bytes and not self._refused:
+            self._refuse(408, "Request Timeout", "request_timeout")
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, reason: str, code: str) -> None:
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        body = error_body(code, reason.lower(), [], str(uuid4()))
+        head = (
+            f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()

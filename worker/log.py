@@ -1,0 +1,25 @@
+"""Logs as JSON, one line a record: what came from outside is a field, never part of the text."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from pythonjsonlogger.json import JsonFormatter
+
+
+def configure(level: str) -> None:
+    """Send this process's logs to standard error. `level`: a name of the standard library's."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        JsonFormatter(
+            "{asctime}{levelname}{name}{message}",
+            style="{",
+            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for chatty in ("celery.worker.strategy", "celery.app.trace", "celery.beat", "httpx", "kombu"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))

@@ -1,0 +1,78 @@
+"""The only reader of the environment on the worker's side: every setting, its unit and its default."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+DEFAULT_REDIS_URL = "redis://localhost:6379/0"
+
+
+class InvalidSettings(Exception):
+    """A TASK_TAGS_ variable is missing or wrong; the message names each one and quotes none."""
+
+
+class Settings(BaseSettings):
+    """Read from variables that begin with TASK_TAGS_, as in TASK_TAGS_DATABASE_URL."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TASK_TAGS_", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
+    )
+
+    database_url: SecretStr = SecretStr("postgresql://localhost/task_tags")
+    """PostgreSQL, with the role to connect as."""
+    redis_url: SecretStr = SecretStr(DEFAULT_REDIS_URL)
+    """Redis or Valkey: the inboxes, the Celery queue and the channels."""
+
+    jwt_algorithms: Annotated[tuple[str, ...], NoDecode] = ("HS256",)
+    """Signature algorithms that tokens may use, separated by commas; all of one family."""
+    jwt_secret: SecretStr | None = None
+    """The secret for HS256, HS384 or HS512: at least 32 bytes."""
+    jwt_public_key: str | None = None
+    """The public key in PEM for EdDSA, ES256, RS256 and the like."""
+    jwt_jwks_url: str | None = None
+    """Where the public keys are served as a JWK set."""
+    jwt_audience: str | None = None
+    """The `aud` that tokens must have; not checked if unset."""
+    jwt_issuer: str | None = None
+    """The `iss` that tokens must have; not checked if unset."""
+
+    group_size: int = Field(100, ge=1, le=1000)
+    """At most so many messages are applied in one transaction."""
+    drain_budget_seconds: float = Field(0.25, gt=0, le=60)
+    """After this time a drain goes to the end of the queue, so that other organizations have a turn."""
+    lease_seconds: float = Field(10, ge=1, le=600)
+    """How long a drain may be silent before another one may be sent for its inbox."""
+    retention_days: float = Field(30, gt=0)
+    """How long a batch's result is stored: within this time the same batch never takes effect twice."""
+    endpoint_connections: int = Field(8, ge=1, le=1000)
+    """Database connections of one endpoint process."""
+    log_level: str = "INFO"
+
+    @field_validator("jwt_algorithms", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(value.replace(" ", "").split(",")) if isinstance(value, str) else value
+
+    @property
+    def lease_ms(self) -> int:
+        return int(self.lease_seconds * 1000)
+
+    @property
+    def retention(self) -> timedelta:
+        return timedelta(days=self.retention_days)
+
+
+def load_settings() -> Settings:
+    """Read the environment. Raises `InvalidSettings`."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [
+            f"TASK_TAGS_{str(fault['loc'][0]).upper() if fault['loc'] else ''}: {fault['msg']}"
+            for fault in error.errors(include_url=False, include_input=False)
+        ]
+        raise InvalidSettings("; ".join(lines)) from None

@@ -1,0 +1,151 @@
+"""Runs a few child processes: starts them in order, waits until each is ready, restarts and stops them.
+
+Knows nothing of what they are. Children end with this process, also when it is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+START_SECONDS: Final = 60.0
+STOP_SECONDS: Final = 12.0
+_LASTING_SECONDS: Final = 5.0
+_MOST_QUICK_DEATHS: Final = 5
+_PR_SET_PDEATHSIG: Final = 1
+
+
+class Failed(Exception):
+    """Something could not be started; the message is one line for the person at the terminal."""
+
+
+class Stopped(Exception):
+    """A signal asked this process to end."""
+
+
+@dataclass
+class Child:
+    """A process: how to start it, how to see that it is ready, and which signal ends it."""
+
+    name: str
+    argv: list[str]
+    ready: Callable[[], bool]
+    stop_signal: signal.Signals = signal.SIGTERM
+    environment: dict[str, str] = field(default_factory=dict)
+    popen: dict[str, Any] = field(default_factory=dict)
+
+
+class Supervisor:
+    """Runs children until it is told to stop. Use it as a context manager, in the main thread."""
+
+    def __init__(self, logs: Path) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = logs
+        self._running: list[tuple[Child, subprocess.Popen[bytes]]] = []
+        self._quick_deaths: dict[str, int] = {}
+        self._started: dict[str, float] = {}
+
+    def __enter__(self) -> Supervisor:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _raise_stopped)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        while self._running:
+            self._stop(*self._running.pop())
+
+    def log(self, child: Child | str) -> Path:
+        return self._logs / f"{child if isinstance(child, str) else child.name}.log"
+
+    def start(self, *children: Child) -> float:
+        """Start children side by side and wait until all are ready. Returns the seconds that it took.
+
+        Raises `Failed` with the end of a child's log if it ends or is not ready within a minute.
+        """
+        begin = time.monotonic()
+        for child in children:
+            self.log(child).unlink(missing_ok=True)
+            self._running.append((child, self._spawn(child)))
+        waiting = list(children)
+        while waiting := [child for child in waiting if not child.ready()]:
+            self._fail_if_ended(waiting)
+            if time.monotonic() > begin + START_SECONDS:
+                raise Failed(f"{waiting[0].name} is not ready: {self._last_words(waiting[0])}")
+            time.sleep(0.02)
+        return time.monotonic() - begin
+
+    def watch(self, say: Callable[[str], None]) -> None:
+        """Restart what ends, until a signal raises `Stopped`. Raises `Failed` if it keeps ending."""
+        while True:
+            self.restart_ended(say)
+            time.sleep(0.2)
+
+    def restart_ended(self, say: Callable[[str], None]) -> None:
+        """Start again what has ended since."""
+        for place, (child, process) in enumerate(self._running):
+            if process.poll() is None:
+                continue
+            lasted = time.monotonic() - self._started[child.name] >= _LASTING_SECONDS
+            deaths = 0 if lasted else self._quick_deaths.get(child.name, 0) + 1
+            self._quick_deaths[child.name] = deaths
+            if deaths >= _MOST_QUICK_DEATHS:
+                raise Failed(f"{child.name} keeps ending: {self._last_words(child)}")
+            say(f"{child.name} ended with {process.returncode}: starting it again")
+            self._running[place] = child, self._spawn(child)
+
+    def _spawn(self, child: Child) -> subprocess.Popen[bytes]:
+        self._started[child.name] = time.monotonic()
+        with self.log(child).open("ab") as log:
+            return subprocess.Popen(
+                child.argv,
+                env={**os.environ, **child.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd="/",
+                start_new_session=True,  # Ctrl-C is ours to pass on
+                preexec_fn=_end_with_parent(child.stop_signal),
+                **child.popen,
+            )
+
+    def _stop(self, child: Child, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None:
+            process.send_signal(child.stop_signal)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _fail_if_ended(self, children: list[Child]) -> None:
+        for child, process in self._running:
+            if child in children and process.poll() is not None:
+                raise Failed(
+                    f"{child.name} ended with {process.returncode}: {self._last_words(child)}"
+                )
+
+    def _last_words(self, child: Child) -> str:
+        lines = self.log(child).read_text(errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'it said nothing'} (see {self.log(child)})"
+
+
+def _raise_stopped(number: int, _: object) -> None:
+    raise Stopped(signal.Signals(number).name)
+
+
+def _end_with_parent(number: signal.Signals) -> Callable[[], None] | None:
+    """Return what, run in the child, makes Linux send it a signal when this process dies."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, number)

@@ -1,0 +1,93 @@
+"""What Celery sees: drain, wake, purge. Each only fetches its tools and calls the room that does the work."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from uuid import UUID, uuid4
+
+from celery.worker import state
+from redis import Redis
+
+from producers.connect import open_redis
+from producers.inbox import DRAIN_TASK, Inbox, claim, known_inboxes
+from producers.messages import Uuid7
+from worker.apply import Drain
+from worker.authorize import Authorizer
+from worker.celery import app, settings
+from worker.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tools:
+    """What the tasks of one process share; made at the first task, so never before a fork."""
+
+    redis: Redis
+    store: Store
+    authorizer: Authorizer
+    new_id: Uuid7
+
+
+@cache
+def _tools() -> _Tools:
+    redis = open_redis(settings.redis_url.get_secret_value())
+    store = Store(settings.database_url.get_secret_value())
+    return _Tools(redis, store, Authorizer(settings), Uuid7())
+
+
+@app.task(name=DRAIN_TASK)
+def drain(organization_id: str, lease_id: str) -> None:
+    """Apply what waits in an organization's inbox. A message with wrong arguments is dropped aloud."""
+    try:
+        organization, lease = UUID(organization_id), str(UUID(lease_id))
+    except (ValueError, AttributeError, TypeError):
+        logger.warning("a drain message has wrong arguments")
+        return
+    tools = _tools()
+    Drain(
+        inbox=Inbox(tools.redis, organization, lease_ms=settings.lease_ms),
+        organization_id=organization,
+        lease_id=lease,
+        store=tools.store,
+        authorizer=tools.authorizer,
+        hand_over=lambda: _send_drain(organization, lease),
+        group_size=settings.group_size,
+        budget_seconds=settings.drain_budget_seconds,
+        stopping=_stopping,
+        new_id=tools.new_id,
+    ).run()
+
+
+@app.task(name="task_tags.wake")
+def wake() -> None:
+    """Send a drain for every inbox where messages wait and nobody is on the way."""
+    redis = _tools().redis
+    organization_ids = list(known_inboxes(redis))
+    claims = claim(redis, organization_ids, lambda: str(uuid4()), settings.lease_ms)
+    for organization_id, lease_id in claims:
+        _send_drain(organization_id, lease_id)
+    if claims:
+        logger.info("woke inboxes that were waiting", extra={"inboxes": len(claims)})
+
+
+@app.task(name="task_tags.purge")
+def purge() -> None:
+    """Forget results older than the retention. Organizations are those that have an inbox."""
+    tools = _tools()
+    purged = sum(
+        tools.store.purge(organization_id, settings.retention)
+        for organization_id in known_inboxes(tools.redis)
+    )
+    logger.info("purged stored results", extra={"batches": purged})
+
+
+def _send_drain(organization_id: UUID, lease_id: str) -> None:
+    drain.apply_async(args=(str(organization_id), lease_id))
+
+
+def _stopping() -> bool:
+    """Whether this process was told to end: the state that Celery's own consumer looks at."""
+    return any(value not in (None, False) for value in (state.should_stop, state.should_terminate))
