@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test check format lock clean
+.PHONY: help run demo test measure check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,9 @@ demo: .venv/ready  ## The same, but end with exit code 0 if all is as expected
 test: .venv/ready  ## Run all tests, then `make check`
 	$(BIN)/python -m pytest
 	@$(MAKE) --no-print-directory check
+
+measure: .venv/ready  ## Measure latency, throughput and memory of the whole path on this machine
+	$(BIN)/python -m tests.measure
 
 check: .venv/ready  ## Linter, formatter, type checker, import rules
 	$(BIN)/ruff check .

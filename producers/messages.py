@@ -27,7 +27,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_json
 
 SCHEMA_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
@@ -193,7 +193,7 @@ def canonical_json(value: Any) -> str:
 
 def _metadata(value: Any) -> Any:
     normal = _normal_json(value)
-    if normal is not None and len(canonical_json(normal).encode()) > MAX_METADATA_BYTES:
+    if normal is not None and len(to_json(normal)) > MAX_METADATA_BYTES:
         raise _metadata_fault(f"must not be larger than {MAX_METADATA_BYTES} bytes of JSON")
     return normal
 

@@ -138,7 +138,7 @@ class Drain:
 
     def _transact(self, requests: Sequence[Request]) -> list[Outcome]:
         with self.store.transaction(self.organization_id) as transaction:
-            now = transaction.now()
+            now = transaction.now
             microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
             decision = decide(
                 self.organization_id,
@@ -147,7 +147,7 @@ class Drain:
                 now=now,
                 new_id=lambda: self.new_id(microseconds),
             )
-            transaction.save(decision.writes, now)
+            transaction.save(decision.writes)
         return decision.outcomes
 
     def _fail(self, message: Received, error: Exception) -> None:
@@ -161,7 +161,7 @@ class Drain:
         with self.store.transaction(self.organization_id) as transaction:
             known = transaction.batches([batch_id]).get(batch_id)
             if known is None:
-                transaction.save(writes, transaction.now())
+                transaction.save(writes)
             else:
                 outcome = Outcome(known.record, known.events)
         message.outcome = outcome

@@ -13,23 +13,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from uuid import UUID
 
 import typer
-import uvicorn
 from pydantic import SecretStr
 from sqlalchemy.exc import DBAPIError
 
 from worker import log
 from worker.authorize import SCOPES, mint
-from worker.demo import Demo
-from worker.endpoint import create_app
-from worker.http import LimitedProtocol
-from worker.migrate import ROLES, migrate
 from worker.settings import InvalidSettings, Settings, load_settings
-from worker.stack import Stack, running
 from worker.supervisor import Failed, Stopped
+
+if TYPE_CHECKING:  # a command loads what it needs: the endpoint's process has no use for Celery
+    from worker.stack import Stack
 
 app = typer.Typer(
     help="Run and look after task tags.",
@@ -70,6 +67,8 @@ def say(line: str) -> None:
 @contextmanager
 def _stack(data_dir: Path, port: int, workers: int) -> Iterator[Stack]:
     """Run the stack; a signal that ends it is no error (130 tells that of Ctrl-C)."""
+    from worker.stack import running
+
     settings = load_settings()
     try:
         with running(
@@ -111,15 +110,18 @@ def demo(
     stay: Annotated[bool, typer.Option("--stay", help="Go on until Ctrl-C.")] = False,
 ) -> None:
     """Start the stack, send a sample flow through the queue, and show what becomes of it."""
+    from worker.demo import Demo
+
     sample = Demo.load(file)
     print(f"task tags: starting on {data_dir}", flush=True)
     with _stack(data_dir, port, workers) as stack:
         report = sample.run(stack.redis_url, stack.endpoint_url, stack.organization_id, stack.token)
+        for difference in report.differences:
+            print(f"different: {difference}")
         if stay:
+            print(report.summary)
             _tell(stack)
             stack.supervisor.watch(say)
-    for difference in report.differences:
-        print(f"different: {difference}")
     print(report.summary, flush=True)
     sys.exit(1 if report.differences else 0)
 
@@ -135,6 +137,8 @@ def migrate_command(
     ] = None,
 ) -> None:
     """Bring TASK_TAGS_DATABASE_URL, as the tables' owner, to the current tables and roles."""
+    from worker.migrate import ROLES, migrate
+
     passwords = dict(zip(ROLES, (worker_password, endpoint_password), strict=True))
     migrate(
         load_settings().database_url.get_secret_value(),
@@ -173,6 +177,11 @@ def endpoint(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
 ) -> None:
     """Serve the read endpoint."""
+    import uvicorn
+
+    from worker.endpoint import create_app
+    from worker.http import LimitedProtocol
+
     settings = load_settings()
     log.configure(settings.log_level)
     uvicorn.run(

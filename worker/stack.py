@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+from pydantic import SecretStr
 from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 
@@ -82,10 +83,8 @@ def running(
         except DBAPIError as error:
             raise Failed(f"the database can't be migrated: {error.orig}") from None
         say("migrations  done")
-        secrets = {
-            "TASK_TAGS_JWT_SECRET": secret(directory, "jwt"),
-            "TASK_TAGS_REDIS_URL": redis_url,
-        }
+        tokens = Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
+        secrets = {**_only_secret(tokens), "TASK_TAGS_REDIS_URL": redis_url}
         urls = {role: _as_role(owner_url, role, passwords[role]) for role in ROLES}
         as_worker = {**secrets, "TASK_TAGS_DATABASE_URL": urls[ROLES[0]]}
         as_endpoint = {**secrets, "TASK_TAGS_DATABASE_URL": urls[ROLES[1]]}
@@ -99,7 +98,7 @@ def running(
         for child in children:
             say(f"{child.name:<11} ready in {seconds:.1f} s")
         token = mint(
-            Settings.model_validate({"jwt_secret": secret(directory, "jwt")}),
+            tokens,
             organization_id=DEVELOPMENT_ORGANIZATION,
             actor="developer",
             scopes=SCOPES,
@@ -164,6 +163,16 @@ def _endpoint(url: str, port: int, environment: dict[str, str]) -> Child:
         ready=lambda: _answers(f"{url}/readyz"),
         environment=environment,
     )
+
+
+def _only_secret(tokens: Settings) -> dict[str, str]:
+    """Return what makes a child take the stack's own tokens, whatever this process's environment says."""
+    assert tokens.jwt_secret is not None
+    names = ("ALGORITHMS", "PUBLIC_KEY", "JWKS_URL", "AUDIENCE", "ISSUER")
+    return {
+        **{f"TASK_TAGS_JWT_{name}": "" for name in names},
+        "TASK_TAGS_JWT_SECRET": tokens.jwt_secret.get_secret_value(),
+    }
 
 
 def _command(words: list[str]) -> list[str]:

@@ -30,9 +30,11 @@ _SCOPE: Final = text("select set_config('app.organization_id', :organization_id,
 
 # The lock makes one drain at a time out of several. It is taken in a statement of its own, so that the
 # next one sees what the drain before committed; the time is read after it, so that it never runs back.
-_LOCK: Final = text("select pg_advisory_xact_lock(hashtextextended(:organization_id, 0))")
-
-_NOW: Final = text("select clock_timestamp()")
+_BEGIN: Final = text("""
+    select clock_timestamp()
+      from (select set_config('app.organization_id', :organization_id, true),
+                   pg_advisory_xact_lock(hashtextextended(:organization_id, 0)) offset 0) as locked
+""")
 
 _LOAD_BATCHES: Final = text("""
     select b.batch_id, b.digest, b.result_record::text as record,
@@ -219,9 +221,8 @@ class Store:
         """Run one transaction in which the organization's tags are this process's alone to change."""
         scope = {"organization_id": str(organization_id)}
         with self._engine.begin() as connection:
-            connection.execute(_SCOPE, scope)
-            connection.execute(_LOCK, scope)
-            yield Transaction(connection, organization_id)
+            now = connection.execute(_BEGIN, scope).scalar_one()
+            yield Transaction(connection, organization_id, now)
 
     def purge(self, organization_id: UUID, age: timedelta) -> int:
         """Forget stored results that are older than `age`; return how many. Deletes 10,000 at a time."""
@@ -263,11 +264,8 @@ class Transaction:
 
     connection: Connection
     organization_id: UUID
-
-    def now(self) -> datetime:
-        """Return the database's time: one clock for all workers, read while the lock is held."""
-        now: datetime = self.connection.execute(_NOW).scalar_one()
-        return now
+    now: datetime
+    """The database's time: one clock for all workers, read while the lock is held."""
 
     def load(self, requests: Sequence[Request]) -> State:
         """Return the state of all that the requests name."""
@@ -285,14 +283,14 @@ class Transaction:
             tags=self._load_tags(keys) if keys else {},
         )
 
-    def save(self, writes: Writes, now: datetime) -> None:
+    def save(self, writes: Writes) -> None:
         """Store what was decided. Every statement that has nothing to do is left out."""
-        self._save(_SAVE_REGISTRATIONS, _registration_columns(writes), now)
+        self._save(_SAVE_REGISTRATIONS, _registration_columns(writes))
         self._save(_SAVE_REVISIONS, _revision_columns(writes))
-        self._save(_SAVE_REMOVED, _removed_columns(writes), now)
-        self._save(_SAVE_ADDED, _added_columns(writes), now)
+        self._save(_SAVE_REMOVED, _removed_columns(writes))
+        self._save(_SAVE_ADDED, _added_columns(writes))
         self._save(_SAVE_CHANGES, _change_columns(writes))
-        self._save(_SAVE_BATCHES, _batch_columns(writes), now)
+        self._save(_SAVE_BATCHES, _batch_columns(writes))
 
     def batches(self, batch_ids: Sequence[UUID]) -> dict[UUID, Applied]:
         """Return what is stored of these batches, with the change events that they made."""
@@ -330,15 +328,14 @@ class Transaction:
             tags.setdefault(key, {})[digest] = tag
         return tags
 
-    def _save(
-        self, statement: TextClause, columns: dict[str, Any], now: datetime | None = None
-    ) -> None:
+    def _save(self, statement: TextClause, columns: dict[str, Any]) -> None:
         if next(iter(columns.values())):
-            self._execute(statement, **columns, **({"now": now} if now else {}))
+            self._execute(statement, **columns)
 
     def _execute(self, statement: TextClause, **parameters: Any) -> Any:
         return self.connection.execute(
-            statement, {"organization_id": str(self.organization_id), **parameters}
+            statement,
+            {"organization_id": str(self.organization_id), "now": self.now, **parameters},
         )
 
 

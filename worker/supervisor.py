@@ -49,7 +49,7 @@ class Supervisor:
     def __init__(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
-        self._running: list[tuple[Child, subprocess.Popen[bytes]]] = []
+        self.running: list[tuple[Child, subprocess.Popen[bytes]]] = []
         self._quick_deaths: dict[str, int] = {}
         self._started: dict[str, float] = {}
 
@@ -61,8 +61,8 @@ class Supervisor:
     def __exit__(self, *_: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        while self._running:
-            self._stop(*self._running.pop())
+        while self.running:
+            self._stop(*self.running.pop())
 
     def log(self, child: Child | str) -> Path:
         return self._logs / f"{child if isinstance(child, str) else child.name}.log"
@@ -75,7 +75,7 @@ class Supervisor:
         begin = time.monotonic()
         for child in children:
             self.log(child).unlink(missing_ok=True)
-            self._running.append((child, self._spawn(child)))
+            self.running.append((child, self._spawn(child)))
         waiting = list(children)
         while waiting := [child for child in waiting if not child.ready()]:
             self._fail_if_ended(waiting)
@@ -92,7 +92,7 @@ class Supervisor:
 
     def restart_ended(self, say: Callable[[str], None]) -> None:
         """Start again what has ended since."""
-        for place, (child, process) in enumerate(self._running):
+        for place, (child, process) in enumerate(self.running):
             if process.poll() is None:
                 continue
             lasted = time.monotonic() - self._started[child.name] >= _LASTING_SECONDS
@@ -101,7 +101,7 @@ class Supervisor:
             if deaths >= _MOST_QUICK_DEATHS:
                 raise Failed(f"{child.name} keeps ending: {self._last_words(child)}")
             say(f"{child.name} ended with {process.returncode}: starting it again")
-            self._running[place] = child, self._spawn(child)
+            self.running[place] = child, self._spawn(child)
 
     def _spawn(self, child: Child) -> subprocess.Popen[bytes]:
         self._started[child.name] = time.monotonic()
@@ -128,7 +128,7 @@ class Supervisor:
             process.wait()
 
     def _fail_if_ended(self, children: list[Child]) -> None:
-        for child, process in self._running:
+        for child, process in self.running:
             if child in children and process.poll() is not None:
                 raise Failed(
                     f"{child.name} ended with {process.returncode}: {self._last_words(child)}"

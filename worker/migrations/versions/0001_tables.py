@@ -94,6 +94,9 @@ def _create_role(role: str) -> None:
         "lock_timeout": "1s",
         "idle_in_transaction_session_timeout": "30s",
         "timezone": "UTC",
+        # The statements are few, go by key and run all the time: planning each anew costs more than it finds.
+        "plan_cache_mode": "force_generic_plan",
+        "jit": "off",
     }
     for name, value in settings.items():
         op.execute(f"alter role {role} set {name} = '{value}'")
