@@ -103,7 +103,8 @@ class Subscriber:
     def close(self) -> None:
         """End all iterations, each within half a second."""
         self._stop.set()
-        self._redis.close()
+        # What another thread still listens on is closed there: see `listen`.
+        self._redis.connection_pool.disconnect(inuse_connections=False)
 
     def __enter__(self) -> Subscriber:
         return self

@@ -8,7 +8,8 @@ import sys
 import time
 from typing import Any
 
-from celery import signals
+from celery import Task, signals
+from celery.worker.request import Request
 from sqlalchemy.exc import DBAPIError
 
 from producers.connect import open_celery
@@ -23,7 +24,30 @@ try:
 except InvalidSettings as error:
     sys.exit(str(error))
 
-app = open_celery("worker", settings.redis_url.get_secret_value(), include=["worker.tasks"])
+
+class DisposableRequest(Request):
+    """A request of a queue that is consumed without acknowledgement.
+
+    kombu's Redis transport would send one all the same, and the worker would end if the connection broke at
+    that moment.
+    """
+
+    def acknowledge(self) -> None:
+        self.acknowledged = True
+
+
+class DisposableTask(Task):
+    """A task whose message is gone once it is received: the inbox is the truth."""
+
+    Request = DisposableRequest
+
+
+app = open_celery(
+    "worker",
+    settings.redis_url.get_secret_value(),
+    include=["worker.tasks"],
+    task_cls=DisposableTask,
+)
 
 
 @signals.setup_logging.connect

@@ -21,6 +21,7 @@ STOP_SECONDS: Final = 12.0
 _LASTING_SECONDS: Final = 5.0
 _MOST_QUICK_DEATHS: Final = 5
 _PR_SET_PDEATHSIG: Final = 1
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Failed(Exception):
@@ -54,15 +55,16 @@ class Supervisor:
         self._started: dict[str, float] = {}
 
     def __enter__(self) -> Supervisor:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _raise_stopped)
+        self._handlers = {number: signal.signal(number, _raise_stopped) for number in _SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         while self.running:
             self._stop(*self.running.pop())
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def log(self, child: Child | str) -> Path:
         return self._logs / f"{child if isinstance(child, str) else child.name}.log"

@@ -1,0 +1,144 @@
+"""Real servers for all tests: one stack of embedded PostgreSQL, Valkey, worker, beat and endpoint.
+
+Tests are kept apart by organization, as users are: each makes its own. A test that must not be helped by the
+running worker uses Valkey's database 1, which the worker does not look at.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+from uuid import UUID, uuid4
+
+import httpx
+import psycopg
+import pytest
+from pydantic import SecretStr
+from redis import Redis
+
+from producers.client import TagProducer
+from producers.connect import open_redis
+from worker.authorize import SCOPES, Authorizer, mint
+from worker.embedded import Postgres, find_home, secret
+from worker.settings import Settings
+from worker.stack import DATABASE, Stack, running
+from worker.store import Store
+
+T = TypeVar("T")
+
+for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:
+    del os.environ[name]
+
+
+def eventually(look: Callable[[], T], seconds: float = 20.0) -> T:
+    """Return the first true value that `look` gives; fail if there is none in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if seen := look():
+            return seen
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not seen in {seconds} s")
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The running stack, and the ways into it that its users don't have."""
+
+    stack: Stack
+    settings: Settings
+    owner_url: str
+    worker_url: str
+    endpoint_url: str
+
+    def token(self, organization_id: UUID, *scopes: str, sub: str = "ada") -> str:
+        return mint(
+            self.settings,
+            organization_id=organization_id,
+            actor=sub,
+            scopes=scopes or SCOPES,
+            lifetime=timedelta(hours=1),
+        )
+
+    def owner(self) -> psycopg.Connection:
+        return psycopg.connect(self.owner_url, autocommit=True)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    directory = tmp_path_factory.mktemp("a stack")  # with a space, as a user's path may have one
+    with running(directory, port=0, workers=1, say=lambda _: None) as stack:
+        postgres = Postgres(find_home(directory), secret(directory, "postgres"))
+        urls = [
+            postgres.url(role, secret(directory, role), DATABASE)
+            for role in ("task_tags_worker", "task_tags_endpoint")
+        ]
+        settings = Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
+        yield Servers(stack, settings, postgres.url(database=DATABASE), *urls)
+
+
+@pytest.fixture
+def organization() -> UUID:
+    return uuid4()
+
+
+@pytest.fixture
+def token(servers: Servers, organization: UUID) -> str:
+    return servers.token(organization)
+
+
+@pytest.fixture
+def producer(servers: Servers, organization: UUID, token: str) -> Iterator[TagProducer]:
+    with TagProducer(
+        redis_url=servers.stack.redis_url, organization_id=organization, token=token
+    ) as producer:
+        yield producer
+
+
+@pytest.fixture
+def redis(servers: Servers) -> Iterator[Redis]:
+    """The Redis of the running worker."""
+    with open_redis(servers.stack.redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def quiet_redis(servers: Servers) -> Iterator[Redis]:
+    """A Redis database that no worker looks at."""
+    with open_redis(servers.stack.redis_url.replace("?db=0", "?db=1")) as client:
+        client.flushdb()
+        yield client
+
+
+@pytest.fixture
+def store(servers: Servers) -> Iterator[Store]:
+    store = Store(servers.worker_url)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def authorizer(servers: Servers) -> Authorizer:
+    return Authorizer(servers.settings)
+
+
+@pytest.fixture
+def http(servers: Servers, token: str) -> Iterator[httpx.Client]:
+    """A client of the endpoint with a token of the test's organization."""
+    with httpx.Client(
+        base_url=servers.stack.endpoint_url, headers={"Authorization": f"Bearer {token}"}
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Path:
+    """A directory with a space in its name."""
+    path = tmp_path / "with a space"
+    path.mkdir()
+    return path

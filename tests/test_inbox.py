@@ -1,0 +1,268 @@
+"""The inbox protocol on a real server: no message lost or reordered, no wake-up lost (design, section 3)."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from producers.inbox import Entry, Inbox, LeaseLost, Rejection, chunks, claim, known_inboxes
+from producers.messages import inbox_key, lease_key, rejected_key
+from tests.conftest import eventually
+
+TOKEN = "a token"
+
+
+@pytest.fixture
+def inbox(quiet_redis: Any, organization: UUID) -> Inbox:
+    return Inbox(quiet_redis, organization)
+
+
+def append(inbox: Inbox, *messages: bytes, lease_id: str = "lease") -> bool:
+    return inbox.append(messages, TOKEN, lease_id).lease_taken
+
+
+def messages(entries: list[Entry]) -> list[bytes | None]:
+    return [entry.message for entry in entries]
+
+
+def test_the_first_to_append_is_the_one_who_sends_a_drain(inbox: Inbox) -> None:
+    """One drain for each busy inbox: whoever comes while one is on the way need not send another."""
+    assert append(inbox, b"1", lease_id="first")
+    assert not append(inbox, b"2", lease_id="second")
+    assert inbox.take("first")
+    assert not append(inbox, b"3", lease_id="third")
+    entries = inbox.read("first", most=10)
+    assert messages(entries) == [b"1", b"2", b"3"]
+    assert {entry.token for entry in entries} == {TOKEN.encode()}
+
+
+def test_what_is_read_stays_until_it_is_removed(inbox: Inbox) -> None:
+    """A drain that dies after reading has lost nothing."""
+    append(inbox, b"1", b"2", b"3")
+    inbox.take("lease")
+    first = inbox.read("lease", most=2)
+    assert messages(first) == [b"1", b"2"]
+    assert messages(inbox.read("lease", most=2)) == [b"1", b"2"]
+    inbox.remove(first, [])
+    assert messages(inbox.read("lease", most=2)) == [b"3"]
+
+
+def test_an_append_just_after_the_inbox_was_found_empty_is_not_missed(inbox: Inbox) -> None:
+    """The race that loses wake-ups elsewhere: append finds the lease taken, so release must find the message."""
+    append(inbox, b"1")
+    inbox.take("lease")
+    inbox.remove(inbox.read("lease", most=10), [])
+    assert inbox.read("lease", most=10) == []
+    assert not append(inbox, b"2", lease_id="other")  # between the empty read and the release
+    assert not inbox.release("lease")  # so the drain goes on
+    inbox.remove(inbox.read("lease", most=10), [])
+    assert inbox.release("lease")
+    assert append(inbox, b"3", lease_id="next")  # and after it, the next append sends a drain
+
+
+def test_two_producers_and_a_drain_never_leave_a_message_with_nobody_on_the_way(
+    quiet_redis: Any, organization: UUID
+) -> None:
+    """At every moment: messages wait, or nobody has the lease, or a drain is on the way; none is forgotten."""
+    inbox = Inbox(quiet_redis, organization)
+    to_drain: list[str] = []
+    seen: list[bytes] = []
+    done = threading.Event()
+
+    def produce(name: int) -> None:
+        for number in range(300):
+            lease_id = f"{name}-{number}"
+            if inbox.append([b"%d-%d" % (name, number)], TOKEN, lease_id).lease_taken:
+                to_drain.append(lease_id)
+
+    def drain() -> None:
+        while not done.is_set() or to_drain:
+            if not to_drain:
+                continue
+            lease_id = to_drain.pop(0)
+            assert inbox.take(lease_id)
+            while True:
+                entries = inbox.read(lease_id, most=7)
+                if entries:
+                    seen.extend(entry.message or b"" for entry in entries)
+                    inbox.remove(entries, [])
+                elif inbox.release(lease_id):
+                    break
+
+    producers = [threading.Thread(target=produce, args=(name,)) for name in range(2)]
+    drainer = threading.Thread(target=drain)
+    for thread in (*producers, drainer):
+        thread.start()
+    for thread in producers:
+        thread.join()
+    done.set()
+    drainer.join(30)
+    assert not drainer.is_alive()
+    assert quiet_redis.xlen(inbox_key(organization)) == 0
+    assert quiet_redis.get(lease_key(organization)) is None
+    for name in range(2):
+        mine = [each for each in seen if each.startswith(b"%d-" % name)]
+        assert mine == [b"%d-%d" % (name, number) for number in range(300)]
+
+
+def test_a_second_drain_ends_at_once_while_one_runs(inbox: Inbox) -> None:
+    """A drain message that is delivered twice, or comes late, changes nothing."""
+    append(inbox, b"1", lease_id="mine")
+    assert inbox.take("mine")
+    assert not inbox.take("mine")
+    assert not inbox.take("an old one")
+    assert messages(inbox.read("mine", most=1)) == [b"1"]
+
+
+def test_a_lease_that_was_superseded_in_the_queue_does_not_stop_the_drain(inbox: Inbox) -> None:
+    """However long the queue, the first drain message to arrive drains: else none ever would."""
+    append(inbox, b"1", lease_id="superseded in the queue")
+    assert inbox.take("an earlier one")
+    assert messages(inbox.read("an earlier one", most=1)) == [b"1"]
+    assert not inbox.take("superseded in the queue")
+
+
+def test_a_lease_that_runs_out_is_free_and_its_old_holder_must_stop(
+    quiet_redis: Any, organization: UUID
+) -> None:
+    """After a dead or stopped worker another drain is sent, and the stopped one ends when it wakes up."""
+    short = Inbox(quiet_redis, organization, lease_ms=30)
+    append(short, b"1", lease_id="stopped")
+    assert short.take("stopped")
+    entries = short.read("stopped", most=1)
+    eventually(lambda: quiet_redis.get(lease_key(organization)) is None)
+    inbox = Inbox(quiet_redis, organization)
+    assert claim(quiet_redis, [organization], lambda: "woken", 10_000) == [(organization, "woken")]
+    assert inbox.take("woken")
+    with pytest.raises(LeaseLost):
+        short.read("stopped", most=1)
+    assert not short.hand_over("stopped")
+    assert short.release("stopped")  # over, and the other's lease is untouched
+    assert inbox.read("woken", most=1) == entries
+
+
+def test_a_drain_whose_lease_ran_out_unnoticed_goes_on(
+    quiet_redis: Any, organization: UUID
+) -> None:
+    """A slow drain, or a Redis that lost its last second: if nobody took the lease, it is still the one."""
+    inbox = Inbox(quiet_redis, organization)
+    append(inbox, b"1")
+    inbox.take("lease")
+    quiet_redis.delete(lease_key(organization))
+    assert messages(inbox.read("lease", most=1)) == [b"1"]
+    assert not append(inbox, b"2", lease_id="other")
+
+
+def test_handing_over_keeps_the_lease_in_the_queue(inbox: Inbox, quiet_redis: Any) -> None:
+    """Between two turns nobody else sends a drain, and the next turn may begin."""
+    append(inbox, b"1")
+    inbox.take("lease")
+    assert inbox.hand_over("lease")
+    assert not append(inbox, b"2", lease_id="other")
+    assert inbox.take("lease")
+
+
+def test_only_inboxes_that_wait_with_nobody_on_the_way_are_claimed(quiet_redis: Any) -> None:
+    """wake sends a drain where one is missing, and nowhere else; it finds the inboxes by their keys."""
+    waiting, queued, empty = uuid4(), uuid4(), uuid4()
+    for organization in (waiting, queued, empty):
+        append(Inbox(quiet_redis, organization), b"1")
+    quiet_redis.delete(lease_key(waiting))
+    idle = Inbox(quiet_redis, empty)
+    idle.take("lease")
+    idle.remove(idle.read("lease", most=1), [])
+    idle.release("lease")
+    quiet_redis.set(inbox_key(uuid4()), "somebody else's key of another type")
+    quiet_redis.xadd("task-tags:{not a uuid}:inbox", {"message": "x"})
+    assert set(known_inboxes(quiet_redis)) == {waiting, queued, empty}
+    claims = claim(quiet_redis, known_inboxes(quiet_redis), lambda: str(uuid4()), 10_000)
+    assert [organization for organization, _ in claims] == [waiting]
+
+
+def test_the_bound_holds_and_what_is_accepted_is_the_beginning(
+    quiet_redis: Any, organization: UUID
+) -> None:
+    """Over the bound nothing is stored; of several messages the first ones are, in one piece."""
+    inbox = Inbox(quiet_redis, organization, limit=5)
+    assert inbox.append([b"1", b"2", b"3"], TOKEN, "lease").count == 3
+    assert inbox.append([b"4", b"5", b"6"], TOKEN, "lease").count == 2
+    refused = inbox.append([b"7"], TOKEN, "lease")
+    assert (refused.count, refused.lease_taken) == (0, False)
+    inbox.take("lease")
+    assert messages(inbox.read("lease", most=10)) == [b"1", b"2", b"3", b"4", b"5"]
+
+
+def test_the_bound_holds_with_fifty_producers(quiet_redis: Any, organization: UUID) -> None:
+    """The check and the append are one step."""
+    inbox = Inbox(quiet_redis, organization, limit=500)
+    accepted: list[int] = []
+
+    def produce() -> None:
+        for _ in range(20):
+            accepted.append(inbox.append([b"x"], TOKEN, "lease").count)
+
+    threads = [threading.Thread(target=produce) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(accepted) == 500 == quiet_redis.xlen(inbox_key(organization))
+
+
+def test_a_read_is_bounded_in_bytes_but_never_empty(inbox: Inbox) -> None:
+    """A hundred messages of a mebibyte don't come at once; one that is larger than the bound still comes."""
+    append(inbox, b"x" * 600, b"y" * 600, b"z" * 600)
+    inbox.take("lease")
+    assert len(inbox.read("lease", most=100, most_bytes=1300)) == 2
+    assert len(inbox.read("lease", most=100, most_bytes=10)) == 1
+
+
+def test_removing_publishes_in_the_same_step(
+    inbox: Inbox, quiet_redis: Any, organization: UUID
+) -> None:
+    """A result is published if and only if its message is gone; a rejected message is kept, without token."""
+    append(inbox, b"1", b"2")
+    inbox.take("lease")
+    entries = inbox.read("lease", most=2)
+    with quiet_redis.pubsub() as pubsub:
+        pubsub.subscribe("channel")
+        eventually(lambda: pubsub.get_message(timeout=1))
+        inbox.remove(entries, [("channel", b"a"), ("channel", b"b")], [Rejection(b"2", "no id")])
+        heard = [eventually(lambda: pubsub.get_message(timeout=1))["data"] for _ in range(2)]
+    assert heard == [b"a", b"b"]
+    assert inbox.read("lease", most=2) == []
+    ((_, kept),) = quiet_redis.xrange(rejected_key(organization))
+    assert kept == {b"message": b"2", b"reason": b"no id"}
+
+
+def test_ids_never_come_again(inbox: Inbox, quiet_redis: Any) -> None:
+    """A drain that is late removes only what it has read, never what was appended since."""
+    ids: set[bytes] = set()
+    for _ in range(50):
+        append(inbox, b"x")
+        inbox.take("lease")
+        entries = inbox.read("lease", most=10)
+        inbox.remove(entries, [])
+        inbox.release("lease")
+        ids.update(entry.id for entry in entries)
+    assert len(ids) == 50
+
+
+def test_an_entry_tells_when_it_was_accepted(inbox: Inbox, quiet_redis: Any) -> None:
+    """The stream id is the server's time: the moment at which a token must have been valid."""
+    append(inbox, b"x")
+    inbox.take("lease")
+    (entry,) = inbox.read("lease", most=1)
+    seconds, _ = quiet_redis.time()
+    assert abs(entry.accepted_at - seconds) < 5
+
+
+def test_messages_are_sent_in_pieces_and_keep_their_order() -> None:
+    """Each script call is short, and the pieces add up to what was given."""
+    given = [b"%d" % number for number in range(1000)] + [b"x" * 700_000, b"y" * 700_000]
+    pieces = list(chunks(given))
+    assert [message for piece in pieces for message in piece] == given
+    assert all(len(piece) <= 200 and sum(map(len, piece)) <= 1024 * 1024 for piece in pieces)

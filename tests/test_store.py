@@ -1,0 +1,295 @@
+"""Storage on real PostgreSQL: isolation of organizations, roles, and what goes in comes out (section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from psycopg import sql
+from sqlalchemy import event
+
+from producers.client import registration
+from producers.messages import TagBatch, Uuid7, add, remove
+from tests.conftest import Servers, eventually
+from worker.decide import Decision, Request, State, decide
+from worker.migrate import migrate
+from worker.store import Store, UnsafeRole
+
+TABLES = ("flow_executions", "task_tags", "tag_batches", "tag_changes")
+
+
+def settle(store: Store, organization: UUID, *messages: object) -> Decision:
+    requests = [Request(message, "ada") for message in messages]  # type: ignore[arg-type]
+    with store.transaction(organization) as transaction:
+        decision = decide(
+            organization,
+            requests,
+            transaction.load(requests),
+            now=transaction.now,
+            new_id=Uuid7(),
+        )
+        transaction.save(decision.writes)
+    return decision
+
+
+def load(store: Store, organization: UUID, *messages: object) -> State:
+    with store.transaction(organization) as transaction:
+        return transaction.load([Request(message, "ada") for message in messages])  # type: ignore[arg-type]
+
+
+@contextmanager
+def as_role(url: str, organization: UUID | str | None) -> Iterator[psycopg.Connection]:
+    """A plain connection of a role, with the organization set as the product sets it."""
+    with psycopg.connect(url) as connection:
+        if organization is not None:
+            connection.execute(
+                "select set_config('app.organization_id', %s, true)", [str(organization)]
+            )
+        yield connection
+        connection.rollback()
+
+
+def count(connection: psycopg.Connection, table: str) -> int:
+    query = sql.SQL("select count(*) from {}").format(sql.Identifier(table))
+    row = connection.execute(query).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_what_is_saved_is_what_is_loaded(store: Store, organization: UUID) -> None:
+    """The state after a transaction is the state that the next one finds, metadata's every form included."""
+    one, two = uuid4(), uuid4()
+    values: list[Any] = [
+        None,
+        0,
+        -1.5,
+        1e15,
+        0.1,
+        "é\u0301 '\"\\ \t 🎉",
+        True,
+        [],
+        {},
+        {"b": [1, {"a": None}], "a": ""},
+    ]
+    batch = TagBatch(
+        tags=[add(one, "task", "type", "x", value) for value in values]
+        + [add(two, "other", "type", '\\N {a,b} "q" \'', None), remove(one, "task", "type", "x", 0)]
+    )
+    decision = settle(
+        store, organization, registration(one), registration(two, ["other", "b"]), batch
+    )
+    state = load(store, organization, batch, registration(one), registration(two))
+    applied = state.batches[batch.batch_id]
+    assert applied.record == decision.outcomes[2].record
+    assert set(applied.events) == set(decision.outcomes[2].events)
+    assert state.executions[one].task_names is None
+    assert state.executions[two].task_names == frozenset({"other", "b"})
+    assert {id: execution.revision for id, execution in state.executions.items()} == {
+        one: 1,
+        two: 1,
+    }
+    loaded = {tag.id: (tag, digest) for tags in state.tags.values() for digest, tag in tags.items()}
+    expected = {
+        id: (tag, digest)
+        for id, (tag, digest) in decision.writes.added.items()
+        if tag.status == "active"
+    }
+    assert loaded.keys() == expected.keys()
+    for id, (tag, digest) in expected.items():
+        assert loaded[id][1] == digest
+        assert loaded[id][0] == tag
+
+
+def test_removed_tags_keep_their_rows(servers: Servers, store: Store, organization: UUID) -> None:
+    """Rule 4, as it is stored: status, updated_at and modified_by change; a new row has a new id."""
+    execution = uuid4()
+    settle(store, organization, registration(execution))
+    settle(store, organization, TagBatch(tags=[add(execution, "a", "t", "x")]))
+    settle(
+        store,
+        organization,
+        TagBatch(tags=[remove(execution, "a", "t", "x"), add(execution, "a", "t", "x")]),
+    )
+    with as_role(servers.worker_url, organization) as connection:
+        rows = connection.execute(
+            "select status, created_at < now(), updated_at is null, modified_by from task_tags "
+            "order by created_at, id"
+        ).fetchall()
+    assert rows == [("deleted", True, False, "ada"), ("active", True, True, None)]
+
+
+def test_the_number_of_statements_does_not_grow(store: Store, organization: UUID) -> None:
+    """A batch of one operation and a group of 50 batches of 20 take the same statements."""
+    execution = uuid4()
+    settle(store, organization, registration(execution))
+    counted: list[str] = []
+    event.listen(store._engine, "before_cursor_execute", lambda *a: counted.append(a[2]))
+
+    def statements(*batches: TagBatch) -> int:
+        counted.clear()
+        settle(store, organization, *batches)
+        return len(counted)
+
+    def mixed(tag: str, size: int) -> TagBatch:
+        old = [remove(execution, f"task-{i}", "t", f"old-{tag}") for i in range(size)]
+        return TagBatch(tags=[*old, *[add(execution, f"task-{i}", "t", tag) for i in range(size)]])
+
+    for tag, size in [("0", 1), *((f"{n}", 10) for n in range(1, 51))]:
+        settle(
+            store,
+            organization,
+            TagBatch(tags=[add(execution, f"task-{i}", "t", f"old-{tag}") for i in range(size)]),
+        )
+    small = statements(mixed("0", 1))
+    large = statements(*(mixed(f"{n}", 10) for n in range(1, 51)))
+    assert small == large
+    assert small <= 10
+
+
+@pytest.mark.parametrize("unset", [None, ""])
+@pytest.mark.parametrize("table", TABLES)
+def test_without_an_organization_there_are_no_rows(
+    servers: Servers, store: Store, organization: UUID, table: str, unset: str | None
+) -> None:
+    """Forgetting to say whose rows shows none: unset, or left empty by an earlier transaction."""
+    execution = uuid4()
+    settle(
+        store,
+        organization,
+        registration(execution),
+        TagBatch(tags=[add(execution, "a", "t", "x")]),
+    )
+    for url in (servers.worker_url, servers.endpoint_url):
+        with as_role(url, organization) as connection:
+            assert count(connection, table) > 0
+        with as_role(url, unset) as connection:
+            assert count(connection, table) == 0
+        with as_role(url, uuid4()) as connection:
+            assert count(connection, table) == 0
+
+
+def test_no_row_can_be_written_for_another_organization(
+    servers: Servers, store: Store, organization: UUID
+) -> None:
+    """The policy holds for writing as well as for reading."""
+    with as_role(servers.worker_url, organization) as connection:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"):
+            connection.execute(
+                "insert into flow_executions values (%s, %s, null, 0, now())", [uuid4(), uuid4()]
+            )
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "insert into flow_executions values (gen_random_uuid(), gen_random_uuid(), null, 0, now())",
+        "update task_tags set tag = 'x'",
+        "delete from tag_batches",
+        "truncate task_tags",
+        "create table mine (a int)",
+        "alter table task_tags disable row level security",
+    ],
+)
+def test_the_endpoint_can_only_read(servers: Servers, statement: str) -> None:
+    """Its role has no right to anything else."""
+    with as_role(servers.endpoint_url, uuid4()) as connection:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute(statement.encode())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "truncate tag_batches",
+        "delete from task_tags",
+        "delete from tag_changes",
+        "update tag_changes set revision = 1",
+        "update tag_batches set digest = ''",
+        "alter table task_tags owner to task_tags_worker",
+    ],
+)
+def test_the_worker_can_not_rewrite_history(servers: Servers, statement: str) -> None:
+    """It can delete nothing but old results, and change neither results nor change events."""
+    with as_role(servers.worker_url, uuid4()) as connection:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute(statement.encode())
+
+
+def test_a_role_that_sees_through_the_policies_is_refused(servers: Servers) -> None:
+    """The worker and the endpoint don't run as a superuser or as the tables' owner."""
+    store = Store(servers.owner_url)
+    with pytest.raises(UnsafeRole, match="task_tags_worker"):
+        store.check()
+    store.close()
+
+
+def test_security_is_enabled_and_forced_and_every_key_begins_with_the_organization(
+    servers: Servers,
+) -> None:
+    """The schema itself, read from the catalogue."""
+    with servers.owner() as connection:
+        flags = connection.execute(
+            "select relname, relrowsecurity, relforcerowsecurity from pg_class "
+            "where relkind = 'r' and relname = any(%s)",
+            [list(TABLES)],
+        ).fetchall()
+        keys = connection.execute(
+            "select c.relname, a.attname from pg_index i join pg_class c on c.oid = i.indexrelid "
+            "join pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0] "
+            "where i.indrelid::regclass::text = any(%s)",
+            [list(TABLES)],
+        ).fetchall()
+        roles = connection.execute(
+            "select rolsuper or rolbypassrls or rolcreaterole or rolcreatedb from pg_roles "
+            "where rolname like 'task_tags_%'"
+        ).fetchall()
+    assert sorted(flags) == sorted((table, True, True) for table in TABLES)
+    assert len(keys) == 6
+    assert {column for _, column in keys} == {"organization_id"}
+    assert roles == [(False,), (False,)]
+
+
+def test_two_drains_of_one_organization_take_turns(store: Store, servers: Servers) -> None:
+    """The lock makes the second wait until the first has committed; others are not held up."""
+    organization = uuid4()
+    other = Store(servers.worker_url)
+    with store.transaction(organization):
+        with other.transaction(uuid4()):
+            pass
+        with pytest.raises(Exception, match="lock timeout"), other.transaction(organization):
+            pass
+    with other.transaction(organization):
+        pass
+    other.close()
+
+
+def test_purging_forgets_old_results_of_that_organization_alone(
+    servers: Servers, store: Store, organization: UUID
+) -> None:
+    """The retention bounds tag_batches; tags and change events stay."""
+    execution = uuid4()
+    batch = TagBatch(tags=[add(execution, "a", "t", "x")])
+    foreign = uuid4()
+    for each in (organization, foreign):
+        settle(store, each, registration(execution), batch)
+    assert store.purge(organization, timedelta(hours=1)) == 0
+    eventually(lambda: store.purge(organization, timedelta(0)) == 2)
+    assert not load(store, organization, batch).batches
+    assert load(store, foreign, batch).batches
+    with as_role(servers.worker_url, organization) as connection:
+        assert (count(connection, "task_tags"), count(connection, "tag_changes")) == (1, 1)
+
+
+def test_migrating_again_changes_nothing_and_sets_passwords(servers: Servers) -> None:
+    """`task-tags-admin migrate` may run at every deployment."""
+    migrate(servers.owner_url, {})
+    with servers.owner() as connection:
+        stored = connection.execute(
+            "select rolpassword from pg_authid where rolname = 'task_tags_worker'"
+        ).fetchone()
+    assert stored is not None
+    assert stored[0].startswith("SCRAM-SHA-256$")
