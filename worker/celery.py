@@ -25,7 +25,7 @@ except InvalidSettings as error:
     sys.exit(str(error))
 
 
-class DisposableRequest(Request):
+class DisposableRequest(Request):  # type: ignore[misc]
     """A request of a queue that is consumed without acknowledgement.
 
     kombu's Redis transport would send one all the same, and the worker would end if the connection broke at
@@ -36,7 +36,7 @@ class DisposableRequest(Request):
         self.acknowledged = True
 
 
-class DisposableTask(Task):
+class DisposableTask(Task):  # type: ignore[misc]
     """A task whose message is gone once it is received: the inbox is the truth."""
 
     Request = DisposableRequest
