@@ -40,7 +40,7 @@ beat_scheduler = (
     "celery.beat:Scheduler"  # keeps no file: neither entry needs to know when it last ran
 )
 beat_schedule = {
-    # An unread message is dropped once the next one is due: an idle queue does not fill up with them.
+    # A message that was not read before the next one is due is dropped by the worker that reads it.
     "wake": {"task": "task_tags.wake", "schedule": 5.0, "options": {"expires": 5.0}},
     "purge": {
         "task": "task_tags.purge",

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
@@ -70,7 +73,7 @@ def errors_as_lines() -> Iterator[None]:
         yield
     except Misconfigured as error:
         fail(WRONG, str(error))
-    except (Unavailable, httpx.TransportError) as error:
+    except (Unavailable, httpx.TransportError, httpx.InvalidURL) as error:
         fail(UNAVAILABLE, str(error) or type(error).__name__)
     except InboxFull as error:
         fail(FULL, str(error))
@@ -137,6 +140,7 @@ def list_tags(
         params=query,
         headers={"Authorization": f"Bearer {settings.required_token}"},
         timeout=10,
+        trust_env=httpx.URL(settings.endpoint_url).host not in ("localhost", "127.0.0.1", "::1"),
     )
     if response.status_code != 200:
         code = UNAVAILABLE if response.status_code >= 500 else REFUSED
@@ -182,6 +186,11 @@ def schema() -> None:
 # --- Showing -------------------------------------------------------------------------------------
 
 
+def shown(text: str) -> str:
+    """Return text that a terminal shows and does not obey: what is no printable character is escaped."""
+    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
 def result_line(record: ResultRecord) -> str:
     """Return a result as one line of Rich markup."""
     if record.error is not None:
@@ -201,9 +210,9 @@ def change_lines(event: ChangeEvent) -> str:
     for change in event.changes:
         tag = change.tag
         sign = "[green]+[/]" if change.change == "added" else "[red]-[/]"
-        what = escape(f"{tag.task_name}  {tag.tag_type}: {tag.tag}")
+        what = shown(f"{tag.task_name}  {tag.tag_type}: {tag.tag}")
         lines.append(
-            f"{event.flow_execution_id} #{event.revision}  {sign} {what}  by {escape(event.changed_by)}"
+            f"{event.flow_execution_id} #{event.revision}  {sign} {what}  by {shown(event.changed_by)}"
         )
     return "\n".join(lines)
 
@@ -213,9 +222,9 @@ def tag_table(tags: Sequence[dict[str, Any]]) -> Table:
     table = Table("task", "type", "tag", "metadata", "by", "at", box=None, pad_edge=False)
     for tag in tags:
         metadata = tag["tag_metadata"]
-        shown = "" if metadata is None else json.dumps(metadata, ensure_ascii=False)
-        cells = [tag["task_name"], tag["tag_type"], tag["tag"], shown, tag["created_by"]]
-        table.add_row(*[escape(cell) for cell in cells], tag["created_at"][:19] + "Z")
+        text = "" if metadata is None else json.dumps(metadata, ensure_ascii=False)
+        cells = [tag["task_name"], tag["tag_type"], tag["tag"], text, tag["created_by"]]
+        table.add_row(*[shown(cell) for cell in cells], tag["created_at"][:19] + "Z")
     return table
 
 
@@ -265,21 +274,30 @@ def _parse_lines(lines: Sequence[bytes]) -> list[Message]:
 def _apply(
     producer: TagProducer, messages: Sequence[Message], timeout: float, as_json: bool
 ) -> int:
-    """Enqueue, print each result in order, and return the exit code."""
+    """Enqueue, print each result in order, and return the exit code.
+
+    At most so many results are awaited at a time that they find room in the inbox.
+    """
     code = 0
-    window = [(message, producer.submit(message)) for message in _progress(list(messages))]
-    for message, future in window:
-        try:
-            record = future.result(timeout)
-        except TimeoutError:
-            future.cancel()
-            err.print(f"[bold red]error:[/] {message.batch_id}: no result in {timeout:g} s")
-            code = NO_RESULT
-            continue
-        _print_record(record, as_json)
-        if record.error is not None:
-            code = code or REFUSED
+    window: deque[tuple[Message, Future[ResultRecord]]] = deque()
+    for message in _progress(list(messages)):
+        window.append((message, producer.submit(message)))
+        if len(window) == _PIECE:
+            code = _finish(*window.popleft(), timeout, as_json) or code
+    while window:
+        code = _finish(*window.popleft(), timeout, as_json) or code
     return code
+
+
+def _finish(message: Message, future: Future[ResultRecord], timeout: float, as_json: bool) -> int:
+    try:
+        record = future.result(timeout)
+    except FutureTimeout:
+        future.cancel()
+        err.print(f"[bold red]error:[/] {message.batch_id}: no result in {timeout:g} s")
+        return NO_RESULT
+    _print_record(record, as_json)
+    return REFUSED if record.error is not None else 0
 
 
 def _reason(response: httpx.Response) -> str:

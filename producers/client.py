@@ -9,21 +9,27 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Generic, Self, TypeVar
 from uuid import UUID, uuid4
 
-from celery import Celery
 from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import RedisError
 
-from producers.connect import open_celery, open_redis
-from producers.errors import Closed, InboxFull, NoResult, Unavailable, refusal
+from producers.connect import App, open_redis
+from producers.errors import (
+    BatchIdInUse,
+    Closed,
+    InboxFull,
+    NoResult,
+    Unavailable,
+    refusal,
+)
 from producers.inbox import DRAIN_TASK, Inbox, chunks
 from producers.messages import (
     ANY_METADATA,
@@ -43,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_SECONDS: Final = 30.0
 ASK_AGAIN_SECONDS: Final = 5.0
+LAST_ASK_AGAIN_SECONDS: Final = 60.0
+_AGAIN_SECONDS: Final = 0.2
 
 
 class TagProducer:
@@ -74,7 +82,7 @@ class TagProducer:
             self._token = lambda: fixed
         url = settings.redis_url.get_secret_value()
         self._redis: Redis = open_redis(url)
-        self._celery: Celery = open_celery("producers", url)
+        self._celery: App = App("producers", url)
         self._inbox = Inbox(
             self._redis,
             self._organization_id,
@@ -83,9 +91,9 @@ class TagProducer:
         )
         self._listener = _ResultListener(self._redis, self._organization_id, self._enqueue_again)
 
-    def batch(self, *, batch_id: UUID | None = None) -> BatchBuilder:
+    def batch(self, *, batch_id: UUID | None = None) -> BatchBuilder[UUID, ResultRecord]:
         """Begin a batch: `producer.batch().add(…).remove(…).enqueue()`."""
-        return BatchBuilder(self, batch_id)
+        return BatchBuilder(self.enqueue, self.apply, batch_id)
 
     def register(
         self, flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
@@ -114,36 +122,47 @@ class TagProducer:
     def submit(self, message: Message) -> Future[ResultRecord]:
         """Enqueue a batch and return the future of its result record, whether that is an error or not.
 
-        Until it comes, the same batch is enqueued again after a lost connection, and every 5 s: it never
-        takes effect twice. Cancel the future to stop that. The result is heard on a channel of this
-        producer's own, whatever the batch's `reply_to`. Raises `InboxFull`, or `Unavailable` if Redis could
-        not be reached since this producer was made.
+        Until it comes, the same batch is enqueued again after a lost connection, and after 5, 10, 20, 40 and
+        each 60 s: it never takes effect twice. Cancel the future to stop that. The result is heard on a channel of this
+        producer's own, whatever the batch's `reply_to`. Raises `InboxFull`, `Unavailable`, or `BatchIdInUse`
+        if something else is awaited under this id.
         """
         return self._listener.expect(message, self.enqueue)
 
     def apply(self, message: Message, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ResultRecord:
-        """Enqueue a batch and wait for its result, `timeout` seconds at most.
+        """Enqueue a batch and wait for its result, `timeout` seconds at most, also across lost connections.
 
         Raises `NoResult` if none came in time, the `BatchRefused` that fits if it was refused, `InboxFull`
         or `Unavailable`.
         """
-        future = self.submit(message)
+        deadline = time.monotonic() + timeout
+        future = self.submit_until(message, deadline)
         try:
-            return _accepted(future.result(timeout))
+            return _accepted(future.result(max(0, deadline - time.monotonic())))
         except FutureTimeout:
             raise NoResult(f"no result in {timeout:g} s") from None
         finally:
             future.cancel()
+
+    def submit_until(self, message: Message, deadline: float) -> Future[ResultRecord]:
+        """Submit, again and again while Redis can't be used, until a time of the monotonic clock."""
+        while True:
+            try:
+                return self.submit(message)
+            except Unavailable:
+                if time.monotonic() + _AGAIN_SECONDS > deadline:
+                    raise
+                time.sleep(_AGAIN_SECONDS)
 
     def send(self, encoded: Sequence[bytes]) -> int:
         """Append messages that are serialized, unchecked, and return how many of them were accepted.
 
         The worker answers what is wrong with them. Raises `Unavailable`.
         """
-        lease_id = str(uuid4())
         accepted = 0
         try:
             for chunk in chunks(encoded):
+                lease_id = str(uuid4())
                 appended = self._inbox.append(chunk, self._token(), lease_id)
                 accepted += appended.count
                 if appended.lease_taken:
@@ -167,11 +186,13 @@ class TagProducer:
         self.close()
 
     def _send_drain(self, lease_id: str) -> None:
-        """Tell the workers. If that is lost, the lease runs out and `task_tags.wake` tells them."""
+        """Tell the workers. If that fails, the next to append, or `task_tags.wake`, tells them."""
         try:
             self._celery.send_task(DRAIN_TASK, args=(str(self._organization_id), lease_id))
         except (OperationalError, RedisError, OSError):
             logger.warning("the batch is accepted, but the workers will hear of it late")
+            with suppress(RedisError, OSError):
+                self._inbox.give_back(lease_id)
 
     def _enqueue_again(self, messages: Sequence[Message]) -> None:
         try:
@@ -181,15 +202,20 @@ class TagProducer:
 
 
 class AsyncTagProducer:
-    """TagProducer for asyncio: the same arguments and methods, to be awaited."""
+    """TagProducer for asyncio: the same arguments; what waits is awaited."""
 
     def __init__(self, **arguments: Any) -> None:
         self._producer = TagProducer(**arguments)
 
+    def batch(
+        self, *, batch_id: UUID | None = None
+    ) -> BatchBuilder[Awaitable[UUID], Awaitable[ResultRecord]]:
+        return BatchBuilder(self.enqueue, self.apply, batch_id)
+
     async def register(
         self, flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
     ) -> UUID:
-        return await asyncio.to_thread(self._producer.register, flow_execution_id, task_names)
+        return await self.enqueue(registration(flow_execution_id, task_names))
 
     async def enqueue(self, message: Message) -> UUID:
         return await asyncio.to_thread(self._producer.enqueue, message)
@@ -200,9 +226,11 @@ class AsyncTagProducer:
     async def apply(
         self, message: Message, timeout: float = DEFAULT_TIMEOUT_SECONDS
     ) -> ResultRecord:
-        future = await asyncio.to_thread(self._producer.submit, message)
+        deadline = time.monotonic() + timeout
+        future = await asyncio.to_thread(self._producer.submit_until, message, deadline)
         try:
-            return _accepted(await asyncio.wait_for(asyncio.wrap_future(future), timeout))
+            async with asyncio.timeout(max(0, deadline - time.monotonic())):
+                return _accepted(await asyncio.wrap_future(future))
         except TimeoutError:
             raise NoResult(f"no result in {timeout:g} s") from None
 
@@ -216,11 +244,21 @@ class AsyncTagProducer:
         await self.close()
 
 
-class BatchBuilder:
-    """Collects operations, then enqueues or applies them as one batch."""
+Enqueued = TypeVar("Enqueued")
+Applied = TypeVar("Applied")
 
-    def __init__(self, producer: TagProducer, batch_id: UUID | None) -> None:
-        self._producer = producer
+
+class BatchBuilder(Generic[Enqueued, Applied]):
+    """Collects operations, then enqueues or applies them as one batch, as its producer does it."""
+
+    def __init__(
+        self,
+        enqueue: Callable[[TagBatch], Enqueued],
+        apply: Callable[[TagBatch, float], Applied],
+        batch_id: UUID | None,
+    ) -> None:
+        self._enqueue = enqueue
+        self._apply = apply
         self._batch_id = batch_id
         self._operations: list[TagOperation] = []
 
@@ -231,7 +269,7 @@ class BatchBuilder:
         tag_type: str,
         tag: str,
         tag_metadata: Any = None,
-    ) -> BatchBuilder:
+    ) -> Self:
         self._operations.append(add(flow_execution_id, task_name, tag_type, tag, tag_metadata))
         return self
 
@@ -242,7 +280,7 @@ class BatchBuilder:
         tag_type: str,
         tag: str,
         tag_metadata: Any = ANY_METADATA,
-    ) -> BatchBuilder:
+    ) -> Self:
         """Remove the tag with any metadata, or exactly the one with this metadata (also None)."""
         self._operations.append(remove(flow_execution_id, task_name, tag_type, tag, tag_metadata))
         return self
@@ -252,11 +290,11 @@ class BatchBuilder:
             return TagBatch(tags=self._operations)
         return TagBatch(tags=self._operations, batch_id=self._batch_id)
 
-    def enqueue(self) -> UUID:
-        return self._producer.enqueue(self.build())
+    def enqueue(self) -> Enqueued:
+        return self._enqueue(self.build())
 
-    def apply(self, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ResultRecord:
-        return self._producer.apply(self.build(), timeout)
+    def apply(self, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> Applied:
+        return self._apply(self.build(), timeout)
 
 
 def registration(
@@ -280,7 +318,8 @@ class _Waiting:
     """A batch whose result is awaited by one or more futures."""
 
     message: Message
-    asked_at: float
+    ask_again_at: float
+    patience: float = ASK_AGAIN_SECONDS
     futures: list[Future[ResultRecord]] = field(default_factory=list)
 
 
@@ -310,13 +349,13 @@ class _ResultListener:
         future: Future[ResultRecord] = Future()
         with self._lock:
             waiting = self._waiting.setdefault(
-                message.batch_id, _Waiting(message, time.monotonic())
+                message.batch_id, _Waiting(message, time.monotonic() + ASK_AGAIN_SECONDS)
             )
+            if waiting.message.digest() != message.digest():
+                raise BatchIdInUse(f"another batch {message.batch_id} is still awaited")
             waiting.futures.append(future)
         try:
             enqueue(message)
-        except Unavailable:
-            logger.warning("Redis can't be used now: the batch is enqueued once it can")
         except BaseException:
             future.cancel()
             self._forget_cancelled()
@@ -349,28 +388,37 @@ class _ResultListener:
 
     def _listen(self) -> None:
         for heard in listen(self._redis, [self._channel], self._stop):
-            if isinstance(heard, bytes):
-                self._complete(heard)
-            elif heard is Signal.SUBSCRIBED and not self._subscribed.is_set():
-                self._subscribed.set()
-            else:
-                lost = heard is Signal.SUBSCRIBED
-                self._ask_again(asked_before=time.monotonic() - (0 if lost else ASK_AGAIN_SECONDS))
+            try:
+                self._take_in(heard)
+            except Exception:  # whatever it was, the other futures still wait for this thread
+                logger.exception("a result could not be taken in")
 
-    def _complete(self, payload: bytes) -> None:
-        record = ResultRecord.model_validate_json(payload)
+    def _take_in(self, heard: bytes | Signal) -> None:
+        if isinstance(heard, bytes):
+            self._complete(ResultRecord.model_validate_json(heard))
+        elif heard is Signal.SUBSCRIBED and not self._subscribed.is_set():
+            self._subscribed.set()
+        else:
+            self._ask_again(everything=heard is Signal.SUBSCRIBED)
+
+    def _complete(self, record: ResultRecord) -> None:
         with self._lock:
             waiting = self._waiting.pop(record.batch_id, None)
         for future in waiting.futures if waiting else []:
             with suppress(InvalidStateError):  # it was cancelled meanwhile
                 future.set_result(record)
 
-    def _ask_again(self, asked_before: float) -> None:
+    def _ask_again(self, *, everything: bool) -> None:
+        """Enqueue again what has waited long, or all of it after results may have been missed."""
         self._forget_cancelled()
+        now = time.monotonic()
         with self._lock:
-            overdue = [each for each in self._waiting.values() if each.asked_at <= asked_before]
+            overdue = [
+                each for each in self._waiting.values() if everything or now >= each.ask_again_at
+            ]
             for each in overdue:
-                each.asked_at = time.monotonic()
+                each.patience = min(each.patience * 2, LAST_ASK_AGAIN_SECONDS)
+                each.ask_again_at = now + each.patience
         if overdue:
             self._enqueue_again([each.message for each in overdue])
 

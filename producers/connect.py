@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 from celery import Celery
+from celery.app.defaults import NAMESPACES, flatten
 from redis import Redis
 
 _TIMEOUTS: Final[dict[str, Any]] = {
@@ -24,11 +27,32 @@ def open_redis(url: str, **options: Any) -> Redis:
     return client
 
 
-def open_celery(name: str, redis_url: str, **options: Any) -> Celery:
-    """Return a Celery app with the settings of celeryconfig.py whose broker is this Redis."""
-    app = Celery(name, broker=broker_url(redis_url), set_as_current=False, **options)
-    app.config_from_object("celeryconfig")
-    return app
+_CELERY_KEYS: Final = frozenset(name for name, _ in flatten(NAMESPACES))
+
+
+class App(Celery):  # type: ignore[misc]
+    """A Celery app whose broker is the product's Redis, whatever CELERY_BROKER_URL says.
+
+    That variable, like a module named `celeryconfig`, may well be another application's: a flow runner often
+    is one.
+    """
+
+    def __init__(self, name: str, redis_url: str, **options: Any) -> None:
+        super().__init__(name, set_as_current=False, **options)
+        self.config_from_object(_settings())
+        self._broker_url = broker_url(redis_url)
+
+    def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
+        return super().connection_for_read(url or self._broker_url, **options)
+
+    def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
+        return super().connection_for_write(url or self._broker_url, **options)
+
+
+def _settings() -> dict[str, Any]:
+    """Return the settings of the celeryconfig.py that was installed with this package."""
+    settings = runpy.run_path(str(Path(__file__).parent.parent / "celeryconfig.py"))
+    return {name: value for name, value in settings.items() if name in _CELERY_KEYS}
 
 
 def broker_url(redis_url: str) -> str:

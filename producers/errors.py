@@ -40,6 +40,10 @@ class Closed(TaskTagsError):
     """The producer was closed while it waited. Use an open one."""
 
 
+class BatchIdInUse(TaskTagsError):
+    """Another batch with this id is still awaited here. Give this one an id of its own."""
+
+
 class BatchRefused(TaskTagsError):
     """The worker refused the batch: nothing of it took effect, and `record` has the error."""
 

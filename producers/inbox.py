@@ -1,24 +1,26 @@
 """The one owner of the inbox protocol (design, section 3): append, take, read, remove, release, hand over.
 
 An inbox is an organization's Redis stream of messages that are accepted and not yet applied. Its lease is
-a key that says `queued <lease id>` or `running <lease id>`: a drain of this inbox is in the Celery queue,
-or at work. Each step is one Lua script (or one MULTI), so no step is ever seen half done.
+a key that says `queued <lease id>` or `running <run id>`: a drain of this inbox is in the Celery queue, or
+at work. Each delivery of a drain message is a run with an id of its own. Each step is one Lua script (or one
+MULTI), so no step is ever seen half done.
 
 Why no wake-up is lost: `append` adds the message and looks at the lease in one step, and `release` looks at
 the inbox and frees the lease in one step. Whichever comes first, either the appender finds the lease free
 and sends a drain, or the drain finds the message and goes on.
 
-Why no two drains work at once, but for faults: a drain works only while the lease says `running` with its
-own id. `take` yields to whoever is running, and takes over from whoever is merely queued. So a drain message
-that comes twice, late, or under an id that was superseded while it waited in a long queue is either the
-first to arrive, and drains, or ends at once. (Were a drain bound to the very id that it was sent
+Why no two drains work at once, but for faults: a drain works only while the lease says `running` with the
+id of its run. `take` yields to whoever is running, and takes over from whoever is merely queued. So a drain
+message that comes twice, late, or under an id that was superseded while it waited in a long queue is either
+the first to arrive, and drains, or ends at once. (Were a drain bound to the very id that it was sent
 with, a queue longer than the lease would supersede each drain before its turn, and nothing would ever be
 drained.)
 
 Why faults do no harm: a lease that runs out (its worker died or stood still) is free, so the next append,
 or `claim` from `task_tags.wake`, sends another drain. Two may then be at work for a moment. The transaction's
 lock and the stored batch ids make that harmless, and the older one ends at its next `read`, `release` or
-`hand_over`. `remove` needs no lease: it names ids whose batches are committed. Ids never come again, for
+`hand_over`. A step that is repeated because its answer was lost finds what it did the first time, and
+says the same. `remove` needs no lease: it names ids whose batches are committed. Ids never come again, for
 the stream is never deleted, so what was appended since can't be removed by mistake.
 """
 
@@ -114,7 +116,7 @@ class Inbox:
     def append(self, chunk: Sequence[bytes], token: str, lease_id: str) -> Appended:
         """Accept messages in their order up to the bound, and take the lease if it is free.
 
-        `chunk` is one of `chunks`. Whoever appends several stops at the first that was not accepted whole:
+        `chunk` is one of `chunks`, and `lease_id` is used for no other. Whoever appends several stops at the first that was not accepted whole:
         then what is accepted is always the beginning, in one piece.
         """
         count, taken = self._run(
@@ -124,16 +126,18 @@ class Inbox:
         )
         return Appended(count, bool(taken))
 
-    def take(self, lease_id: str) -> bool:
-        """Begin a drain. False: another one is running, so there is nothing to do."""
-        return bool(self._run("take", [self._lease], [lease_id, self._lease_ms]))
+    def give_back(self, lease_id: str) -> None:
+        """Free the lease if its drain could not be sent."""
+        self._run("give_back", [self._lease], [lease_id])
 
-    def read(
-        self, lease_id: str, *, most: int, most_bytes: int = MAX_READABLE_BYTES
-    ) -> list[Entry]:
+    def take(self, run_id: str) -> bool:
+        """Begin a drain. False: another one is running, so there is nothing to do."""
+        return bool(self._run("take", [self._lease], [run_id, self._lease_ms]))
+
+    def read(self, run_id: str, *, most: int, most_bytes: int = MAX_READABLE_BYTES) -> list[Entry]:
         """Renew the lease and return the head of the inbox. Raises `LeaseLost`."""
         found = self._run(
-            "read", [self._inbox, self._lease], [lease_id, self._lease_ms, most, most_bytes]
+            "read", [self._inbox, self._lease], [run_id, self._lease_ms, most, most_bytes]
         )
         if found is None:
             raise LeaseLost
@@ -157,13 +161,13 @@ class Inbox:
             multi.xdel(self._inbox, *[entry.id for entry in entries])
             multi.execute()
 
-    def release(self, lease_id: str) -> bool:
+    def release(self, run_id: str) -> bool:
         """End a drain that found the inbox empty. False: there is work again, so it has to go on."""
-        return bool(self._run("release", [self._inbox, self._lease], [lease_id]))
+        return bool(self._run("release", [self._inbox, self._lease], [run_id]))
 
-    def hand_over(self, lease_id: str) -> bool:
+    def hand_over(self, run_id: str) -> bool:
         """Keep the lease for a drain that goes to the end of the queue. False: it is another's."""
-        return bool(self._run("hand_over", [self._lease], [lease_id, self._lease_ms]))
+        return bool(self._run("hand_over", [self._lease], [run_id, self._lease_ms]))
 
     def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
         return Script(self._redis, _source(name))(keys=keys, args=args)

@@ -29,6 +29,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, to_json
 
+from producers.errors import TaskTagsError
+
 SCHEMA_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
 MAX_OPERATIONS: Final = 100
@@ -218,6 +220,10 @@ class TagOperation(_Contract):
     tag: TagName
     tag_metadata: TagMetadata = None
 
+    def model_post_init(self, context: Any, /) -> None:
+        if self.operation == "add":  # null and absent are the same there (rule 2)
+            self.model_fields_set.add("tag_metadata")
+
     @property
     def any_metadata(self) -> bool:
         """Whether this removes every tag of its name (rule 3)."""
@@ -340,7 +346,13 @@ ErrorCode = Literal[
 ]
 
 
-class Detail(_Contract):
+class _Report(_Contract):
+    """What a worker says. A reader that is older than the worker skips what it doesn't know."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Detail(_Report):
     """One fault. `index`: the operation's (or task name's) position from 0; null for the whole message."""
 
     index: int | None = None
@@ -348,7 +360,7 @@ class Detail(_Contract):
     message: str
 
 
-class Error(_Contract):
+class Error(_Report):
     """Why a batch, or a request, had no effect; `details` lists all faults that were found."""
 
     code: ErrorCode
@@ -356,15 +368,15 @@ class Error(_Contract):
     details: list[Detail] = []
 
 
-class OperationResult(_Contract):
+class OperationResult(_Report):
     status: OperationStatus
 
 
-class Registration(_Contract):
+class Registration(_Report):
     status: RegistrationStatus
 
 
-class ResultRecord(_Contract):
+class ResultRecord(_Report):
     """What became of a batch: a status for each operation in request order, or one error (rule 6)."""
 
     batch_id: Id
@@ -387,7 +399,7 @@ class ResultRecord(_Contract):
         return self.model_dump_json(exclude_unset=True).encode()
 
 
-class Tag(_Contract):
+class Tag(_Report):
     """A tag as it is stored, read and reported; the last two fields are null until it is modified."""
 
     id: Id
@@ -404,12 +416,12 @@ class Tag(_Contract):
     modified_by: str | None
 
 
-class Change(_Contract):
+class Change(_Report):
     change: Literal["added", "removed"]
     tag: Tag
 
 
-class ChangeEvent(_Contract):
+class ChangeEvent(_Report):
     """What one batch changed in one execution; `revision` counts 1, 2, 3 … there without gaps."""
 
     organization_id: Id
@@ -427,7 +439,7 @@ class ChangeEvent(_Contract):
 # --- Reading what came in ------------------------------------------------------------------------
 
 
-class InvalidMessage(ValueError):
+class InvalidMessage(TaskTagsError, ValueError):
     """The message breaks the contract; `details` lists every fault and never what was sent.
 
     `batch_id` is None if none could be read: then there is nobody to answer.

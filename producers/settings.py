@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from producers.errors import Misconfigured
 from producers.inbox import DEFAULT_LIMIT, LEASE_MS
+
+
+def check_redis_url(value: SecretStr) -> SecretStr:
+    """Refuse what is no URL of a Redis, in words that don't quote it: it may have a password."""
+    url = value.get_secret_value()
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("redis", "rediss", "unix") and bool(parts.netloc or parts.path)
+        _ = parts.port
+    except ValueError:
+        known = False
+    if not known:
+        raise PydanticCustomError("url", "must be like redis://host:6379/0 or unix:///path?db=0")
+    return value
 
 
 class ProducerSettings(BaseSettings):
@@ -31,6 +47,11 @@ class ProducerSettings(BaseSettings):
     """How many messages may wait in the inbox before `InboxFull`."""
     lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=600)
     """How long a drain may be silent; the same as the workers' setting."""
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr) -> SecretStr:
+        return check_redis_url(value)
 
     @property
     def required_organization_id(self) -> UUID:

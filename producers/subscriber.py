@@ -7,21 +7,29 @@ Pub/sub keeps nothing for who is away. A lost result is asked for by enqueuing t
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
+from pydantic import BaseModel, ValidationError
 from redis import Redis
-from redis.exceptions import ConnectionError, TimeoutError
+from redis.exceptions import ConnectionError, RedisError
 
 from producers.connect import open_redis
+from producers.errors import Unavailable
 from producers.messages import ChangeEvent, ResultRecord, changes_channel, results_channel
 from producers.settings import ProducerSettings, load_settings
 
+logger = logging.getLogger(__name__)
+
 TICK_SECONDS: Final = 0.5
+PING_SECONDS: Final = 5.0
+SILENCE_SECONDS: Final = 15.0
 LAST_BACKOFF_SECONDS: Final = 1.0
 
 
@@ -39,26 +47,50 @@ def listen(
 ) -> Iterator[bytes | Signal]:
     """Yield what is published on channels, for ever: a lost connection is made again, with a backoff.
 
-    `SUBSCRIBED` comes first, once for each channel, and again after each loss. Something is yielded at least twice a second while
-    there is a connection, so the caller can look at the clock.
+    `SUBSCRIBED` comes first, once for each channel, and again after each loss. Something is yielded at least
+    once a second or so, so the caller can look at the clock.
     """
     failures = 0
     while not stop.is_set():
         try:
-            with redis.pubsub() as pubsub:  # type: ignore[no-untyped-call]
-                pubsub.subscribe(*channels)
-                while not stop.is_set():
-                    message = pubsub.get_message(timeout=TICK_SECONDS)
-                    if message is None:
-                        yield Signal.QUIET
-                    elif message["type"] == "subscribe":
-                        failures = 0
-                        yield Signal.SUBSCRIBED
-                    elif message["type"] == "message":
-                        yield message["data"]
-        except (ConnectionError, TimeoutError, OSError):
+            for heard in _listen_once(redis, channels, stop):
+                if heard is Signal.SUBSCRIBED:
+                    failures = 0
+                yield heard
+        except (RedisError, OSError) as error:
             failures += 1
-            stop.wait(min(0.05 * 2**failures, LAST_BACKOFF_SECONDS))
+            if failures == 3:
+                logger.warning("can't listen, and will go on trying: %s", type(error).__name__)
+            yield Signal.QUIET
+            stop.wait(min(0.05 * 2 ** min(failures, 10), LAST_BACKOFF_SECONDS))
+
+
+def _listen_once(
+    redis: Redis, channels: Sequence[str], stop: threading.Event
+) -> Iterator[bytes | Signal]:
+    """Listen on one connection. A server that does not answer a ping in time is as good as gone."""
+    with redis.pubsub() as pubsub:  # type: ignore[no-untyped-call]
+        pubsub.subscribe(*channels)
+        heard_at = pinged_at = time.monotonic()
+        while not stop.is_set():
+            message = pubsub.get_message(timeout=TICK_SECONDS)
+            now = time.monotonic()
+            if message is not None:
+                heard_at = now
+            elif now - heard_at > SILENCE_SECONDS:
+                raise ConnectionError("the server is silent")
+            elif now - max(heard_at, pinged_at) > PING_SECONDS:
+                pinged_at = now
+                pubsub.ping()
+            if message is not None and message["type"] == "subscribe":
+                yield Signal.SUBSCRIBED
+            elif message is not None and message["type"] == "message":
+                yield message["data"]
+            else:
+                yield Signal.QUIET
+
+
+Report = TypeVar("Report", bound=BaseModel)
 
 
 class Subscriber:
@@ -79,26 +111,26 @@ class Subscriber:
         self._stop = threading.Event()
 
     def results(self, reply_to: str) -> Iterator[ResultRecord]:
-        """Yield the result records that are published for this `reply_to` (or batch id), for ever."""
-        for payload in self._payloads(results_channel(self._organization_id, reply_to)):
-            yield ResultRecord.model_validate_json(payload)
+        """Yield the result records that are published for this `reply_to` (or batch id), for ever.
+
+        Raises `Unavailable` if Redis can't be reached at the start; later it is waited for.
+        """
+        return self._read(results_channel(self._organization_id, reply_to), ResultRecord)
 
     def changes(self, flow_execution_id: UUID) -> Iterator[ChangeEvent]:
-        """Yield the change events of an execution, for ever; a gap in `revision` is a lost one."""
-        for payload in self._payloads(changes_channel(self._organization_id, flow_execution_id)):
-            yield ChangeEvent.model_validate_json(payload)
+        """Yield the change events of an execution, for ever; a gap in `revision` is a lost one.
 
-    async def aresults(self, reply_to: str) -> AsyncIterator[ResultRecord]:
+        Raises `Unavailable` if Redis can't be reached at the start; later it is waited for.
+        """
+        return self._read(changes_channel(self._organization_id, flow_execution_id), ChangeEvent)
+
+    def aresults(self, reply_to: str) -> AsyncIterator[ResultRecord]:
         """As `results`, for asyncio."""
-        channel = results_channel(self._organization_id, reply_to)
-        async for payload in self._apayloads(channel):
-            yield ResultRecord.model_validate_json(payload)
+        return self._aread(results_channel(self._organization_id, reply_to), ResultRecord)
 
-    async def achanges(self, flow_execution_id: UUID) -> AsyncIterator[ChangeEvent]:
+    def achanges(self, flow_execution_id: UUID) -> AsyncIterator[ChangeEvent]:
         """As `changes`, for asyncio."""
-        channel = changes_channel(self._organization_id, flow_execution_id)
-        async for payload in self._apayloads(channel):
-            yield ChangeEvent.model_validate_json(payload)
+        return self._aread(changes_channel(self._organization_id, flow_execution_id), ChangeEvent)
 
     def close(self) -> None:
         """End all iterations, each within half a second."""
@@ -112,20 +144,40 @@ class Subscriber:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _payloads(self, channel: str) -> Iterator[bytes]:
+    def _read(self, channel: str, model: type[Report]) -> Iterator[Report]:
+        self._reach()
         for heard in listen(self._redis, [channel], self._stop):
-            if isinstance(heard, bytes):
-                yield heard
+            if (report := _parsed(heard, model)) is not None:
+                yield report
 
-    async def _apayloads(self, channel: str) -> AsyncIterator[bytes]:
+    async def _aread(self, channel: str, model: type[Report]) -> AsyncIterator[Report]:
         """Listen in a thread of its own; one that is given up ends at its next tick."""
         loop = asyncio.get_running_loop()
-        heard = listen(self._redis, [channel], self._stop)
         executor = ThreadPoolExecutor(1, thread_name_prefix="task-tags")
+        stop = threading.Event()
+        heard = listen(self._redis, [channel], stop)
         try:
-            while (payload := await loop.run_in_executor(executor, next, heard, None)) is not None:
-                if isinstance(payload, bytes):
-                    yield payload
+            await loop.run_in_executor(executor, self._reach)
+            while not self._stop.is_set():
+                payload = await loop.run_in_executor(executor, next, heard)
+                if (report := _parsed(payload, model)) is not None:
+                    yield report
         finally:
-            executor.submit(heard.close)  # type: ignore[attr-defined]
+            stop.set()
             executor.shutdown(wait=False)
+
+    def _reach(self) -> None:
+        try:
+            self._redis.ping()
+        except (RedisError, OSError) as error:
+            raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
+
+
+def _parsed(heard: bytes | Signal, model: type[Report]) -> Report | None:
+    if not isinstance(heard, bytes):
+        return None
+    try:
+        return model.model_validate_json(heard)
+    except ValidationError:
+        logger.warning("what was published is not a %s: skipped", model.__name__)
+        return None

@@ -59,10 +59,10 @@ class Bench:
         arguments: dict[str, Any] = {
             "inbox": self.inbox,
             "organization_id": self.organization,
-            "lease_id": "lease",
+            "run_id": "run",
             "store": self.store,
             "authorizer": self.authorizer,
-            "hand_over": lambda: self.handed_over.append("lease"),
+            "hand_over": lambda: self.handed_over.append("run"),
             "group_size": 100,
             "budget_seconds": 60.0,
             "stopping": lambda: False,
@@ -178,8 +178,8 @@ def test_a_drain_hands_over_when_its_time_is_used_up(bench: Bench) -> None:
     """It goes to the end of the queue under the same lease, and the next turn goes on where it stopped."""
     bench.send(tagging("a"), tagging("b"))
     assert bench.drain(budget_seconds=0.0, group_size=1) == 0
-    assert bench.handed_over == ["lease"]
-    assert bench.redis.get(lease_key(bench.organization)) == b"queued lease"
+    assert bench.handed_over == ["run"]
+    assert bench.redis.get(lease_key(bench.organization)) == b"queued run"
     assert bench.drain() == 2
 
 
@@ -188,7 +188,7 @@ def test_a_drain_hands_over_when_the_process_is_to_end(bench: Bench) -> None:
     bench.send(tagging("a"), tagging("b"))
     stops = iter([False, True])
     assert bench.drain(group_size=1, stopping=lambda: next(stops)) == 1
-    assert bench.handed_over == ["lease"]
+    assert bench.handed_over == ["run"]
 
 
 REFUSED: list[tuple[str, Callable[[Bench], tuple[bytes, str]], str]] = [
@@ -405,12 +405,12 @@ def test_two_drains_at_once_apply_each_batch_once(bench: Bench) -> None:
     class NoLease(Inbox):
         """An inbox whose lease everybody seems to have."""
 
-        def take(self, lease_id: str) -> bool:
+        def take(self, run_id: str) -> bool:
             return True
 
-        def read(self, lease_id: str, **bounds: Any) -> Any:
+        def read(self, run_id: str, **bounds: Any) -> Any:
             bench.redis.delete(lease_key(bench.organization))
-            return super().read(lease_id, **bounds)
+            return super().read(run_id, **bounds)
 
     threads = [
         threading.Thread(

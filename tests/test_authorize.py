@@ -98,6 +98,8 @@ def headless() -> str:
         signed(exp=[1]),
         signed(nbf=NOW + 31),
         signed(nbf="x"),
+        signed(exp=float("nan")),
+        signed(exp=float("inf")),
         signed(sub=...),
         signed(sub=""),
         signed(sub="x" * 201),
@@ -206,6 +208,31 @@ def test_keys_may_come_from_a_jwk_set() -> None:
     away = Authorizer(settings(**by_url, jwt_jwks_url=url))
     with pytest.raises(KeysUnavailable):
         away.verify(token, NOW)
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"keys": []}', b"[]", b"\xff"])
+def test_a_jwk_set_that_can_not_be_read_is_not_the_tokens_fault(body: bytes) -> None:
+    """The message is tried again later, instead of being refused for good."""
+    with serving(body) as url:
+        authorizer = Authorizer(
+            settings(jwt_secret=None, jwt_algorithms=("ES256",), jwt_jwks_url=url)
+        )
+        token = jwt.encode(CLAIMS, KEYS["ES256"], algorithm="ES256", headers={"kid": "one"})
+        with pytest.raises(KeysUnavailable):
+            authorizer.verify(token, NOW)
+
+
+def test_a_key_that_is_taken_away_is_soon_worth_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verified signature is remembered for five minutes, not for ever."""
+    authorizer = Authorizer(settings())
+    token = signed()
+    authorizer.verify(token, NOW)
+    authorizer._key = "another secret of at least 32 bytes"
+    assert authorizer.verify(token, NOW)
+    later = time.monotonic() + 301
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    with pytest.raises(Unauthorized):
+        authorizer.verify(token, NOW)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from producers.cli import shown
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, add
 from tests.conftest import Servers, eventually
@@ -109,6 +110,10 @@ def test_a_file_is_enqueued_without_waiting(
         (("list", "{id}"), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, "refused"),
         (("list", "{id}"), {"TASK_TAGS_TOKEN": "garbage"}, 1, "the token is not valid"),
         (("list", "{id}"), {}, 1, "there is no such thing here"),
+        (("list", "{id}"), {"TASK_TAGS_ENDPOINT_URL": "nonsense"}, 3, "protocol"),
+        (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "garbage"}, 2, "TASK_TAGS_REDIS_URL"),
+        (("watch", "{id}"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
+        (("results", "r"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
         (("list", "not-a-uuid"), {}, 2, "Invalid value for 'execution'"),
         (
             ("enqueue", "-", "--wait", "--timeout", "0.2"),
@@ -167,6 +172,13 @@ def test_changes_and_results_are_followed_until_interrupted(
     assert (follower.returncode, stderr) == (130, "")
 
 
+def test_a_terminal_is_shown_escapes_and_does_not_obey_them() -> None:
+    """A tag's text can't clear the screen, set the title or forge a line."""
+    assert shown("\x1b]0;owned\x07\nfake \u202e ok é 🎉") == (
+        r"\x1b]0;owned\x07\nfake \u202e ok é 🎉"
+    )
+
+
 def test_the_schemas_are_printed() -> None:
     """For code generators; no settings are needed."""
     done = run(None, "schema")
@@ -208,6 +220,10 @@ def test_a_token_is_minted_for_development(servers: Servers, organization: UUID)
         (("migrate",), {"TASK_TAGS_DATABASE_URL": "postgresql://127.0.0.1:1/x"}, 3, "refused"),
         (("endpoint",), {"TASK_TAGS_GROUP_SIZE": "many"}, 2, "TASK_TAGS_GROUP_SIZE"),
         (("demo", "/nowhere.jsonl"), {}, 3, "the sample can't be read"),
+        (("migrate",), {"TASK_TAGS_DATABASE_URL": "garbage"}, 2, "TASK_TAGS_DATABASE_URL"),
+        (("endpoint",), {"TASK_TAGS_LOG_LEVEL": "loud"}, 2, "TASK_TAGS_LOG_LEVEL"),
+        (("up", "--data-dir", "/proc/nowhere"), {}, 3, "/proc/nowhere"),
+        (("token", "--org", str(uuid4()), "--days", "1e12"), {}, 2, "--days"),
     ],
 )
 def test_an_administrators_error_is_one_clear_line(

@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from redis.exceptions import OutOfMemoryError
 
 from producers.inbox import Entry, Inbox, LeaseLost, Rejection, chunks, claim, known_inboxes
 from producers.messages import inbox_key, lease_key, rejected_key
@@ -110,11 +111,54 @@ def test_two_producers_and_a_drain_never_leave_a_message_with_nobody_on_the_way(
 
 def test_a_second_drain_ends_at_once_while_one_runs(inbox: Inbox) -> None:
     """A drain message that is delivered twice, or comes late, changes nothing."""
+    append(inbox, b"1")
+    assert inbox.take("this run")
+    assert not inbox.take("another run")
+    assert messages(inbox.read("this run", most=1)) == [b"1"]
+
+
+def test_a_step_that_is_repeated_says_what_it_said(inbox: Inbox) -> None:
+    """A client repeats a call whose answer was lost: it must not take its own doing for somebody else's."""
+    assert append(inbox, b"1", lease_id="mine")
+    assert append(inbox, b"1", lease_id="mine")  # so a drain is sent, and at worst another
+    assert inbox.take("run")
+    assert inbox.take("run")
+    assert inbox.hand_over("run")
+    assert inbox.hand_over("run")
+    assert inbox.take("next run")
+    inbox.remove(inbox.read("next run", most=9), [])
+    assert inbox.release("next run")
+    assert inbox.release("next run")
+
+
+def test_a_lease_whose_drain_could_not_be_sent_is_given_back(inbox: Inbox) -> None:
+    """The next to append sends one; but a drain that runs by now keeps its lease."""
     append(inbox, b"1", lease_id="mine")
-    assert inbox.take("mine")
-    assert not inbox.take("mine")
-    assert not inbox.take("an old one")
-    assert messages(inbox.read("mine", most=1)) == [b"1"]
+    inbox.give_back("another's")
+    assert not append(inbox, b"2", lease_id="other")
+    inbox.give_back("mine")
+    assert append(inbox, b"3", lease_id="next")
+    inbox.take("run")
+    inbox.give_back("next")
+    assert not append(inbox, b"4", lease_id="other")
+
+
+def test_an_inbox_is_drained_also_while_redis_has_no_memory_left(
+    inbox: Inbox, quiet_redis: Any
+) -> None:
+    """Appending is refused then, but what frees memory goes on."""
+    append(inbox, b"1")
+    quiet_redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(OutOfMemoryError):
+            append(inbox, b"2")
+        assert inbox.take("run")
+        inbox.remove(inbox.read("run", most=1), [("channel", b"x")])
+        assert inbox.hand_over("run")
+        assert inbox.take("run")
+        assert inbox.release("run")
+    finally:
+        quiet_redis.config_set("maxmemory", 0)
 
 
 def test_a_lease_that_was_superseded_in_the_queue_does_not_stop_the_drain(inbox: Inbox) -> None:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.retry import Retry
 
 from producers.client import AsyncTagProducer, TagProducer, registration
-from producers.connect import broker_url, open_celery
+from producers.connect import App, broker_url
 from producers.errors import (
+    BatchIdInUse,
     Closed,
     Conflict,
     Forbidden,
@@ -36,7 +46,7 @@ from producers.messages import (
     lease_key,
     remove,
 )
-from producers.subscriber import Subscriber
+from producers.subscriber import Signal, Subscriber, listen
 from tests.conftest import Servers, eventually
 
 
@@ -268,6 +278,137 @@ def test_a_result_that_was_lost_is_asked_for_again(
     assert [result.status for result in record.tags or []] == ["added"]
 
 
+def test_an_outage_does_not_change_the_order(
+    producer: TagProducer, execution: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be enqueued is said at once, never enqueued later behind what came after it."""
+    producer.apply(TagBatch(tags=[add(execution, "t", "t", "first")]))
+    original = producer._inbox.append
+
+    def away(*_: Any) -> Any:
+        monkeypatch.setattr(producer._inbox, "append", original)
+        raise RedisConnectionError("away")
+
+    monkeypatch.setattr(producer._inbox, "append", away)
+    with pytest.raises(Unavailable):
+        producer.submit(TagBatch(tags=[add(execution, "t", "t", "x")]))
+    monkeypatch.setattr(producer._inbox, "append", away)
+    record = producer.apply(TagBatch(tags=[remove(execution, "t", "t", "x")]))  # tries again itself
+    assert [result.status for result in record.tags or []] == ["not_found"]
+
+
+def test_two_batches_under_one_id_are_told_apart(
+    servers: Servers, organization: UUID, token: str, quiet_redis: Any
+) -> None:
+    """While the first is awaited, the second is refused here; it must not get the first one's result."""
+    url = servers.stack.redis_url.replace("?db=0", "?db=1")
+    with TagProducer(redis_url=url, organization_id=organization, token=token) as producer:
+        first = TagBatch(tags=[add(uuid4(), "t", "t", "x")])
+        producer.submit(first)
+        producer.submit(first)
+        with pytest.raises(BatchIdInUse):
+            producer.submit(TagBatch(batch_id=first.batch_id, tags=[add(uuid4(), "t", "t", "y")]))
+
+
+def test_garbage_on_a_channel_is_skipped(
+    producer: TagProducer, redis: Any, organization: UUID
+) -> None:
+    """Whoever may publish there can't stop those who listen."""
+    producer.apply(registration(uuid4()))
+    for garbage in (b"", b"garbage", b"{}", b"\xff"):
+        redis.publish(producer._listener._channel, garbage)
+    assert producer.apply(registration(uuid4())).flow_execution is not None
+
+
+def test_waiting_long_does_not_fill_the_inbox(
+    servers: Servers,
+    organization: UUID,
+    token: str,
+    quiet_redis: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each time a batch is asked for again, the next time is twice as far away."""
+    url = servers.stack.redis_url.replace("?db=0", "?db=1")
+    clock = [1000.0]
+    monkeypatch.setattr("producers.client.time.monotonic", lambda: clock[0])
+    with TagProducer(redis_url=url, organization_id=organization, token=token) as producer:
+        producer.submit(registration(uuid4()))
+        copies = []
+        for _ in range(600):
+            clock[0] += 1
+            producer._listener._ask_again(everything=False)
+            copies.append(quiet_redis.xlen(inbox_key(organization)))
+    assert 8 <= copies[-1] <= 16
+    assert copies[:20].count(1) == 4
+
+
+def test_another_applications_celery_settings_are_not_ours(
+    servers: Servers, organization: UUID, token: str, space: Path
+) -> None:
+    """A flow runner is often a Celery application itself, with a broker and a `celeryconfig` of its own."""
+    (space / "celeryconfig.py").write_text(
+        "task_default_queue = 'mine'\nbroker_url = 'memory://'\n"
+    )
+    program = (
+        "from producers.client import TagProducer, registration; from uuid import uuid4\n"
+        "with TagProducer() as producer: print(producer.apply(registration(uuid4()), 10))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=space,
+        env={
+            **os.environ,
+            **servers.stack.environment,
+            "TASK_TAGS_ORGANIZATION_ID": str(organization),
+            "TASK_TAGS_TOKEN": token,
+            "CELERY_BROKER_URL": "memory://",
+            "CELERY_CONFIG_MODULE": "celeryconfig",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "registered" in done.stdout, done.stderr
+
+
+def test_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that keeps the connection and says nothing any more: the listener connects again."""
+    monkeypatch.setattr("producers.subscriber.PING_SECONDS", 0.2)
+    monkeypatch.setattr("producers.subscriber.SILENCE_SECONDS", 0.6)
+    connections: list[socket.socket] = []
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+
+        def answer_once() -> None:
+            while not stop.is_set():
+                with suppress(TimeoutError):
+                    connection, _ = server.accept()
+                    connections.append(connection)
+                    connection.settimeout(0.5)
+                    with suppress(TimeoutError):
+                        while b"SUBSCRIBE" not in connection.recv(4096):
+                            connection.sendall(b"+OK\r\n")
+                        connection.sendall(b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n")
+
+        thread = threading.Thread(target=answer_once)
+        thread.start()
+        port = server.getsockname()[1]
+        redis = Redis(
+            port=port, protocol=2, lib_name=None, lib_version=None, retry=Retry(NoBackoff(), 0)
+        )
+        subscribed = 0
+        for heard in listen(redis, ["c"], stop):
+            subscribed += heard is Signal.SUBSCRIBED
+            if subscribed == 2:
+                stop.set()
+        thread.join()
+    for connection in connections:
+        connection.close()
+    redis.close()
+    assert len(connections) >= 2
+
+
 def test_a_drain_message_that_was_lost_is_sent_again(
     producer: TagProducer, redis: Any, organization: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +424,7 @@ def test_stale_and_wrong_drain_messages_do_no_harm(
     servers: Servers, producer: TagProducer, organization: UUID
 ) -> None:
     """A lease that is not the current one, an unknown organization, arguments of any kind."""
-    celery = open_celery("test", servers.stack.redis_url)
+    celery = App("test", servers.stack.redis_url)
     wrong: list[tuple[Any, ...]] = [
         (str(organization), str(uuid4())),
         (str(uuid4()), str(uuid4())),
@@ -301,7 +442,7 @@ def test_stale_and_wrong_drain_messages_do_no_harm(
 
 def test_remote_control_answers(servers: Servers) -> None:
     """`celery inspect` and Flower can look at the workers."""
-    celery = open_celery("test", servers.stack.redis_url)
+    celery = App("test", servers.stack.redis_url)
     pong = eventually(lambda: celery.control.ping(timeout=1))
     tasks = celery.control.inspect(timeout=2).registered()
     celery.close()

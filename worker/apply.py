@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
@@ -54,13 +55,14 @@ class Received:
 class Drain:
     """One drain of one organization's inbox.
 
-    `budget_seconds`: after this time it goes to the end of the queue. `stopping` tells whether the process
-    is to end. `hand_over` sends the drain again, under the same lease.
+    `run_id` is this delivery's own: the lease says which run of a drain is at work. `budget_seconds`: after
+    this time it goes to the end of the queue. `stopping` tells whether the process is to end. `hand_over` sends
+    the drain again; the lease is kept for it.
     """
 
     inbox: Inbox
     organization_id: UUID
-    lease_id: str
+    run_id: str
     store: Store
     authorizer: Authorizer
     hand_over: Callable[[], None]
@@ -79,14 +81,14 @@ class Drain:
         deadline = time.monotonic() + self.budget_seconds
         while True:
             try:
-                if not taken and not self.inbox.take(self.lease_id):
+                if not taken and not self.inbox.take(self.run_id):
                     return answered
                 taken = True
                 if time.monotonic() > deadline or self.stopping():
                     self._to_the_end_of_the_queue()
                     return answered
                 count = self._round()
-                if count == 0 and self.inbox.release(self.lease_id):
+                if count == 0 and self.inbox.release(self.run_id):
                     return answered
                 answered += count
                 failures = 0
@@ -99,7 +101,7 @@ class Drain:
                 self._back_off(failures, error)
 
     def _round(self) -> int:
-        entries = self.inbox.read(self.lease_id, most=self.group_size)
+        entries = self.inbox.read(self.run_id, most=self.group_size)
         if entries:
             received = [self._receive(entry) for entry in entries]
             self._apply([message for message in received if message.request is not None])
@@ -112,11 +114,16 @@ class Drain:
             return receive(entry, self.organization_id, self.authorizer)
         except KeysUnavailable:
             raise
-        except (
-            Exception
-        ) as error:  # a fault of ours: those behind this message must not wait for its cure
+        except Exception as error:  # a fault of ours: those behind this message must not wait
             logger.exception("a message could not be read", extra={"entry": entry.id.decode()})
-            return Received(entry, rejection=_rejection(entry, type(error).__name__))
+            received = Received(entry, rejection=_rejection(entry, type(error).__name__))
+            with suppress(InvalidMessage):
+                message = parse_message(entry.message or b"")
+                fault = _error("internal_error", "the worker failed to read this batch")
+                record = error_record(self.organization_id, message.batch_id, fault).encode()
+                received.reply_to = message.reply_channel_name
+                received.outcome = Outcome(record)
+            return received
 
     def _apply(self, received: Sequence[Received]) -> None:
         """Apply messages in one transaction; if that fails for a lasting reason, each one by itself."""
@@ -182,7 +189,7 @@ class Drain:
         )
 
     def _to_the_end_of_the_queue(self) -> None:
-        if self.inbox.hand_over(self.lease_id):
+        if self.inbox.hand_over(self.run_id):
             self.hand_over()
 
     def _back_off(self, failures: int, error: Exception) -> None:

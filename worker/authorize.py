@@ -7,6 +7,7 @@ Tokens are neither stored nor logged; what is remembered of one is a hash.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ SCOPES: Final = (READ, WRITE, REGISTER)
 LEEWAY_SECONDS: Final = 30
 MAX_TOKEN_BYTES: Final = 8 * 1024
 _REMEMBERED: Final = 10_000
+_REMEMBERED_SECONDS: Final = 300.0
 _JWKS_SECONDS: Final = 300
 _FAMILIES: Final = {"HS": "jwt_secret", "RS": "key", "PS": "key", "ES": "key", "Ed": "key"}
 _UUID: Final[TypeAdapter[UUID]] = TypeAdapter(Id)
@@ -62,7 +64,7 @@ class Authorizer:
         self._settings = settings
         self._algorithms = list(settings.jwt_algorithms)
         self._key, self._jwks = _key_source(settings)
-        self._grants: OrderedDict[bytes, Grant] = OrderedDict()
+        self._grants: OrderedDict[bytes, tuple[Grant, float]] = OrderedDict()
 
     def verify(self, token: str | bytes | None, at: float) -> Grant:
         """Return what the token grants at a time, in seconds since the epoch (leeway: 30 s).
@@ -91,10 +93,15 @@ class Authorizer:
         return self._jwks is not None
 
     def _remembered(self, digest: bytes, raw: bytes) -> Grant:
-        grant = self._grants.get(digest)
-        if grant is None:
+        """Return the grant of a token whose signature was verified in the last 5 minutes, or verify it.
+
+        So a key that is taken out of the JWK set is soon worth nothing.
+        """
+        now = time.monotonic()
+        grant, until = self._grants.get(digest, (None, now))
+        if grant is None or now >= until:
             grant = _grant(self._claims(raw))
-            self._grants[digest] = grant
+            self._grants[digest] = grant, now + _REMEMBERED_SECONDS
             if len(self._grants) > _REMEMBERED:
                 self._grants.popitem(last=False)
         return grant
@@ -130,11 +137,22 @@ class Authorizer:
         if self._jwks is None:
             return self._key
         try:
-            return self._jwks.get_signing_key_from_jwt(raw).key
-        except jwt.PyJWKClientConnectionError as error:
+            kid = jwt.get_unverified_header(raw).get("kid")
+        except jwt.InvalidTokenError:
+            raise Unauthorized("the token is not valid") from None
+        for refresh in (False, True):
+            for key in self._fetched_keys(refresh):
+                if key.key_id == kid:
+                    return key.key
+        raise Unauthorized("the token is signed with an unknown key")
+
+    def _fetched_keys(self, refresh: bool) -> list[jwt.PyJWK]:
+        """Return the keys of the JWK set. Whatever goes wrong with that is not the token's fault."""
+        assert self._jwks is not None
+        try:
+            return self._jwks.get_signing_keys(refresh)
+        except (jwt.PyJWTError, OSError, ValueError) as error:
             raise KeysUnavailable("the JWK set can't be fetched") from error
-        except jwt.PyJWTError:
-            raise Unauthorized("the token is signed with an unknown key") from None
 
 
 def _grant(claims: dict[str, Any]) -> Grant:
@@ -148,15 +166,13 @@ def _grant(claims: dict[str, Any]) -> Grant:
         raise Unauthorized("the token's org must be a UUID") from None
     scope = claims.get("scope", "")
     try:
-        return Grant(
-            organization_id=organization_id,
-            actor=actor,
-            scopes=frozenset(scope.split() if isinstance(scope, str) else map(str, scope)),
-            not_before=float(claims.get("nbf", 0)),
-            expires_at=float(claims["exp"]),
-        )
+        not_before, expires_at = float(claims.get("nbf", 0)), float(claims["exp"])
+        scopes = frozenset(scope.split() if isinstance(scope, str) else map(str, scope))
     except (TypeError, ValueError, OverflowError):
         raise Unauthorized("the token's claims have wrong types") from None
+    if not (math.isfinite(not_before) and math.isfinite(expires_at)):
+        raise Unauthorized("the token's claims have wrong types")
+    return Grant(organization_id, actor, scopes, not_before, expires_at)
 
 
 def _key_source(settings: Settings) -> tuple[Any, jwt.PyJWKClient | None]:

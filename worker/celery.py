@@ -12,8 +12,9 @@ from celery import Task, signals
 from celery.worker.request import Request
 from sqlalchemy.exc import DBAPIError
 
-from producers.connect import open_celery
+from producers.connect import App
 from worker import log
+from worker.authorize import Authorizer
 from worker.settings import InvalidSettings, load_settings
 from worker.store import Store, UnsafeRole
 
@@ -42,7 +43,7 @@ class DisposableTask(Task):  # type: ignore[misc]
     Request = DisposableRequest
 
 
-app = open_celery(
+app = App(
     "worker",
     settings.redis_url.get_secret_value(),
     include=["worker.tasks"],
@@ -57,7 +58,15 @@ def _configure_logs(**_: Any) -> None:
 
 @signals.worker_init.connect
 def _check(**_: Any) -> None:
-    """Wait for the database, and refuse to run as a role that sees through row-level security."""
+    """Refuse to run on settings that can't work, or as a role that sees through row-level security.
+
+    A database that is away is waited for.
+    """
+    try:
+        Authorizer(settings)
+    except InvalidSettings as error:
+        logger.critical(str(error))
+        raise SystemExit(1) from None
     store = Store(settings.database_url.get_secret_value())
     said = False
     try:

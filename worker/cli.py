@@ -53,6 +53,8 @@ def main() -> None:
         fail(3, str(error.orig) if isinstance(error, DBAPIError) else str(error))
     except InvalidSettings as error:
         fail(2, str(error))
+    except OSError as error:
+        fail(3, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
 
 
 def fail(code: int, message: str) -> NoReturn:
@@ -154,7 +156,7 @@ def token(
     scope: Annotated[
         list[str] | None, typer.Option(help=f"Any of {', '.join(SCOPES)}; all by default.")
     ] = None,
-    days: Annotated[float, typer.Option(min=0, help="How long it is valid.")] = 1,
+    days: Annotated[float, typer.Option(min=0, max=36500, help="How long it is valid.")] = 1,
 ) -> None:
     """Sign a token with TASK_TAGS_JWT_SECRET, for development."""
     scopes = tuple(word for each in scope or SCOPES for word in each.split())

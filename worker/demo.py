@@ -124,7 +124,9 @@ class Demo:
         tags: list[dict[str, Any]] = []
         revisions = {}
         headers = {"Authorization": f"Bearer {token}"}
-        with httpx.Client(base_url=endpoint_url, headers=headers, timeout=10) as client:
+        with httpx.Client(
+            base_url=endpoint_url, headers=headers, timeout=10, trust_env=False
+        ) as client:
             for execution in executions:
                 response = client.get("/task-tags", params={"flow_execution_id": str(execution)})
                 if response.status_code != 200:

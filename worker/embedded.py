@@ -96,7 +96,9 @@ def find_home(directory: Path) -> Home:
     data = directory
     if user is not None and not _reachable(directory):
         data = Path("/var/lib/task-tags") / name
-        data.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for part in (data.parent, data):
+            part.mkdir(exist_ok=True)
+            part.chmod(0o755)  # whatever the umask is: the servers' user has to pass
         link = directory / "servers"
         if not link.is_symlink():
             link.symlink_to(data)

@@ -5,6 +5,7 @@ Every answer that it can give is in its OpenAPI document; the pages that show it
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections import Counter
@@ -56,7 +57,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """What every error looks like; `request_id` is also in the header X-Request-ID and in the log."""
+    """What every error looks like; `request_id` is also in the header X-Request-ID."""
 
     error: ErrorBody
     request_id: str
@@ -122,7 +123,11 @@ async def _on_unavailable(request: Request, error: Exception) -> Response:
 async def _on_fault(request: Request, error: Exception) -> Response:
     logger.error("a request failed", exc_info=error, extra=_request_fields(request))
     problem = Problem(500, "internal_error", "the endpoint failed at this request")
-    return _problem_response(request, problem)
+    response = _problem_response(request, problem)
+    response.headers["X-Request-ID"] = (
+        request.state.request_id
+    )  # this is outside of _RequestContext
+    return response
 
 
 def _request_fields(request: Request) -> dict[str, str]:
@@ -319,6 +324,9 @@ async def read_batch(
     return Response(record, media_type="application/json")
 
 
+_READY_SECONDS: Final = 5.0
+
+
 class Health(BaseModel):
     status: str
 
@@ -356,7 +364,8 @@ async def readyz(
     reader: Annotated[Reader, Depends(_reader)],
     query: Annotated[NoQuery, Query()],
 ) -> Health:
-    await reader.check()
+    async with asyncio.timeout(_READY_SECONDS):
+        await reader.check()
     try:
         await request.app.state.redis.ping()
     except (RedisError, OSError):
@@ -431,7 +440,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
-    for unavailable in (DBAPIError, PoolTimeout, UnsafeRole):
+    for unavailable in (DBAPIError, PoolTimeout, TimeoutError, UnsafeRole):
         app.add_exception_handler(unavailable, _on_unavailable)
     app.add_exception_handler(Exception, _on_fault)
     document = app.openapi

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from typing import Annotated
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from producers.settings import check_redis_url
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 
@@ -51,6 +57,31 @@ class Settings(BaseSettings):
     endpoint_connections: int = Field(8, ge=1, le=1000)
     """Database connections of one endpoint process."""
     log_level: str = "INFO"
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgresql(cls, value: SecretStr) -> SecretStr:
+        try:
+            backend = make_url(value.get_secret_value()).get_backend_name()
+        except ArgumentError:
+            backend = ""
+        if backend not in ("postgresql", "postgres"):
+            raise PydanticCustomError(
+                "url", "must be like postgresql://user:password@host/database"
+            )
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr) -> SecretStr:
+        return check_redis_url(value)
+
+    @field_validator("log_level")
+    @classmethod
+    def _is_level(cls, value: str) -> str:
+        if value.upper() not in logging.getLevelNamesMapping():
+            raise PydanticCustomError("level", "must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
+        return value.upper()
 
     @field_validator("jwt_algorithms", mode="before")
     @classmethod

@@ -9,7 +9,6 @@ import json
 import os
 import socket
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +17,13 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+import httpx
 from pydantic import SecretStr
+from redis import RedisError
 from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 
+from producers.connect import open_redis
 from worker.authorize import SCOPES, mint
 from worker.embedded import Postgres, Valkey, exclusive, find_home, secret
 from worker.migrate import ROLES, migrate
@@ -116,25 +118,32 @@ def _servers(
     own_redis_url: str | None,
 ) -> tuple[str, str]:
     """Start the embedded servers that are needed; return Redis's URL and the database owner's."""
-    home = find_home(directory) if own_database_url is None or own_redis_url is None else None
-    children, redis_url, owner_url = [], own_redis_url, own_database_url
-    postgres = None
-    if home is not None and redis_url is None:
-        valkey = Valkey(home)
+    home = find_home(directory)
+    valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
+    redis_url, owner_url = own_redis_url, own_database_url
+    children = []
+    if redis_url in (None, valkey.url):  # `up` itself tells its users to export that URL
         children.append(valkey.child())
         redis_url = valkey.url
-    if home is not None and owner_url is None:
-        postgres = Postgres(home, secret(directory, "postgres"))
+    else:
+        _reach(redis_url)
+    if owner_url is None:
         children.append(postgres.child())
         owner_url = postgres.url(database=DATABASE)
     seconds = supervisor.start(*children)
     for child in children:
         say(f"{child.name:<11} ready in {seconds:.1f} s")
-    if postgres is not None:
+    if own_database_url is None:
         postgres.create_database(DATABASE)
-    assert redis_url is not None
-    assert owner_url is not None
     return redis_url, owner_url
+
+
+def _reach(redis_url: str) -> None:
+    try:
+        with open_redis(redis_url) as client:
+            client.ping()
+    except (RedisError, OSError) as error:
+        raise Failed(f"TASK_TAGS_REDIS_URL can't be reached: {error}") from None
 
 
 def _worker(supervisor: Supervisor, number: int, environment: dict[str, str]) -> Child:
@@ -193,9 +202,8 @@ def _said_ready(log: Path) -> bool:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as response:  # noqa: S310
-            return bool(response.status == 200)
-    except OSError:
+        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+    except httpx.TransportError:
         return False
 
 

@@ -6,6 +6,7 @@ transaction names its organization, and row-level security lets it see and write
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -113,7 +114,7 @@ _SAVE_ADDED: Final = text("""
     insert into task_tags (organization_id, id, flow_execution_id, task_name, tag_type, tag, tag_metadata,
                            metadata_digest, status, created_at, created_by, updated_at, modified_by)
     select cast(:organization_id as uuid), id, flow_execution_id, task_name, tag_type, tag,
-           tag_metadata::jsonb, metadata_digest, status, :now, created_by, updated_at, modified_by
+           tag_metadata::json, metadata_digest, status, :now, created_by, updated_at, modified_by
       from unnest(cast(:ids as uuid[]), cast(:flow_execution_ids as uuid[]), cast(:task_names as text[]),
                   cast(:tag_types as text[]), cast(:tags as text[]), cast(:tag_metadata as text[]),
                   cast(:metadata_digests as bytea[]), cast(:statuses as text[]),
@@ -182,9 +183,20 @@ class UnsafeRole(Exception):
 
 _TRANSIENT_CLASSES: Final = ("08", "40", "53", "57", "58")
 _TRANSIENT_STATES: Final = (
-    "25006",
-    "55P03",
-)  # a standby after a failover; a lock that is held too long
+    "25006",  # a standby, after a failover
+    "25P03",  # the session was idle too long: this process stood still in a transaction
+    "25P04",  # so did the transaction
+    "55P03",  # a lock was held too long
+)
+
+# A server that says nothing is noticed: in 5 s while connecting, in about 20 s on a connection.
+_CONNECT_ARGUMENTS: Final = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
 
 
 def is_transient(error: BaseException) -> bool:
@@ -194,6 +206,8 @@ def is_transient(error: BaseException) -> bool:
     """
     if not isinstance(error, DBAPIError):
         return False
+    if error.connection_invalidated:
+        return True
     if isinstance(error.orig, psycopg.Error) and (state := error.orig.sqlstate):
         return state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES
     return isinstance(error.orig, (psycopg.OperationalError, psycopg.InterfaceError))
@@ -207,7 +221,11 @@ class Store:
 
     def __init__(self, database_url: str) -> None:
         self._engine: Engine = create_engine(
-            driver_url(database_url), pool_size=1, max_overflow=0, hide_parameters=True
+            driver_url(database_url),
+            pool_size=1,
+            max_overflow=0,
+            hide_parameters=True,
+            connect_args=_CONNECT_ARGUMENTS,
         )
         event.listen(self._engine, "connect", _send_arrays_in_binary)
 
@@ -406,6 +424,10 @@ def _batch_columns(writes: Writes) -> dict[str, Any]:
 # --- The endpoint's side -------------------------------------------------------------------------
 
 
+READ_SECONDS: Final = 10.0
+"""A read that takes longer ends with `TimeoutError`."""
+
+
 class Reader:
     """The endpoint's way to the database: a pool of connections that can only read."""
 
@@ -416,6 +438,7 @@ class Reader:
             max_overflow=0,
             pool_timeout=5,
             hide_parameters=True,
+            connect_args=_CONNECT_ARGUMENTS,
         )
         self._safe = False
 
@@ -463,8 +486,9 @@ class Reader:
 
     @asynccontextmanager
     async def _transaction(self, organization_id: UUID) -> AsyncIterator[AsyncConnection]:
-        if not self._safe:
-            await self.check()
-        async with self._engine.begin() as connection:
-            await connection.execute(_SCOPE, {"organization_id": str(organization_id)})
-            yield connection
+        async with asyncio.timeout(READ_SECONDS):
+            if not self._safe:
+                await self.check()
+            async with self._engine.begin() as connection:
+                await connection.execute(_SCOPE, {"organization_id": str(organization_id)})
+                yield connection

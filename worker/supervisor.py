@@ -28,8 +28,8 @@ class Failed(Exception):
     """Something could not be started; the message is one line for the person at the terminal."""
 
 
-class Stopped(Exception):
-    """A signal asked this process to end."""
+class Stopped(BaseException):
+    """A signal asked this process to end. No `except Exception` on the way may swallow that."""
 
 
 @dataclass
@@ -55,11 +55,15 @@ class Supervisor:
         self._started: dict[str, float] = {}
 
     def __enter__(self) -> Supervisor:
-        self._handlers = {number: signal.signal(number, _raise_stopped) for number in _SIGNALS}
+        self._handlers = {
+            number: signal.signal(number, _raise_stopped)
+            for number in _SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN  # nohup
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number in _SIGNALS:
+        for number in self._handlers:
             signal.signal(number, signal.SIG_IGN)
         while self.running:
             self._stop(*self.running.pop())

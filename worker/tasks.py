@@ -42,18 +42,20 @@ def _tools() -> _Tools:
 def drain(organization_id: str, lease_id: str) -> None:
     """Apply what waits in an organization's inbox. A message with wrong arguments is dropped aloud."""
     try:
-        organization, lease = UUID(organization_id), str(UUID(lease_id))
+        organization, lease = UUID(organization_id), UUID(lease_id)
     except (ValueError, AttributeError, TypeError):
         logger.warning("a drain message has wrong arguments")
         return
+    run = str(uuid4())
+    logger.debug("drain", extra={"lease": str(lease), "run": run})
     tools = _tools()
     Drain(
         inbox=Inbox(tools.redis, organization, lease_ms=settings.lease_ms),
         organization_id=organization,
-        lease_id=lease,
+        run_id=run,
         store=tools.store,
         authorizer=tools.authorizer,
-        hand_over=lambda: _send_drain(organization, lease),
+        hand_over=lambda: _send_drain(organization, run),
         group_size=settings.group_size,
         budget_seconds=settings.drain_budget_seconds,
         stopping=_stopping,

@@ -1,14 +1,17 @@
 -- KEYS: inbox, lease
 -- ARGV: bound, lease id, lease in ms, token, message, message, …
 -- Appends messages up to the bound, in order, and takes the lease if it is free.
--- Returns {how many were appended, 1 if the lease was taken}.
+-- Returns {how many were appended, 1 if a drain is to be sent}. A client that repeats the call after a lost
+-- answer finds the lease queued under its own id, and sends the drain.
 local room = tonumber(ARGV[1]) - redis.call('XLEN', KEYS[1])
 local appended = math.max(0, math.min(#ARGV - 4, room))
 for i = 5, 4 + appended do
   redis.call('XADD', KEYS[1], '*', 'message', ARGV[i], 'token', ARGV[4])
 end
 local taken = 0
-if appended > 0 and redis.call('SET', KEYS[2], 'queued ' .. ARGV[2], 'NX', 'PX', ARGV[3]) then
+local queued = 'queued ' .. ARGV[2]
+if appended > 0 and (redis.call('SET', KEYS[2], queued, 'NX', 'PX', ARGV[3])
+    or redis.call('GET', KEYS[2]) == queued) then
   taken = 1
 end
 return {appended, taken}

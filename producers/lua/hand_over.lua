@@ -1,10 +1,11 @@
+#!lua flags=allow-oom
 -- KEYS: lease
--- ARGV: lease id, lease in ms
+-- ARGV: run id, lease in ms
 -- The drain goes to the end of the Celery queue and keeps the lease while it waits there.
 -- Returns 1 if its message is to be sent, 0 if the lease is another's.
-local held = redis.call('GET', KEYS[1])
-if held and held ~= 'running ' .. ARGV[1] then
+local queued, held = 'queued ' .. ARGV[1], redis.call('GET', KEYS[1])
+if held and held ~= 'running ' .. ARGV[1] and held ~= queued then
   return 0
 end
-redis.call('SET', KEYS[1], 'queued ' .. ARGV[1], 'PX', ARGV[2])
+redis.call('SET', KEYS[1], queued, 'PX', ARGV[2])
 return 1

@@ -1,5 +1,6 @@
+#!lua flags=allow-oom
 -- KEYS: inbox, lease
--- ARGV: lease id, lease in ms, most messages, most bytes
+-- ARGV: run id, lease in ms, most messages, most bytes
 -- Renews the lease and returns the head of the inbox: {{id, {field, value, …}}, …}, at least one message
 -- if there is any. Returns false if the lease is another's. A lease that ran out and that nobody took is
 -- taken again: this drain is the one that is on the way.

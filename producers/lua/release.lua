@@ -1,5 +1,6 @@
+#!lua flags=allow-oom
 -- KEYS: inbox, lease
--- ARGV: lease id
+-- ARGV: run id
 -- The drain that found the inbox empty gives the lease back, but only if the inbox is still empty.
 -- Returns 1 if this drain is over (released, or the lease is another's), 0 if it has to go on.
 local held = redis.call('GET', KEYS[2])

@@ -30,7 +30,7 @@ def upgrade() -> None:
             task_name          text collate "C" not null,
             tag_type           text collate "C" not null,
             tag                text collate "C" not null,
-            tag_metadata       jsonb,
+            tag_metadata       json,               -- as it was sent, keys sorted; jsonb would spell 1e300 out
             metadata_digest    bytea not null,     -- equal for equal metadata; empty for null
             status             text collate "C" not null check (status in ('active', 'deleted')),
             created_at         timestamptz not null,
@@ -78,17 +78,17 @@ def upgrade() -> None:
 
 
 def _create_role(role: str) -> None:
-    """Roles are the cluster's, so one may be there already: it is brought to what it must be."""
+    """Roles are the cluster's, so one may be there already. It must not see through the policies."""
     op.execute(f"""
         do $$ begin
             if not exists (select from pg_roles where rolname = '{role}') then
-                create role {role};
+                create role {role} login;
+            elsif exists (select from pg_roles
+                           where rolname = '{role}' and (rolsuper or rolbypassrls)) then
+                raise 'the role {role} is a superuser or bypasses row-level security';
             end if;
         end $$
     """)
-    op.execute(
-        f"alter role {role} nosuperuser nobypassrls nocreatedb nocreaterole noreplication login"
-    )
     settings = {
         "statement_timeout": "30s",
         "lock_timeout": "1s",
