@@ -7,6 +7,7 @@ running worker uses Valkey's database 1, which the worker does not look at.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ from worker.stack import DATABASE, Stack, running
 from worker.store import Store
 
 T = TypeVar("T")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Started in the background of a script: the processes under test would ignore Ctrl-C as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:
     del os.environ[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,13 +13,15 @@ import psycopg
 import pytest
 from psycopg import sql
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 
+import worker.store
 from producers.client import registration
 from producers.messages import TagBatch, Uuid7, add, remove
 from tests.conftest import Servers, eventually
 from worker.decide import Decision, Request, State, decide
 from worker.migrate import migrate
-from worker.store import Store, UnsafeRole
+from worker.store import Store, UnsafeRole, is_transient
 
 TABLES = ("flow_executions", "task_tags", "tag_batches", "tag_changes")
 
@@ -286,6 +289,41 @@ def test_purging_forgets_old_results_of_that_organization_alone(
     assert load(store, foreign, batch).batches
     with as_role(servers.worker_url, organization) as connection:
         assert (count(connection, "task_tags"), count(connection, "tag_changes")) == (1, 1)
+
+
+def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts the connection and says nothing: an error that may pass, not a process that hangs."""
+    monkeypatch.setitem(worker.store._CONNECT_ARGUMENTS, "connect_timeout", 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = Store(f"postgresql://u:p@127.0.0.1:{server.getsockname()[1]}/x")
+        with pytest.raises(DBAPIError) as caught:
+            silent.check()
+    assert is_transient(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "passes"),
+    [
+        ("08006", True),
+        ("40001", True),
+        ("40P01", True),
+        ("53100", True),
+        ("55P03", True),
+        ("57P01", True),
+        ("25P03", True),
+        ("25006", True),
+        ("23505", False),
+        ("22P02", False),
+        ("42501", False),
+        ("54000", False),
+        ("XX000", False),
+    ],
+)
+def test_errors_that_may_pass_are_told_from_those_that_last(state: str, passes: bool) -> None:
+    """Lost connections, deadlocks, serialization, a full disk, a restart: the same transaction may succeed."""
+    original = psycopg.errors.lookup(state)("x")
+    error = DBAPIError.instance("select", {}, original, psycopg.Error)
+    assert is_transient(error) == passes
 
 
 def test_migrating_again_changes_nothing_and_sets_passwords(servers: Servers) -> None:

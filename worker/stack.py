@@ -106,8 +106,10 @@ def running(
             scopes=SCOPES,
             lifetime=timedelta(days=TOKEN_DAYS),
         )
-        yield Stack(redis_url, url, DEVELOPMENT_ORGANIZATION, token, supervisor)
-        say("stopping")
+        try:
+            yield Stack(redis_url, url, DEVELOPMENT_ORGANIZATION, token, supervisor)
+        finally:
+            say("stopping")
 
 
 def _servers(

@@ -1,0 +1,156 @@
+"""PostgreSQL and Valkey are killed while the product is used: clear errors, then everything goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+
+from producers.client import TagProducer, registration
+from producers.messages import ChangeEvent, TagBatch, add
+from producers.subscriber import Subscriber
+from tests.conftest import eventually
+from worker.embedded import find_home
+from worker.stack import Stack, running
+
+
+@dataclass(frozen=True)
+class Fragile:
+    """A stack of its own whose supervisor restarts what a test kills."""
+
+    stack: Stack
+    directory: Path
+
+    def pid(self, name: str) -> int:
+        return next(p.pid for child, p in self.stack.supervisor.running if child.name == name)
+
+    def kill(self, name: str) -> None:
+        os.kill(self.pid(name), signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Let the supervisor see what has ended, until all of it runs."""
+        eventually(lambda: any(p.poll() is not None for _, p in self.stack.supervisor.running))
+        self.stack.supervisor.restart_ended(lambda _: None)
+        eventually(lambda: all(child.ready() for child, _ in self.stack.supervisor.running))
+
+
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fragile]:
+    directory = tmp_path_factory.mktemp("fragile")
+    with running(directory, port=0, workers=1, say=lambda _: None) as stack:
+        yield Fragile(stack, find_home(directory).data)
+
+
+@pytest.fixture
+def producer(fragile: Fragile) -> Iterator[TagProducer]:
+    stack = fragile.stack
+    with TagProducer(
+        redis_url=stack.redis_url, organization_id=stack.organization_id, token=stack.token
+    ) as producer:
+        yield producer
+
+
+@pytest.fixture
+def execution(producer: TagProducer) -> UUID:
+    execution = uuid4()
+    producer.apply(registration(execution))
+    return execution
+
+
+def tagging(execution: UUID, tag: str) -> TagBatch:
+    return TagBatch(tags=[add(execution, "t", "t", tag)])
+
+
+def read(fragile: Fragile, execution: UUID) -> httpx.Response:
+    return httpx.get(
+        f"{fragile.stack.endpoint_url}/task-tags",
+        params={"flow_execution_id": str(execution)},
+        headers={"Authorization": f"Bearer {fragile.stack.token}"},
+        timeout=20,
+    )
+
+
+def test_batches_wait_while_postgresql_is_down_and_then_take_effect_in_order(
+    fragile: Fragile, producer: TagProducer, execution: UUID
+) -> None:
+    """Enqueuing goes on; reading is 503, never an empty list; nothing is lost or reordered."""
+    fragile.kill("postgresql")
+    futures = [producer.submit(tagging(execution, f"{number}")) for number in range(20)]
+    response = read(fragile, execution)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "unavailable"
+    assert response.headers["retry-after"]
+    assert httpx.get(f"{fragile.stack.endpoint_url}/readyz").status_code == 503
+    assert httpx.get(f"{fragile.stack.endpoint_url}/healthz").status_code == 200
+    assert not any(future.done() for future in futures)
+    fragile.restart()
+    for future in futures:
+        assert [result.status for result in future.result(30).tags or []] == ["added"]
+    tags = eventually(lambda: read(fragile, execution).json())
+    assert [tag["tag"] for tag in tags] == [f"{number}" for number in range(20)]
+
+
+def test_valkey_may_be_killed_and_nothing_accepted_is_lost(
+    fragile: Fragile, producer: TagProducer, execution: UUID
+) -> None:
+    """`apply` goes on by itself, a subscriber hears what comes after, the worker finds its way back."""
+    events: list[ChangeEvent] = []
+    subscriber = Subscriber(
+        redis_url=fragile.stack.redis_url, organization_id=fragile.stack.organization_id
+    )
+
+    def collect() -> None:
+        for event in subscriber.changes(execution):
+            events.append(event)
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    producer.apply(tagging(execution, "before"))
+    results: list[Any] = []
+    applying = threading.Thread(
+        target=lambda: results.append(producer.apply(tagging(execution, "during"), 60))
+    )
+    fragile.kill("valkey")
+    applying.start()
+    fragile.restart()
+    applying.join()
+    assert [result.status for result in results[0].tags] == ["added"]
+    producer.apply(tagging(execution, "after"))
+    eventually(lambda: [e for e in events if e.revision == 3])
+    subscriber.close()
+    thread.join()
+    assert [tag["tag"] for tag in read(fragile, execution).json()] == ["before", "during", "after"]
+
+
+def test_a_killed_worker_is_replaced_and_its_drain_goes_on(
+    fragile: Fragile, producer: TagProducer, execution: UUID
+) -> None:
+    """SIGKILL in the middle of the work: the lease runs out, and the rest is applied, once and in order."""
+    names = [f"{number:03d}" for number in range(500)]
+    producer.enqueue_many(tagging(execution, name) for name in names)
+    fragile.kill("worker-1")
+    fragile.restart()
+    eventually(lambda: read(fragile, execution).headers["etag"] == '"500"', 40)
+    assert [tag["tag"] for tag in read(fragile, execution).json()] == names
+
+
+def test_a_worker_ends_in_time_when_it_is_told_to(
+    fragile: Fragile, producer: TagProducer, execution: UUID
+) -> None:
+    """SIGTERM under load: the transaction in hand is finished, the rest is handed over."""
+    names = [f"{number:04d}" for number in range(2000)]
+    producer.enqueue_many(tagging(execution, name) for name in names)
+    process = next(p for child, p in fragile.stack.supervisor.running if child.name == "worker-1")
+    process.terminate()
+    assert process.wait(10) == 0
+    fragile.restart()
+    eventually(lambda: read(fragile, execution).headers["etag"] == '"2000"', 40)
+    assert [tag["tag"] for tag in read(fragile, execution).json()] == names
