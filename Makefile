@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test measure check format lock clean
+.PHONY: help run demo test faults fairness soak measure check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,16 @@ demo: .venv/ready  ## The same, but end with exit code 0 if all is as expected
 test: .venv/ready  ## Run all tests, then `make check`
 	$(BIN)/python -m pytest
 	@$(MAKE) --no-print-directory check
+
+faults: .venv/ready  ## Break everything at random, compare with a model; SECONDS=600 SEED= PLANT=
+	$(BIN)/python -m tests.faults --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) \
+		$(if $(PLANT),--plant $(PLANT))
+
+fairness: .venv/ready  ## Measure how long one organization waits while another has 50,000 batches
+	$(BIN)/python -m tests.fairness
+
+soak: .venv/ready  ## Run BATCHES=1000000 through one worker; its memory must not grow
+	$(BIN)/python -m tests.soak --batches $(or $(BATCHES),1000000)
 
 measure: .venv/ready  ## Measure latency, throughput and memory of the whole path on this machine
 	$(BIN)/python -m tests.measure

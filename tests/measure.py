@@ -42,23 +42,25 @@ def main() -> None:
         directory = Path(name)
         directory.chmod(0o755)
         with running(directory, port=0, workers=arguments.workers, say=print) as stack:
-            key = Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
-
-            def token(organization_id: UUID) -> str:
-                return mint(
-                    key,
-                    organization_id=organization_id,
-                    actor="measure",
-                    scopes=SCOPES,
-                    lifetime=timedelta(hours=1),
-                )
-
+            token = tokens(directory)
             latency(stack, token(stack.organization_id))
             for _ in range(arguments.rounds):
                 organizations = {(id_ := uuid4()): token(id_) for _ in range(ORGANIZATIONS)}
                 throughput(stack, organizations, arguments.batches)
             read(stack)
             memory(stack)
+
+
+def tokens(directory: Path) -> Callable[[UUID], str]:
+    """Return what signs a token for any organization of the stack on a state directory."""
+    key = Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
+    return lambda organization_id: mint(
+        key,
+        organization_id=organization_id,
+        actor="measure",
+        scopes=SCOPES,
+        lifetime=timedelta(hours=3),
+    )
 
 
 def latency(stack: Stack, token: str) -> None:

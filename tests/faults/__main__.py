@@ -1,0 +1,94 @@
+"""make faults [SECONDS=600] [SEED=n] [PLANT=bug]: break things at random, then compare with the model.
+
+The last line is `faults: seed=… batches=… injected=… lost=0 doubled=0 reordered=0 gaps=0 missing_results=0
+stuck=0`; the exit code is 1 if any of these is not 0. PLANT puts a known bug into the workers, which must be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.faults.check import Verdict, check
+from tests.faults.injections import INJECTIONS, inject
+from tests.faults.planted import PLANTS
+from tests.faults.world import World, settle, start_runners, stop_runners, world
+
+CALM_SECONDS = 6.0
+KINDS = ("lost", "doubled", "reordered", "gaps", "missing_results", "stuck")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--plant", choices=["", *PLANTS], default="")
+    arguments = parser.parse_args()
+    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**9)
+    print(
+        f"seed {seed}, {arguments.seconds:g} s{', planted: ' if arguments.plant else ''}{arguments.plant}"
+    )
+    print("disk full: skipped, it needs a file system of its own", flush=True)
+    choose, verdict = random.Random(seed), Verdict()
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        with world(directory, seed, arguments.plant) as opened:
+            start_runners(opened)
+            be_calm(opened, verdict)
+            injected = be_cruel(opened, choose, arguments.seconds)
+            stop_runners(opened)
+            if not settle(opened, choose):
+                verdict.add("stuck", "an inbox is not empty, or a lease not free, after 90 s")
+            batches = compare(opened, verdict)
+        for line in [f"  {count:4} x {name}" for name, count in sorted(injected.items())]:
+            print(line)
+        for story in verdict.stories:
+            print(f"  {story}")
+    counts = " ".join(f"{kind}={verdict.counts[kind]}" for kind in KINDS)
+    print(f"faults: seed={seed} batches={batches} injected={injected.total()} {counts}")
+    return 1 if verdict.counts else 0
+
+
+def be_calm(opened: World, verdict: Verdict) -> None:
+    """Without a fault, beat never has to help: no wake-up is lost."""
+    end = time.monotonic() + CALM_SECONDS
+    while time.monotonic() < end:
+        time.sleep(0.1)
+    if opened.woken():
+        verdict.add("stuck", "messages waited with nobody on the way, although nothing was broken")
+
+
+def be_cruel(opened: World, choose: random.Random, seconds: float) -> Counter[str]:
+    """Do all kinds of faults in turn, shuffled anew each round."""
+    injected: Counter[str] = Counter()
+    deck: list[str] = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not deck:
+            deck = choose.sample(list(INJECTIONS), len(INJECTIONS))
+        name = deck.pop()
+        injected[name] += inject(name, opened, choose)
+        opened.mend()
+        time.sleep(choose.random() * 0.6)
+        opened.mend()
+    return injected
+
+
+def compare(opened: World, verdict: Verdict) -> int:
+    batches = 0
+    with opened.database() as connection:
+        for tenant in opened.tenants:
+            batches += check(
+                connection, tenant.organization, tenant.sent(), tenant.heard, tenant.gone, verdict
+            )
+    return batches
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What must be true at the end, whatever was done to the product: the comparison with a sequential model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+from producers.messages import FlowExecution, Message, TagBatch
+from tests.test_decide import Naive, _same
+
+
+@dataclass
+class Verdict:
+    """How many of each kind of broken promise were found, and what is known of the first ones."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    stories: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, story: str) -> None:
+        self.counts[kind] += 1
+        if len(self.stories) < 20:
+            self.stories.append(f"{kind}: {story}")
+
+
+class Model(Naive):
+    """The naive model, in which a batch that the database refuses has no effect."""
+
+    def tag(self, asked: dict[str, Any]) -> Any:
+        poisoned = any(
+            operation["operation"] == "add" and operation["tag"] == "poison"
+            for operation in asked["tags"]
+        )
+        known = all(UUID(each["flow_execution_id"]) in self.names for each in asked["tags"])
+        return "internal_error" if poisoned and known else super().tag(asked)
+
+
+@dataclass
+class Sent:
+    """What one producer sent, in its order, and which of it is known to be accepted."""
+
+    messages: list[Message]
+    accepted: set[UUID]
+
+
+def check(
+    connection: psycopg.Connection,
+    organization: UUID,
+    sent: list[Sent],
+    heard: dict[UUID, set[bytes]],
+    gone: set[UUID],
+    verdict: Verdict,
+) -> int:
+    """Compare one organization's tables with the model; return how many batches took effect.
+
+    `gone`: batches that were in an inbox that was flushed; they may be missing, or out of their turn.
+    """
+    messages = {message.batch_id: message for each in sent for message in each.messages}
+    stored = connection.execute(
+        "select batch_id, result_record::text from tag_batches where organization_id = %s order by seq",
+        [organization],
+    ).fetchall()
+    effects = [batch_id for batch_id, _ in stored]
+    _check_presence(sent, effects, gone, verdict)
+    _check_order(sent, effects, gone, verdict)
+    model = _replay(messages, stored, verdict)
+    _check_tags(connection, organization, model, verdict)
+    _check_changes(connection, organization, model, verdict)
+    for batch_id, record in stored:
+        if batch_id in messages:
+            if batch_id not in heard:
+                verdict.add("missing_results", f"{batch_id} was never published")
+            elif heard[batch_id] != {record.encode()}:
+                verdict.add(
+                    "doubled", f"{batch_id} was published as {heard[batch_id]}, not {record}"
+                )
+    return len(effects)
+
+
+def _check_presence(
+    sent: list[Sent], effects: list[UUID], gone: set[UUID], verdict: Verdict
+) -> None:
+    present = set(effects)
+    for batch_id, count in Counter(effects).items():
+        if count > 1:
+            verdict.add("doubled", f"{batch_id} is stored {count} times")
+    for each in sent:
+        for batch_id in each.accepted - present - gone:
+            verdict.add("lost", f"{batch_id} was accepted and never took effect")
+
+
+def _check_order(sent: list[Sent], effects: list[UUID], gone: set[UUID], verdict: Verdict) -> None:
+    place = {batch_id: number for number, batch_id in enumerate(effects)}
+    for each in sent:
+        last = -1
+        for message in each.messages:
+            number = place.get(message.batch_id)
+            if number is None or message.batch_id in gone:
+                continue
+            if number < last:
+                verdict.add("reordered", f"{message.batch_id} came after what was sent behind it")
+            last = max(last, number)
+
+
+def _replay(
+    messages: dict[UUID, Message], stored: list[tuple[UUID, str]], verdict: Verdict
+) -> Model:
+    """Send the batches to the model in the order in which they took effect."""
+    model = Model()
+    for batch_id, text in stored:
+        message = messages.get(batch_id)
+        if message is None:
+            verdict.add("doubled", f"{batch_id} was never sent")
+            continue
+        expected, record = model.send(message), json.loads(text)
+        if "error" in record:
+            outcome: Any = record["error"]["code"]
+        elif isinstance(message, FlowExecution):
+            outcome = [record["flow_execution"]["status"]]
+        else:
+            outcome = [each["status"] for each in record["tags"]]
+        if outcome != expected:
+            verdict.add("doubled", f"{batch_id}: {outcome} instead of {expected}")
+    return model
+
+
+def _check_tags(
+    connection: psycopg.Connection, organization: UUID, model: Model, verdict: Verdict
+) -> None:
+    rows = connection.execute(
+        "select flow_execution_id::text, task_name, tag_type, tag, tag_metadata from task_tags "
+        "where organization_id = %s and status = 'active'",
+        [organization],
+    ).fetchall()
+    parts = ("flow_execution_id", "task_name", "tag_type", "tag")
+    if len(rows) != len(model.rows):
+        verdict.add("lost", f"{len(rows)} active tags instead of {len(model.rows)}")
+    for row in rows:
+        named = dict(zip(parts, row[:4], strict=True))
+        if not any(_same(each["tag_metadata"], row[4]) for each in model.matching(named)):
+            verdict.add("doubled", f"the active tag {row} is not the model's")
+
+
+def _check_changes(
+    connection: psycopg.Connection, organization: UUID, model: Model, verdict: Verdict
+) -> None:
+    events = connection.execute(
+        "select flow_execution_id, revision, event from tag_changes where organization_id = %s "
+        "order by flow_execution_id, revision",
+        [organization],
+    ).fetchall()
+    revisions: dict[UUID, list[int]] = defaultdict(list)
+    replayed: set[str] = set()
+    for execution, revision, event in events:
+        revisions[execution].append(revision)
+        for change in event["changes"]:
+            if change["change"] == "added":
+                replayed.add(change["tag"]["id"])
+            elif change["tag"]["id"] not in replayed:
+                verdict.add("gaps", f"{execution} #{revision} removes what was not there")
+            else:
+                replayed.remove(change["tag"]["id"])
+    for execution, found in revisions.items():
+        if found != list(range(1, model.revisions.get(execution, 0) + 1)):
+            verdict.add("gaps", f"{execution} has {len(found)} revisions up to {found[-1]}")
+    active = connection.execute(
+        "select id::text from task_tags where organization_id = %s and status = 'active'",
+        [organization],
+    ).fetchall()
+    if replayed != {row[0] for row in active}:
+        verdict.add("gaps", "the change events don't add up to the active tags")
+
+
+__all__ = ["Message", "Sent", "TagBatch", "Verdict", "check"]

@@ -1,0 +1,242 @@
+"""The faults: each a function of the world that does its damage and leaves the mending to the product."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from uuid import UUID, uuid4
+
+from redis.exceptions import RedisError
+
+from producers.errors import TaskTagsError
+from producers.messages import inbox_key, lease_key
+from tests.faults.planted import FAILPOINTS
+from tests.faults.producer import Journal
+from tests.faults.world import LEASE_SECONDS, World
+
+Injection = Callable[[World, random.Random], None]
+QUEUE = "task-tags"
+
+
+def _signal(prefix: str, number: signal.Signals) -> Injection:
+    def inject(world: World, choose: random.Random) -> None:
+        pids = world.pids(prefix)
+        if pids:
+            os.kill(choose.choice(pids), number)
+
+    return inject
+
+
+def stop_worker(world: World, choose: random.Random) -> None:
+    """Standing still for longer than the lease, then going on as if nothing had been."""
+    pid = choose.choice(world.pids("worker"))
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(LEASE_SECONDS * 1.5)
+    os.kill(pid, signal.SIGCONT)
+
+
+def _failpoint(name: str) -> Injection:
+    def inject(world: World, choose: random.Random) -> None:
+        draft = world.failpoint.with_suffix(".new")
+        draft.write_text(name)
+        draft.rename(world.failpoint)
+        deadline = time.monotonic() + 3
+        while world.failpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        world.failpoint.unlink(missing_ok=True)
+
+    return inject
+
+
+def _cut(proxy: str) -> Injection:
+    return lambda world, choose: world.proxies[proxy].cut()
+
+
+def _delay(proxy: str) -> Injection:
+    return lambda world, choose: world.proxies[proxy].slow_down(0.05 + choose.random() * 0.3, 1.0)
+
+
+def _half_open(proxy: str) -> Injection:
+    return lambda world, choose: world.proxies[proxy].silence(1.0 + choose.random() * 2)
+
+
+def lose_drain(world: World, choose: random.Random) -> None:
+    """Take drain messages off the Celery queue; keep one, to be delivered much later."""
+    with world.redis() as redis:
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            if message := redis.rpop(QUEUE):
+                world.old_drains.append(message)
+                return
+
+
+def deliver_drain_again(world: World, choose: random.Random) -> None:
+    """Drain messages of any age, once more, several at once."""
+    with world.redis() as redis:
+        for message in choose.sample(world.old_drains, min(3, len(world.old_drains))):
+            redis.lpush(QUEUE, message)
+        for message in redis.lrange(QUEUE, 0, 3):
+            redis.lpush(QUEUE, message)
+
+
+def two_drains(world: World, choose: random.Random) -> None:
+    """Take the leases away from under whoever works, again and again: others begin beside them."""
+    with world.redis() as redis:
+        for _ in range(20):
+            for tenant in world.tenants:
+                redis.delete(lease_key(tenant.organization))
+            time.sleep(0.02)
+
+
+def same_batch_at_once(world: World, choose: random.Random) -> None:
+    """Copies of batches that were just sent, from several threads."""
+    tenant = choose.choice(world.tenants)
+    known = Journal(choose.choice(tenant.journals)).known[-20:]
+    if not known:
+        return
+
+    def send() -> None:
+        with suppress(TaskTagsError), world.producer(tenant) as producer:
+            producer.enqueue_many(known)
+
+    threads = [threading.Thread(target=send) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def kill_subscribers(world: World, choose: random.Random) -> None:
+    """Every pub/sub connection, the workers' remote control included."""
+    with world.redis() as redis:
+        redis.client_kill_filter(_type="pubsub")
+
+
+def slow_subscriber(world: World, choose: random.Random) -> None:
+    """One that does not read, until the server drops it."""
+    with world.redis() as redis, socket.socket(socket.AF_UNIX) as slow:
+        redis.config_set("client-output-buffer-limit", "pubsub 64kb 32kb 1")
+        slow.connect(str(world.proxies["worker"].target))
+        slow.sendall(b"PSUBSCRIBE *\r\n")
+        time.sleep(1.0)
+        redis.config_set("client-output-buffer-limit", "pubsub 32mb 8mb 60")
+
+
+def poison(world: World, choose: random.Random) -> None:
+    """Stream entries that nobody can decode, between good ones."""
+    entries: list[dict[str, bytes | str]] = [
+        {"x": "y"},
+        {"message": ""},
+        {"message": "hello", "token": "t"},
+        {"message": b"\xff\xfe"},
+        {"message": "42"},
+        {"message": "null"},
+        {"message": "[]"},
+        {"message": "{}"},
+        {"message": "[" * 100_000},
+        {"message": json.dumps({"schema_version": 1, "n": 7}).replace("7", "9" * 5000)},
+        {"message": "x" * 20 * 1024 * 1024},
+        {"message": '{"batch_id": "1", "batch_id": "2"}'},
+        {
+            "message": json.dumps(
+                {"schema_version": 1, "kind": "tag_batch", "batch_id": str(uuid4())}
+            )
+        },
+    ]
+    with world.redis() as redis:
+        for entry in choose.sample(entries, 6):
+            redis.xadd(inbox_key(choose.choice(world.tenants).organization), entry)
+
+
+def garbage_on_the_queue(world: World, choose: random.Random) -> None:
+    """What is no Celery message, or a wrong one, between drain messages."""
+    body = "W1siYSIsICJiIl0sIHt9LCB7fV0="  # [["a", "b"], {}, {}]
+    properties = {"delivery_tag": "x", "body_encoding": "base64", "delivery_info": {}}
+    properties["delivery_info"] = {"exchange": "", "routing_key": QUEUE}
+    headers = {"task": "task_tags.drain", "id": str(uuid4()), "lang": "py"}
+    good = {
+        "body": body,
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": headers,
+        "properties": properties,
+    }
+    messages = [
+        "not json",
+        "null",
+        "[]",
+        "{}",
+        json.dumps({**good, "headers": None}),
+        json.dumps({**good, "properties": {}}),
+        json.dumps({**good, "headers": {"task": "task_tags.drain"}}),
+        json.dumps({**good, "headers": {**headers, "task": "unknown"}}),
+        json.dumps({**good, "content-type": "application/x-python-serialize"}),
+        json.dumps({**good, "content-type": "application/x-yaml"}),
+        json.dumps({**good, "headers": {**headers, "eta": "garbage"}}),
+        json.dumps({**good, "headers": {**headers, "compression": "gzip"}}),
+        json.dumps({**good, "body": "AAAA"}),
+        json.dumps({**good, "body": "bnVsbA=="}),
+        json.dumps(good),
+    ]
+    with world.redis() as redis:
+        for message in choose.sample(messages, 3):
+            redis.lpush(QUEUE, message)
+
+
+def flush_everything(world: World, choose: random.Random) -> None:
+    """FLUSHALL. What was in an inbox is gone, and the harness remembers what that was."""
+    with world.redis() as redis, redis.pipeline(transaction=True) as multi:
+        for tenant in world.tenants:
+            multi.xrange(inbox_key(tenant.organization))
+        multi.flushall()
+        *inboxes, _ = multi.execute()
+    for tenant, entries in zip(world.tenants, inboxes, strict=True):
+        for _, fields in entries:
+            with suppress(ValueError, KeyError, TypeError):
+                tenant.gone.add(UUID(json.loads(fields[b"message"])["batch_id"]))
+
+
+INJECTIONS: dict[str, Injection] = {
+    "kill worker": _signal("worker", signal.SIGKILL),
+    "end worker": _signal("worker", signal.SIGTERM),
+    "stop worker": stop_worker,
+    "kill beat": _signal("beat", signal.SIGKILL),
+    "kill valkey": _signal("valkey", signal.SIGKILL),
+    "kill postgresql": _signal("postgresql", signal.SIGKILL),
+    **{f"die {name.replace('_', ' ')}": _failpoint(name) for name in FAILPOINTS},
+    "cut worker-redis": _cut("worker"),
+    "cut runner-redis": _cut("runner"),
+    "cut worker-database": _cut("database"),
+    "delay worker-redis": _delay("worker"),
+    "delay runner-redis": _delay("runner"),
+    "delay worker-database": _delay("database"),
+    "silence worker-redis": _half_open("worker"),
+    "silence runner-redis": _half_open("runner"),
+    "silence worker-database": _half_open("database"),
+    "lose drain": lose_drain,
+    "deliver drain again": deliver_drain_again,
+    "two drains": two_drains,
+    "same batch at once": same_batch_at_once,
+    "kill runner": _signal("runner", signal.SIGKILL),
+    "kill subscribers": kill_subscribers,
+    "slow subscriber": slow_subscriber,
+    "poison": poison,
+    "garbage on the queue": garbage_on_the_queue,
+    "flush everything": flush_everything,
+}
+
+
+def inject(name: str, world: World, choose: random.Random) -> bool:
+    """Do one fault; False if it could not be done now, because what it is done to is away."""
+    try:
+        INJECTIONS[name](world, choose)
+    except (RedisError, OSError, IndexError):
+        return False
+    return True

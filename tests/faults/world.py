@@ -1,0 +1,304 @@
+"""The harness's own stack: servers behind proxies, several workers, beat, and flow runners to be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+from pydantic import SecretStr
+from redis.exceptions import RedisError
+
+from producers.client import TagProducer, registration
+from producers.connect import open_redis
+from producers.messages import Message, inbox_key, lease_key
+from tests.conftest import eventually
+from tests.faults.check import Sent
+from tests.faults.producer import Journal
+from tests.faults.proxy import Proxy
+from worker.authorize import SCOPES, mint
+from worker.embedded import Postgres, Valkey, exclusive, find_home, secret
+from worker.migrate import ROLES, migrate
+from worker.settings import Settings
+from worker.stack import DATABASE
+from worker.supervisor import Child, Supervisor
+
+REPOSITORY = Path(__file__).parent.parent.parent
+WORKERS = 3
+ORGANIZATIONS = 3
+RUNNERS = 2
+LEASE_SECONDS = 2
+
+
+@dataclass
+class Tenant:
+    """One organization: its executions, its flow runners' journals, and what was heard of its batches."""
+
+    organization: UUID
+    token: str
+    executions: list[UUID]
+    journals: list[Path]
+    registrations: list[Message] = field(default_factory=list)
+    heard: dict[UUID, set[bytes]] = field(default_factory=lambda: defaultdict(set))
+    gone: set[UUID] = field(default_factory=set)
+
+    def sent(self) -> list[Sent]:
+        found = [Sent(self.registrations, {message.batch_id for message in self.registrations})]
+        for path in self.journals:
+            journal = Journal(path)
+            open_ids = {message.batch_id for message in journal.open.values()}
+            known = {message.batch_id for message in journal.known}
+            found.append(Sent(journal.known, known - open_ids))
+        return found
+
+
+@dataclass
+class World:
+    """Everything that faults are done to."""
+
+    directory: Path
+    seed: int
+    supervisor: Supervisor
+    redis_url: str
+    database_url: str
+    failpoint: Path
+    proxies: dict[str, Proxy]
+    tenants: list[Tenant]
+    stop: threading.Event = field(default_factory=threading.Event)
+    old_drains: list[bytes] = field(default_factory=list)
+
+    def pids(self, prefix: str) -> list[int]:
+        return [
+            process.pid
+            for child, process in self.supervisor.running
+            if child.name.startswith(prefix) and process.poll() is None
+        ]
+
+    def mend(self) -> None:
+        """Start again what has ended; here everything is meant to end often."""
+        self.supervisor._quick_deaths.clear()
+        self.supervisor.restart_ended(lambda _: None)
+
+    def redis(self) -> Any:
+        return open_redis(self.redis_url)
+
+    def woken(self) -> int:
+        """How often beat had to help."""
+        logs = (self.supervisor.log(f"worker-{n}") for n in range(WORKERS))
+        return sum(
+            log.read_text(errors="replace").count("woke inboxes") for log in logs if log.exists()
+        )
+
+    def quiet(self) -> bool:
+        """Whether nothing waits and nobody is on the way."""
+        try:
+            with self.redis() as redis:
+                return not any(
+                    redis.xlen(inbox_key(each.organization))
+                    or redis.exists(lease_key(each.organization))
+                    for each in self.tenants
+                )
+        except RedisError:
+            return False
+
+    def listen(self) -> None:
+        """Collect every published result, for as long as the world lives."""
+        by_id = {str(each.organization): each for each in self.tenants}
+        while not self.stop.is_set():
+            try:
+                with self.redis() as redis, redis.pubsub() as pubsub:
+                    pubsub.psubscribe("task-tags:*:results:*")
+                    while not self.stop.is_set():
+                        message = pubsub.get_message(timeout=0.2)
+                        if message and message["type"] == "pmessage":
+                            record = json.loads(message["data"])
+                            tenant = by_id.get(record["organization_id"])
+                            if tenant:
+                                tenant.heard[UUID(record["batch_id"])].add(message["data"])
+            except (RedisError, OSError):
+                time.sleep(0.1)
+
+    def producer(self, tenant: Tenant) -> TagProducer:
+        return TagProducer(
+            redis_url=self.redis_url,
+            organization_id=tenant.organization,
+            token=tenant.token,
+        )
+
+    def database(self) -> psycopg.Connection:
+        return psycopg.connect(self.database_url, autocommit=True)
+
+
+@contextmanager
+def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
+    """Start it all; flow runners are started by `start_runners`."""
+    with exclusive(directory), Supervisor(directory / "logs") as supervisor:
+        home = find_home(directory)
+        valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
+        supervisor.start(valkey.child(), postgres.child())
+        postgres.create_database(DATABASE)
+        passwords = {role: secret(directory, role) for role in ROLES}
+        owner_url = postgres.url(database=DATABASE)
+        migrate(owner_url, passwords)
+        with psycopg.connect(owner_url, autocommit=True) as connection:
+            # The order of effects, and a tag that the database refuses: for the harness alone.
+            connection.execute(
+                "alter table tag_batches add column seq bigint generated always as identity"
+            )
+            connection.execute(
+                "alter table task_tags add constraint poison check (tag <> 'poison') not valid"
+            )
+        proxies = {
+            name: Proxy(home.sockets / f"{name}.sock", valkey.socket)
+            for name in ("worker", "runner")
+        }
+        database = home.sockets / "pg"
+        database.mkdir(exist_ok=True)
+        proxies["database"] = Proxy(database / ".s.PGSQL.5432", home.sockets / ".s.PGSQL.5432")
+        failpoint = directory / "failpoint"
+        environment = {
+            "PYTHONPATH": str(REPOSITORY),
+            "TASK_TAGS_JWT_SECRET": secret(directory, "jwt"),
+            "TASK_TAGS_LEASE_SECONDS": str(LEASE_SECONDS),
+            "FAULTS_FAILPOINT": str(failpoint),
+        }
+        settings = Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
+        opened = World(
+            directory,
+            seed,
+            supervisor,
+            valkey.url,
+            owner_url,
+            failpoint,
+            proxies,
+            [_tenant(directory, settings, number) for number in range(ORGANIZATIONS)],
+        )
+        as_worker = {
+            **environment,
+            "FAULTS_PLANT": plant,
+            "TASK_TAGS_REDIS_URL": f"unix://{proxies['worker'].listen}?db=0",
+            "TASK_TAGS_DATABASE_URL": postgres.url(ROLES[0], passwords[ROLES[0]], DATABASE).replace(
+                "host=" + str(home.sockets).replace("/", "%2F"),
+                "host=" + str(database).replace("/", "%2F"),
+            ),
+        }
+        supervisor.start(*_workers(supervisor, as_worker))
+        listener = threading.Thread(target=opened.listen)
+        listener.start()
+        try:
+            yield opened
+        finally:
+            opened.stop.set()
+            listener.join()
+            for proxy in proxies.values():
+                proxy.close()
+
+
+def _tenant(directory: Path, settings: Settings, number: int) -> Tenant:
+    organization = uuid4()
+    token = mint(
+        settings,
+        organization_id=organization,
+        actor=f"runner-{number}",
+        scopes=SCOPES,
+        lifetime=timedelta(days=1),
+    )
+    journals = [directory / f"journal-{number}-{runner}.jsonl" for runner in range(RUNNERS)]
+    return Tenant(organization, token, [uuid4() for _ in range(3)], journals)
+
+
+def _workers(supervisor: Supervisor, environment: dict[str, str]) -> Iterator[Child]:
+    def said_ready(name: str) -> bool:
+        log = supervisor.log(name)
+        return log.exists() and '"message": "ready"' in log.read_text(errors="replace")
+
+    celery = [sys.executable, "-m", "celery", "-A"]
+    options = ["--without-gossip", "--without-mingle"]
+    commands = {
+        f"worker-{number}": [
+            *[*celery, "tests.faults.planted", "worker"],
+            *[*options, "-n", f"worker-{number}@%h"],
+        ]
+        for number in range(WORKERS)
+    }
+    commands["beat"] = [*celery, "worker", "beat"]
+    for name, argv in commands.items():
+        yield Child(
+            name=name,
+            argv=argv,
+            ready=lambda name=name: said_ready(name),  # type: ignore[misc]
+            environment=environment,
+        )
+
+
+def start_runners(opened: World) -> None:
+    """Register the executions, then start the flow runners that tag them."""
+    runners = []
+    for number, tenant in enumerate(opened.tenants):
+        with opened.producer(tenant) as producer:
+            for execution in tenant.executions:
+                tenant.registrations.append(registration(execution))
+                producer.apply(tenant.registrations[-1])
+        for runner, journal in enumerate(tenant.journals):
+            runners.append(
+                Child(
+                    name=f"runner-{number}-{runner}",
+                    argv=[
+                        *[sys.executable, "-m", "tests.faults.producer", str(journal)],
+                        *[f"{opened.seed}-{number}-{runner}", *map(str, tenant.executions)],
+                    ],
+                    ready=lambda: True,
+                    environment={
+                        "PYTHONPATH": str(REPOSITORY),
+                        "TASK_TAGS_REDIS_URL": f"unix://{opened.proxies['runner'].listen}?db=0",
+                        "TASK_TAGS_ORGANIZATION_ID": str(tenant.organization),
+                        "TASK_TAGS_TOKEN": tenant.token,
+                        "TASK_TAGS_LEASE_SECONDS": str(LEASE_SECONDS),
+                    },
+                )
+            )
+    opened.supervisor.start(*runners)
+
+
+def stop_runners(opened: World) -> None:
+    """End the flow runners; what they could not settle is left open in their journals."""
+    for entry in [e for e in opened.supervisor.running if e[0].name.startswith("runner")]:
+        opened.supervisor.running.remove(entry)
+        os.kill(entry[1].pid, 15)
+        entry[1].wait()
+
+
+def settle(opened: World, choose: random.Random) -> bool:
+    """Let everything recover and finish, and ask once more for every result that was not heard."""
+
+    def calm() -> bool:
+        opened.mend()
+        return opened.quiet()
+
+    try:
+        eventually(calm, 90)
+        for tenant in opened.tenants:
+            with opened.producer(tenant) as producer:
+                unheard = [
+                    message
+                    for each in tenant.sent()
+                    for message in each.messages
+                    if message.batch_id in each.accepted and message.batch_id not in tenant.heard
+                ]
+                producer.enqueue_many(unheard)
+        eventually(calm, 90)
+    except AssertionError:
+        return False
+    return True
