@@ -40,7 +40,7 @@ for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:
     del os.environ[name]
 
 
-def eventually(look: Callable[[], T], seconds: float = 20.0) -> T:
+def eventually(look: Callable[[], T | None], seconds: float = 20.0) -> T:
     """Return the first true value that `look` gives; fail if there is none in time."""
     deadline = time.monotonic() + seconds
     while True:

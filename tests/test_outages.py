@@ -18,8 +18,10 @@ from producers.client import TagProducer, registration
 from producers.messages import ChangeEvent, TagBatch, add
 from producers.subscriber import Subscriber
 from tests.conftest import eventually
-from worker.embedded import find_home
-from worker.stack import Stack, running
+from worker.embedded import Postgres, Valkey, find_home, secret
+from worker.migrate import migrate
+from worker.stack import DATABASE, ENDPOINT, WORKER, Stack, command, free_port, running
+from worker.supervisor import Child, Supervisor
 
 
 @dataclass(frozen=True)
@@ -154,3 +156,50 @@ def test_a_worker_ends_in_time_when_it_is_told_to(
     fragile.restart()
     eventually(lambda: read(fragile, execution).headers["etag"] == '"2000"', 40)
     assert [tag["tag"] for tag in read(fragile, execution).json()] == names
+
+
+def test_a_worker_and_an_endpoint_may_start_before_their_servers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """They wait, say so once, and work as soon as PostgreSQL and Valkey are there."""
+    directory = tmp_path_factory.mktemp("early")
+    with Supervisor(directory / "logs") as supervisor:
+        home = find_home(directory)
+        valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
+        environment = {
+            "TASK_TAGS_REDIS_URL": valkey.url,
+            "TASK_TAGS_JWT_SECRET": secret(directory, "jwt"),
+        }
+        port = free_port(0)
+        commands = {
+            "task_tags_worker": WORKER,
+            "task_tags_endpoint": [*ENDPOINT, "--port", str(port)],
+        }
+        for role, words in commands.items():
+            url = postgres.url(role, secret(directory, role), DATABASE)
+            supervisor.start(
+                Child(
+                    name=role,
+                    argv=command(words),
+                    ready=lambda role=role: _says(supervisor, role, "database"),  # type: ignore[misc]
+                    environment={**environment, "TASK_TAGS_DATABASE_URL": url},
+                )
+            )
+        ready_url = f"http://127.0.0.1:{port}/readyz"
+        assert httpx.get(ready_url).status_code == 503
+        supervisor.start(postgres.child())
+        postgres.create_database(DATABASE)
+        passwords = {role: secret(directory, role) for role in commands}
+        migrate(postgres.url(database=DATABASE), passwords)
+        eventually(lambda: _says(supervisor, "task_tags_worker", "waiting for Redis"))
+        supervisor.start(valkey.child())
+        eventually(lambda: _says(supervisor, "task_tags_worker", '"message": "ready"'))
+        eventually(lambda: httpx.get(ready_url).status_code == 200)
+        log = supervisor.log("task_tags_worker").read_text()
+        assert log.count("waiting for the database") == log.count("waiting for Redis") == 1
+        assert all(process.poll() is None for _, process in supervisor.running)
+
+
+def _says(supervisor: Supervisor, name: str, words: str) -> bool:
+    log = supervisor.log(name)
+    return log.exists() and words in log.read_text()

@@ -6,13 +6,15 @@ import gc
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from celery import Task, signals
 from celery.worker.request import Request
+from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from producers.connect import App
+from producers.connect import App, open_redis
 from worker import log
 from worker.authorize import Authorizer
 from worker.settings import InvalidSettings, load_settings
@@ -60,29 +62,34 @@ def _configure_logs(**_: Any) -> None:
 def _check(**_: Any) -> None:
     """Refuse to run on settings that can't work, or as a role that sees through row-level security.
 
-    A database that is away is waited for.
+    Servers that are away are waited for.
     """
+    store = Store(settings.database_url.get_secret_value())
     try:
         Authorizer(settings)
-    except InvalidSettings as error:
+        _wait_for("the database", store.check, DBAPIError)
+        with open_redis(settings.redis_url.get_secret_value()) as redis:
+            _wait_for("Redis", redis.ping, RedisError)
+    except (InvalidSettings, UnsafeRole) as error:
         logger.critical(str(error))
         raise SystemExit(1) from None
-    store = Store(settings.database_url.get_secret_value())
-    said = False
-    try:
-        while True:
-            try:
-                return store.check()
-            except UnsafeRole as error:
-                logger.critical(str(error))
-                raise SystemExit(1) from None
-            except DBAPIError as error:
-                if not said:
-                    logger.warning("waiting for the database", extra={"error": str(error.orig)})
-                    said = True
-                time.sleep(0.5)
     finally:
         store.close()
+
+
+def _wait_for(what: str, reach: Callable[[], Any], away: type[Exception]) -> None:
+    """Try until a server answers, with a backoff of up to a second; say once that it is waited for."""
+    seconds = 0.05
+    while True:
+        try:
+            reach()
+        except away as error:
+            if seconds == 0.05:
+                logger.warning(f"waiting for {what}", extra={"error": type(error).__name__})
+            time.sleep(seconds)
+            seconds = min(seconds * 2, 1.0)
+        else:
+            return
 
 
 @signals.worker_ready.connect

@@ -77,7 +77,7 @@ def running(
     """
     directory = directory.absolute()
     with exclusive(directory), Supervisor(directory / "logs") as supervisor:
-        port = _free_port(port)
+        port = free_port(port)
         redis_url, owner_url = _servers(directory, supervisor, say, own_database_url, own_redis_url)
         passwords = {role: secret(directory, role) for role in ROLES}
         try:
@@ -152,7 +152,7 @@ def _worker(supervisor: Supervisor, number: int, environment: dict[str, str]) ->
     name = f"worker-{number}"
     return Child(
         name=name,
-        argv=[*_command(WORKER), "-n", f"{name}@%h"],
+        argv=[*command(WORKER), "-n", f"{name}@%h"],
         ready=lambda: _said_ready(supervisor.log(name)),
         environment=environment,
     )
@@ -161,7 +161,7 @@ def _worker(supervisor: Supervisor, number: int, environment: dict[str, str]) ->
 def _beat(supervisor: Supervisor, environment: dict[str, str]) -> Child:
     return Child(
         name="beat",
-        argv=_command(BEAT),
+        argv=command(BEAT),
         ready=lambda: _said_ready(supervisor.log("beat")),
         environment=environment,
     )
@@ -170,7 +170,7 @@ def _beat(supervisor: Supervisor, environment: dict[str, str]) -> Child:
 def _endpoint(url: str, port: int, environment: dict[str, str]) -> Child:
     return Child(
         name="endpoint",
-        argv=[*_command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
+        argv=[*command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
         ready=lambda: _answers(f"{url}/readyz"),
         environment=environment,
     )
@@ -186,7 +186,7 @@ def _only_secret(tokens: Settings) -> dict[str, str]:
     }
 
 
-def _command(words: list[str]) -> list[str]:
+def command(words: list[str]) -> list[str]:
     """Return a command that is run by this very Python, wherever its scripts are."""
     module = {"celery": "celery", "task-tags-admin": "worker.cli"}[words[0]]
     return [sys.executable, "-m", module, *words[1:]]
@@ -209,7 +209,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _free_port(port: int) -> int:
+def free_port(port: int) -> int:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,0 +1,83 @@
+"""How long until the next result, after the only worker, Valkey or PostgreSQL was killed?
+
+python -m tests.recovery [--rounds 5]. Default settings, one worker. Prints a table, asserts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from uuid import UUID, uuid4
+
+from producers.client import TagProducer, registration
+from producers.messages import ResultRecord, TagBatch, add
+from tests.conftest import eventually
+from worker.stack import Stack, running
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        with running(directory, port=0, workers=1, say=print) as stack:
+            print("\n| killed | until it answers again | from then to the next result | slowest |")
+            print("|---|---|---|---|")
+            for what in ("worker-1", "valkey", "postgresql"):
+                measured = [once(stack, what) for _ in range(rounds)]
+                down, after = zip(*measured, strict=True)
+                print(
+                    f"| {what} | {statistics.median(down):.1f} s | {statistics.median(after):.1f} s "
+                    f"| {max(after):.1f} s |"
+                )
+
+
+def once(stack: Stack, what: str) -> tuple[float, float]:
+    """Kill a part while batches wait; return how long it was away, and how long until the next result."""
+    execution = uuid4()
+    with TagProducer(
+        redis_url=stack.redis_url, organization_id=stack.organization_id, token=stack.token
+    ) as producer:
+        producer.apply(registration(execution))
+        producer.enqueue_many(batch(execution, f"{number}") for number in range(3000))
+        child, process = next(each for each in stack.supervisor.running if each[0].name == what)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        begin = time.monotonic()
+        if what == "worker-1":
+            stack.supervisor.log(child).unlink()  # so that "ready" is this start's
+        stack.supervisor.restart_ended(lambda _: None)
+        eventually(child.ready, 60)
+        answers = time.monotonic()
+        future = submit(lambda: producer.submit(batch(execution, "last")))
+        future.result(60)
+        return answers - begin, time.monotonic() - answers
+
+
+def submit(attempt: Callable[[], Future[ResultRecord]]) -> Future[ResultRecord]:
+    """Submit as soon as the client's own connection is back."""
+
+    def try_once() -> Future[ResultRecord] | None:
+        try:
+            return attempt()
+        except Exception:
+            return None
+
+    return eventually(try_once)
+
+
+def batch(execution: UUID, tag: str) -> TagBatch:
+    return TagBatch(tags=[add(execution, "t", "t", tag)])
+
+
+if __name__ == "__main__":
+    main()
