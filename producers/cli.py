@@ -1,13 +1,14 @@
 """The command `task-tags`: enqueue batches, read tags, watch changes and results, print the schemas.
 
 Exit codes: 0 done; 1 some batch was refused; 2 wrong input or settings; 3 Redis or the endpoint can't be
-used; 4 the inbox is full; 5 a result did not come in time; 130 interrupted.
+used; 4 the inbox is full, with --block until its time was up; 5 a result did not come in time; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -102,6 +103,10 @@ def enqueue(
         bool, typer.Option("--wait", help="Wait for the results and print them.")
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for each result.")] = 30,
+    block: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="Wait so long, in all, for room in the inbox."),
+    ] = None,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Send lines as they are; the worker checks them.")
     ] = False,
@@ -112,13 +117,14 @@ def enqueue(
         fail(WRONG, "--wait goes with messages that are checked")
     lines = _read_lines(file)
     messages = [] if unchecked else _parse_lines(lines)
+    deadline = time.monotonic() + (block or 0)
     with TagProducer() as producer:
         if wait:
-            sys.exit(_apply(producer, messages, timeout, as_json))
+            sys.exit(_apply(producer, messages, deadline, timeout, as_json))
         sent = 0
         encoded = lines if unchecked else [message.encode() for message in messages]
         for piece in _progress([encoded[i : i + _PIECE] for i in range(0, len(encoded), _PIECE)]):
-            accepted = producer.send(piece)
+            accepted = producer.send(piece, deadline - time.monotonic())
             sent += accepted
             if accepted < len(piece):
                 fail(FULL, f"the inbox is full: {sent} of {len(encoded)} batches were enqueued")
@@ -272,16 +278,20 @@ def _parse_lines(lines: Sequence[bytes]) -> list[Message]:
 
 
 def _apply(
-    producer: TagProducer, messages: Sequence[Message], timeout: float, as_json: bool
+    producer: TagProducer,
+    messages: Sequence[Message],
+    deadline: float,
+    timeout: float,
+    as_json: bool,
 ) -> int:
-    """Enqueue, print each result in order, and return the exit code.
+    """Enqueue, print each result in order, and return the exit code. Until `deadline`, wait for room.
 
     At most so many results are awaited at a time that they find room in the inbox.
     """
     code = 0
     window: deque[tuple[Message, Future[ResultRecord]]] = deque()
     for message in _progress(list(messages)):
-        window.append((message, producer.submit(message)))
+        window.append((message, producer.submit(message, deadline - time.monotonic())))
         if len(window) == _PIECE:
             code = _finish(*window.popleft(), timeout, as_json) or code
     while window:

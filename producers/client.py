@@ -9,17 +9,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Self, TypeVar
 from uuid import UUID, uuid4
 
 from kombu.exceptions import OperationalError
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from producers.connect import App, open_redis
 from producers.errors import (
@@ -27,6 +27,7 @@ from producers.errors import (
     Closed,
     InboxFull,
     NoResult,
+    OutOfMemory,
     Unavailable,
     refusal,
 )
@@ -51,6 +52,8 @@ DEFAULT_TIMEOUT_SECONDS: Final = 30.0
 ASK_AGAIN_SECONDS: Final = 5.0
 LAST_ASK_AGAIN_SECONDS: Final = 60.0
 _AGAIN_SECONDS: Final = 0.2
+_FIRST_PAUSE_SECONDS: Final = 0.01
+_LAST_PAUSE_SECONDS: Final = 0.2
 
 
 class TagProducer:
@@ -90,6 +93,7 @@ class TagProducer:
             lease_ms=int(settings.lease_seconds * 1000),
         )
         self._listener = _ResultListener(self._redis, self._organization_id, self._enqueue_again)
+        self._closed = threading.Event()
 
     def batch(self, *, batch_id: UUID | None = None) -> BatchBuilder[UUID, ResultRecord]:
         """Begin a batch: `producer.batch().add(…).remove(…).enqueue()`."""
@@ -108,26 +112,27 @@ class TagProducer:
         """Hand a batch over and go on; returns its id. Raises `InboxFull` or `Unavailable`."""
         return self.enqueue_many([message])[0]
 
-    def enqueue_many(self, messages: Iterable[Message]) -> list[UUID]:
+    def enqueue_many(self, messages: Iterable[Message], block: float | None = None) -> list[UUID]:
         """Hand batches over in this order, many in each round trip; returns their ids.
 
-        Raises `InboxFull` with those that were not accepted (always the last ones), or `Unavailable`.
+        `block`: wait so many seconds, in total, for room in the inbox. Raises `InboxFull` with those that were
+        not accepted (always the last ones), `OutOfMemory`, `Unavailable`, or `Closed` if that happened meanwhile.
         """
         batches = list(messages)
-        accepted = self.send([batch.encode() for batch in batches])
+        accepted = self.send([batch.encode() for batch in batches], block)
         if accepted < len(batches):
             raise InboxFull(batches[accepted:])
         return [batch.batch_id for batch in batches]
 
-    def submit(self, message: Message) -> Future[ResultRecord]:
+    def submit(self, message: Message, block: float | None = None) -> Future[ResultRecord]:
         """Enqueue a batch and return the future of its result record, whether that is an error or not.
 
         Until it comes, the same batch is enqueued again after a lost connection, and after 5, 10, 20, 40 and
         each 60 s: it never takes effect twice. Cancel the future to stop that. The result is heard on a channel of this
-        producer's own, whatever the batch's `reply_to`. Raises `InboxFull`, `Unavailable`, or `BatchIdInUse`
-        if something else is awaited under this id.
+        producer's own, whatever the batch's `reply_to`. `block`: wait so many seconds for room in the inbox.
+        Raises `InboxFull`, `Unavailable`, or `BatchIdInUse` if something else is awaited under this id.
         """
-        return self._listener.expect(message, self.enqueue)
+        return self._listener.expect(message, lambda each: self.enqueue_many([each], block))
 
     def apply(self, message: Message, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ResultRecord:
         """Enqueue a batch and wait for its result, `timeout` seconds at most, also across lost connections.
@@ -154,13 +159,36 @@ class TagProducer:
                     raise
                 time.sleep(_AGAIN_SECONDS)
 
-    def send(self, encoded: Sequence[bytes]) -> int:
+    def send(self, encoded: Sequence[bytes], block: float | None = None) -> int:
         """Append messages that are serialized, unchecked, and return how many of them were accepted.
 
-        The worker answers what is wrong with them. Raises `Unavailable`.
+        The worker answers what is wrong with them. `block`: wait so many seconds, in total, for room in the
+        inbox. Raises `OutOfMemory`, `Unavailable` or `Closed`.
         """
+        deadline = time.monotonic() + (block or 0)
+        accepted = self._append(encoded)
+        while accepted < len(encoded) and self._room_until(deadline):
+            accepted += self._append(encoded[accepted:])
+        return accepted
+
+    def _room_until(self, deadline: float) -> bool:
+        """Wait for room in the inbox. False: there is none in time."""
+        pause = _FIRST_PAUSE_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            if self._closed.wait(min(pause, left)):
+                raise Closed("the producer was closed")
+            with (
+                _redis_errors()
+            ):  # only a look: a refused append would have sent its messages in vain
+                room = self._inbox.room()
+            if room:
+                return True
+            pause = min(pause * 2, _LAST_PAUSE_SECONDS)
+        return False
+
+    def _append(self, encoded: Sequence[bytes]) -> int:
         accepted = 0
-        try:
+        with _redis_errors():
             for chunk in chunks(encoded):
                 lease_id = str(uuid4())
                 appended = self._inbox.append(chunk, self._token(), lease_id)
@@ -169,12 +197,11 @@ class TagProducer:
                     self._send_drain(lease_id)
                 if appended.count < len(chunk):
                     break
-        except (RedisError, OSError) as error:
-            raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
         return accepted
 
     def close(self) -> None:
-        """Let go of connections; futures that still wait fail with `Closed`."""
+        """Let go of connections; whatever still waits fails with `Closed`."""
+        self._closed.set()
         self._listener.close()
         self._celery.close()
         self._redis.close()
@@ -201,6 +228,17 @@ class TagProducer:
             logger.warning("asking again failed, and will be tried again: %s", error)
 
 
+@contextmanager
+def _redis_errors() -> Iterator[None]:
+    """Turn what Redis raises into what the SDK raises."""
+    try:
+        yield
+    except OutOfMemoryError as error:
+        raise OutOfMemory("Redis has no memory left: nothing more is accepted") from error
+    except (RedisError, OSError) as error:
+        raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
+
+
 class AsyncTagProducer:
     """TagProducer for asyncio: the same arguments; what waits is awaited."""
 
@@ -220,8 +258,11 @@ class AsyncTagProducer:
     async def enqueue(self, message: Message) -> UUID:
         return await asyncio.to_thread(self._producer.enqueue, message)
 
-    async def enqueue_many(self, messages: Iterable[Message]) -> list[UUID]:
-        return await asyncio.to_thread(self._producer.enqueue_many, list(messages))
+    async def enqueue_many(
+        self, messages: Iterable[Message], block: float | None = None
+    ) -> list[UUID]:
+        """As TagProducer's. It waits in a thread, which goes on until its time is up if this is cancelled."""
+        return await asyncio.to_thread(self._producer.enqueue_many, list(messages), block)
 
     async def apply(
         self, message: Message, timeout: float = DEFAULT_TIMEOUT_SECONDS

@@ -24,8 +24,16 @@ class Unavailable(TaskTagsError):
     """
 
 
+class OutOfMemory(Unavailable):
+    """Redis has no memory left for messages. Give it more, or let the drains make room: they go on.
+
+    Then enqueue the same batches again. Waiting for the inbox (`block`) does not help: its bound is not the
+    one that was reached; a lower TASK_TAGS_INBOX_LIMIT would have been.
+    """
+
+
 class InboxFull(TaskTagsError):
-    """The organization's inbox is at its bound. Enqueue `unsent` again later, in their order."""
+    """The organization's inbox is at its bound. Enqueue `unsent` again later, in their order, or use `block`."""
 
     def __init__(self, unsent: Sequence[Message]) -> None:
         super().__init__(f"the inbox is full: {len(unsent)} batch(es) were not enqueued")

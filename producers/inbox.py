@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any, Final, cast
@@ -46,7 +47,7 @@ from producers.messages import (
 DRAIN_TASK: Final = "task_tags.drain"
 """The Celery task that is sent to whoever got the lease, with the organization's id and the lease id."""
 DEFAULT_LIMIT: Final = 10_000
-LEASE_MS: Final = 10_000
+LEASE_MS: Final = 8_000
 REJECTED_LIMIT: Final = 10_000
 _CHUNK_MESSAGES: Final = 200
 _CHUNK_BYTES: Final = 1024 * 1024
@@ -80,10 +81,26 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A message that is kept out of the way, without its token, because nobody can be answered for it."""
+    """A message that is kept out of the way for an operator, without its token (worker/rejected.py)."""
 
     message: bytes
     reason: str
+    rejected_at: datetime
+    """When, in UTC."""
+    attempts: int = 1
+    """How often its application was tried."""
+    batch_id: UUID | None = None
+    """None if it could not be read."""
+
+    def fields(self) -> dict[str, bytes | str]:
+        """Return what its stream entry holds."""
+        fields: dict[str, bytes | str] = {
+            "message": self.message,
+            "reason": self.reason,
+            "rejected_at": self.rejected_at.isoformat(timespec="milliseconds"),
+            "attempts": str(self.attempts),
+        }
+        return fields if self.batch_id is None else {**fields, "batch_id": str(self.batch_id)}
 
 
 @cache
@@ -126,6 +143,11 @@ class Inbox:
         )
         return Appended(count, bool(taken))
 
+    def room(self) -> int:
+        """Return how many messages the inbox would accept now."""
+        waiting: int = self._redis.xlen(self._inbox)
+        return max(0, self._limit - waiting)
+
     def give_back(self, lease_id: str) -> None:
         """Free the lease if its drain could not be sent."""
         self._run("give_back", [self._lease], [lease_id])
@@ -154,12 +176,13 @@ class Inbox:
             for channel, payload in publications:
                 multi.publish(channel, payload)
             for rejection in rejections:
-                fields = {"message": rejection.message, "reason": rejection.reason}
-                multi.xadd(
-                    self._rejected, cast(Any, fields), maxlen=REJECTED_LIMIT, approximate=True
-                )
+                self._keep(multi, rejection)
             multi.xdel(self._inbox, *[entry.id for entry in entries])
             multi.execute()
+
+    def reject(self, rejection: Rejection) -> None:
+        """Keep a message for an operator; its entry stays in the inbox until it is removed."""
+        self._keep(self._redis, rejection)
 
     def release(self, run_id: str) -> bool:
         """End a drain that found the inbox empty. False: there is work again, so it has to go on."""
@@ -168,6 +191,10 @@ class Inbox:
     def hand_over(self, run_id: str) -> bool:
         """Keep the lease for a drain that goes to the end of the queue. False: it is another's."""
         return bool(self._run("hand_over", [self._lease], [run_id, self._lease_ms]))
+
+    def _keep(self, redis: Redis, rejection: Rejection) -> None:
+        fields = cast(Any, rejection.fields())
+        redis.xadd(self._rejected, fields, maxlen=REJECTED_LIMIT, approximate=True)
 
     def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
         return Script(self._redis, _source(name))(keys=keys, args=args)
@@ -179,7 +206,12 @@ def known_inboxes(redis: Redis) -> Iterator[UUID]:
     So nobody has to keep a list of them, which could be lost, or which a producer would need the right
     to write to.
     """
-    pattern = inbox_key(cast(UUID, "*"))
+    return organizations_with(redis, inbox_key)
+
+
+def organizations_with(redis: Redis, key_of: Callable[[UUID], str]) -> Iterator[UUID]:
+    """Yield every organization that has a stream of this name."""
+    pattern = key_of(cast(UUID, "*"))
     for key in redis.scan_iter(match=pattern, count=1000, _type="stream"):
         try:
             yield UUID(key.decode().partition("{")[2].partition("}")[0])

@@ -101,6 +101,21 @@ def test_a_file_is_enqueued_without_waiting(
     assert run(servers, "enqueue", str(space / "none.jsonl"), **mine).returncode == 2
 
 
+@pytest.mark.parametrize("wait", [(), ("--wait", "--json"), ("--unchecked",)])
+def test_a_full_inbox_is_waited_for_as_long_as_one_says(
+    servers: Servers, mine: dict[str, str], wait: tuple[str, ...]
+) -> None:
+    """Four batches through an inbox for one: with --block the workers make room, else the exit code is 4."""
+    limited = {**mine, "TASK_TAGS_INBOX_LIMIT": "1"}
+    sent = lines(*[registration(uuid4()) for _ in range(4)])
+    done = run(servers, "enqueue", "-", "--block", "20", *wait, stdin=sent, **limited)
+    assert (done.returncode, done.stderr) == (0, "")
+    limited["TASK_TAGS_REDIS_URL"] = servers.stack.redis_url.replace("db=0", "db=1")
+    full = run(servers, "enqueue", "-", "--block", "0.1", *wait, stdin=sent, **limited)
+    assert full.returncode == 4
+    assert "the inbox is full" in full.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "values", "code", "said"),
     [
@@ -122,6 +137,7 @@ def test_a_file_is_enqueued_without_waiting(
             "no result",
         ),
         (("nonsense",), {}, 2, "No such command"),
+        (("enqueue", "-", "--block", "-1"), {}, 2, "--block"),
     ],
 )
 def test_an_error_is_one_clear_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -268,18 +269,26 @@ def test_removing_publishes_in_the_same_step(
     inbox: Inbox, quiet_redis: Any, organization: UUID
 ) -> None:
     """A result is published if and only if its message is gone; a rejected message is kept, without token."""
+    now = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
     append(inbox, b"1", b"2")
     inbox.take("lease")
     entries = inbox.read("lease", most=2)
     with quiet_redis.pubsub() as pubsub:
         pubsub.subscribe("channel")
         eventually(lambda: pubsub.get_message(timeout=1))
-        inbox.remove(entries, [("channel", b"a"), ("channel", b"b")], [Rejection(b"2", "no id")])
+        inbox.remove(
+            entries, [("channel", b"a"), ("channel", b"b")], [Rejection(b"2", "no id", now)]
+        )
         heard = [eventually(lambda: pubsub.get_message(timeout=1))["data"] for _ in range(2)]
     assert heard == [b"a", b"b"]
     assert inbox.read("lease", most=2) == []
     ((_, kept),) = quiet_redis.xrange(rejected_key(organization))
-    assert kept == {b"message": b"2", b"reason": b"no id"}
+    assert kept == {
+        b"message": b"2",
+        b"reason": b"no id",
+        b"rejected_at": b"2026-01-02T03:04:05.000+00:00",
+        b"attempts": b"1",
+    }
 
 
 def test_ids_never_come_again(inbox: Inbox, quiet_redis: Any) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,10 +34,11 @@ from producers.errors import (
     Misconfigured,
     NoResult,
     NotFound,
+    OutOfMemory,
     Unauthorized,
     Unavailable,
 )
-from producers.inbox import DRAIN_TASK
+from producers.inbox import DRAIN_TASK, Inbox
 from producers.messages import (
     ChangeEvent,
     ResultRecord,
@@ -240,6 +242,93 @@ def test_a_full_inbox_gives_back_what_was_not_sent(
         quiet.enqueue_many(batches)
     assert caught.value.unsent == batches[3:]
     assert quiet_redis.xlen(inbox_key(organization)) == 3
+
+
+class Quiet:
+    """A producer on the database that no worker looks at, and a drain that makes room when a test wants it."""
+
+    def __init__(self, servers: Servers, redis: Any, organization: UUID, token: str) -> None:
+        self.arguments: dict[str, Any] = {
+            "redis_url": servers.stack.redis_url.replace("?db=0", "?db=1"),
+            "organization_id": organization,
+            "token": token,
+            "inbox_limit": 3,
+        }
+        self.inbox = Inbox(redis, organization)
+        self.seen: list[bytes | None] = []
+
+    def make_room(self, until: int, pause: float = 0.02) -> None:
+        """Take two at a time out of the inbox, every `pause` seconds, until so many have been seen."""
+        self.inbox.take("run")
+        while len(self.seen) < until:
+            time.sleep(pause)
+            entries = self.inbox.read("run", most=2)
+            self.seen.extend(entry.message for entry in entries)
+            if entries:
+                self.inbox.remove(entries, [])
+
+
+@pytest.fixture
+def quiet(servers: Servers, quiet_redis: Any, organization: UUID, token: str) -> Quiet:
+    return Quiet(servers, quiet_redis, organization, token)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_who_waits_for_room_keeps_the_order(quiet: Quiet, asynchronous: bool) -> None:
+    """A bound of 3, and 40 batches in one call: they go in as a drain makes room, each once."""
+    batches = [TagBatch(tags=[add(uuid4(), "t", "t", f"{i}")]) for i in range(40)]
+
+    async def enqueue() -> list[UUID]:
+        async with AsyncTagProducer(**quiet.arguments) as producer:
+            return await producer.enqueue_many(batches, block=20)
+
+    drain = threading.Thread(target=quiet.make_room, args=(40,))
+    drain.start()
+    if asynchronous:
+        ids = asyncio.run(enqueue())
+    else:
+        with TagProducer(**quiet.arguments) as producer:
+            ids = producer.enqueue_many(batches, block=20)
+    drain.join()
+    assert ids == [batch.batch_id for batch in batches]
+    assert quiet.seen == [batch.encode() for batch in batches]
+
+
+def test_who_waited_for_room_in_vain_gets_the_rest_back(quiet: Quiet) -> None:
+    """The time is that of the whole call, however much room appears meanwhile."""
+    batches = [TagBatch(tags=[add(uuid4(), "t", "t", "x")]) for _ in range(9)]
+    drain = threading.Thread(target=quiet.make_room, args=(5, 0.6))
+    drain.start()
+    with TagProducer(**quiet.arguments) as producer, pytest.raises(InboxFull) as caught:
+        producer.enqueue_many(batches, block=0.9)
+    drain.join()
+    assert caught.value.unsent == batches[5:]
+    assert quiet.seen == [batch.encode() for batch in batches[:5]]
+
+
+def test_a_producer_that_is_closed_no_longer_waits_for_room(quiet: Quiet) -> None:
+    """The call ends at once, and says so."""
+    producer = TagProducer(**quiet.arguments)
+    closing = threading.Timer(0.2, producer.close)
+    closing.start()
+    with pytest.raises(Closed):
+        producer.enqueue_many([registration(uuid4()) for _ in range(9)], block=60)
+    closing.join()
+
+
+def test_a_redis_without_memory_is_an_error_of_its_own(quiet: Quiet, quiet_redis: Any) -> None:
+    """Waiting for the inbox would not help, so it is said at once; with memory the same batch is accepted."""
+    batch = registration(uuid4())
+    with TagProducer(**quiet.arguments) as producer:
+        quiet_redis.config_set("maxmemory", 1)
+        begin = time.monotonic()
+        try:
+            with pytest.raises(OutOfMemory):
+                producer.enqueue_many([batch], block=20)
+        finally:
+            quiet_redis.config_set("maxmemory", 0)
+        assert time.monotonic() - begin < 10
+        assert producer.enqueue(batch) == batch.batch_id
 
 
 def test_no_result_in_time_says_so(

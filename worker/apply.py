@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Final
 from uuid import UUID
 
@@ -49,6 +50,11 @@ class Received:
     request: Request | None = None
     outcome: Outcome | None = None
     rejection: Rejection | None = None
+    attempts: int = 0
+
+
+def _utc_now() -> datetime:
+    return datetime.now(timezone.utc)
 
 
 @dataclass(slots=True)
@@ -70,6 +76,7 @@ class Drain:
     budget_seconds: float
     stopping: Callable[[], bool]
     new_id: Uuid7 = field(default_factory=Uuid7)
+    now: Callable[[], datetime] = _utc_now
 
     def run(self) -> int:
         """Drain the inbox until it is empty, the lease is lost or the budget is used up.
@@ -110,25 +117,30 @@ class Drain:
 
     def _receive(self, entry: Entry) -> Received:
         """Read and authorize one message. What can't be applied is refused or rejected here."""
+        now = self.now()
         try:
-            return receive(entry, self.organization_id, self.authorizer)
+            return receive(entry, self.organization_id, self.authorizer, now)
         except KeysUnavailable:
             raise
         except Exception as error:  # a fault of ours: those behind this message must not wait
             logger.exception("a message could not be read", extra={"entry": entry.id.decode()})
-            received = Received(entry, rejection=_rejection(entry, type(error).__name__))
-            with suppress(InvalidMessage):
+            received, batch_id = Received(entry), None
+            with suppress(Exception):  # it may be the very reading that fails
                 message = parse_message(entry.message or b"")
                 fault = _error("internal_error", "the worker failed to read this batch")
                 record = error_record(self.organization_id, message.batch_id, fault).encode()
                 received.reply_to = message.reply_channel_name
-                received.outcome = Outcome(record)
+                received.outcome, batch_id = Outcome(record), message.batch_id
+            reason = type(error).__name__
+            received.rejection = _rejection(entry, reason, now, batch_id=batch_id)
             return received
 
     def _apply(self, received: Sequence[Received]) -> None:
         """Apply messages in one transaction; if that fails for a lasting reason, each one by itself."""
         if not received:
             return
+        for message in received:
+            message.attempts += 1
         try:
             outcomes = self._transact([message.request for message in received if message.request])
         except Exception as error:
@@ -158,21 +170,27 @@ class Drain:
         return decision.outcomes
 
     def _fail(self, message: Received, error: Exception) -> None:
-        """Answer the one message at which the transaction failed, for good, and keep it for the operators."""
+        """Answer the one message at which the transaction failed, for good, and keep it for the operators.
+
+        It is kept before the commit: a crash after that would find it answered, and never keep it.
+        """
         assert message.request is not None
         batch_id = message.request.message.batch_id
         reason = type(getattr(error, "orig", None) or error).__name__
         logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
         text = "the worker failed at this batch; nothing of it took effect"
         outcome, writes = record_failure(self.organization_id, message.request, text)
+        rejection = _rejection(
+            message.entry, f"internal_error: {reason}", self.now(), message.attempts, batch_id
+        )
         with self.store.transaction(self.organization_id) as transaction:
             known = transaction.batches([batch_id]).get(batch_id)
             if known is None:
                 transaction.save(writes)
+                self.inbox.reject(rejection)
             else:
                 outcome = Outcome(known.record, known.events)
         message.outcome = outcome
-        message.rejection = _rejection(message.entry, f"internal_error: {reason}")
 
     def _publish(self, received: Sequence[Received]) -> None:
         self.inbox.remove(
@@ -203,11 +221,16 @@ class Drain:
 
 def may_pass(error: Exception) -> bool:
     """Whether the same round may succeed later, without anybody changing anything in the messages."""
-    passing = (redis_errors.ConnectionError, redis_errors.TimeoutError, KeysUnavailable)
+    passing = (
+        redis_errors.ConnectionError,
+        redis_errors.TimeoutError,
+        redis_errors.OutOfMemoryError,
+        KeysUnavailable,
+    )
     return isinstance(error, passing) or is_transient(error)
 
 
-def receive(entry: Entry, organization_id: UUID, authorizer: Authorizer) -> Received:
+def receive(entry: Entry, organization_id: UUID, authorizer: Authorizer, now: datetime) -> Received:
     """Read one message and check that its token allows it (section 4, rule 7).
 
     A message without a readable batch id is rejected, for there is nobody to answer. Who sent it is settled
@@ -221,7 +244,7 @@ def receive(entry: Entry, organization_id: UUID, authorizer: Authorizer) -> Rece
     except InvalidMessage as error:
         if error.batch_id is None:
             reason = "; ".join(describe(detail) for detail in error.details[:10])
-            return Received(entry, rejection=_rejection(entry, reason))
+            return Received(entry, rejection=_rejection(entry, reason, now))
         broken = error
         batch_id, reply_to = error.batch_id, error.reply_to or str(error.batch_id)
 
@@ -249,5 +272,9 @@ def _error(code: ErrorCode, message: str) -> Error:
     return Error(code=code, message=message, details=[])
 
 
-def _rejection(entry: Entry, reason: str) -> Rejection:
-    return Rejection((entry.message or b"")[:MAX_MESSAGE_BYTES], reason)
+def _rejection(
+    entry: Entry, reason: str, now: datetime, attempts: int = 1, batch_id: UUID | None = None
+) -> Rejection:
+    """Keep a message whole, or the first mebibyte of one that is larger than messages may be."""
+    message = (entry.message or b"")[:MAX_MESSAGE_BYTES]
+    return Rejection(message, reason, now, attempts, batch_id)

@@ -1,4 +1,5 @@
-"""The command `task-tags-admin`: the local stack, the demonstration, migrations, tokens, the endpoint.
+"""The command `task-tags-admin`: the local stack, the demonstration, migrations, tokens, the endpoint, rejected
+messages.
 
 Exit codes: 0 done; 1 the demonstration found a difference; 2 wrong input or settings; 3 something could not be
 started or reached; 130 interrupted.
@@ -6,10 +7,11 @@ started or reached; 130 interrupted.
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,14 +20,19 @@ from uuid import UUID
 
 import typer
 from pydantic import SecretStr
+from redis import RedisError
 from sqlalchemy.exc import DBAPIError
 
+from producers.errors import InboxFull, Misconfigured, Unavailable
 from worker import log
-from worker.authorize import SCOPES, mint
+from worker.authorize import SCOPES, Authorizer, KeysUnavailable, mint
 from worker.settings import InvalidSettings, Settings, load_settings
 from worker.supervisor import Failed, Stopped
 
 if TYPE_CHECKING:  # a command loads what it needs: the endpoint's process has no use for Celery
+    from redis import Redis
+
+    from worker.rejected import Operator, Rejected
     from worker.stack import Stack
 
 app = typer.Typer(
@@ -36,6 +43,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+rejected_app = typer.Typer(
+    help="Look after rejected messages: those at which the worker failed, or that could not be read.",
+    no_args_is_help=True,
+)
+app.add_typer(rejected_app, name="rejected")
 
 DataDir = Annotated[
     Path, typer.Option(help="Where the stack keeps its data, logs and secrets.", show_default=True)
@@ -51,7 +64,11 @@ def main() -> None:
         app()
     except (Failed, DBAPIError) as error:
         fail(3, str(error.orig) if isinstance(error, DBAPIError) else str(error))
-    except InvalidSettings as error:
+    except (InboxFull, Unavailable, KeysUnavailable) as error:
+        fail(3, str(error))
+    except RedisError as error:
+        fail(3, f"Redis can't be used: {error}")
+    except (InvalidSettings, Misconfigured) as error:
         fail(2, str(error))
     except OSError as error:
         fail(3, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
@@ -198,6 +215,160 @@ def endpoint(
         server_header=False,
         timeout_graceful_shutdown=10,
     )
+
+
+# --- Rejected messages ---------------------------------------------------------------------------
+
+Org = Annotated[UUID, typer.Option(help="The organization.")]
+Ids = Annotated[
+    list[str] | None, typer.Argument(metavar="[ID]...", help="As `rejected list` shows them.")
+]
+All = Annotated[bool, typer.Option("--all", help="All that are rejected now, the oldest first.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+
+
+@rejected_app.command(name="list")
+def list_rejected(
+    org: Annotated[UUID | None, typer.Option(help="Only this organization's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List rejected messages, the oldest of each organization first.
+
+    A line has: organization, id, time, attempts, batch id, size in bytes, reason.
+    """
+    from producers.cli import out
+    from worker.rejected import organizations, rejected_messages
+
+    with _redis() as redis:
+        for organization_id in [org] if org else organizations(redis):
+            for each in rejected_messages(redis, organization_id):
+                summary = each.summary()
+                if as_json:
+                    print(json.dumps(summary))
+                else:
+                    out.print(_rejected_line(summary))
+
+
+@rejected_app.command()
+def show(
+    id: Annotated[str, typer.Argument(help="As `rejected list` shows it.")],
+    org: Org,
+    as_json: AsJson = False,
+) -> None:
+    """Show one rejected message whole."""
+    from producers.cli import out, shown
+    from worker.rejected import NotThere, find
+
+    with _redis() as redis:
+        try:
+            rejected = find(redis, org, id)
+        except NotThere as error:
+            fail(2, str(error))
+    fields = {**rejected.summary(), "message": rejected.text}
+    if as_json:
+        print(json.dumps(fields))
+    else:
+        for name, value in fields.items():
+            out.print(f"{name:<15}  {'' if value is None else shown(str(value))}")
+
+
+@rejected_app.command()
+def retry(
+    org: Org,
+    ids: Ids = None,
+    everything: All = False,
+    token: Annotated[
+        str, typer.Option(envvar="TASK_TAGS_TOKEN", help="Your own token, which signs for them.")
+    ] = "",
+) -> None:
+    """Enqueue rejected messages again, once their cause is gone.
+
+    Tokens are never kept, so you sign for the messages: you become the actor of what they change. They take
+    effect behind all that was enqueued since, no longer in their turn. Wants the worker's settings; a message
+    that the worker would refuse, or whose batch id can't be read, stays rejected (exit code 2).
+    """
+    from worker.rejected import server_time
+
+    if not token:
+        fail(2, "TASK_TAGS_TOKEN is not set")
+    with _redis() as redis, _operator(redis, org, token) as operator:
+
+        def enqueue_again(rejected: Rejected) -> str:
+            return f"enqueued again: {operator.retry(rejected, server_time(redis))}"
+
+        _for_each(redis, org, ids, everything, enqueue_again)
+
+
+@rejected_app.command()
+def drop(org: Org, ids: Ids = None, everything: All = False) -> None:
+    """Forget rejected messages for good."""
+    from worker import rejected
+
+    with _redis() as redis:
+
+        def forget(message: Rejected) -> str:
+            rejected.drop(redis, message)
+            return "dropped"
+
+        _for_each(redis, org, ids, everything, forget)
+
+
+def _for_each(
+    redis: Redis, org: UUID, ids: list[str] | None, everything: bool, do: Callable[[Rejected], str]
+) -> None:
+    """Do something with each of the messages and say so; exit with 2 if it can't be done with one of them.
+
+    What is rejected meanwhile is left alone: a retry that fails again would never come to an end.
+    """
+    from producers.cli import err, out, shown
+    from worker.rejected import NotRetried, NotThere, find, rejected_messages
+
+    if bool(ids) == everything:
+        fail(2, "name the messages by their ids, or all of them by --all")
+    wrong = False
+    for id in ids or [each.id for each in rejected_messages(redis, org)]:
+        try:
+            out.print(f"{shown(id)}  {do(find(redis, org, id))}")
+        except (NotThere, NotRetried) as error:
+            wrong = True
+            err.print(f"[bold red]error:[/] {shown(id)}: {shown(str(error))}")
+    if wrong:
+        sys.exit(2)
+
+
+@contextmanager
+def _redis() -> Iterator[Redis]:
+    from producers.connect import open_redis
+
+    with open_redis(load_settings().redis_url.get_secret_value()) as redis:
+        yield redis
+
+
+@contextmanager
+def _operator(redis: Redis, org: UUID, token: str) -> Iterator[Operator]:
+    from producers.client import TagProducer
+    from worker.rejected import Operator
+    from worker.store import Store
+
+    settings = load_settings()
+    authorizer = Authorizer(settings)
+    redis_url = settings.redis_url.get_secret_value()
+    store = Store(settings.database_url.get_secret_value())
+    with TagProducer(redis_url=redis_url, organization_id=org, token=token) as producer:
+        try:
+            yield Operator(redis, store, authorizer, token, producer.send)
+        finally:
+            store.close()
+
+
+def _rejected_line(summary: dict[str, Any]) -> str:
+    """Return one line of Rich markup; a table would cut the ids off that are to be copied."""
+    from producers.cli import shown
+
+    return "  ".join(shown("-" if each is None else str(each)) for each in summary.values())
+
+
+# --- Helpers -------------------------------------------------------------------------------------
 
 
 def _tell(stack: Stack) -> None:

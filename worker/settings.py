@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from producers.inbox import LEASE_MS
 from producers.settings import check_redis_url
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
@@ -50,7 +51,7 @@ class Settings(BaseSettings):
     """At most so many messages are applied in one transaction."""
     drain_budget_seconds: float = Field(0.25, gt=0, le=60)
     """After this time a drain goes to the end of the queue, so that other organizations have a turn."""
-    lease_seconds: float = Field(10, ge=1, le=600)
+    lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=600)
     """How long a drain may be silent before another one may be sent for its inbox."""
     retention_days: float = Field(30, gt=0)
     """How long a batch's result is stored: within this time the same batch never takes effect twice."""

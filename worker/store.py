@@ -140,6 +140,12 @@ _PURGE: Final = text("""
          order by applied_at limit 10000)
 """)
 
+_FORGET_FAILURE: Final = text("""
+    delete from tag_batches
+     where organization_id = cast(:organization_id as uuid) and batch_id = cast(:batch_id as uuid)
+       and result_record #>> '{error,code}' = 'internal_error'
+""")
+
 # One statement, so that the tags are those of the revision. A reader who knows that revision gets null.
 _READ_TAGS: Final = text("""
     select e.revision, case when e.revision = any(cast(:known as bigint[])) then null else (
@@ -254,6 +260,15 @@ class Store:
             if count < 10_000:
                 return purged
 
+    def forget_failure(self, organization_id: UUID, batch_id: UUID) -> bool:
+        """Forget that a batch ended in `internal_error`, so that it can be tried again under its id.
+
+        Nothing else is ever forgotten here: what took effect must not take effect again. False: there was
+        no such failure.
+        """
+        with self.transaction(organization_id) as transaction:
+            return transaction.forget_failure(batch_id)
+
     def close(self) -> None:
         self._engine.dispose()
 
@@ -324,6 +339,9 @@ class Transaction:
             )
             for row in rows
         }
+
+    def forget_failure(self, batch_id: UUID) -> bool:
+        return bool(self._execute(_FORGET_FAILURE, batch_id=batch_id).rowcount)
 
     def _load_executions(self, flow_execution_ids: Iterable[UUID]) -> dict[UUID, Execution]:
         rows = self._execute(_LOAD_EXECUTIONS, flow_execution_ids=list(flow_execution_ids))
