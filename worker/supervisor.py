@@ -50,6 +50,8 @@ class Supervisor:
     def __init__(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
+        self.afterwards: list[Callable[[], None]] = []
+        """What to do once all children have ended."""
         self.running: list[tuple[Child, subprocess.Popen[bytes]]] = []
         self._quick_deaths: dict[str, int] = {}
         self._started: dict[str, float] = {}
@@ -67,6 +69,8 @@ class Supervisor:
             signal.signal(number, signal.SIG_IGN)
         while self.running:
             self._stop(*self.running.pop())
+        for clean_up in self.afterwards:
+            clean_up()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -33,18 +33,20 @@ def main() -> int:
     print(
         f"seed {seed}, {arguments.seconds:g} s{', planted: ' if arguments.plant else ''}{arguments.plant}"
     )
-    print("disk full: skipped, it needs a file system of its own", flush=True)
     choose, verdict = random.Random(seed), Verdict()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         directory = Path(name)
         directory.chmod(0o755)
         with world(directory, seed, arguments.plant) as opened:
+            if opened.disk is None:
+                print(
+                    "fill the disk: skipped, a small file system can't be mounted here", flush=True
+                )
             start_runners(opened)
             be_calm(opened, verdict)
             injected = be_cruel(opened, choose, arguments.seconds)
             stop_runners(opened)
-            if not settle(opened, choose):
-                verdict.add("stuck", "an inbox is not empty, or a lease not free, after 90 s")
+            settle(opened, verdict)
             batches = compare(opened, verdict)
         for line in [f"  {count:4} x {name}" for name, count in sorted(injected.items())]:
             print(line)

@@ -65,7 +65,7 @@ def check(
         [organization],
     ).fetchall()
     effects = [batch_id for batch_id, _ in stored]
-    _check_presence(sent, effects, gone, verdict)
+    check_presence(sent, effects, gone, verdict)
     _check_order(sent, effects, gone, verdict)
     model = _replay(messages, stored, verdict)
     _check_tags(connection, organization, model, verdict)
@@ -81,9 +81,10 @@ def check(
     return len(effects)
 
 
-def _check_presence(
+def check_presence(
     sent: list[Sent], effects: list[UUID], gone: set[UUID], verdict: Verdict
 ) -> None:
+    """Nothing that was accepted is missing, and nothing is there twice."""
     present = set(effects)
     for batch_id, count in Counter(effects).items():
         if count > 1:
@@ -94,16 +95,17 @@ def _check_presence(
 
 
 def _check_order(sent: list[Sent], effects: list[UUID], gone: set[UUID], verdict: Verdict) -> None:
+    """A batch is out of its turn if one that was sent after it took effect before it."""
     place = {batch_id: number for number, batch_id in enumerate(effects)}
     for each in sent:
-        last = -1
-        for message in each.messages:
+        earliest = len(effects)
+        for message in reversed(each.messages):
             number = place.get(message.batch_id)
             if number is None or message.batch_id in gone:
                 continue
-            if number < last:
+            if number > earliest:
                 verdict.add("reordered", f"{message.batch_id} came after what was sent behind it")
-            last = max(last, number)
+            earliest = min(earliest, number)
 
 
 def _replay(

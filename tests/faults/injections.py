@@ -203,6 +203,21 @@ def flush_everything(world: World, choose: random.Random) -> None:
                 tenant.gone.add(UUID(json.loads(fields[b"message"])["batch_id"]))
 
 
+def fill_the_disk(world: World, choose: random.Random) -> None:
+    """No room for PostgreSQL's tables, for a while."""
+    if world.disk is None:
+        raise OSError("there is no disk to fill")
+    filler = world.disk / "filler"
+    try:
+        with filler.open("wb") as file, suppress(OSError):
+            while True:
+                file.write(bytes(1024 * 1024))
+    except OSError:
+        pass  # what was still buffered did not fit either
+    time.sleep(1.0 + choose.random())
+    filler.unlink()
+
+
 INJECTIONS: dict[str, Injection] = {
     "kill worker": _signal("worker", signal.SIGKILL),
     "end worker": _signal("worker", signal.SIGTERM),
@@ -230,6 +245,7 @@ INJECTIONS: dict[str, Injection] = {
     "poison": poison,
     "garbage on the queue": garbage_on_the_queue,
     "flush everything": flush_everything,
+    "fill the disk": fill_the_disk,
 }
 
 

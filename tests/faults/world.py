@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import random
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -25,7 +27,7 @@ from producers.client import TagProducer, registration
 from producers.connect import open_redis
 from producers.messages import Message, inbox_key, lease_key
 from tests.conftest import eventually
-from tests.faults.check import Sent
+from tests.faults.check import Sent, Verdict, check_presence
 from tests.faults.producer import Journal
 from tests.faults.proxy import Proxy
 from worker.authorize import SCOPES, mint
@@ -40,6 +42,7 @@ WORKERS = 3
 ORGANIZATIONS = 3
 RUNNERS = 2
 LEASE_SECONDS = 2
+DISK_MEGABYTES = 1024
 
 
 @dataclass
@@ -76,6 +79,7 @@ class World:
     failpoint: Path
     proxies: dict[str, Proxy]
     tenants: list[Tenant]
+    disk: Path | None
     stop: threading.Event = field(default_factory=threading.Event)
     old_drains: list[bytes] = field(default_factory=list)
 
@@ -148,6 +152,12 @@ def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
         home = find_home(directory)
         valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
         supervisor.start(valkey.child(), postgres.child())
+        disk = small_disk(directory, supervisor)
+        if disk is not None:
+            home.own(disk)
+            with psycopg.connect(postgres.url(), autocommit=True) as connection:
+                connection.execute(f"create tablespace small location '{disk}'".encode())
+                connection.execute(f'create database "{DATABASE}" tablespace small'.encode())
         postgres.create_database(DATABASE)
         passwords = {role: secret(directory, role) for role in ROLES}
         owner_url = postgres.url(database=DATABASE)
@@ -184,6 +194,7 @@ def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
             failpoint,
             proxies,
             [_tenant(directory, settings, number) for number in range(ORGANIZATIONS)],
+            disk,
         )
         as_worker = {
             **environment,
@@ -204,6 +215,23 @@ def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
             listener.join()
             for proxy in proxies.values():
                 proxy.close()
+
+
+def small_disk(directory: Path, supervisor: Supervisor) -> Path | None:
+    """Mount a small file system for the tables, where this process may; it goes when the servers have ended."""
+    disk = Path(tempfile.mkdtemp(prefix="faults-disk-"))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        disk.rmdir()
+        return None
+    supervisor.afterwards.append(lambda: _unmount(disk))
+    disk.chmod(0o700)
+    return disk
+
+
+def _unmount(disk: Path) -> None:
+    subprocess.run(["umount", str(disk)], check=True)
+    disk.rmdir()
 
 
 def _tenant(directory: Path, settings: Settings, number: int) -> Tenant:
@@ -280,8 +308,8 @@ def stop_runners(opened: World) -> None:
         entry[1].wait()
 
 
-def settle(opened: World, choose: random.Random) -> bool:
-    """Let everything recover and finish, and ask once more for every result that was not heard."""
+def settle(opened: World, verdict: Verdict) -> None:
+    """Let everything recover and finish, then ask once more for every result that was not heard."""
 
     def calm() -> bool:
         opened.mend()
@@ -290,15 +318,20 @@ def settle(opened: World, choose: random.Random) -> bool:
     try:
         eventually(calm, 90)
         for tenant in opened.tenants:
+            sent = tenant.sent()
+            with opened.database() as connection:
+                stored = connection.execute(
+                    "select batch_id from tag_batches where organization_id = %s",
+                    [tenant.organization],
+                ).fetchall()
+            check_presence(sent, [row[0] for row in stored], tenant.gone, verdict)
             with opened.producer(tenant) as producer:
-                unheard = [
+                producer.enqueue_many(
                     message
-                    for each in tenant.sent()
+                    for each in sent
                     for message in each.messages
                     if message.batch_id in each.accepted and message.batch_id not in tenant.heard
-                ]
-                producer.enqueue_many(unheard)
+                )
         eventually(calm, 90)
     except AssertionError:
-        return False
-    return True
+        verdict.add("stuck", "an inbox is not empty, or a lease not free, after 90 s")
