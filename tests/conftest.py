@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 from uuid import UUID, uuid4
 
 import httpx
@@ -22,15 +20,14 @@ import pytest
 from pydantic import SecretStr
 from redis import Redis
 
-from producers.client import TagProducer
+from producers.client import TagProducer, registration
 from producers.connect import open_redis
+from tests.tenant import EXECUTION, Tenant, listening
 from worker.authorize import SCOPES, Authorizer, mint
 from worker.embedded import Postgres, find_home, secret
 from worker.settings import Settings
 from worker.stack import DATABASE, Stack, running
 from worker.store import Store
-
-T = TypeVar("T")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started in the background of a script: the processes under test would ignore Ctrl-C as well.
@@ -38,17 +35,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:
     del os.environ[name]
-
-
-def eventually(look: Callable[[], T | None], seconds: float = 20.0) -> T:
-    """Return the first true value that `look` gives; fail if there is none in time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        if seen := look():
-            return seen
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not seen in {seconds} s")
-        time.sleep(0.01)
 
 
 @dataclass(frozen=True)
@@ -147,3 +133,20 @@ def space(tmp_path: Path) -> Path:
     path = tmp_path / "with a space"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def tenant(
+    servers: Servers,
+    quiet_redis: Redis,
+    store: Store,
+    authorizer: Authorizer,
+    organization: UUID,
+    token: str,
+) -> Iterator[Tenant]:
+    """One with one registered execution, which hears everything that is published."""
+    tenant = Tenant(servers, quiet_redis, store, authorizer, organization, token)
+    tenant.send(registration(EXECUTION))
+    tenant.drain()
+    with listening(tenant):
+        yield tenant

@@ -18,7 +18,7 @@ import httpx
 
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, add
-from tests.conftest import eventually
+from tests.waiting import eventually
 from worker.stack import Stack, running
 
 

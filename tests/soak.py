@@ -18,8 +18,8 @@ import psycopg
 
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, Uuid7, add, inbox_key, remove
-from tests.conftest import eventually
 from tests.measure import tokens
+from tests.waiting import eventually
 from worker.embedded import Postgres, find_home, secret
 from worker.stack import DATABASE, Stack, running
 

@@ -17,7 +17,8 @@ import pytest
 from producers.cli import shown
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, add
-from tests.conftest import Servers, eventually
+from tests.conftest import Servers
+from tests.waiting import eventually
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

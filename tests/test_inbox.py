@@ -12,7 +12,7 @@ from redis.exceptions import OutOfMemoryError
 
 from producers.inbox import Entry, Inbox, LeaseLost, Rejection, chunks, claim, known_inboxes
 from producers.messages import inbox_key, lease_key, rejected_key
-from tests.conftest import eventually
+from tests.waiting import eventually
 
 TOKEN = "a token"
 

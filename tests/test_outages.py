@@ -17,7 +17,7 @@ import pytest
 from producers.client import TagProducer, registration
 from producers.messages import ChangeEvent, TagBatch, add
 from producers.subscriber import Subscriber
-from tests.conftest import eventually
+from tests.waiting import eventually
 from worker.embedded import Postgres, Valkey, find_home, secret
 from worker.migrate import migrate
 from worker.stack import DATABASE, ENDPOINT, WORKER, Stack, command, free_port, running

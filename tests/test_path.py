@@ -49,7 +49,9 @@ from producers.messages import (
     remove,
 )
 from producers.subscriber import Signal, Subscriber, listen
-from tests.conftest import Servers, eventually
+from tests.conftest import Servers
+from tests.malformed import HARMLESS, QUEUE, celery_messages
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -509,24 +511,32 @@ def test_a_drain_message_that_was_lost_is_sent_again(
     assert future.result(20).flow_execution is not None
 
 
-def test_stale_and_wrong_drain_messages_do_no_harm(
+def test_stale_drain_messages_do_no_harm(
     servers: Servers, producer: TagProducer, organization: UUID
 ) -> None:
-    """A lease that is not the current one, an unknown organization, arguments of any kind."""
+    """A lease that is not the current one, an organization that doesn't exist."""
     celery = App("test", servers.stack.redis_url)
-    wrong: list[tuple[Any, ...]] = [
-        (str(organization), str(uuid4())),
-        (str(uuid4()), str(uuid4())),
-        ("not a uuid", "x"),
-        (None, None),
-        (5, []),
-        (),
-        ("one",),
-    ]
-    for arguments in wrong:
+    for arguments in ((str(organization), str(uuid4())), (str(uuid4()), str(uuid4()))):
         celery.send_task(DRAIN_TASK, args=arguments)
     assert producer.apply(registration(uuid4())).flow_execution is not None
     celery.close()
+
+
+def test_malformed_celery_messages_are_dropped_aloud_and_hold_nobody_up(
+    servers: Servers, producer: TagProducer, redis: Any
+) -> None:
+    """Whatever somebody puts on the queue: the worker lives on, and the next result comes within a second."""
+    (worker,) = [p for child, p in servers.stack.supervisor.running if child.name == "worker-1"]
+    log = servers.stack.supervisor.log("worker-1")
+    for what, message in celery_messages().items():
+        dropped = log.read_text().count("dropped a malformed")
+        redis.lpush(QUEUE, message)
+        begin = time.monotonic()
+        assert producer.apply(registration(uuid4())).flow_execution is not None, what
+        assert time.monotonic() - begin < 1, what
+        assert worker.poll() is None, what
+        if what not in HARMLESS:
+            eventually(lambda: log.read_text().count("dropped a malformed") > dropped)  # noqa: B023
 
 
 def test_remote_control_answers(servers: Servers) -> None:

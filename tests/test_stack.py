@@ -19,7 +19,8 @@ import httpx
 import psycopg
 import pytest
 
-from tests.conftest import Servers, eventually
+from tests.conftest import Servers
+from tests.waiting import eventually
 from worker.embedded import Postgres, find_home, secret, wait_for_orphan
 
 REPOSITORY = Path(__file__).parent.parent

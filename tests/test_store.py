@@ -18,7 +18,8 @@ from sqlalchemy.exc import DBAPIError
 import worker.store
 from producers.client import registration
 from producers.messages import TagBatch, Uuid7, add, remove
-from tests.conftest import Servers, eventually
+from tests.conftest import Servers
+from tests.waiting import eventually
 from worker.decide import Decision, Request, State, decide
 from worker.migrate import migrate
 from worker.store import Store, UnsafeRole, is_transient

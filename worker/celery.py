@@ -19,6 +19,7 @@ from worker import log
 from worker.authorize import Authorizer
 from worker.settings import InvalidSettings, load_settings
 from worker.store import Store, UnsafeRole
+from worker.transport import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,16 @@ class DisposableTask(Task):  # type: ignore[misc]
     Request = DisposableRequest
 
 
-app = App(
+class WorkerApp(App):
+    """An app that looks at what it reads from the queue before Celery does."""
+
+    def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
+        connection = super().connection_for_read(url, **options)
+        connection.transport_cls = Transport
+        return connection
+
+
+app = WorkerApp(
     "worker",
     settings.redis_url.get_secret_value(),
     include=["worker.tasks"],

@@ -17,6 +17,7 @@ from worker.apply import Drain
 from worker.authorize import Authorizer
 from worker.celery import app, settings
 from worker.store import Store
+from worker.transport import PURGE_TASK, WAKE_TASK
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,8 @@ def _tools() -> _Tools:
 
 @app.task(name=DRAIN_TASK)
 def drain(organization_id: str, lease_id: str) -> None:
-    """Apply what waits in an organization's inbox. A message with wrong arguments is dropped aloud."""
-    try:
-        organization, lease = UUID(organization_id), UUID(lease_id)
-    except (ValueError, AttributeError, TypeError):
-        logger.warning("a drain message has wrong arguments")
-        return
+    """Apply what waits in an organization's inbox."""
+    organization, lease = UUID(organization_id), UUID(lease_id)
     run = str(uuid4())
     logger.debug("drain", extra={"lease": str(lease), "run": run})
     tools = _tools()
@@ -63,7 +60,7 @@ def drain(organization_id: str, lease_id: str) -> None:
     ).run()
 
 
-@app.task(name="task_tags.wake")
+@app.task(name=WAKE_TASK)
 def wake() -> None:
     """Send a drain for every inbox where messages wait and nobody is on the way."""
     redis = _tools().redis
@@ -75,7 +72,7 @@ def wake() -> None:
         logger.info("woke inboxes that were waiting", extra={"inboxes": len(claims)})
 
 
-@app.task(name="task_tags.purge")
+@app.task(name=PURGE_TASK)
 def purge() -> None:
     """Forget results older than the retention. Organizations are those that have an inbox."""
     tools = _tools()

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.faults.check import Verdict, check
+from tests.faults.history import history
 from tests.faults.injections import INJECTIONS, inject
 from tests.faults.planted import PLANTS
 from tests.faults.world import World, settle, start_runners, stop_runners, world
@@ -48,6 +49,9 @@ def main() -> int:
             stop_runners(opened)
             settle(opened, verdict)
             batches = compare(opened, verdict)
+            with opened.database() as connection:
+                for batch_id in verdict.batch_ids:
+                    verdict.stories += history(opened, connection, batch_id)
         for line in [f"  {count:4} x {name}" for name, count in sorted(injected.items())]:
             print(line)
         for story in verdict.stories:
@@ -75,6 +79,7 @@ def be_cruel(opened: World, choose: random.Random, seconds: float) -> Counter[st
         if not deck:
             deck = choose.sample(list(INJECTIONS), len(INJECTIONS))
         name = deck.pop()
+        opened.faults.append((time.time(), name))
         injected[name] += inject(name, opened, choose)
         opened.mend()
         time.sleep(choose.random() * 0.6)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import psycopg
 
 from producers.messages import FlowExecution, Message, TagBatch
 from tests.test_decide import Naive, _same
+
+MOST_STORIES: Final = 20
 
 
 @dataclass
@@ -20,11 +22,15 @@ class Verdict:
 
     counts: Counter[str] = field(default_factory=Counter)
     stories: list[str] = field(default_factory=list)
+    batch_ids: dict[UUID, None] = field(default_factory=dict)
+    """The batches that the stories are about."""
 
-    def add(self, kind: str, story: str) -> None:
+    def add(self, kind: str, story: str, batch_id: UUID | None = None) -> None:
         self.counts[kind] += 1
-        if len(self.stories) < 20:
-            self.stories.append(f"{kind}: {story}")
+        if len(self.stories) < MOST_STORIES:
+            self.stories.append(f"{kind}: {batch_id or ''} {story}")
+            if batch_id is not None:
+                self.batch_ids[batch_id] = None
 
 
 class Model(Naive):
@@ -43,6 +49,7 @@ class Model(Naive):
 class Sent:
     """What one producer sent, in its order, and which of it is known to be accepted."""
 
+    by: str
     messages: list[Message]
     accepted: set[UUID]
 
@@ -73,10 +80,10 @@ def check(
     for batch_id, record in stored:
         if batch_id in messages:
             if batch_id not in heard:
-                verdict.add("missing_results", f"{batch_id} was never published")
+                verdict.add("missing_results", "was never published", batch_id)
             elif heard[batch_id] != {record.encode()}:
                 verdict.add(
-                    "doubled", f"{batch_id} was published as {heard[batch_id]}, not {record}"
+                    "doubled", f"was published as {heard[batch_id]!r}, not {record}", batch_id
                 )
     return len(effects)
 
@@ -88,10 +95,10 @@ def check_presence(
     present = set(effects)
     for batch_id, count in Counter(effects).items():
         if count > 1:
-            verdict.add("doubled", f"{batch_id} is stored {count} times")
+            verdict.add("doubled", f"is stored {count} times", batch_id)
     for each in sent:
         for batch_id in each.accepted - present - gone:
-            verdict.add("lost", f"{batch_id} was accepted and never took effect")
+            verdict.add("lost", "was accepted and never took effect", batch_id)
 
 
 def _check_order(sent: list[Sent], effects: list[UUID], gone: set[UUID], verdict: Verdict) -> None:
@@ -104,7 +111,7 @@ def _check_order(sent: list[Sent], effects: list[UUID], gone: set[UUID], verdict
             if number is None or message.batch_id in gone:
                 continue
             if number > earliest:
-                verdict.add("reordered", f"{message.batch_id} came after what was sent behind it")
+                verdict.add("reordered", "came after what was sent behind it", message.batch_id)
             earliest = min(earliest, number)
 
 
@@ -116,7 +123,7 @@ def _replay(
     for batch_id, text in stored:
         message = messages.get(batch_id)
         if message is None:
-            verdict.add("doubled", f"{batch_id} was never sent")
+            verdict.add("doubled", "was never sent", batch_id)
             continue
         expected, record = model.send(message), json.loads(text)
         if "error" in record:
@@ -126,7 +133,7 @@ def _replay(
         else:
             outcome = [each["status"] for each in record["tags"]]
         if outcome != expected:
-            verdict.add("doubled", f"{batch_id}: {outcome} instead of {expected}")
+            verdict.add("doubled", f"{outcome} instead of {expected}", batch_id)
     return model
 
 

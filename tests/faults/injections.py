@@ -11,18 +11,18 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from redis.exceptions import RedisError
 
 from producers.errors import TaskTagsError
 from producers.messages import inbox_key, lease_key
 from tests.faults.planted import FAILPOINTS
-from tests.faults.producer import Journal
+from tests.faults.producer import CALLS, Journal
 from tests.faults.world import LEASE_SECONDS, World
+from tests.malformed import QUEUE, celery_messages, stream_entries
 
 Injection = Callable[[World, random.Random], None]
-QUEUE = "task-tags"
 
 
 def _signal(prefix: str, number: signal.Signals) -> Injection:
@@ -30,6 +30,21 @@ def _signal(prefix: str, number: signal.Signals) -> Injection:
         pids = world.pids(prefix)
         if pids:
             os.kill(choose.choice(pids), number)
+
+    return inject
+
+
+def _kill_runner_in(call: str) -> Injection:
+    """Kill a flow runner that is inside this call of the SDK."""
+
+    def inject(world: World, choose: random.Random) -> None:
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline:
+            for name, pid in world.runners():
+                if world.call_of(name) == call:
+                    os.kill(pid, signal.SIGKILL)
+                    return
+        raise OSError(f"no flow runner was inside {call}")
 
     return inject
 
@@ -130,64 +145,21 @@ def slow_subscriber(world: World, choose: random.Random) -> None:
 
 
 def poison(world: World, choose: random.Random) -> None:
-    """Stream entries that nobody can decode, between good ones."""
-    entries: list[dict[str, bytes | str]] = [
-        {"x": "y"},
-        {"message": ""},
-        {"message": "hello", "token": "t"},
-        {"message": b"\xff\xfe"},
-        {"message": "42"},
-        {"message": "null"},
-        {"message": "[]"},
-        {"message": "{}"},
-        {"message": "[" * 100_000},
-        {"message": json.dumps({"schema_version": 1, "n": 7}).replace("7", "9" * 5000)},
-        {"message": "x" * 20 * 1024 * 1024},
-        {"message": '{"batch_id": "1", "batch_id": "2"}'},
-        {
-            "message": json.dumps(
-                {"schema_version": 1, "kind": "tag_batch", "batch_id": str(uuid4())}
-            )
-        },
-    ]
+    """Every stream entry that nobody can decode, between good ones."""
+    entries = list(stream_entries().values())
     with world.redis() as redis:
-        for entry in choose.sample(entries, 6):
+        for entry in choose.sample(entries, len(entries)):
             redis.xadd(inbox_key(choose.choice(world.tenants).organization), entry)
+            time.sleep(0.005)
 
 
 def garbage_on_the_queue(world: World, choose: random.Random) -> None:
-    """What is no Celery message, or a wrong one, between drain messages."""
-    body = "W1siYSIsICJiIl0sIHt9LCB7fV0="  # [["a", "b"], {}, {}]
-    properties = {"delivery_tag": "x", "body_encoding": "base64", "delivery_info": {}}
-    properties["delivery_info"] = {"exchange": "", "routing_key": QUEUE}
-    headers = {"task": "task_tags.drain", "id": str(uuid4()), "lang": "py"}
-    good = {
-        "body": body,
-        "content-type": "application/json",
-        "content-encoding": "utf-8",
-        "headers": headers,
-        "properties": properties,
-    }
-    messages = [
-        "not json",
-        "null",
-        "[]",
-        "{}",
-        json.dumps({**good, "headers": None}),
-        json.dumps({**good, "properties": {}}),
-        json.dumps({**good, "headers": {"task": "task_tags.drain"}}),
-        json.dumps({**good, "headers": {**headers, "task": "unknown"}}),
-        json.dumps({**good, "content-type": "application/x-python-serialize"}),
-        json.dumps({**good, "content-type": "application/x-yaml"}),
-        json.dumps({**good, "headers": {**headers, "eta": "garbage"}}),
-        json.dumps({**good, "headers": {**headers, "compression": "gzip"}}),
-        json.dumps({**good, "body": "AAAA"}),
-        json.dumps({**good, "body": "bnVsbA=="}),
-        json.dumps(good),
-    ]
+    """Every malformed Celery message, between drain messages."""
+    messages = list(celery_messages().values())
     with world.redis() as redis:
-        for message in choose.sample(messages, 3):
+        for message in choose.sample(messages, len(messages)):
             redis.lpush(QUEUE, message)
+            time.sleep(0.005)
 
 
 def flush_everything(world: World, choose: random.Random) -> None:
@@ -239,7 +211,7 @@ INJECTIONS: dict[str, Injection] = {
     "deliver drain again": deliver_drain_again,
     "two drains": two_drains,
     "same batch at once": same_batch_at_once,
-    "kill runner": _signal("runner", signal.SIGKILL),
+    **{f"kill runner in {call}": _kill_runner_in(call) for call in CALLS},
     "kill subscribers": kill_subscribers,
     "slow subscriber": slow_subscriber,
     "poison": poison,

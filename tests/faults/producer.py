@@ -6,6 +6,7 @@ After a restart it sends what it can't know to be accepted once more, in order: 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
@@ -27,6 +28,32 @@ from producers.messages import (
 )
 
 UNKNOWN = UUID(int=404)
+CALLS = ("enqueue", "enqueue_many", "apply")
+_NO_CALL = ""
+
+
+class Marked:
+    """A producer that says in a file which of its calls it is inside of."""
+
+    def __init__(self, producer: TagProducer, path: Path) -> None:
+        self._producer = producer
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._mark(_NO_CALL)
+
+    def call(self, name: str, *arguments: Any, **options: Any) -> Any:
+        self._mark(name)
+        try:
+            return getattr(self._producer, name)(*arguments, **options)
+        finally:
+            self._mark(_NO_CALL)
+
+    def _mark(self, name: str) -> None:
+        os.pwrite(self._file, name.ljust(16).encode(), 0)
+
+
+def call_file(journal: Path) -> Path:
+    """Return where the flow runner that writes this journal says what it is doing."""
+    return journal.with_suffix(".call")
 
 
 class Journal:
@@ -85,11 +112,14 @@ def batches(choose: random.Random, executions: list[UUID], count: int) -> list[M
     ]
 
 
-def insist(producer: TagProducer, messages: list[Message]) -> None:
+def insist(producer: Marked, messages: list[Message]) -> None:
     """Enqueue until all are accepted. What may have been accepted before only comes again."""
     while messages:
         try:
-            producer.enqueue_many(messages)
+            if len(messages) == 1:
+                producer.call("enqueue", messages[0])
+            else:
+                producer.call("enqueue_many", messages)
         except InboxFull as full:
             messages = full.unsent
             time.sleep(0.1)
@@ -99,12 +129,20 @@ def insist(producer: TagProducer, messages: list[Message]) -> None:
             return
 
 
+def apply(producer: Marked, message: Message) -> None:
+    try:
+        producer.call("apply", message, timeout=5)
+    except (BatchRefused, NoResult, Unavailable, InboxFull):
+        insist(producer, [message])
+
+
 def main() -> None:
     journal_path, seed, *ids = sys.argv[1:]
     executions = [UUID(each) for each in ids]
     choose = random.Random(f"{seed}-{time.time_ns()}")
     journal = Journal(Path(journal_path))
-    with TagProducer() as producer:
+    with TagProducer() as opened:
+        producer = Marked(opened, call_file(Path(journal_path)))
         unsettled = list(journal.open.values())
         insist(producer, unsettled)
         journal.accept(unsettled)
@@ -116,11 +154,7 @@ def main() -> None:
             fresh = batches(choose, executions, choose.choice([1, 1, 5, 20]))
             journal.intend(fresh)
             if how < 0.3:
-                fresh_one = fresh[:1]
-                try:
-                    producer.apply(fresh_one[0], timeout=5)
-                except (BatchRefused, NoResult, Unavailable, InboxFull):
-                    insist(producer, fresh_one)
+                apply(producer, fresh[0])
                 insist(producer, fresh[1:])
             else:
                 insist(producer, fresh)

@@ -26,10 +26,10 @@ from redis.exceptions import RedisError
 from producers.client import TagProducer, registration
 from producers.connect import open_redis
 from producers.messages import Message, inbox_key, lease_key
-from tests.conftest import eventually
 from tests.faults.check import Sent, Verdict, check_presence
-from tests.faults.producer import Journal
+from tests.faults.producer import Journal, call_file
 from tests.faults.proxy import Proxy
+from tests.waiting import eventually
 from worker.authorize import SCOPES, mint
 from worker.embedded import Postgres, Valkey, exclusive, find_home, secret
 from worker.migrate import ROLES, migrate
@@ -58,12 +58,13 @@ class Tenant:
     gone: set[UUID] = field(default_factory=set)
 
     def sent(self) -> list[Sent]:
-        found = [Sent(self.registrations, {message.batch_id for message in self.registrations})]
+        registered = {message.batch_id for message in self.registrations}
+        found = [Sent("registrations", self.registrations, registered)]
         for path in self.journals:
             journal = Journal(path)
             open_ids = {message.batch_id for message in journal.open.values()}
             known = {message.batch_id for message in journal.known}
-            found.append(Sent(journal.known, known - open_ids))
+            found.append(Sent(path.stem, journal.known, known - open_ids))
         return found
 
 
@@ -82,6 +83,8 @@ class World:
     disk: Path | None
     stop: threading.Event = field(default_factory=threading.Event)
     old_drains: list[bytes] = field(default_factory=list)
+    faults: list[tuple[float, str]] = field(default_factory=list)
+    """What was done, and when, in seconds since the epoch."""
 
     def pids(self, prefix: str) -> list[int]:
         return [
@@ -89,6 +92,19 @@ class World:
             for child, process in self.supervisor.running
             if child.name.startswith(prefix) and process.poll() is None
         ]
+
+    def runners(self) -> list[tuple[str, int]]:
+        """The flow runners that live, by the names of their journals."""
+        return [
+            (child.name.replace("runner", "journal"), process.pid)
+            for child, process in self.supervisor.running
+            if child.name.startswith("runner") and process.poll() is None
+        ]
+
+    def call_of(self, journal: str) -> str:
+        """Which call of the SDK this flow runner is inside of, if it is inside one."""
+        path = call_file(self.directory / f"{journal}.jsonl")
+        return path.read_text().strip() if path.exists() else ""
 
     def mend(self) -> None:
         """Start again what has ended; here everything is meant to end often."""
@@ -320,17 +336,19 @@ def settle(opened: World, verdict: Verdict) -> None:
         for tenant in opened.tenants:
             sent = tenant.sent()
             with opened.database() as connection:
-                stored = connection.execute(
+                rows = connection.execute(
                     "select batch_id from tag_batches where organization_id = %s",
                     [tenant.organization],
                 ).fetchall()
-            check_presence(sent, [row[0] for row in stored], tenant.gone, verdict)
+            stored = [row[0] for row in rows]
+            check_presence(sent, stored, tenant.gone, verdict)
+            unheard = set(stored).union(*(each.accepted for each in sent)) - set(tenant.heard)
             with opened.producer(tenant) as producer:
                 producer.enqueue_many(
                     message
                     for each in sent
                     for message in each.messages
-                    if message.batch_id in each.accepted and message.batch_id not in tenant.heard
+                    if message.batch_id in unheard
                 )
         eventually(calm, 90)
     except AssertionError:

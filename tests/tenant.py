@@ -1,0 +1,129 @@
+"""One organization's inbox, and a drain of it that a test starts by hand, on real PostgreSQL and Valkey."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+from producers.inbox import Inbox
+from producers.messages import ChangeEvent, Message, ResultRecord, TagBatch, add
+from tests.waiting import eventually
+from worker.apply import Drain
+from worker.authorize import Authorizer
+from worker.store import Store
+
+if TYPE_CHECKING:
+    from tests.conftest import Servers
+
+EXECUTION = uuid4()
+
+
+@dataclass
+class Tenant:
+    """An organization's inbox, and a drain of it that the test starts by hand."""
+
+    servers: Servers
+    redis: Any
+    store: Store
+    authorizer: Authorizer
+    organization: UUID
+    token: str
+    handed_over: list[str] = field(default_factory=list)
+    heard: list[tuple[str, bytes]] = field(default_factory=list)
+
+    @property
+    def inbox(self) -> Inbox:
+        return Inbox(self.redis, self.organization)
+
+    def send(self, *messages: Message | bytes, token: str | None = None) -> None:
+        raw = [each if isinstance(each, bytes) else each.encode() for each in messages]
+        self.inbox.append(raw, self.token if token is None else token, "lease")
+
+    def drain(self, **changes: Any) -> int:
+        arguments: dict[str, Any] = {
+            "inbox": self.inbox,
+            "organization_id": self.organization,
+            "run_id": "run",
+            "store": self.store,
+            "authorizer": self.authorizer,
+            "hand_over": lambda: self.handed_over.append("run"),
+            "group_size": 100,
+            "budget_seconds": 60.0,
+            "stopping": lambda: False,
+        }
+        return Drain(**(arguments | changes)).run()
+
+    def records(self) -> list[ResultRecord]:
+        return [
+            ResultRecord.model_validate_json(payload)
+            for channel, payload in self.heard
+            if ":results:" in channel
+        ]
+
+    def events(self) -> list[ChangeEvent]:
+        return [
+            ChangeEvent.model_validate_json(payload)
+            for channel, payload in self.heard
+            if ":changes:" in channel
+        ]
+
+    def outcomes(self) -> list[Any]:
+        """Statuses, or the code of the error, of each record that was heard."""
+        return [outcome(record) for record in self.records()]
+
+    def tags(self) -> list[str]:
+        with self.servers.owner() as connection:
+            rows = connection.execute(
+                "select tag from task_tags where organization_id = %s and status = 'active' "
+                "order by created_at, id",
+                [self.organization],
+            ).fetchall()
+        return [tag for (tag,) in rows]
+
+
+def outcome(record: ResultRecord) -> Any:
+    if record.error is not None:
+        return record.error.code
+    if record.flow_execution is not None:
+        return record.flow_execution.status
+    return [result.status for result in record.tags or []]
+
+
+@contextmanager
+def listening(tenant: Tenant) -> Iterator[None]:
+    """Collect what is published; at the end of a drain, all of it has been heard."""
+    original = tenant.drain
+    with tenant.redis.pubsub() as pubsub:
+        pubsub.psubscribe(f"task-tags:{{{tenant.organization}}}:*")
+        eventually(lambda: pubsub.get_message(timeout=1))
+
+        def drain(**changes: Any) -> int:
+            try:
+                return original(**changes)
+            finally:
+                tenant.redis.publish(f"task-tags:{{{tenant.organization}}}:end", b"")
+                while (each := eventually(lambda: pubsub.get_message(timeout=1)))["data"]:
+                    tenant.heard.append((each["channel"].decode(), each["data"]))
+
+        tenant.drain = drain  # type: ignore[method-assign]
+        yield
+
+
+@contextmanager
+def broken_for(tenant: Tenant, tag: str) -> Iterator[None]:
+    """Make the database refuse one tag, as a fault of ours would."""
+    with tenant.servers.owner() as connection:
+        connection.execute(
+            f"alter table task_tags add constraint broken check (tag <> '{tag}') not valid".encode()
+        )
+        try:
+            yield
+        finally:
+            connection.execute("alter table task_tags drop constraint broken")
+
+
+def tagging(tag: str, **fields: Any) -> TagBatch:
+    return TagBatch(tags=[add(EXECUTION, "task", "type", tag)], **fields)
