@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, add, inbox_key
-from tests.measure import make_batches, tokens
-from worker.stack import running
+from tests.measure import make_batches, stack_of_its_own, tokens
 
 
 def main() -> None:
@@ -26,36 +23,33 @@ def main() -> None:
         "--waiting", type=int, default=50_000, help="batches of the busy organization"
     )
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        directory.chmod(0o755)
-        with running(directory, port=0, workers=arguments.workers, say=print) as stack:
-            token = tokens(directory)
-            busy, small = uuid4(), uuid4()
-            with (
-                TagProducer(
-                    redis_url=stack.redis_url,
-                    organization_id=busy,
-                    token=token(busy),
-                    inbox_limit=arguments.waiting + 10,
-                ) as many,
-                TagProducer(
-                    redis_url=stack.redis_url, organization_id=small, token=token(small)
-                ) as few,
-            ):
-                execution = uuid4()
-                few.apply(registration(execution))
-                idle = [once(few, execution, number) for number in range(100)]
-                batches = make_batches(arguments.waiting)
-                many.apply(registration(batches[0].tags[0].flow_execution_id))
-                many.enqueue_many(batches)
-                redis: Any = many._redis
-                beside: list[float] = []
-                waiting: list[int] = []
-                while (left := redis.xlen(inbox_key(busy))) > 0:
-                    waiting.append(left)
-                    beside.append(once(few, execution, 1000 + len(beside)))
-                    time.sleep(0.05)
+    with stack_of_its_own(workers=arguments.workers) as (directory, stack):
+        token = tokens(directory)
+        busy, small = uuid4(), uuid4()
+        with (
+            TagProducer(
+                redis_url=stack.redis_url,
+                organization_id=busy,
+                token=token(busy),
+                inbox_limit=arguments.waiting + 10,
+            ) as many,
+            TagProducer(
+                redis_url=stack.redis_url, organization_id=small, token=token(small)
+            ) as few,
+        ):
+            execution = uuid4()
+            few.apply(registration(execution))
+            idle = [once(few, execution, number) for number in range(100)]
+            batches = make_batches(arguments.waiting)
+            many.apply(registration(batches[0].tags[0].flow_execution_id))
+            many.enqueue_many(batches)
+            redis: Any = many._redis
+            beside: list[float] = []
+            waiting: list[int] = []
+            while (left := redis.xlen(inbox_key(busy))) > 0:
+                waiting.append(left)
+                beside.append(once(few, execution, 1000 + len(beside)))
+                time.sleep(0.05)
     print("\n| waiting in the other organization | single batches | p50 | p95 | slowest |")
     print("|---|---|---|---|---|")
     show("none", idle)

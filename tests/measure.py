@@ -38,17 +38,24 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=1000, help="for each organization")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    with stack_of_its_own(workers=arguments.workers) as (directory, stack):
+        token = tokens(directory)
+        latency(stack, token(stack.organization_id))
+        for _ in range(arguments.rounds):
+            organizations = {(id_ := uuid4()): token(id_) for _ in range(ORGANIZATIONS)}
+            throughput(stack, organizations, arguments.batches)
+        read(stack)
+        memory(stack)
+
+
+@contextmanager
+def stack_of_its_own(workers: int) -> Iterator[tuple[Path, Stack]]:
+    """Run a stack on a directory that is removed afterwards; yield both."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         directory.chmod(0o755)
-        with running(directory, port=0, workers=arguments.workers, say=print) as stack:
-            token = tokens(directory)
-            latency(stack, token(stack.organization_id))
-            for _ in range(arguments.rounds):
-                organizations = {(id_ := uuid4()): token(id_) for _ in range(ORGANIZATIONS)}
-                throughput(stack, organizations, arguments.batches)
-            read(stack)
-            memory(stack)
+        with running(directory, port=0, workers=workers, say=print) as stack:
+            yield directory, stack
 
 
 def tokens(directory: Path) -> Callable[[UUID], str]:

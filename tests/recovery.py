@@ -9,36 +9,32 @@ import argparse
 import os
 import signal
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from uuid import UUID, uuid4
 
 import httpx
 
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, add
+from tests.measure import stack_of_its_own
 from tests.waiting import eventually
-from worker.stack import Stack, running
+from worker.stack import Stack
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        directory.chmod(0o755)
-        with running(directory, port=0, workers=1, say=print) as stack:
-            print("\n| killed | until it answers again | from then to the next result | slowest |")
-            print("|---|---|---|---|")
-            for what in ("worker-1", "valkey", "postgresql"):
-                measured = [once(stack, what) for _ in range(rounds)]
-                down, after = zip(*measured, strict=True)
-                print(
-                    f"| {what} | {statistics.median(down):.1f} s | {statistics.median(after):.1f} s "
-                    f"| {max(after):.1f} s |"
-                )
+    with stack_of_its_own(workers=1) as (_, stack):
+        print("\n| killed | until it answers again | from then to the next result | slowest |")
+        print("|---|---|---|---|")
+        for what in ("worker-1", "valkey", "postgresql"):
+            measured = [once(stack, what) for _ in range(rounds)]
+            down, after = zip(*measured, strict=True)
+            print(
+                f"| {what} | {statistics.median(down):.1f} s | {statistics.median(after):.1f} s "
+                f"| {max(after):.1f} s |"
+            )
 
 
 def once(stack: Stack, what: str) -> tuple[float, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ import psycopg
 
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, Uuid7, add, inbox_key, remove
-from tests.measure import tokens
+from tests.measure import stack_of_its_own, tokens
 from tests.waiting import eventually
 from worker.embedded import Postgres, find_home, secret
-from worker.stack import DATABASE, Stack, running
+from worker.stack import DATABASE, Stack
 
 PIECE = 1_000
 
@@ -30,18 +29,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=1_000_000)
     batches = parser.parse_args().batches
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        directory.chmod(0o755)
-        with running(directory, port=0, workers=1, say=print) as stack:
-            organization, execution = uuid4(), uuid4()
-            token = tokens(directory)(organization)
-            with TagProducer(
-                redis_url=stack.redis_url, organization_id=organization, token=token
-            ) as producer:
-                producer.apply(registration(execution))
-                sizes = soak(stack, producer, organization, execution, batches)
-            faults = list(left_behind(directory, stack, organization, batches))
+    with stack_of_its_own(workers=1) as (directory, stack):
+        organization, execution = uuid4(), uuid4()
+        token = tokens(directory)(organization)
+        with TagProducer(
+            redis_url=stack.redis_url, organization_id=organization, token=token
+        ) as producer:
+            producer.apply(registration(execution))
+            sizes = soak(stack, producer, organization, execution, batches)
+        faults = list(left_behind(directory, stack, organization, batches))
     growth = sizes[-1] / sizes[0] - 1
     if growth > 0.1:
         faults.append(f"the worker grew by {growth:.0%} after the first tenth")
