@@ -167,7 +167,7 @@ def watch(
     with Subscriber() as subscriber:
         for event in subscriber.changes(execution):
             if as_json:
-                _print_json(event.model_dump(mode="json"))
+                _print_json(json.loads(event.encode()))
             else:
                 out.print(change_lines(event))
 

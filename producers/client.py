@@ -436,7 +436,7 @@ class _ResultListener:
 
     def _take_in(self, heard: bytes | Signal) -> None:
         if isinstance(heard, bytes):
-            self._complete(ResultRecord.model_validate_json(heard))
+            self._complete(ResultRecord.decode(heard))
         elif heard is Signal.SUBSCRIBED and not self._subscribed.is_set():
             self._subscribed.set()
         else:

@@ -1,12 +1,13 @@
-"""The one owner of the inbox protocol (design, section 3): append, take, read, remove, release, hand over.
+"""The one owner of the inbox protocol (design, section 3): append, take, remove, hand over, claim.
 
 An inbox is an organization's Redis stream of messages that are accepted and not yet applied. Its lease is
 a key that says `queued <lease id>` or `running <run id>`: a drain of this inbox is in the Celery queue, or
-at work. Each delivery of a drain message is a run with an id of its own. Each step is one Lua script (or one
-MULTI), so no step is ever seen half done.
+at work. Each delivery of a drain message is a run with an id of its own. Each step is one Lua script, so no
+step is ever seen half done. `take` begins with what is at the head of the inbox, and `remove` goes on with what
+is there next; either frees the lease if there is nothing, and then the run is over.
 
-Why no wake-up is lost: `append` adds the message and looks at the lease in one step, and `release` looks at
-the inbox and frees the lease in one step. Whichever comes first, either the appender finds the lease free
+Why no wake-up is lost: `append` adds the message and looks at the lease in one step, and whatever frees the
+lease looks at the inbox in the same step. Whichever comes first, either the appender finds the lease free
 and sends a drain, or the drain finds the message and goes on.
 
 Why no two drains work at once, but for faults: a drain works only while the lease says `running` with the
@@ -18,24 +19,27 @@ drained.)
 
 Why faults do no harm: a lease that runs out (its worker died or stood still) is free, so the next append,
 or `claim` from `task_tags.wake`, sends another drain. Two may then be at work for a moment. The transaction's
-lock and the stored batch ids make that harmless, and the older one ends at its next `read`, `release` or
-`hand_over`. A step that is repeated because its answer was lost finds what it did the first time, and
-says the same. `remove` needs no lease: it names ids whose batches are committed. Ids never come again, for
+lock and the stored batch ids make that harmless, and the older one ends at its next `remove` or `hand_over`. A
+step that is repeated because its answer was lost finds what it did the first time, and does no harm. `remove`
+takes messages out whoever has the lease: it names ids whose batches are committed. Ids never come again, for
 the stream is never deleted, so what was appended since can't be removed by mistake.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from typing import Any, Final, cast
 from uuid import UUID
 
 from redis import Redis
 from redis.commands.core import Script
+from redis.exceptions import NoScriptError
 
 from producers.messages import (
     MAX_READABLE_BYTES,
@@ -51,10 +55,6 @@ LEASE_MS: Final = 8_000
 REJECTED_LIMIT: Final = 10_000
 _CHUNK_MESSAGES: Final = 200
 _CHUNK_BYTES: Final = 1024 * 1024
-
-
-class LeaseLost(Exception):
-    """Another drain has the lease now: this one must stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,14 @@ class Rejection:
 
 @cache
 def _source(name: str) -> str:
-    return files("producers").joinpath("lua", f"{name}.lua").read_text()
+    """Return a script; those that go on with the inbox begin with the function for it."""
+    names = ["head", name] if name in ("take", "remove") else [name]
+    return "".join(files("producers").joinpath("lua", f"{each}.lua").read_text() for each in names)
+
+
+@cache
+def _sha(name: str) -> str:
+    return hashlib.sha1(_source(name).encode(), usedforsecurity=False).hexdigest()
 
 
 class Inbox:
@@ -152,52 +159,62 @@ class Inbox:
         """Free the lease if its drain could not be sent."""
         self._run("give_back", [self._lease], [lease_id])
 
-    def take(self, run_id: str) -> bool:
-        """Begin a drain. False: another one is running, so there is nothing to do."""
-        return bool(self._run("take", [self._lease], [run_id, self._lease_ms]))
+    def take(self, run_id: str, *, most: int, most_bytes: int = MAX_READABLE_BYTES) -> list[Entry]:
+        """Begin a drain, or go on after a failure, with what is at the head of the inbox.
 
-    def read(self, run_id: str, *, most: int, most_bytes: int = MAX_READABLE_BYTES) -> list[Entry]:
-        """Renew the lease and return the head of the inbox. Raises `LeaseLost`."""
-        found = self._run(
-            "read", [self._inbox, self._lease], [run_id, self._lease_ms, most, most_bytes]
+        Nothing: the run is over. The inbox was empty, and the lease is free; or another drain is running.
+        """
+        return self._entries(
+            self._run(
+                "take", [self._inbox, self._lease], [run_id, self._lease_ms, most, most_bytes]
+            )
         )
-        if found is None:
-            raise LeaseLost
-        return [_entry(id, fields) for id, fields in found]
 
     def remove(
         self,
-        entries: Iterable[Entry],
-        publications: Iterable[tuple[str, bytes]],
-        rejections: Iterable[Rejection] = (),
-    ) -> None:
-        """Publish what became of these entries and take them out of the inbox, in one MULTI."""
-        with self._redis.pipeline(transaction=True) as multi:
-            for channel, payload in publications:
-                multi.publish(channel, payload)
-            for rejection in rejections:
-                self._keep(multi, rejection)
-            multi.xdel(self._inbox, *[entry.id for entry in entries])
-            multi.execute()
+        run_id: str,
+        entries: Sequence[Entry],
+        publications: Sequence[tuple[str, bytes]],
+        rejections: Sequence[Rejection] = (),
+        *,
+        most: int,
+        most_bytes: int = MAX_READABLE_BYTES,
+    ) -> list[Entry]:
+        """Publish what became of these entries, take them out of the inbox, and go on with what comes next.
+
+        It is one step, so a result is published if and only if its entry is gone. Nothing: the run is over, as
+        for `take`.
+        """
+        arguments: list[Any] = [run_id, self._lease_ms, most, most_bytes, REJECTED_LIMIT]
+        arguments.append(len(entries))
+        arguments.extend([entry.id for entry in entries])
+        arguments.append(len(publications))
+        arguments.extend(chain.from_iterable(publications))
+        arguments.append(len(rejections))
+        for rejection in rejections:
+            fields = list(chain.from_iterable(rejection.fields().items()))
+            arguments += [len(fields), *fields]
+        keys = [self._inbox, self._lease, self._rejected]
+        return self._entries(self._run("remove", keys, arguments))
 
     def reject(self, rejection: Rejection) -> None:
         """Keep a message for an operator; its entry stays in the inbox until it is removed."""
-        self._keep(self._redis, rejection)
-
-    def release(self, run_id: str) -> bool:
-        """End a drain that found the inbox empty. False: there is work again, so it has to go on."""
-        return bool(self._run("release", [self._inbox, self._lease], [run_id]))
+        fields = cast(Any, rejection.fields())
+        self._redis.xadd(self._rejected, fields, maxlen=REJECTED_LIMIT, approximate=True)
 
     def hand_over(self, run_id: str) -> bool:
         """Keep the lease for a drain that goes to the end of the queue. False: it is another's."""
         return bool(self._run("hand_over", [self._lease], [run_id, self._lease_ms]))
 
-    def _keep(self, redis: Redis, rejection: Rejection) -> None:
-        fields = cast(Any, rejection.fields())
-        redis.xadd(self._rejected, fields, maxlen=REJECTED_LIMIT, approximate=True)
+    @staticmethod
+    def _entries(found: Any) -> list[Entry]:
+        return [_entry(id, fields) for id, fields in found or ()]
 
     def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
-        return Script(self._redis, _source(name))(keys=keys, args=args)
+        try:
+            return self._redis.evalsha(_sha(name), len(keys), *keys, *args)
+        except NoScriptError:  # the server has started since, or forgot it
+            return self._redis.eval(_source(name), len(keys), *keys, *args)
 
 
 def known_inboxes(redis: Redis) -> Iterator[UUID]:

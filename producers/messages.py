@@ -13,6 +13,8 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self, cast
 from uuid import UUID
@@ -146,6 +148,18 @@ def _normal_string(value: str) -> str:
     return value
 
 
+def _sorted_keys(value: dict[Any, Any]) -> list[str]:
+    try:
+        keys = sorted(value)
+    except TypeError:  # of several types
+        keys = [None]
+    for key in keys:
+        if not isinstance(key, str):
+            raise _metadata_fault("must have strings as keys")
+        _normal_string(key)
+    return keys
+
+
 def _normal_number(value: int | float) -> int | float:
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -162,10 +176,10 @@ def _normal_json(value: Any, depth: int = 1) -> Any:
     Keys are sorted and an integral float is the integer it equals, so that two values that are the same
     tag (section 4, rule 2) are serialized alike.
     """
-    if value is None or isinstance(value, bool):
-        return value
     if isinstance(value, str):
         return _normal_string(value)
+    if value is None or isinstance(value, bool):
+        return value
     if isinstance(value, (int, float)):
         return _normal_number(value)
     if isinstance(value, _BeyondInt64):
@@ -178,24 +192,19 @@ def _normal_json(value: Any, depth: int = 1) -> Any:
         raise _metadata_fault(f"must not be nested deeper than {MAX_METADATA_DEPTH} levels")
     if not isinstance(value, dict):
         return [_normal_json(item, depth + 1) for item in value]
-    if not all(isinstance(key, str) for key in value):
-        raise _metadata_fault("must have strings as keys")
-    return {_normal_string(key): _normal_json(value[key], depth + 1) for key in sorted(value)}
+    return {key: _normal_json(value[key], depth + 1) for key in _sorted_keys(value)}
 
 
-_canonical: Final = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, separators=(",", ":")
-).encode
-
-
-def canonical_json(value: Any) -> str:
-    """Serialize a metadata value that was validated: equal values give equal text."""
-    return _canonical(value)
+def canonical_json(value: Any) -> bytes:
+    """Serialize a metadata value that was validated: equal values give equal bytes."""
+    return to_json(value)
 
 
 def _metadata(value: Any) -> Any:
+    if value is None:
+        return None
     normal = _normal_json(value)
-    if normal is not None and len(to_json(normal)) > MAX_METADATA_BYTES:
+    if len(canonical_json(normal)) > MAX_METADATA_BYTES:
         raise _metadata_fault(f"must not be larger than {MAX_METADATA_BYTES} bytes of JSON")
     return normal
 
@@ -219,10 +228,6 @@ class TagOperation(_Contract):
     tag_type: TagType
     tag: TagName
     tag_metadata: TagMetadata = None
-
-    def model_post_init(self, context: Any, /) -> None:
-        if self.operation == "add":  # null and absent are the same there (rule 2)
-            self.model_fields_set.add("tag_metadata")
 
     @property
     def any_metadata(self) -> bool:
@@ -297,18 +302,26 @@ class _Message(_Contract):
 
     def encode(self) -> bytes:
         """Serialize for the inbox. Raises `InvalidMessage` if that is over 1 MiB."""
-        encoded = self.model_dump_json(exclude_unset=True).encode()
+        encoded = self.spelled()
         if len(encoded) > MAX_MESSAGE_BYTES:
             raise InvalidMessage([_TOO_LARGE], batch_id=self.batch_id)
         return encoded
+
+    def spelled(self) -> bytes:
+        """Return the message in its one spelling, however long it is."""
+        return self.model_dump_json(exclude_unset=True).encode()
 
     def digest(self) -> bytes:
         """Return 32 bytes that are the same for two messages that ask for the same.
 
         Whom to answer is no part of that, so a batch can be sent again by another sender.
         """
-        asked = self.model_dump_json(exclude_unset=True, exclude={"batch_id", "reply_to"})
-        return hashlib.sha256(asked.encode()).digest()
+        return digest(self.spelled())
+
+
+def digest(encoded: bytes) -> bytes:
+    """Return the digest of a message that was spelled out: of all that comes after `reply_to`."""
+    return hashlib.sha256(encoded[encoded.index(b'"kind":') :]).digest()
 
 
 class TagBatch(_Message):
@@ -320,6 +333,12 @@ class TagBatch(_Message):
 
     kind: Literal["tag_batch"] = "tag_batch"
     tags: Annotated[list[TagOperation], Field(min_length=1, max_length=MAX_OPERATIONS)]
+
+    def model_post_init(self, context: Any, /) -> None:
+        super().model_post_init(context)
+        for operation in self.tags:
+            if operation.operation == "add":  # null and absent are the same there (rule 2)
+                operation.model_fields_set.add("tag_metadata")
 
 
 class FlowExecution(_Message):
@@ -395,20 +414,26 @@ class ResultRecord(_Report):
             raise PydanticCustomError("outcome", "must have applied_at unless it has an error")
         return self
 
+    @classmethod
+    def decode(cls, encoded: bytes | str) -> Self:
+        """Read a record; fields that are not known are skipped. Raises pydantic's `ValidationError`."""
+        return cls.model_validate_json(encoded)
+
     def encode(self) -> bytes:
         return self.model_dump_json(exclude_unset=True).encode()
 
 
-class Tag(_Report):
+@dataclass(slots=True)
+class Tag:
     """A tag as it is stored, read and reported; the last two fields are null until it is modified."""
 
-    id: Id
-    flow_execution_id: Id
+    id: UUID
+    flow_execution_id: UUID
     task_name: str
     tag_type: str
     tag: str
     tag_metadata: Any
-    organization_id: Id
+    organization_id: UUID
     status: Literal["active", "deleted"]
     created_at: datetime
     created_by: str
@@ -416,24 +441,37 @@ class Tag(_Report):
     modified_by: str | None
 
 
-class Change(_Report):
+@dataclass(slots=True)
+class Change:
     change: Literal["added", "removed"]
     tag: Tag
 
 
-class ChangeEvent(_Report):
-    """What one batch changed in one execution; `revision` counts 1, 2, 3 … there without gaps."""
+@dataclass(slots=True)
+class ChangeEvent:
+    """What one batch changed in one execution; `revision` counts 1, 2, 3 … there without gaps.
 
-    organization_id: Id
-    flow_execution_id: Id
+    These three are made in great numbers, so they are plain dataclasses, which only `decode` validates.
+    """
+
+    organization_id: UUID
+    flow_execution_id: UUID
     revision: int
-    batch_id: Id
+    batch_id: UUID
     changed_by: str
     changed_at: datetime
     changes: list[Change]
 
+    @staticmethod
+    def decode(encoded: bytes | str) -> ChangeEvent:
+        """Read an event; fields that are not known are skipped. Raises pydantic's `ValidationError`."""
+        return _CHANGE_EVENT.validate_json(encoded)
+
     def encode(self) -> bytes:
-        return self.model_dump_json().encode()
+        return _CHANGE_EVENT.dump_json(self)
+
+
+_CHANGE_EVENT: Final = TypeAdapter(ChangeEvent)
 
 
 # --- Reading what came in ------------------------------------------------------------------------
@@ -470,6 +508,7 @@ _MESSAGES: Final[dict[str, type[_Message]]] = {
     "tag_batch": TagBatch,
     "flow_execution": FlowExecution,
 }
+_TAG_BATCH: Final = TypeAdapter(TagBatch)
 _ID: Final[TypeAdapter[UUID]] = TypeAdapter(UUID)
 _REPLY_TO: Final[TypeAdapter[str]] = TypeAdapter(ReplyTo)
 
@@ -500,6 +539,26 @@ def parse_message(raw: bytes) -> Message:
 
     Source of the rules: the limits in section 4 of the design.
     """
+    return read_message(raw)[0]
+
+
+def read_message(raw: bytes) -> tuple[Message, bytes]:
+    """Return a message, and as it is spelled here: the bytes from which its digest is made.
+
+    One that was spelled so by its sender, as by the SDK, is read by pydantic's own parser, and nothing in it can
+    be other than it seems: no key is doubled, no number changed. All others are read with care, and their faults
+    told.
+    """
+    if len(raw) <= MAX_MESSAGE_BYTES:
+        with suppress(ValidationError):
+            batch = _TAG_BATCH.validate_json(raw)
+            if batch.spelled() == raw:
+                return batch, raw
+    message = _read_carefully(raw)
+    return message, message.spelled()
+
+
+def _read_carefully(raw: bytes) -> Message:
     if len(raw) > MAX_MESSAGE_BYTES:
         readable = _load(_lenient_json, raw) if len(raw) <= MAX_READABLE_BYTES else None
         raise _invalid(readable, [_TOO_LARGE])
@@ -617,7 +676,7 @@ def _words(kind: str, field: str | None, context: dict[str, Any]) -> str:
 _SCHEMAS: Final[dict[str, TypeAdapter[Any]]] = {
     "message": TypeAdapter(Annotated[Message, Field(discriminator="kind")]),
     "result": TypeAdapter(ResultRecord),
-    "change_event": TypeAdapter(ChangeEvent),
+    "change_event": _CHANGE_EVENT,
 }
 
 

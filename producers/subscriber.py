@@ -90,7 +90,7 @@ def _listen_once(
                 yield Signal.QUIET
 
 
-Report = TypeVar("Report", bound=BaseModel)
+Report = TypeVar("Report", ResultRecord, ChangeEvent)
 
 
 class Subscriber:
@@ -177,7 +177,7 @@ def _parsed(heard: bytes | Signal, model: type[Report]) -> Report | None:
     if not isinstance(heard, bytes):
         return None
     try:
-        return model.model_validate_json(heard)
+        return model.decode(heard)
     except ValidationError:
         logger.warning("what was published is not a %s: skipped", model.__name__)
         return None

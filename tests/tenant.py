@@ -58,16 +58,14 @@ class Tenant:
 
     def records(self) -> list[ResultRecord]:
         return [
-            ResultRecord.model_validate_json(payload)
+            ResultRecord.decode(payload)
             for channel, payload in self.heard
             if ":results:" in channel
         ]
 
     def events(self) -> list[ChangeEvent]:
         return [
-            ChangeEvent.model_validate_json(payload)
-            for channel, payload in self.heard
-            if ":changes:" in channel
+            ChangeEvent.decode(payload) for channel, payload in self.heard if ":changes:" in channel
         ]
 
     def outcomes(self) -> list[Any]:
@@ -127,3 +125,8 @@ def broken_for(tenant: Tenant, tag: str) -> Iterator[None]:
 
 def tagging(tag: str, **fields: Any) -> TagBatch:
     return TagBatch(tags=[add(EXECUTION, "task", "type", tag)], **fields)
+
+
+def killed(*_: Any, **__: Any) -> Any:
+    """Stands in for a step at which the worker dies."""
+    raise RuntimeError("killed")

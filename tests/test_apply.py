@@ -13,7 +13,7 @@ import pytest
 from redis.exceptions import ConnectionError
 
 from producers.client import registration
-from producers.inbox import Inbox
+from producers.inbox import Entry, Inbox
 from producers.messages import (
     TagBatch,
     add,
@@ -23,7 +23,7 @@ from producers.messages import (
     remove,
 )
 from tests.malformed import stream_entries
-from tests.tenant import EXECUTION, Tenant, broken_for, tagging
+from tests.tenant import EXECUTION, Tenant, broken_for, killed, tagging
 from worker.authorize import REGISTER, WRITE
 from worker.store import Store
 
@@ -194,7 +194,7 @@ def test_a_crash_between_commit_and_publication_only_repeats_the_publication(
 ) -> None:
     """The messages are still in the inbox; the next drain finds them applied and publishes what is stored."""
     tenant.send(tagging("a"), TagBatch(tags=[remove(EXECUTION, "task", "type", "a")]), tagging("a"))
-    monkeypatch.setattr(Inbox, "remove", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+    monkeypatch.setattr(Inbox, "remove", killed)
     with pytest.raises(RuntimeError, match="killed"):
         tenant.drain()
     monkeypatch.undo()
@@ -211,23 +211,23 @@ def test_a_lost_database_connection_is_waited_out_in_place(
     tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The round is run again, with its messages in their order; nobody gets an error."""
-    killed = threading.Event()
+    cut_once = threading.Event()
     original = Store.transaction
 
     @contextmanager
     def cut(self: Store, organization: UUID) -> Iterator[Any]:
         with original(self, organization) as transaction:
             yield transaction
-            if not killed.is_set():
-                killed.set()
-                pid = transaction.connection.exec_driver_sql("select pg_backend_pid()").scalar()
+            if not cut_once.is_set():
+                cut_once.set()
+                pid = transaction._connection.info.backend_pid
                 with tenant.servers.owner() as connection:
                     connection.execute("select pg_terminate_backend(%s)", [pid])
 
     monkeypatch.setattr(Store, "transaction", cut)
     tenant.send(tagging("a"), tagging("b"))
     assert tenant.drain() == 2
-    assert killed.is_set()
+    assert cut_once.is_set()
     assert tenant.outcomes() == [["added"], ["added"]]
     assert tenant.tags() == ["a", "b"]
 
@@ -239,10 +239,10 @@ def test_a_lost_redis_connection_is_waited_out_in_place(
     failures = iter([True, False])
     original = Inbox.remove
 
-    def fail_once(self: Inbox, *arguments: Any) -> None:
+    def fail_once(self: Inbox, *arguments: Any, **bounds: Any) -> list[Entry]:
         if next(failures, False):
             raise ConnectionError("cut")
-        original(self, *arguments)
+        return original(self, *arguments, **bounds)
 
     monkeypatch.setattr(Inbox, "remove", fail_once)
     tenant.send(tagging("a"), tagging("a"))
@@ -275,12 +275,13 @@ def test_two_drains_at_once_apply_each_batch_once(tenant: Tenant) -> None:
     class NoLease(Inbox):
         """An inbox whose lease everybody seems to have."""
 
-        def take(self, run_id: str) -> bool:
-            return True
-
-        def read(self, run_id: str, **bounds: Any) -> Any:
+        def take(self, run_id: str, **bounds: Any) -> list[Entry]:
             tenant.redis.delete(lease_key(tenant.organization))
-            return super().read(run_id, **bounds)
+            return super().take(run_id, **bounds)
+
+        def remove(self, run_id: str, *arguments: Any, **bounds: Any) -> list[Entry]:
+            tenant.redis.delete(lease_key(tenant.organization))
+            return super().remove(run_id, *arguments, **bounds)
 
     threads = [
         threading.Thread(

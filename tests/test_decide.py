@@ -32,7 +32,7 @@ NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
 def settle(state: State, *messages: TagBatch | FlowExecution, actor: str = "ada") -> Decision:
-    requests = [Request(message, actor) for message in messages]
+    requests = [Request(message, actor, message.digest()) for message in messages]
     return decide(ORGANIZATION, requests, state, now=NOW, new_id=Uuid7())
 
 
@@ -49,7 +49,7 @@ def batch(*operations: TagOperation, batch_id: UUID | None = None) -> TagBatch:
 
 
 def record(decision: Decision, place: int = -1) -> ResultRecord:
-    return ResultRecord.model_validate_json(decision.outcomes[place].record)
+    return ResultRecord.decode(decision.outcomes[place].record)
 
 
 def statuses(decision: Decision, place: int = -1) -> list[str]:
@@ -57,7 +57,7 @@ def statuses(decision: Decision, place: int = -1) -> list[str]:
 
 
 def events(decision: Decision, place: int = -1) -> list[ChangeEvent]:
-    return [ChangeEvent.model_validate_json(e) for _, e in decision.outcomes[place].events]
+    return [ChangeEvent.decode(e) for _, e in decision.outcomes[place].events]
 
 
 def plus(tag: str, *metadata: Any) -> TagOperation:
@@ -400,7 +400,7 @@ def test_any_sequence_of_messages_agrees_with_the_naive_model(
             for execution, event in decision.outcomes[place].events:
                 if event not in known:
                     known.add(event)
-                    seen.setdefault(execution, []).append(ChangeEvent.model_validate_json(event))
+                    seen.setdefault(execution, []).append(ChangeEvent.decode(event))
     assert {id: e.revision for id, e in state.executions.items() if e.revision} == naive.revisions
     for execution, stored in seen.items():
         assert [e.revision for e in stored] == list(range(1, naive.revisions[execution] + 1))

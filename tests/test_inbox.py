@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 from redis.exceptions import OutOfMemoryError
 
-from producers.inbox import Entry, Inbox, LeaseLost, Rejection, chunks, claim, known_inboxes
+from producers.inbox import Entry, Inbox, Rejection, chunks, claim, known_inboxes
 from producers.messages import inbox_key, lease_key, rejected_key
 from tests.waiting import eventually
 
@@ -26,6 +26,14 @@ def append(inbox: Inbox, *messages: bytes, lease_id: str = "lease") -> bool:
     return inbox.append(messages, TOKEN, lease_id).lease_taken
 
 
+def take(inbox: Inbox, run_id: str, most: int = 10, **bounds: int) -> list[Entry]:
+    return inbox.take(run_id, most=most, **bounds)
+
+
+def remove(inbox: Inbox, run_id: str, entries: list[Entry], most: int = 10) -> list[Entry]:
+    return inbox.remove(run_id, entries, [], most=most)
+
+
 def messages(entries: list[Entry]) -> list[bytes | None]:
     return [entry.message for entry in entries]
 
@@ -34,35 +42,32 @@ def test_the_first_to_append_is_the_one_who_sends_a_drain(inbox: Inbox) -> None:
     """One drain for each busy inbox: whoever comes while one is on the way need not send another."""
     assert append(inbox, b"1", lease_id="first")
     assert not append(inbox, b"2", lease_id="second")
-    assert inbox.take("first")
+    assert messages(take(inbox, "first")) == [b"1", b"2"]
     assert not append(inbox, b"3", lease_id="third")
-    entries = inbox.read("first", most=10)
+    entries = take(inbox, "first")
     assert messages(entries) == [b"1", b"2", b"3"]
     assert {entry.token for entry in entries} == {TOKEN.encode()}
 
 
 def test_what_is_read_stays_until_it_is_removed(inbox: Inbox) -> None:
-    """A drain that dies after reading has lost nothing."""
+    """A drain that dies after reading has lost nothing, and a run goes on where it has come to."""
     append(inbox, b"1", b"2", b"3")
-    inbox.take("lease")
-    first = inbox.read("lease", most=2)
+    first = take(inbox, "run", most=2)
     assert messages(first) == [b"1", b"2"]
-    assert messages(inbox.read("lease", most=2)) == [b"1", b"2"]
-    inbox.remove(first, [])
-    assert messages(inbox.read("lease", most=2)) == [b"3"]
+    assert messages(take(inbox, "run", most=2)) == [b"1", b"2"]
+    assert messages(remove(inbox, "run", first, most=2)) == [b"3"]
+    assert messages(take(inbox, "run", most=2)) == [b"3"]
 
 
-def test_an_append_just_after_the_inbox_was_found_empty_is_not_missed(inbox: Inbox) -> None:
-    """The race that loses wake-ups elsewhere: append finds the lease taken, so release must find the message."""
+def test_an_append_while_the_last_message_is_removed_is_not_missed(inbox: Inbox) -> None:
+    """The race that loses wake-ups elsewhere: append finds the lease taken, so the drain must find the message."""
     append(inbox, b"1")
-    inbox.take("lease")
-    inbox.remove(inbox.read("lease", most=10), [])
-    assert inbox.read("lease", most=10) == []
-    assert not append(inbox, b"2", lease_id="other")  # between the empty read and the release
-    assert not inbox.release("lease")  # so the drain goes on
-    inbox.remove(inbox.read("lease", most=10), [])
-    assert inbox.release("lease")
-    assert append(inbox, b"3", lease_id="next")  # and after it, the next append sends a drain
+    entries = take(inbox, "run")
+    assert not append(inbox, b"2", lease_id="other")  # while the drain is at work
+    entries = remove(inbox, "run", entries)
+    assert messages(entries) == [b"2"]  # so the drain goes on
+    assert remove(inbox, "run", entries) == []
+    assert append(inbox, b"3", lease_id="next")  # and after its end, the next append sends a drain
 
 
 def test_two_producers_and_a_drain_never_leave_a_message_with_nobody_on_the_way(
@@ -85,14 +90,11 @@ def test_two_producers_and_a_drain_never_leave_a_message_with_nobody_on_the_way(
             if not to_drain:
                 continue
             lease_id = to_drain.pop(0)
-            assert inbox.take(lease_id)
-            while True:
-                entries = inbox.read(lease_id, most=7)
-                if entries:
-                    seen.extend(entry.message or b"" for entry in entries)
-                    inbox.remove(entries, [])
-                elif inbox.release(lease_id):
-                    break
+            entries = take(inbox, lease_id, most=7)
+            assert entries
+            while entries:
+                seen.extend(entry.message or b"" for entry in entries)
+                entries = remove(inbox, lease_id, entries, most=7)
 
     producers = [threading.Thread(target=produce, args=(name,)) for name in range(2)]
     drainer = threading.Thread(target=drain)
@@ -113,23 +115,35 @@ def test_two_producers_and_a_drain_never_leave_a_message_with_nobody_on_the_way(
 def test_a_second_drain_ends_at_once_while_one_runs(inbox: Inbox) -> None:
     """A drain message that is delivered twice, or comes late, changes nothing."""
     append(inbox, b"1")
-    assert inbox.take("this run")
-    assert not inbox.take("another run")
-    assert messages(inbox.read("this run", most=1)) == [b"1"]
+    assert take(inbox, "this run")
+    assert not take(inbox, "another run")
+    assert messages(take(inbox, "this run")) == [b"1"]
+
+
+def test_a_drain_that_finds_nothing_leaves_no_lease(
+    inbox: Inbox, quiet_redis: Any, organization: UUID
+) -> None:
+    """A drain message that comes late frees what it took, also a lease that was queued with it."""
+    append(inbox, b"1")
+    remove(inbox, "run", take(inbox, "run"))
+    assert take(inbox, "late") == []
+    assert not quiet_redis.exists(lease_key(organization))
 
 
 def test_a_step_that_is_repeated_says_what_it_said(inbox: Inbox) -> None:
     """A client repeats a call whose answer was lost: it must not take its own doing for somebody else's."""
     assert append(inbox, b"1", lease_id="mine")
     assert append(inbox, b"1", lease_id="mine")  # so a drain is sent, and at worst another
-    assert inbox.take("run")
-    assert inbox.take("run")
+    assert take(inbox, "run")
+    assert take(inbox, "run")
     assert inbox.hand_over("run")
     assert inbox.hand_over("run")
-    assert inbox.take("next run")
-    inbox.remove(inbox.read("next run", most=9), [])
-    assert inbox.release("next run")
-    assert inbox.release("next run")
+    entries = take(inbox, "next run", most=1)
+    following = remove(inbox, "next run", entries, most=1)
+    assert following
+    assert remove(inbox, "next run", entries, most=1) == following
+    assert remove(inbox, "next run", following) == []
+    assert remove(inbox, "next run", following) == []
 
 
 def test_a_lease_whose_drain_could_not_be_sent_is_given_back(inbox: Inbox) -> None:
@@ -139,7 +153,7 @@ def test_a_lease_whose_drain_could_not_be_sent_is_given_back(inbox: Inbox) -> No
     assert not append(inbox, b"2", lease_id="other")
     inbox.give_back("mine")
     assert append(inbox, b"3", lease_id="next")
-    inbox.take("run")
+    take(inbox, "run")
     inbox.give_back("next")
     assert not append(inbox, b"4", lease_id="other")
 
@@ -153,11 +167,11 @@ def test_an_inbox_is_drained_also_while_redis_has_no_memory_left(
     try:
         with pytest.raises(OutOfMemoryError):
             append(inbox, b"2")
-        assert inbox.take("run")
-        inbox.remove(inbox.read("run", most=1), [("channel", b"x")])
+        (entry,) = take(inbox, "run")
         assert inbox.hand_over("run")
-        assert inbox.take("run")
-        assert inbox.release("run")
+        assert take(inbox, "run") == [entry]
+        rejection = Rejection(b"1", "no id", datetime(2026, 1, 2, tzinfo=timezone.utc))
+        assert inbox.remove("run", [entry], [("channel", b"x")], [rejection], most=1) == []
     finally:
         quiet_redis.config_set("maxmemory", 0)
 
@@ -165,9 +179,8 @@ def test_an_inbox_is_drained_also_while_redis_has_no_memory_left(
 def test_a_lease_that_was_superseded_in_the_queue_does_not_stop_the_drain(inbox: Inbox) -> None:
     """However long the queue, the first drain message to arrive drains: else none ever would."""
     append(inbox, b"1", lease_id="superseded in the queue")
-    assert inbox.take("an earlier one")
-    assert messages(inbox.read("an earlier one", most=1)) == [b"1"]
-    assert not inbox.take("superseded in the queue")
+    assert messages(take(inbox, "an earlier one")) == [b"1"]
+    assert not take(inbox, "superseded in the queue")
 
 
 def test_a_lease_that_runs_out_is_free_and_its_old_holder_must_stop(
@@ -175,18 +188,16 @@ def test_a_lease_that_runs_out_is_free_and_its_old_holder_must_stop(
 ) -> None:
     """After a dead or stopped worker another drain is sent, and the stopped one ends when it wakes up."""
     short = Inbox(quiet_redis, organization, lease_ms=30)
-    append(short, b"1", lease_id="stopped")
-    assert short.take("stopped")
-    entries = short.read("stopped", most=1)
+    append(short, b"1", b"2", lease_id="stopped")
+    entries = take(short, "stopped", most=1)
     eventually(lambda: quiet_redis.get(lease_key(organization)) is None)
     inbox = Inbox(quiet_redis, organization)
     assert claim(quiet_redis, [organization], lambda: "woken", 10_000) == [(organization, "woken")]
-    assert inbox.take("woken")
-    with pytest.raises(LeaseLost):
-        short.read("stopped", most=1)
+    assert take(inbox, "woken", most=1) == entries
+    assert not short.take("stopped", most=1)
     assert not short.hand_over("stopped")
-    assert short.release("stopped")  # over, and the other's lease is untouched
-    assert inbox.read("woken", most=1) == entries
+    assert remove(short, "stopped", entries) == []  # over, and the other's lease is untouched
+    assert messages(take(inbox, "woken")) == [b"2"]
 
 
 def test_a_drain_whose_lease_ran_out_unnoticed_goes_on(
@@ -194,20 +205,20 @@ def test_a_drain_whose_lease_ran_out_unnoticed_goes_on(
 ) -> None:
     """A slow drain, or a Redis that lost its last second: if nobody took the lease, it is still the one."""
     inbox = Inbox(quiet_redis, organization)
-    append(inbox, b"1")
-    inbox.take("lease")
+    append(inbox, b"1", b"2")
+    entries = take(inbox, "run", most=1)
     quiet_redis.delete(lease_key(organization))
-    assert messages(inbox.read("lease", most=1)) == [b"1"]
-    assert not append(inbox, b"2", lease_id="other")
+    assert messages(remove(inbox, "run", entries)) == [b"2"]
+    assert not append(inbox, b"3", lease_id="other")
 
 
 def test_handing_over_keeps_the_lease_in_the_queue(inbox: Inbox, quiet_redis: Any) -> None:
     """Between two turns nobody else sends a drain, and the next turn may begin."""
     append(inbox, b"1")
-    inbox.take("lease")
-    assert inbox.hand_over("lease")
+    take(inbox, "run")
+    assert inbox.hand_over("run")
     assert not append(inbox, b"2", lease_id="other")
-    assert inbox.take("lease")
+    assert take(inbox, "next run")
 
 
 def test_only_inboxes_that_wait_with_nobody_on_the_way_are_claimed(quiet_redis: Any) -> None:
@@ -217,9 +228,7 @@ def test_only_inboxes_that_wait_with_nobody_on_the_way_are_claimed(quiet_redis: 
         append(Inbox(quiet_redis, organization), b"1")
     quiet_redis.delete(lease_key(waiting))
     idle = Inbox(quiet_redis, empty)
-    idle.take("lease")
-    idle.remove(idle.read("lease", most=1), [])
-    idle.release("lease")
+    remove(idle, "run", take(idle, "run"))
     quiet_redis.set(inbox_key(uuid4()), "somebody else's key of another type")
     quiet_redis.xadd("task-tags:{not a uuid}:inbox", {"message": "x"})
     assert set(known_inboxes(quiet_redis)) == {waiting, queued, empty}
@@ -236,8 +245,7 @@ def test_the_bound_holds_and_what_is_accepted_is_the_beginning(
     assert inbox.append([b"4", b"5", b"6"], TOKEN, "lease").count == 2
     refused = inbox.append([b"7"], TOKEN, "lease")
     assert (refused.count, refused.lease_taken) == (0, False)
-    inbox.take("lease")
-    assert messages(inbox.read("lease", most=10)) == [b"1", b"2", b"3", b"4", b"5"]
+    assert messages(take(inbox, "run")) == [b"1", b"2", b"3", b"4", b"5"]
 
 
 def test_the_bound_holds_with_fifty_producers(quiet_redis: Any, organization: UUID) -> None:
@@ -260,9 +268,8 @@ def test_the_bound_holds_with_fifty_producers(quiet_redis: Any, organization: UU
 def test_a_read_is_bounded_in_bytes_but_never_empty(inbox: Inbox) -> None:
     """A hundred messages of a mebibyte don't come at once; one that is larger than the bound still comes."""
     append(inbox, b"x" * 600, b"y" * 600, b"z" * 600)
-    inbox.take("lease")
-    assert len(inbox.read("lease", most=100, most_bytes=1300)) == 2
-    assert len(inbox.read("lease", most=100, most_bytes=10)) == 1
+    assert len(take(inbox, "run", most_bytes=1300)) == 2
+    assert len(take(inbox, "run", most_bytes=10)) == 1
 
 
 def test_removing_publishes_in_the_same_step(
@@ -271,17 +278,16 @@ def test_removing_publishes_in_the_same_step(
     """A result is published if and only if its message is gone; a rejected message is kept, without token."""
     now = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
     append(inbox, b"1", b"2")
-    inbox.take("lease")
-    entries = inbox.read("lease", most=2)
+    entries = take(inbox, "run")
     with quiet_redis.pubsub() as pubsub:
         pubsub.subscribe("channel")
         eventually(lambda: pubsub.get_message(timeout=1))
-        inbox.remove(
-            entries, [("channel", b"a"), ("channel", b"b")], [Rejection(b"2", "no id", now)]
-        )
+        publications = [("channel", b"a"), ("channel", b"b")]
+        rejection = Rejection(b"2", "no id", now)
+        assert inbox.remove("run", entries, publications, [rejection], most=2) == []
         heard = [eventually(lambda: pubsub.get_message(timeout=1))["data"] for _ in range(2)]
     assert heard == [b"a", b"b"]
-    assert inbox.read("lease", most=2) == []
+    assert quiet_redis.xlen(inbox_key(organization)) == 0
     ((_, kept),) = quiet_redis.xrange(rejected_key(organization))
     assert kept == {
         b"message": b"2",
@@ -296,10 +302,8 @@ def test_ids_never_come_again(inbox: Inbox, quiet_redis: Any) -> None:
     ids: set[bytes] = set()
     for _ in range(50):
         append(inbox, b"x")
-        inbox.take("lease")
-        entries = inbox.read("lease", most=10)
-        inbox.remove(entries, [])
-        inbox.release("lease")
+        entries = take(inbox, "run")
+        remove(inbox, "run", entries)
         ids.update(entry.id for entry in entries)
     assert len(ids) == 50
 
@@ -307,8 +311,7 @@ def test_ids_never_come_again(inbox: Inbox, quiet_redis: Any) -> None:
 def test_an_entry_tells_when_it_was_accepted(inbox: Inbox, quiet_redis: Any) -> None:
     """The stream id is the server's time: the moment at which a token must have been valid."""
     append(inbox, b"x")
-    inbox.take("lease")
-    (entry,) = inbox.read("lease", most=1)
+    (entry,) = take(inbox, "run")
     seconds, _ = quiet_redis.time()
     assert abs(entry.accepted_at - seconds) < 5
 

@@ -13,8 +13,14 @@ import pytest
 
 from producers.errors import InboxFull
 from producers.inbox import Inbox
-from producers.messages import MAX_MESSAGE_BYTES, inbox_key, lease_key, parse_message, rejected_key
-from tests.tenant import Tenant, broken_for, tagging
+from producers.messages import (
+    MAX_MESSAGE_BYTES,
+    inbox_key,
+    lease_key,
+    read_message,
+    rejected_key,
+)
+from tests.tenant import Tenant, broken_for, killed, tagging
 from tests.test_cli import run
 from worker.authorize import READ
 from worker.rejected import (
@@ -121,7 +127,7 @@ def test_a_crash_after_the_failure_was_stored_does_not_lose_the_message(
     """The next drain only answers it, for its result is known; so it was kept before, and is kept once."""
     poison = tagging("poison")
     tenant.send(poison)
-    monkeypatch.setattr(Inbox, "remove", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+    monkeypatch.setattr(Inbox, "remove", killed)
     with broken_for(tenant, "poison"), pytest.raises(RuntimeError, match="killed"):
         tenant.drain()
     monkeypatch.undo()
@@ -141,8 +147,9 @@ def test_a_message_at_whose_reading_the_worker_fails_holds_nobody_up(
     def fail(raw: bytes) -> Any:
         if b"poison" in raw:
             raise RuntimeError("a fault of ours")
-        return parse_message(raw)
+        return read_message(raw)
 
+    monkeypatch.setattr("worker.apply.read_message", fail)
     monkeypatch.setattr("worker.apply.parse_message", fail)
     assert tenant.drain() == 2
     assert tenant.tags() == ["after"]

@@ -89,16 +89,22 @@ class WatchedInbox(Inbox):
         super().__init__(redis, organization, lease_ms=LEASE_MS)
         self.moments, self.heard = moments, heard
 
-    def read(self, *arguments: Any, **bounds: Any) -> list[Entry]:
-        entries = super().read(*arguments, **bounds)
-        self.moments.after_read()
+    def take(self, run_id: str, **bounds: Any) -> list[Entry]:
+        entries = super().take(run_id, **bounds)
+        if entries:
+            self.moments.after_read()
         return entries
 
-    def remove(self, entries: Any, publications: Any, rejections: Any = ()) -> None:
+    def remove(
+        self, run_id: str, entries: Any, publications: Any, rejections: Any = (), **bounds: Any
+    ) -> list[Entry]:
         self.moments.before_remove()
-        super().remove(entries, publications, rejections)
+        following = super().remove(run_id, entries, publications, rejections, **bounds)
         self.heard.published.extend(publications)
         self.heard.rejected.extend(rejection.message for rejection in rejections)
+        if following:
+            self.moments.after_read()
+        return following
 
 
 class WatchedStore(Store):
@@ -379,7 +385,7 @@ class Machine(RuleBasedStateMachine):
             heard = [text.decode() for name, text in self.heard.published if name == channel]
             assert list(dict.fromkeys(heard)) == [text for _, text in stored]
             for revision, text in stored:
-                event = ChangeEvent.model_validate_json(text)
+                event = ChangeEvent.decode(text)
                 assert event.revision == revision
                 for change in event.changes:
                     (left.add if change.change == "added" else left.remove)(change.tag.id)
@@ -417,7 +423,7 @@ def after(times: int, act: Callable[[], None]) -> Callable[[], None]:
 
 def said(record: bytes) -> Any:
     """Return a result record in the words of the naive model."""
-    result = ResultRecord.model_validate_json(record)
+    result = ResultRecord.decode(record)
     if result.error is not None:
         return result.error.code
     if result.flow_execution is not None:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 import worker.store
 from producers.client import registration
-from producers.messages import TagBatch, Uuid7, add, remove
+from producers.messages import Message, TagBatch, Uuid7, add, remove
 from tests.conftest import Servers
 from tests.waiting import eventually
 from worker.decide import Decision, Request, State, decide
@@ -27,8 +27,12 @@ from worker.store import Store, UnsafeRole, is_transient
 TABLES = ("flow_executions", "task_tags", "tag_batches", "tag_changes")
 
 
-def settle(store: Store, organization: UUID, *messages: object) -> Decision:
-    requests = [Request(message, "ada") for message in messages]  # type: ignore[arg-type]
+def requests_of(*messages: Message) -> list[Request]:
+    return [Request(message, "ada", message.digest()) for message in messages]
+
+
+def settle(store: Store, organization: UUID, *messages: Message) -> Decision:
+    requests = requests_of(*messages)
     with store.transaction(organization) as transaction:
         decision = decide(
             organization,
@@ -41,9 +45,9 @@ def settle(store: Store, organization: UUID, *messages: object) -> Decision:
     return decision
 
 
-def load(store: Store, organization: UUID, *messages: object) -> State:
+def load(store: Store, organization: UUID, *messages: Message) -> State:
     with store.transaction(organization) as transaction:
-        return transaction.load([Request(message, "ada") for message in messages])  # type: ignore[arg-type]
+        return transaction.load(requests_of(*messages))
 
 
 @contextmanager
@@ -102,8 +106,8 @@ def test_what_is_saved_is_what_is_loaded(store: Store, organization: UUID) -> No
     }
     loaded = {tag.id: (tag, digest) for tags in state.tags.values() for digest, tag in tags.items()}
     expected = {
-        id: (tag, digest)
-        for id, (tag, digest) in decision.writes.added.items()
+        id: (tag, metadata.digest)
+        for id, (tag, metadata) in decision.writes.added.items()
         if tag.status == "active"
     }
     assert loaded.keys() == expected.keys()

@@ -1,8 +1,8 @@
 """A drain's main path: read, authorize, load, decide, save, publish (design, section 3).
 
-A round takes what is at the head of an inbox through all of it. Until its last step the messages are
-still in the inbox, so a round that breaks anywhere is simply run again: what was committed is known by its
-batch id, and only its publication is repeated.
+A round takes what is at the head of an inbox through all of it, and its last step brings what comes next. Until
+that step the messages are still in the inbox, so a round that breaks anywhere is simply run again: what was
+committed is known by its batch id, and only its publication is repeated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from uuid import UUID
 
 from redis import exceptions as redis_errors
 
-from producers.inbox import Entry, Inbox, LeaseLost, Rejection
+from producers.inbox import Entry, Inbox, Rejection
 from producers.messages import (
     MAX_MESSAGE_BYTES,
     Error,
@@ -28,7 +28,9 @@ from producers.messages import (
     Message,
     Uuid7,
     describe,
+    digest,
     parse_message,
+    read_message,
 )
 from worker.authorize import REGISTER, WRITE, Authorizer, KeysUnavailable, Unauthorized
 from worker.decide import Outcome, Request, decide, error_record, record_failure
@@ -84,36 +86,34 @@ class Drain:
         Returns how many messages were answered. Errors that may pass are waited out, in place, so that
         nothing overtakes the messages at the head.
         """
-        answered, failures, taken = 0, 0, False
+        answered, failures = 0, 0
         deadline = time.monotonic() + self.budget_seconds
+        entries: list[Entry] | None = None
         while True:
             try:
-                if not taken and not self.inbox.take(self.run_id):
-                    return answered
-                taken = True
-                if time.monotonic() > deadline or self.stopping():
-                    self._to_the_end_of_the_queue()
-                    return answered
-                count = self._round()
-                if count == 0 and self.inbox.release(self.run_id):
-                    return answered
-                answered += count
-                failures = 0
-            except LeaseLost:
+                if entries is None:
+                    entries = self.inbox.take(self.run_id, most=self.group_size)
+                while entries:
+                    if time.monotonic() > deadline or self.stopping():
+                        self._to_the_end_of_the_queue()
+                        return answered
+                    count = len(entries)
+                    entries = self._round(entries)
+                    answered += count
+                    failures = 0
                 return answered
             except Exception as error:
                 if not may_pass(error) or (self.stopping() and failures):
                     raise
+                entries = None
                 failures += 1
                 self._back_off(failures, error)
 
-    def _round(self) -> int:
-        entries = self.inbox.read(self.run_id, most=self.group_size)
-        if entries:
-            received = [self._receive(entry) for entry in entries]
-            self._apply([message for message in received if message.request is not None])
-            self._publish(received)
-        return len(entries)
+    def _round(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Take these entries all the way, and return those that come next."""
+        received = [self._receive(entry) for entry in entries]
+        self._apply([message for message in received if message.request is not None])
+        return self._publish(received)
 
     def _receive(self, entry: Entry) -> Received:
         """Read and authorize one message. What can't be applied is refused or rejected here."""
@@ -192,8 +192,9 @@ class Drain:
                 outcome = Outcome(known.record, known.events)
         message.outcome = outcome
 
-    def _publish(self, received: Sequence[Received]) -> None:
-        self.inbox.remove(
+    def _publish(self, received: Sequence[Received]) -> list[Entry]:
+        return self.inbox.remove(
+            self.run_id,
             [message.entry for message in received],
             [
                 publication
@@ -204,6 +205,7 @@ class Drain:
                 )
             ],
             [message.rejection for message in received if message.rejection is not None],
+            most=self.group_size,
         )
 
     def _to_the_end_of_the_queue(self) -> None:
@@ -239,7 +241,7 @@ def receive(entry: Entry, organization_id: UUID, authorizer: Authorizer, now: da
     message: Message | None = None
     broken: InvalidMessage | None = None
     try:
-        message = parse_message(entry.message or b"")
+        message, spelled = read_message(entry.message or b"")
         batch_id, reply_to = message.batch_id, message.reply_channel_name
     except InvalidMessage as error:
         if error.batch_id is None:
@@ -265,7 +267,7 @@ def receive(entry: Entry, organization_id: UUID, authorizer: Authorizer, now: da
     scope = REGISTER if isinstance(message, FlowExecution) else WRITE
     if not grant.allows(scope):
         return refuse(_error("forbidden", f"the token lacks the scope {scope}"))
-    return Received(entry, reply_to, request=Request(message, grant.actor))
+    return Received(entry, reply_to, request=Request(message, grant.actor, digest(spelled)))
 
 
 def _error(code: ErrorCode, message: str) -> Error:

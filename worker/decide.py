@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
+
+from pydantic_core import to_json
 
 from producers.messages import (
     Change,
@@ -20,9 +22,8 @@ from producers.messages import (
     Error,
     FlowExecution,
     Message,
-    OperationResult,
     OperationStatus,
-    Registration,
+    RegistrationStatus,
     ResultRecord,
     Tag,
     TagBatch,
@@ -46,14 +47,24 @@ def tag_key(operation: TagOperation) -> TagKey:
     )
 
 
-def metadata_digest(tag_metadata: Any) -> bytes:
-    """Return what is the same for two metadata values if and only if they are the same JSON (rule 2).
+class Metadata(NamedTuple):
+    """A tag's metadata as it is stored: two are the same JSON if and only if they are equal (rule 2)."""
 
-    Empty for null, else 16 bytes. `tag_metadata` is as `producers.messages` validated it.
-    """
+    text: bytes | None
+    """JSON in its one spelling; None for null."""
+    digest: bytes
+    """16 bytes; empty for null."""
+
+
+NO_METADATA: Final = Metadata(None, b"")
+
+
+def stored_metadata(tag_metadata: Any) -> Metadata:
+    """Spell metadata out. `tag_metadata` is as `producers.messages` validated it."""
     if tag_metadata is None:
-        return b""
-    return hashlib.blake2b(canonical_json(tag_metadata).encode(), digest_size=16).digest()
+        return NO_METADATA
+    text = canonical_json(tag_metadata)
+    return Metadata(text, hashlib.blake2b(text, digest_size=16).digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,8 @@ class Request:
 
     message: Message
     actor: str
+    digest: bytes
+    """The message's: the same for two that ask for the same."""
 
 
 @dataclass(slots=True)
@@ -95,6 +108,11 @@ class State:
     """The active tags, by their metadata's digest."""
 
 
+class NewTag(NamedTuple):
+    tag: Tag
+    metadata: Metadata
+
+
 @dataclass(frozen=True, slots=True)
 class NewBatch:
     batch_id: UUID
@@ -118,8 +136,8 @@ class Writes:
     batches: list[NewBatch] = field(default_factory=list)
     registrations: dict[UUID, Execution] = field(default_factory=dict)
     revisions: dict[UUID, int] = field(default_factory=dict)
-    added: dict[UUID, tuple[Tag, bytes]] = field(default_factory=dict)
-    """New rows with their metadata's digest; one that was removed again is a deleted row (rule 4)."""
+    added: dict[UUID, NewTag] = field(default_factory=dict)
+    """New rows; one that was removed again is a deleted row (rule 4)."""
     removed: dict[UUID, Tag] = field(default_factory=dict)
     changes: list[NewChange] = field(default_factory=list)
 
@@ -169,7 +187,7 @@ def record_failure(organization_id: UUID, request: Request, message: str) -> tup
     batch_id = request.message.batch_id
     error = Error(code="internal_error", message=message, details=[])
     record = error_record(organization_id, batch_id, error).encode()
-    batch = NewBatch(batch_id, request.message.digest(), record, {})
+    batch = NewBatch(batch_id, request.digest, record, {})
     return Outcome(record), Writes(batches=[batch])
 
 
@@ -191,27 +209,26 @@ class _Ledger:
 
     def answer(self, request: Request) -> Outcome:
         message = request.message
-        digest = message.digest()
         known = self.state.batches.get(message.batch_id)
         if known is not None:
-            return self._repeat(message.batch_id, digest, known)
+            return self._repeat(message.batch_id, request.digest, known)
         revisions: dict[UUID, int] = {}
         events: tuple[tuple[UUID, bytes], ...] = ()
         if isinstance(message, FlowExecution):
-            record = self._register(message)
+            record = self._done(message, flow_execution={"status": self._register(message)})
         elif details := self._unknown(message):
             error = Error(
                 code="not_found", message="an execution or task is unknown", details=details
             )
-            record = error_record(self.organization_id, message.batch_id, error)
+            record = error_record(self.organization_id, message.batch_id, error).encode()
         else:
-            record, changes = self._apply(message, request.actor)
+            statuses, changes = self._apply(message, request.actor)
+            record = self._done(message, tags=[{"status": status} for status in statuses])
             revisions = self._advance(changes)
             events = self._report(message.batch_id, request.actor, changes, revisions)
-        encoded = record.encode()
-        self.writes.batches.append(NewBatch(message.batch_id, digest, encoded, revisions))
-        self.state.batches[message.batch_id] = Applied(digest, encoded, events)
-        return Outcome(encoded, events)
+        self.writes.batches.append(NewBatch(message.batch_id, request.digest, record, revisions))
+        self.state.batches[message.batch_id] = Applied(request.digest, record, events)
+        return Outcome(record, events)
 
     def _repeat(self, batch_id: UUID, digest: bytes, known: Applied) -> Outcome:
         """The same batch again gets the same answer; another one under its id is a conflict (section 3)."""
@@ -222,19 +239,19 @@ class _Ledger:
         )
         return Outcome(error_record(self.organization_id, batch_id, error).encode())
 
-    def _register(self, message: FlowExecution) -> ResultRecord:
+    def _register(self, message: FlowExecution) -> RegistrationStatus:
         """Register an execution, or let its task names grow; null is every name, so it stays null."""
         names = None if message.task_names is None else frozenset(message.task_names)
         execution = self.state.executions.get(message.flow_execution_id)
         if execution is None:
             self._save_execution(message.flow_execution_id, Execution(names, revision=0))
-            return self._done(message, flow_execution=Registration(status="registered"))
+            return "registered"
         if execution.task_names is not None and (
             names is None or not names <= execution.task_names
         ):
             execution.task_names = None if names is None else execution.task_names | names
             self._save_execution(message.flow_execution_id, execution)
-        return self._done(message, flow_execution=Registration(status="already_exists"))
+        return "already_exists"
 
     def _save_execution(self, flow_execution_id: UUID, execution: Execution) -> None:
         self.state.executions[flow_execution_id] = execution
@@ -251,21 +268,21 @@ class _Ledger:
                 details.append(_not_found(index, "task_name", "is not registered"))
         return details
 
-    def _apply(self, batch: TagBatch, actor: str) -> tuple[ResultRecord, Changes]:
-        statuses: list[OperationResult] = []
+    def _apply(self, batch: TagBatch, actor: str) -> tuple[list[OperationStatus], Changes]:
+        statuses: list[OperationStatus] = []
         changes: Changes = {}
         for operation in batch.tags:
             step = self._add if operation.operation == "add" else self._remove
             status, changed = step(operation, actor)
-            statuses.append(_STATUS[status])
+            statuses.append(status)
             if changed:
                 changes.setdefault(operation.flow_execution_id, []).extend(changed)
-        return self._done(batch, tags=statuses), changes
+        return statuses, changes
 
     def _add(self, operation: TagOperation, actor: str) -> tuple[OperationStatus, list[Change]]:
-        digest = metadata_digest(operation.tag_metadata)
+        metadata = stored_metadata(operation.tag_metadata)
         active = self.state.tags.setdefault(tag_key(operation), {})
-        if digest in active:
+        if metadata.digest in active:
             return "already_exists", []
         tag = Tag(
             id=self.new_id(),
@@ -281,24 +298,25 @@ class _Ledger:
             updated_at=None,
             modified_by=None,
         )
-        active[digest] = tag
-        self.writes.added[tag.id] = tag, digest
-        return "added", [Change(change="added", tag=tag)]
+        active[metadata.digest] = tag
+        self.writes.added[tag.id] = NewTag(tag, metadata)
+        return "added", [Change("added", tag)]
 
     def _remove(self, operation: TagOperation, actor: str) -> tuple[OperationStatus, list[Change]]:
         active = self.state.tags.get(tag_key(operation), {})
-        digest = metadata_digest(operation.tag_metadata)
+        digest = stored_metadata(operation.tag_metadata).digest
         digests = list(active) if operation.any_metadata else [digest] if digest in active else []
         changes = []
         for digest in digests:
-            tag = active.pop(digest).model_copy(
-                update={"status": "deleted", "updated_at": self.now, "modified_by": actor}
+            tag = replace(
+                active.pop(digest), status="deleted", updated_at=self.now, modified_by=actor
             )
-            if tag.id in self.writes.added:
-                self.writes.added[tag.id] = tag, digest
-            else:
+            new = self.writes.added.get(tag.id)
+            if new is None:
                 self.writes.removed[tag.id] = tag
-            changes.append(Change(change="removed", tag=tag))
+            else:
+                self.writes.added[tag.id] = NewTag(tag, new.metadata)
+            changes.append(Change("removed", tag))
         return ("removed" if changes else "not_found"), changes
 
     def _advance(self, changes: Changes) -> dict[UUID, int]:
@@ -329,19 +347,16 @@ class _Ledger:
             events.append((flow_execution_id, event))
         return tuple(events)
 
-    def _done(self, message: Message, **outcome: Any) -> ResultRecord:
-        return ResultRecord(
-            batch_id=message.batch_id,
-            organization_id=self.organization_id,
-            applied_at=self.now,
-            **outcome,
+    def _done(self, message: Message, **outcome: Any) -> bytes:
+        """Encode the result record of what took effect, as `ResultRecord.encode` would."""
+        return to_json(
+            {
+                "batch_id": message.batch_id,
+                "organization_id": self.organization_id,
+                "applied_at": self.now,
+                **outcome,
+            }
         )
-
-
-_STATUS: dict[OperationStatus, OperationResult] = {
-    status: OperationResult(status=status)
-    for status in ("added", "already_exists", "removed", "not_found")
-}
 
 
 def _not_found(index: int, field: str, message: str) -> Detail:

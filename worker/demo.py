@@ -220,7 +220,7 @@ def _hear(redis_url: str, channels: list[str]) -> Iterator[queue.Queue[Heard]]:
                     subscribed.set()
             elif isinstance(payload, bytes):
                 model = ChangeEvent if b'"changes":' in payload else ResultRecord
-                heard.put(model.model_validate_json(payload))
+                heard.put(model.decode(payload))
 
     thread = threading.Thread(target=collect, daemon=True)
     thread.start()

@@ -144,7 +144,7 @@ def _as_accepted(message: bytes, token: str, now: datetime) -> Entry:
 
 
 def _refusal(record: bytes) -> str:
-    error = ResultRecord.model_validate_json(record).error
+    error = ResultRecord.decode(record).error
     assert isinstance(error, Error)
     return f"the worker would refuse it: {error.code}: {error.message}"
 

@@ -10,36 +10,47 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, LiteralString, cast
 from uuid import UUID
 
 import psycopg
-from psycopg.types.array import ListBinaryDumper
 from psycopg.types.json import Jsonb
-from sqlalchemy import Connection, Engine, TextClause, create_engine, event, make_url, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from producers.messages import FlowExecution, Tag, TagBatch, canonical_json
-from worker.decide import Applied, Execution, Request, State, TagKey, Writes, tag_key
+from producers.messages import FlowExecution, Tag, TagBatch
+from worker import arrays
+from worker.decide import (
+    Applied,
+    Execution,
+    NewBatch,
+    NewChange,
+    NewTag,
+    Request,
+    State,
+    TagKey,
+    Writes,
+    tag_key,
+)
 
 # --- Statements ----------------------------------------------------------------------------------
 
-_SCOPE: Final = text("select set_config('app.organization_id', :organization_id, true)")
+_SCOPE: Final = "select set_config('app.organization_id', %(organization_id)s::text, true)"
+_READ_SCOPE: Final = text("select set_config('app.organization_id', :organization_id, true)")
 
 # The lock makes one drain at a time out of several. It is taken in a statement of its own, so that the
 # next one sees what the drain before committed; the time is read after it, so that it never runs back.
-_BEGIN: Final = text("""
+_BEGIN: Final = """
     select clock_timestamp()
-      from (select set_config('app.organization_id', :organization_id, true),
-                   pg_advisory_xact_lock(hashtextextended(:organization_id, 0)) offset 0) as locked
-""")
+      from (select set_config('app.organization_id', %(organization_id)s::text, true),
+                   pg_advisory_xact_lock(hashtextextended(%(organization_id)s::text, 0)) offset 0) as locked
+"""
 
-_LOAD_BATCHES: Final = text("""
+_LOAD_BATCHES: Final = """
     select b.batch_id, b.digest, b.result_record::text as record,
-           array(select c.flow_execution_id::text
+           array(select c.flow_execution_id
                    from jsonb_each_text(b.revisions) as r(flow_execution_id, revision)
                    join tag_changes c on c.organization_id = b.organization_id
                     and c.flow_execution_id = r.flow_execution_id::uuid and c.revision = r.revision::bigint
@@ -50,101 +61,109 @@ _LOAD_BATCHES: Final = text("""
                     and c.flow_execution_id = r.flow_execution_id::uuid and c.revision = r.revision::bigint
                   order by c.flow_execution_id) as events
       from tag_batches b
-     where b.organization_id = cast(:organization_id as uuid)
-       and b.batch_id = any(cast(:batch_ids as uuid[]))
-""")
+     where b.organization_id = %(organization_id)s
+       and b.batch_id = any(%(batch_ids)s)
+"""
 
-_LOAD_EXECUTIONS: Final = text("""
+_LOAD_EXECUTIONS: Final = """
     select flow_execution_id, task_names, revision
       from flow_executions
-     where organization_id = cast(:organization_id as uuid)
-       and flow_execution_id = any(cast(:flow_execution_ids as uuid[]))
-""")
+     where organization_id = %(organization_id)s
+       and flow_execution_id = any(%(flow_execution_ids)s)
+"""
 
 # `offset 0` keeps the planner from turning the look-ups by key into a scan of all tags, as it would while it
 # has no statistics of a table that was just made.
-_LOAD_TAGS: Final = text("""
-    select t.*
-      from unnest(cast(:flow_execution_ids as uuid[]), cast(:task_names as text[]),
-                  cast(:tag_types as text[]), cast(:tags as text[]))
+_LOAD_TAGS: Final = """
+    select t.metadata_digest, t.id, t.flow_execution_id, t.task_name, t.tag_type, t.tag, t.tag_metadata,
+           %(organization_id)s, t.status, t.created_at, t.created_by, t.updated_at, t.modified_by
+      from unnest(%(flow_execution_ids)s, %(task_names)s, %(tag_types)s, %(tags)s)
            as k (flow_execution_id, task_name, tag_type, tag)
      cross join lateral (
-           select id, flow_execution_id, task_name, tag_type, tag, tag_metadata, metadata_digest,
-                  organization_id, status, created_at, created_by, updated_at, modified_by
+           select metadata_digest, id, flow_execution_id, task_name, tag_type, tag, tag_metadata, status,
+                  created_at, created_by, updated_at, modified_by
              from task_tags
-            where organization_id = cast(:organization_id as uuid)
+            where organization_id = %(organization_id)s
               and flow_execution_id = k.flow_execution_id and task_name = k.task_name
               and tag_type = k.tag_type and tag = k.tag and status = 'active'
            offset 0) t
      order by t.created_at, t.id
-""")
+"""
 
-_SAVE_BATCHES: Final = text("""
+_SAVE_BATCHES: Final = """
     insert into tag_batches (organization_id, batch_id, digest, result_record, revisions, applied_at)
-    select cast(:organization_id as uuid), batch_id, digest, record::json, revisions::jsonb, :now
-      from unnest(cast(:batch_ids as uuid[]), cast(:digests as bytea[]),
-                  cast(:records as text[]), cast(:revisions as text[]))
+    select %(organization_id)s, batch_id, digest, record::json, revisions::jsonb, %(now)s
+      from unnest(%(batch_ids)s, %(digests)s, %(records)s, %(revisions)s)
            as b (batch_id, digest, record, revisions)
-""")
+"""
 
-_SAVE_REGISTRATIONS: Final = text("""
+_SAVE_REGISTRATIONS: Final = """
     insert into flow_executions (organization_id, flow_execution_id, task_names, revision, created_at)
-    select cast(:organization_id as uuid), flow_execution_id, task_names::jsonb, 0, :now
-      from unnest(cast(:flow_execution_ids as uuid[]), cast(:task_names as text[]))
+    select %(organization_id)s, flow_execution_id, task_names::jsonb, 0, %(now)s
+      from unnest(%(flow_execution_ids)s, %(task_names)s)
            as e (flow_execution_id, task_names)
         on conflict (organization_id, flow_execution_id) do update set task_names = excluded.task_names
-""")
+"""
 
 # The values of an update are looked up in a JSON object by key: a join could scan the table, as above.
-_SAVE_REVISIONS: Final = text("""
+_SAVE_REVISIONS: Final = """
     update flow_executions
-       set revision = (:revisions ->> flow_execution_id::text)::bigint
-     where organization_id = cast(:organization_id as uuid)
-       and flow_execution_id = any(cast(:flow_execution_ids as uuid[]))
-""")
+       set revision = (%(revisions)s ->> flow_execution_id::text)::bigint
+     where organization_id = %(organization_id)s
+       and flow_execution_id = any(%(flow_execution_ids)s)
+"""
 
-_SAVE_REMOVED: Final = text("""
+_SAVE_REMOVED: Final = """
     update task_tags
-       set status = 'deleted', updated_at = :now, modified_by = :modified_by ->> id::text
-     where organization_id = cast(:organization_id as uuid)
-       and id = any(cast(:ids as uuid[]))
-""")
+       set status = 'deleted', updated_at = %(now)s, modified_by = %(modified_by)s ->> id::text
+     where organization_id = %(organization_id)s
+       and id = any(%(ids)s)
+"""
 
-_SAVE_ADDED: Final = text("""
+_SAVE_ADDED: Final = """
+    insert into task_tags (organization_id, id, flow_execution_id, task_name, tag_type, tag, tag_metadata,
+                           metadata_digest, status, created_at, created_by)
+    select %(organization_id)s, id, flow_execution_id, task_name, tag_type, tag, tag_metadata::json,
+           metadata_digest, 'active', %(now)s, created_by
+      from unnest(%(ids)s, %(flow_execution_ids)s, %(task_names)s, %(tag_types)s, %(tags)s,
+                  %(tag_metadata)s, %(metadata_digests)s, %(created_by)s)
+           as t (id, flow_execution_id, task_name, tag_type, tag, tag_metadata, metadata_digest,
+                 created_by)
+"""
+
+# Tags that were removed in the very transaction that added them: rows all the same (rule 4).
+_SAVE_ADDED_AND_REMOVED: Final = """
     insert into task_tags (organization_id, id, flow_execution_id, task_name, tag_type, tag, tag_metadata,
                            metadata_digest, status, created_at, created_by, updated_at, modified_by)
-    select cast(:organization_id as uuid), id, flow_execution_id, task_name, tag_type, tag,
-           tag_metadata::json, metadata_digest, status, :now, created_by, updated_at, modified_by
-      from unnest(cast(:ids as uuid[]), cast(:flow_execution_ids as uuid[]), cast(:task_names as text[]),
-                  cast(:tag_types as text[]), cast(:tags as text[]), cast(:tag_metadata as text[]),
-                  cast(:metadata_digests as bytea[]), cast(:statuses as text[]),
-                  cast(:created_by as text[]), cast(:updated_at as timestamptz[]),
-                  cast(:modified_by as text[]))
-           as t (id, flow_execution_id, task_name, tag_type, tag, tag_metadata, metadata_digest, status,
-                 created_by, updated_at, modified_by)
-""")
+    select %(organization_id)s, id, flow_execution_id, task_name, tag_type, tag, tag_metadata::json,
+           metadata_digest, 'deleted', %(now)s, created_by, %(now)s, modified_by
+      from unnest(%(ids)s, %(flow_execution_ids)s, %(task_names)s, %(tag_types)s, %(tags)s,
+                  %(tag_metadata)s, %(metadata_digests)s, %(created_by)s, %(modified_by)s)
+           as t (id, flow_execution_id, task_name, tag_type, tag, tag_metadata, metadata_digest,
+                 created_by, modified_by)
+"""
 
-_SAVE_CHANGES: Final = text("""
+_SAVE_CHANGES: Final = """
     insert into tag_changes (organization_id, flow_execution_id, revision, batch_id, event)
-    select cast(:organization_id as uuid), flow_execution_id, revision, batch_id, event::json
-      from unnest(cast(:flow_execution_ids as uuid[]), cast(:revisions as bigint[]),
-                  cast(:batch_ids as uuid[]), cast(:events as text[]))
+    select %(organization_id)s, flow_execution_id, revision, batch_id, event::json
+      from unnest(%(flow_execution_ids)s, %(revisions)s, %(batch_ids)s, %(events)s)
            as c (flow_execution_id, revision, batch_id, event)
-""")
+"""
 
-_PURGE: Final = text("""
-    delete from tag_batches where organization_id = cast(:organization_id as uuid) and batch_id in (
+_PURGE: Final = """
+    delete from tag_batches where organization_id = %(organization_id)s and batch_id in (
         select batch_id from tag_batches
-         where organization_id = cast(:organization_id as uuid)
-           and applied_at < clock_timestamp() - cast(:age as interval)
+         where organization_id = %(organization_id)s
+           and applied_at < clock_timestamp() - %(age)s::interval
          order by applied_at limit 10000)
-""")
+"""
 
-_FORGET_FAILURE: Final = text("""
+_FORGET_FAILURE: Final = """
     delete from tag_batches
-     where organization_id = cast(:organization_id as uuid) and batch_id = cast(:batch_id as uuid)
+     where organization_id = %(organization_id)s and batch_id = %(batch_id)s::uuid
        and result_record #>> '{error,code}' = 'internal_error'
-""")
+    returning batch_id
+"""
 
 # One statement, so that the tags are those of the revision. A reader who knows that revision gets null.
 _READ_TAGS: Final = text("""
@@ -210,13 +229,11 @@ def is_transient(error: BaseException) -> bool:
 
     Source: PostgreSQL's table of error codes, classes 08, 40, 53, 57 and 58.
     """
-    if not isinstance(error, DBAPIError):
-        return False
-    if error.connection_invalidated:
-        return True
-    if isinstance(error.orig, psycopg.Error) and (state := error.orig.sqlstate):
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig
+    if isinstance(error, psycopg.Error) and (state := error.sqlstate):
         return state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES
-    return isinstance(error.orig, (psycopg.OperationalError, psycopg.InterfaceError))
+    return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
 
 
 # --- The worker's side ---------------------------------------------------------------------------
@@ -233,7 +250,7 @@ class Store:
             hide_parameters=True,
             connect_args=_CONNECT_ARGUMENTS,
         )
-        event.listen(self._engine, "connect", _send_arrays_in_binary)
+        event.listen(self._engine, "connect", _prepare)
 
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
@@ -242,22 +259,24 @@ class Store:
 
     @contextmanager
     def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
-        """Run one transaction in which the organization's tags are this process's alone to change."""
-        scope = {"organization_id": str(organization_id)}
-        with self._engine.begin() as connection:
-            now = connection.execute(_BEGIN, scope).scalar_one()
-            yield Transaction(connection, organization_id, now)
+        """Run one transaction in which the organization's tags are this process's alone to change.
+
+        Its statements are sent in two pieces: all that is looked up, then all that is written and the commit.
+        """
+        with self._connection() as connection, connection.pipeline():
+            yield Transaction(connection, organization_id)
+            connection.commit()
 
     def purge(self, organization_id: UUID, age: timedelta) -> int:
         """Forget stored results that are older than `age`; return how many. Deletes 10,000 at a time."""
-        scope = {"organization_id": str(organization_id)}
         purged = 0
         while True:
-            with self._engine.begin() as connection:
-                connection.execute(_SCOPE, scope)
-                count = connection.execute(_PURGE, {**scope, "age": age}).rowcount
-            purged += count
-            if count < 10_000:
+            with self._connection() as connection, connection.pipeline():
+                connection.execute(_SCOPE, {"organization_id": organization_id})
+                found = connection.execute(_PURGE, {"organization_id": organization_id, "age": age})
+                connection.commit()
+            purged += found.rowcount
+            if found.rowcount < 10_000:
                 return purged
 
     def forget_failure(self, organization_id: UUID, batch_id: UUID) -> bool:
@@ -272,10 +291,24 @@ class Store:
     def close(self) -> None:
         self._engine.dispose()
 
+    @contextmanager
+    def _connection(self) -> Iterator[psycopg.Connection]:
+        """Lend the connection as psycopg's own: SQLAlchemy knows no pipelines. One that broke is made anew."""
+        lent = self._engine.raw_connection()
+        connection = cast(psycopg.Connection, lent.driver_connection)
+        try:
+            yield connection
+        except BaseException:
+            if connection.closed:
+                lent.invalidate()
+            raise
+        finally:
+            lent.close()
 
-def _send_arrays_in_binary(connection: psycopg.Connection, _: Any) -> None:
-    """As text, every quote and backslash of every value would be escaped: ten times the work for events."""
-    connection.adapters.register_dumper(list, ListBinaryDumper)
+
+def _prepare(connection: psycopg.Connection, _: Any) -> None:
+    arrays.register(connection)
+    connection.prepare_threshold = 0
 
 
 def driver_url(database_url: str) -> Any:
@@ -291,151 +324,180 @@ def refuse_unsafe(sees_through: Any) -> None:
         )
 
 
-@dataclass(slots=True)
 class Transaction:
     """What a drain does between taking the lock and the commit."""
 
-    connection: Connection
-    organization_id: UUID
-    now: datetime
-    """The database's time: one clock for all workers, read while the lock is held."""
+    def __init__(self, connection: psycopg.Connection, organization_id: UUID) -> None:
+        self._connection = connection
+        self._organization_id = organization_id
+        self._begun = self._send(_BEGIN)
+        self._now: datetime | None = None
+
+    @property
+    def now(self) -> datetime:
+        """The database's time: one clock for all workers, read while the lock is held."""
+        if self._now is None:
+            ((self._now,),) = self._begun.fetchall()
+        return cast(datetime, self._now)
 
     def load(self, requests: Sequence[Request]) -> State:
         """Return the state of all that the requests name."""
-        batches = [request.message for request in requests if isinstance(request.message, TagBatch)]
-        keys = list({tag_key(operation): None for batch in batches for operation in batch.tags})
+        messages = [request.message for request in requests]
+        keys = list(
+            {
+                tag_key(operation): None
+                for message in messages
+                if isinstance(message, TagBatch)
+                for operation in message.tags
+            }
+        )
         executions = {key.flow_execution_id for key in keys}
         executions.update(
-            request.message.flow_execution_id
-            for request in requests
-            if isinstance(request.message, FlowExecution)
+            message.flow_execution_id for message in messages if isinstance(message, FlowExecution)
         )
+        found_batches = self._find_batches([message.batch_id for message in messages])
+        found_executions = self._send(
+            _LOAD_EXECUTIONS, flow_execution_ids=arrays.uuids(list(executions))
+        )
+        found_tags: Iterable[Any] = []
+        if keys:
+            found_tags = self._send(_LOAD_TAGS, **_key_columns(keys))
         return State(
-            batches=self.batches([request.message.batch_id for request in requests]),
-            executions=self._load_executions(executions),
-            tags=self._load_tags(keys) if keys else {},
+            batches=dict(map(_batch, found_batches)),
+            executions=dict(map(_execution, found_executions)),
+            tags=_tags(found_tags),
         )
 
     def save(self, writes: Writes) -> None:
         """Store what was decided. Every statement that has nothing to do is left out."""
-        self._save(_SAVE_REGISTRATIONS, _registration_columns(writes))
-        self._save(_SAVE_REVISIONS, _revision_columns(writes))
-        self._save(_SAVE_REMOVED, _removed_columns(writes))
-        self._save(_SAVE_ADDED, _added_columns(writes))
-        self._save(_SAVE_CHANGES, _change_columns(writes))
-        self._save(_SAVE_BATCHES, _batch_columns(writes))
+        added = [each for each in writes.added.values() if each.tag.status == "active"]
+        removed_again = [each for each in writes.added.values() if each.tag.status != "active"]
+        if writes.registrations:
+            self._send(_SAVE_REGISTRATIONS, **_registration_columns(writes.registrations))
+        if writes.revisions:
+            self._send(_SAVE_REVISIONS, **_revision_columns(writes.revisions))
+        if writes.removed:
+            self._send(_SAVE_REMOVED, **_removed_columns(writes.removed))
+        if added:
+            self._send(_SAVE_ADDED, **_added_columns(added))
+        if removed_again:
+            modified_by = arrays.texts([each.tag.modified_by for each in removed_again])
+            columns = _added_columns(removed_again)
+            self._send(_SAVE_ADDED_AND_REMOVED, modified_by=modified_by, **columns)
+        if writes.changes:
+            self._send(_SAVE_CHANGES, **_change_columns(writes.changes))
+        if writes.batches:
+            self._send(_SAVE_BATCHES, **_batch_columns(writes.batches))
 
     def batches(self, batch_ids: Sequence[UUID]) -> dict[UUID, Applied]:
         """Return what is stored of these batches, with the change events that they made."""
-        rows = self._execute(_LOAD_BATCHES, batch_ids=list(batch_ids))
-        return {
-            row.batch_id: Applied(
-                row.digest,
-                row.record.encode(),
-                tuple(
-                    (UUID(id), event.encode())
-                    for id, event in zip(row.executions, row.events, strict=True)
-                ),
-            )
-            for row in rows
-        }
+        return dict(map(_batch, self._find_batches(batch_ids)))
 
     def forget_failure(self, batch_id: UUID) -> bool:
-        return bool(self._execute(_FORGET_FAILURE, batch_id=batch_id).rowcount)
+        return bool(self._send(_FORGET_FAILURE, batch_id=batch_id).fetchall())
 
-    def _load_executions(self, flow_execution_ids: Iterable[UUID]) -> dict[UUID, Execution]:
-        rows = self._execute(_LOAD_EXECUTIONS, flow_execution_ids=list(flow_execution_ids))
-        return {
-            row.flow_execution_id: Execution(
-                None if row.task_names is None else frozenset(row.task_names), row.revision
-            )
-            for row in rows
-        }
+    def _find_batches(self, batch_ids: Sequence[UUID]) -> Iterable[Any]:
+        return self._send(_LOAD_BATCHES, batch_ids=arrays.uuids(batch_ids))
 
-    def _load_tags(self, keys: Sequence[TagKey]) -> dict[TagKey, dict[bytes, Tag]]:
-        columns = [list(column) for column in zip(*keys, strict=True)]
-        names = ("flow_execution_ids", "task_names", "tag_types", "tags")
-        tags: dict[TagKey, dict[bytes, Tag]] = {}
-        for row in self._execute(_LOAD_TAGS, **dict(zip(names, columns, strict=True))).mappings():
-            fields = dict(row)
-            digest = fields.pop("metadata_digest")
-            tag = Tag.model_construct(**fields)
-            key = TagKey(tag.flow_execution_id, tag.task_name, tag.tag_type, tag.tag)
-            tags.setdefault(key, {})[digest] = tag
-        return tags
-
-    def _save(self, statement: TextClause, columns: dict[str, Any]) -> None:
-        if next(iter(columns.values())):
-            self._execute(statement, **columns)
-
-    def _execute(self, statement: TextClause, **parameters: Any) -> Any:
-        return self.connection.execute(
-            statement,
-            {"organization_id": str(self.organization_id), "now": self.now, **parameters},
-        )
+    def _send(self, statement: LiteralString, **parameters: Any) -> psycopg.Cursor[Any]:
+        """Queue a statement; what it found is waited for when it is looked at."""
+        values = {"organization_id": self._organization_id, **parameters}
+        if "%(now)s" in statement:
+            values["now"] = self.now
+        return self._connection.cursor(binary=True).execute(statement, values)
 
 
-def _registration_columns(writes: Writes) -> dict[str, Any]:
+def _batch(row: Any) -> tuple[UUID, Applied]:
+    batch_id, digest, record, executions, events = row
+    stored = tuple((id, event.encode()) for id, event in zip(executions, events, strict=True))
+    return batch_id, Applied(digest, record.encode(), stored)
+
+
+def _execution(row: Any) -> tuple[UUID, Execution]:
+    flow_execution_id, task_names, revision = row
+    names = None if task_names is None else frozenset(task_names)
+    return flow_execution_id, Execution(names, revision)
+
+
+def _tags(rows: Iterable[Any]) -> dict[TagKey, dict[bytes, Tag]]:
+    tags: dict[TagKey, dict[bytes, Tag]] = {}
+    for digest, *fields in rows:
+        tag = Tag(*fields)
+        key = TagKey(tag.flow_execution_id, tag.task_name, tag.tag_type, tag.tag)
+        tags.setdefault(key, {})[digest] = tag
+    return tags
+
+
+def _key_columns(keys: Sequence[TagKey]) -> dict[str, Any]:
+    executions, task_names, tag_types, tags = zip(*keys, strict=True)
     return {
-        "flow_execution_ids": list(writes.registrations),
-        "task_names": [
-            None if execution.task_names is None else json.dumps(sorted(execution.task_names))
-            for execution in writes.registrations.values()
-        ],
+        "flow_execution_ids": arrays.uuids(executions),
+        "task_names": arrays.texts(task_names),
+        "tag_types": arrays.texts(tag_types),
+        "tags": arrays.texts(tags),
     }
 
 
-def _revision_columns(writes: Writes) -> dict[str, Any]:
+def _registration_columns(registrations: dict[UUID, Execution]) -> dict[str, Any]:
     return {
-        "flow_execution_ids": list(writes.revisions),
-        "revisions": Jsonb({str(id): revision for id, revision in writes.revisions.items()}),
+        "flow_execution_ids": arrays.uuids(list(registrations)),
+        "task_names": arrays.texts(
+            [
+                None if execution.task_names is None else json.dumps(sorted(execution.task_names))
+                for execution in registrations.values()
+            ]
+        ),
     }
 
 
-def _removed_columns(writes: Writes) -> dict[str, Any]:
+def _revision_columns(revisions: dict[UUID, int]) -> dict[str, Any]:
     return {
-        "ids": list(writes.removed),
-        "modified_by": Jsonb({str(id): tag.modified_by for id, tag in writes.removed.items()}),
+        "flow_execution_ids": arrays.uuids(list(revisions)),
+        "revisions": Jsonb({str(id): revision for id, revision in revisions.items()}),
     }
 
 
-def _added_columns(writes: Writes) -> dict[str, Any]:
-    tags = [tag for tag, _ in writes.added.values()]
+def _removed_columns(removed: dict[UUID, Tag]) -> dict[str, Any]:
     return {
-        "ids": list(writes.added),
-        "flow_execution_ids": [tag.flow_execution_id for tag in tags],
-        "task_names": [tag.task_name for tag in tags],
-        "tag_types": [tag.tag_type for tag in tags],
-        "tags": [tag.tag for tag in tags],
-        "tag_metadata": [
-            None if tag.tag_metadata is None else canonical_json(tag.tag_metadata) for tag in tags
-        ],
-        "metadata_digests": [digest for _, digest in writes.added.values()],
-        "statuses": [tag.status for tag in tags],
-        "created_by": [tag.created_by for tag in tags],
-        "updated_at": [tag.updated_at for tag in tags],
-        "modified_by": [tag.modified_by for tag in tags],
+        "ids": arrays.uuids(list(removed)),
+        "modified_by": Jsonb({str(id): tag.modified_by for id, tag in removed.items()}),
     }
 
 
-def _change_columns(writes: Writes) -> dict[str, Any]:
+def _added_columns(added: Sequence[NewTag]) -> dict[str, Any]:
+    tags = [each.tag for each in added]
     return {
-        "flow_execution_ids": [change.flow_execution_id for change in writes.changes],
-        "revisions": [change.revision for change in writes.changes],
-        "batch_ids": [change.batch_id for change in writes.changes],
-        "events": [change.event.decode() for change in writes.changes],
+        "ids": arrays.uuids([tag.id for tag in tags]),
+        "flow_execution_ids": arrays.uuids([tag.flow_execution_id for tag in tags]),
+        "task_names": arrays.texts([tag.task_name for tag in tags]),
+        "tag_types": arrays.texts([tag.tag_type for tag in tags]),
+        "tags": arrays.texts([tag.tag for tag in tags]),
+        "tag_metadata": arrays.encoded_texts([each.metadata.text for each in added]),
+        "metadata_digests": arrays.byteas([each.metadata.digest for each in added]),
+        "created_by": arrays.texts([tag.created_by for tag in tags]),
     }
 
 
-def _batch_columns(writes: Writes) -> dict[str, Any]:
+def _change_columns(changes: Sequence[NewChange]) -> dict[str, Any]:
     return {
-        "batch_ids": [batch.batch_id for batch in writes.batches],
-        "digests": [batch.digest for batch in writes.batches],
-        "records": [batch.record.decode() for batch in writes.batches],
-        "revisions": [
-            json.dumps({str(id): revision for id, revision in batch.revisions.items()})
-            for batch in writes.batches
-        ],
+        "flow_execution_ids": arrays.uuids([change.flow_execution_id for change in changes]),
+        "revisions": arrays.bigints([change.revision for change in changes]),
+        "batch_ids": arrays.uuids([change.batch_id for change in changes]),
+        "events": arrays.encoded_texts([change.event for change in changes]),
+    }
+
+
+def _batch_columns(batches: Sequence[NewBatch]) -> dict[str, Any]:
+    return {
+        "batch_ids": arrays.uuids([batch.batch_id for batch in batches]),
+        "digests": arrays.byteas([batch.digest for batch in batches]),
+        "records": arrays.encoded_texts([batch.record for batch in batches]),
+        "revisions": arrays.texts(
+            [
+                json.dumps({str(id): revision for id, revision in batch.revisions.items()})
+                for batch in batches
+            ]
+        ),
     }
 
 
@@ -508,5 +570,5 @@ class Reader:
             if not self._safe:
                 await self.check()
             async with self._engine.begin() as connection:
-                await connection.execute(_SCOPE, {"organization_id": str(organization_id)})
+                await connection.execute(_READ_SCOPE, {"organization_id": str(organization_id)})
                 yield connection

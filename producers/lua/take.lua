@@ -1,10 +1,9 @@
-#!lua flags=allow-oom
--- KEYS: lease
--- ARGV: run id, lease in ms
--- A drain begins: it makes the lease its own unless another drain is running. Returns 1 if it may go on.
-local mine, held = 'running ' .. ARGV[1], redis.call('GET', KEYS[1])
-if held and held ~= mine and string.sub(held, 1, 7) ~= 'queued ' then
-  return 0
+-- KEYS: inbox, lease
+-- ARGV: run id, lease in ms, most messages, most bytes
+-- A drain begins, or goes on after a failure: it makes the lease its own unless another drain is running.
+-- Returns the head of the inbox (see head.lua), or false if there is nothing to do here.
+local held = redis.call('GET', KEYS[2])
+if held and held ~= 'running ' .. ARGV[1] and string.sub(held, 1, 7) ~= 'queued ' then
+  return false
 end
-redis.call('SET', KEYS[1], mine, 'PX', ARGV[2])
-return 1
+return go_on(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4])

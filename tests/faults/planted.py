@@ -9,18 +9,17 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import text
-
 import worker.store
 from producers.inbox import Entry, Inbox
 from worker.apply import Drain
 from worker.celery import app
+from worker.decide import decide
 from worker.store import Store, Transaction
 
 FAILPOINTS = ("after_read", "after_lock", "before_commit", "before_publish", "amid_publish")
@@ -38,11 +37,11 @@ def reach(failpoint: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-_read, _remove, _transaction, _save = Inbox.read, Inbox.remove, Store.transaction, Transaction.save
+_take, _remove, _transaction, _save = Inbox.take, Inbox.remove, Store.transaction, Transaction.save
 
 
-def read(self: Inbox, run_id: str, **bounds: Any) -> list[Entry]:
-    entries = _read(self, run_id, **bounds)
+def take(self: Inbox, run_id: str, **bounds: Any) -> list[Entry]:
+    entries = _take(self, run_id, **bounds)
     if entries:
         reach("after_read")
     return entries
@@ -51,7 +50,9 @@ def read(self: Inbox, run_id: str, **bounds: Any) -> list[Entry]:
 @contextmanager
 def transaction(self: Store, organization_id: UUID) -> Iterator[Transaction]:
     with _transaction(self, organization_id) as opened:
-        reach("after_lock")
+        if _armed.exists():
+            assert opened.now  # it is known once the lock is held
+            reach("after_lock")
         yield opened
 
 
@@ -60,9 +61,10 @@ def save(self: Transaction, writes: Any) -> None:
     reach("before_commit")
 
 
-def remove(self: Inbox, entries: Iterable[Entry], publications: Any, *rest: Any) -> None:
+def remove(
+    self: Inbox, run_id: str, entries: Any, publications: Any, *rest: Any, **bounds: Any
+) -> list[Entry]:
     reach("before_publish")
-    publications = list(publications)
     if _armed.exists() and publications:
         connection: Any = self._redis.connection_pool.get_connection()
         connection.send_command("MULTI")
@@ -70,69 +72,58 @@ def remove(self: Inbox, entries: Iterable[Entry], publications: Any, *rest: Any)
         reach("amid_publish")
         connection.disconnect()
         self._redis.connection_pool.release(connection)
-    _remove(self, entries, publications, *rest)
+    return _remove(self, run_id, entries, publications, *rest, **bounds)
 
 
-Inbox.read, Inbox.remove = read, remove  # type: ignore[method-assign, assignment]
+Inbox.take, Inbox.remove = take, remove  # type: ignore[method-assign]
 Store.transaction, Transaction.save = transaction, save  # type: ignore[method-assign]
 
 
 # --- Planted bugs --------------------------------------------------------------------------------
 
 
-def _round_that_removes_first(self: Drain) -> int:
-    entries = self.inbox.read(self.run_id, most=self.group_size)
-    if entries:
-        received = [self._receive(entry) for entry in entries]
-        self.inbox.remove(entries, [])
-        self._apply([message for message in received if message.request is not None])
-        self._publish(received)
-    return len(entries)
+def _round_that_removes_first(self: Drain, entries: Sequence[Entry]) -> list[Entry]:
+    received = [self._receive(entry) for entry in entries]
+    self.inbox.remove(self.run_id, entries, [], most=self.group_size)
+    self._apply([message for message in received if message.request is not None])
+    return self._publish(received)
 
 
-def _round_that_publishes_first(self: Drain) -> int:
-    entries = self.inbox.read(self.run_id, most=self.group_size)
-    if entries:
-        received = [self._receive(entry) for entry in entries]
-        requests = [message.request for message in received if message.request is not None]
-        try:
-            with _transaction(self.store, self.organization_id) as opened:
-                from worker.decide import decide
-
-                state = opened.load(requests)
-                decision = decide(
-                    self.organization_id, requests, state, now=opened.now, new_id=self.new_id
-                )
-                for message, outcome in zip(
-                    [m for m in received if m.request], decision.outcomes, strict=True
-                ):
-                    message.outcome = outcome
-                self._publish(received)
-                time.sleep(0.01)
-                _save(opened, decision.writes)
-        except Exception:
-            time.sleep(0.05)
-    return len(entries)
+def _round_that_publishes_first(self: Drain, entries: Sequence[Entry]) -> list[Entry]:
+    received = [self._receive(entry) for entry in entries]
+    requests = [message.request for message in received if message.request is not None]
+    with _transaction(self.store, self.organization_id) as opened:
+        state = opened.load(requests)
+        decision = decide(self.organization_id, requests, state, now=opened.now, new_id=self.new_id)
+        applied = [message for message in received if message.request]
+        for message, outcome in zip(applied, decision.outcomes, strict=True):
+            message.outcome = outcome
+        following = self._publish(received)
+        time.sleep(0.01)
+        _save(opened, decision.writes)
+    return following
 
 
-def _release_blindly(self: Inbox, run_id: str) -> bool:
-    time.sleep(0.02)
-    self._redis.delete(self._lease)
-    return True
+def _remove_and_release_blindly(self: Inbox, *arguments: Any, **bounds: Any) -> list[Entry]:
+    """As if what comes next were looked at in a step of its own, and the lease freed in another."""
+    following = remove(self, *arguments, **bounds)
+    if len(following) < 2:
+        time.sleep(0.02)
+        self._redis.delete(self._lease)
+        return []
+    return following
 
 
 def _ignore_batch_ids() -> None:
-    Transaction.batches = lambda self, batch_ids: {}  # type: ignore[method-assign]
-    statement = str(worker.store._SAVE_BATCHES)
-    worker.store._SAVE_BATCHES = text(  # type: ignore[misc]
-        statement + " on conflict do nothing"
-    )
+    Transaction._find_batches = lambda self, batch_ids: []  # type: ignore[method-assign]
+    statement = worker.store._SAVE_BATCHES
+    worker.store._SAVE_BATCHES = statement + " on conflict do nothing"  # type: ignore[misc]
 
 
 _plants: dict[str, Callable[[], Any]] = {
     "remove_before_commit": lambda: setattr(Drain, "_round", _round_that_removes_first),
     "publish_before_commit": lambda: setattr(Drain, "_round", _round_that_publishes_first),
-    "release_blindly": lambda: setattr(Inbox, "release", _release_blindly),
+    "release_blindly": lambda: setattr(Inbox, "remove", _remove_and_release_blindly),
     "no_batch_id_check": _ignore_batch_ids,
 }
 if _plant:

@@ -1,0 +1,34 @@
+-- KEYS: inbox, lease, rejected
+-- ARGV: run id, lease in ms, most messages, most bytes, how many rejected messages are kept;
+--       how many ids, id, id, …; how many publications, channel, payload, …;
+--       how many rejections, and for each how many fields and values, field, value, …
+-- Publishes what became of messages and takes them out of the inbox: their batches are committed, so this needs no
+-- lease. Returns what comes next (see head.lua), or false if the lease is another's. A lease that ran out and
+-- that nobody took is taken again: this drain is the one that is on the way.
+local at = 6
+local function next_argument()
+  at = at + 1
+  return ARGV[at - 1]
+end
+local ids = {}
+for i = 1, tonumber(next_argument()) do
+  ids[i] = next_argument()
+end
+for _ = 1, tonumber(next_argument()) do
+  redis.call('PUBLISH', next_argument(), next_argument())
+end
+for _ = 1, tonumber(next_argument()) do
+  local fields = {}
+  for i = 1, tonumber(next_argument()) do
+    fields[i] = next_argument()
+  end
+  redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[5], '*', unpack(fields))
+end
+for first = 1, #ids, 1000 do
+  redis.call('XDEL', KEYS[1], unpack(ids, first, math.min(first + 999, #ids)))
+end
+local held = redis.call('GET', KEYS[2])
+if held and held ~= 'running ' .. ARGV[1] then
+  return false
+end
+return go_on(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4])
