@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 from producers.inbox import Inbox
-from producers.messages import ChangeEvent, Message, ResultRecord, TagBatch, add
+from producers.messages import ChangeEvent, Message, ResultRecord, TagBatch, Uuid7, add
 from tests.waiting import eventually
 from worker.apply import Drain
 from worker.authorize import Authorizer
+from worker.decide import Decision, Request, decide
 from worker.store import Store
 
 if TYPE_CHECKING:
@@ -130,3 +131,21 @@ def tagging(tag: str, **fields: Any) -> TagBatch:
 def killed(*_: Any, **__: Any) -> Any:
     """Stands in for a step at which the worker dies."""
     raise RuntimeError("killed")
+
+
+def requests_of(*messages: Message) -> list[Request]:
+    return [Request(message, "ada", message.digest()) for message in messages]
+
+
+def applied(store: Store, organization: UUID, *messages: Message) -> Decision:
+    requests = requests_of(*messages)
+    with store.transaction(organization) as transaction:
+        decision = decide(
+            organization,
+            requests,
+            transaction.load(requests),
+            now=transaction.now,
+            new_id=Uuid7(),
+        )
+        transaction.save(decision.writes)
+    return decision

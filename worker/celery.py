@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 from celery import Task, signals
 from celery.worker.request import Request
 from redis.exceptions import RedisError
-from sqlalchemy.exc import DBAPIError
 
 from producers.connect import App, open_redis
 from worker import log
@@ -77,7 +77,7 @@ def _check(**_: Any) -> None:
     store = Store(settings.database_url.get_secret_value())
     try:
         Authorizer(settings)
-        _wait_for("the database", store.check, DBAPIError)
+        _wait_for("the database", store.check, psycopg.OperationalError)
         with open_redis(settings.redis_url.get_secret_value()) as redis:
             _wait_for("Redis", redis.ping, RedisError)
     except (InvalidSettings, UnsafeRole) as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from uuid import UUID
 
+import psycopg
 import typer
 from pydantic import SecretStr
 from redis import RedisError
@@ -62,8 +63,10 @@ Workers = Annotated[int, typer.Option(min=1, max=64, help="How many worker proce
 def main() -> None:
     try:
         app()
-    except (Failed, DBAPIError) as error:
-        fail(3, str(error.orig) if isinstance(error, DBAPIError) else str(error))
+    except (Failed, psycopg.Error) as error:
+        fail(3, str(error))
+    except DBAPIError as error:
+        fail(3, str(error.orig))
     except (InboxFull, Unavailable, KeysUnavailable) as error:
         fail(3, str(error))
     except RedisError as error:

@@ -1,4 +1,4 @@
-"""Every SQL statement, and the transactions they run in (design, section 5). The tables: worker/migrations.
+"""The worker's SQL, and the transactions it runs in (design, section 5). What the endpoint reads: worker/reader.py.
 
 Statements take arrays, so their number does not grow with a batch or with a group of batches. Each
 transaction names its organization, and row-level security lets it see and write nothing else.
@@ -6,19 +6,16 @@ transaction names its organization, and row-level security lets it see and write
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, Final, LiteralString, cast
 from uuid import UUID
 
 import psycopg
 from psycopg.types.json import Jsonb
-from sqlalchemy import Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy import Engine, create_engine, event, make_url
 
 from producers.messages import FlowExecution, Tag, TagBatch
 from worker import arrays
@@ -38,7 +35,6 @@ from worker.decide import (
 # --- Statements ----------------------------------------------------------------------------------
 
 _SCOPE: Final = "select set_config('app.organization_id', %(organization_id)s::text, true)"
-_READ_SCOPE: Final = text("select set_config('app.organization_id', :organization_id, true)")
 
 # The lock makes one drain at a time out of several. It is taken in a statement of its own, so that the
 # next one sees what the drain before committed; the time is read after it, so that it never runs back.
@@ -165,39 +161,13 @@ _FORGET_FAILURE: Final = """
     returning batch_id
 """
 
-# One statement, so that the tags are those of the revision. A reader who knows that revision gets null.
-_READ_TAGS: Final = text("""
-    select e.revision, case when e.revision = any(cast(:known as bigint[])) then null else (
-           select coalesce(json_agg(json_build_object(
-                      'id', id, 'flow_execution_id', flow_execution_id, 'task_name', task_name,
-                      'tag_type', tag_type, 'tag', tag, 'tag_metadata', tag_metadata,
-                      'organization_id', organization_id, 'status', status,
-                      'created_at',
-                      to_char(created_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-                      'created_by', created_by, 'updated_at', null, 'modified_by', null)
-                      order by created_at, id), '[]')::text
-             from task_tags t
-            where t.organization_id = e.organization_id
-              and t.flow_execution_id = e.flow_execution_id
-              and (cast(:task_name as text) is null or t.task_name = :task_name)
-              and t.status = 'active') end as tags
-      from flow_executions e
-     where e.organization_id = cast(:organization_id as uuid)
-       and e.flow_execution_id = cast(:flow_execution_id as uuid)
-""")
-
-_READ_RECORD: Final = text("""
-    select result_record::text from tag_batches
-     where organization_id = cast(:organization_id as uuid) and batch_id = cast(:batch_id as uuid)
-""")
-
-_OWN_ROLE: Final = text("""
+OWN_ROLE: Final = """
     select rolsuper or rolbypassrls or exists (
                select from pg_class c
                 where c.relname in ('flow_executions', 'task_tags', 'tag_batches', 'tag_changes')
                   and pg_has_role(current_user, c.relowner, 'usage'))
       from pg_roles where rolname = current_user
-""")
+"""
 
 # --- Errors --------------------------------------------------------------------------------------
 
@@ -215,7 +185,7 @@ _TRANSIENT_STATES: Final = (
 )
 
 # A server that says nothing is noticed: in 5 s while connecting, in about 20 s on a connection.
-_CONNECT_ARGUMENTS: Final = {
+CONNECT_ARGUMENTS: Final[dict[str, Any]] = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 3,
@@ -229,8 +199,6 @@ def is_transient(error: BaseException) -> bool:
 
     Source: PostgreSQL's table of error codes, classes 08, 40, 53, 57 and 58.
     """
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        error = error.orig
     if isinstance(error, psycopg.Error) and (state := error.sqlstate):
         return state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES
     return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
@@ -248,14 +216,15 @@ class Store:
             pool_size=1,
             max_overflow=0,
             hide_parameters=True,
-            connect_args=_CONNECT_ARGUMENTS,
+            connect_args=CONNECT_ARGUMENTS,
         )
         event.listen(self._engine, "connect", _prepare)
 
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
-        with self._engine.connect() as connection:
-            refuse_unsafe(connection.execute(_OWN_ROLE).scalar())
+        with self._connection() as connection:
+            found = connection.execute(OWN_ROLE).fetchall()
+        refuse_unsafe(found)
 
     @contextmanager
     def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
@@ -316,8 +285,9 @@ def driver_url(database_url: str) -> Any:
     return make_url(database_url).set(drivername="postgresql+psycopg")
 
 
-def refuse_unsafe(sees_through: Any) -> None:
-    if sees_through:
+def refuse_unsafe(found: Sequence[Any]) -> None:
+    """Raise `UnsafeRole` if what `OWN_ROLE` found is a role that sees through row-level security."""
+    if found != [(False,)]:
         raise UnsafeRole(
             "this database role owns the tables, is a superuser or bypasses row-level security: "
             "connect as task_tags_worker or task_tags_endpoint (task-tags-admin migrate makes them)"
@@ -499,76 +469,3 @@ def _batch_columns(batches: Sequence[NewBatch]) -> dict[str, Any]:
             ]
         ),
     }
-
-
-# --- The endpoint's side -------------------------------------------------------------------------
-
-
-READ_SECONDS: Final = 10.0
-"""A read that takes longer ends with `TimeoutError`."""
-
-
-class Reader:
-    """The endpoint's way to the database: a pool of connections that can only read."""
-
-    def __init__(self, database_url: str, pool_size: int) -> None:
-        self._engine: AsyncEngine = create_async_engine(
-            driver_url(database_url),
-            pool_size=pool_size,
-            max_overflow=0,
-            pool_timeout=5,
-            hide_parameters=True,
-            connect_args=_CONNECT_ARGUMENTS,
-        )
-        self._safe = False
-
-    async def check(self) -> None:
-        """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
-        async with self._engine.connect() as connection:
-            refuse_unsafe((await connection.execute(_OWN_ROLE)).scalar())
-        self._safe = True
-
-    async def tags(
-        self,
-        organization_id: UUID,
-        flow_execution_id: UUID,
-        task_name: str | None,
-        known: Sequence[int] = (),
-    ) -> tuple[int, str | None] | None:
-        """Return the revision and the active tags as JSON text; None if there is no such execution.
-
-        The tags are None if the revision is one of those that are `known`.
-        """
-        async with self._transaction(organization_id) as connection:
-            found = await connection.execute(
-                _READ_TAGS,
-                {
-                    "organization_id": str(organization_id),
-                    "flow_execution_id": flow_execution_id,
-                    "task_name": task_name,
-                    "known": list(known),
-                },
-            )
-            row = found.one_or_none()
-            return None if row is None else (row.revision, row.tags)
-
-    async def record(self, organization_id: UUID, batch_id: UUID) -> str | None:
-        """Return the stored result record as JSON text; None while it is unknown."""
-        async with self._transaction(organization_id) as connection:
-            found = await connection.execute(
-                _READ_RECORD, {"organization_id": str(organization_id), "batch_id": batch_id}
-            )
-            record: str | None = found.scalar_one_or_none()
-            return record
-
-    async def close(self) -> None:
-        await self._engine.dispose()
-
-    @asynccontextmanager
-    async def _transaction(self, organization_id: UUID) -> AsyncIterator[AsyncConnection]:
-        async with asyncio.timeout(READ_SECONDS):
-            if not self._safe:
-                await self.check()
-            async with self._engine.begin() as connection:
-                await connection.execute(_READ_SCOPE, {"organization_id": str(organization_id)})
-                yield connection
