@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test faults fairness soak measure check format lock clean
+.PHONY: help run demo test faults fairness soak measure bench check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ soak: .venv/ready  ## Run BATCHES=1000000 through one worker; its memory must no
 measure: .venv/ready  ## Measure latency, throughput and memory of the whole path on this machine
 	$(BIN)/python -m tests.measure
 
+bench: .venv/bench  ## Compare with other queues and the limits of this machine; writes docs/bench.md; SMOKE=1
+	$(BIN)/python -m tests.bench $(if $(SMOKE),--smoke)
+
 check: .venv/ready  ## Linter, formatter, type checker, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,9 +45,11 @@ format: .venv/ready  ## Format the code
 	$(BIN)/ruff check --fix .
 
 lock: .venv/ready  ## Choose versions anew and write requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --upgrade \
-		--extra worker --extra embedded --extra dev --generate-hashes --no-header --no-annotate \
-		--quiet -o requirements.lock
+	$(BIN)/uv pip compile pyproject.toml $(COMPILE) --upgrade -o requirements.lock
+	$(BIN)/uv pip compile pyproject.toml $(COMPILE) --extra bench -c requirements.lock -o requirements-bench.lock
+
+COMPILE := --universal --python-version 3.11 --extra worker --extra embedded --extra dev --generate-hashes \
+	--no-header --no-annotate --quiet
 
 clean:  ## Remove what make and the local stack have made
 	rm -rf .venv .task-tags build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -56,3 +61,9 @@ clean:  ## Remove what make and the local stack have made
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch .venv/ready
+
+# All that is needed is in the lock, so nothing is resolved: arq's own bound on redis would not let it.
+.venv/bench: .venv/ready requirements-bench.lock
+	@echo "installing what is compared"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-bench.lock
+	@touch .venv/bench

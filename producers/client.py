@@ -21,7 +21,7 @@ from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
-from producers.connect import App, open_redis
+from producers.connect import App, open_redis, send_drain
 from producers.errors import (
     BatchIdInUse,
     Closed,
@@ -31,7 +31,7 @@ from producers.errors import (
     Unavailable,
     refusal,
 )
-from producers.inbox import DRAIN_TASK, Inbox, chunks
+from producers.inbox import Inbox, chunks
 from producers.messages import (
     ANY_METADATA,
     FlowExecution,
@@ -215,7 +215,7 @@ class TagProducer:
     def _send_drain(self, lease_id: str) -> None:
         """Tell the workers. If that fails, the next to append, or `task_tags.wake`, tells them."""
         try:
-            self._celery.send_task(DRAIN_TASK, args=(str(self._organization_id), lease_id))
+            send_drain(self._celery, self._organization_id, lease_id)
         except (OperationalError, RedisError, OSError):
             logger.warning("the batch is accepted, but the workers will hear of it late")
             with suppress(RedisError, OSError):

@@ -6,11 +6,14 @@ import runpy
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
+from uuid import UUID, uuid4
 
 from celery import Celery
 from celery.app.defaults import NAMESPACES, flatten
 from redis import Redis
 
+DRAIN_TASK: Final = "task_tags.drain"
+"""The Celery task that is sent to whoever got the lease, with the organization's id and the lease id."""
 _TIMEOUTS: Final[dict[str, Any]] = {
     "socket_timeout": 10,  # seconds, as the next two
     "socket_connect_timeout": 2,
@@ -63,3 +66,22 @@ def broker_url(redis_url: str) -> str:
     database = parse_qs(parts.query).get("db", ["0"])[0]
     user = f"{parts.netloc}" if parts.netloc else ""
     return f"redis+socket://{user}{parts.path}?virtual_host={database}"
+
+
+def send_drain(app: Celery, organization_id: UUID, lease_id: str) -> None:
+    """Put a drain message on the Celery queue: what `send_task` would put there, in half its time.
+
+    Source: Celery's message protocol, version 2. Raises kombu's `OperationalError`, or what Redis raises.
+    """
+    id = str(uuid4())
+    with app.producer_or_acquire() as producer:
+        producer.publish(
+            [[str(organization_id), lease_id], {}, {}],
+            exchange="",
+            routing_key=app.conf.task_default_queue,
+            serializer="json",
+            headers={"lang": "py", "task": DRAIN_TASK, "id": id, "root_id": id},
+            correlation_id=id,
+            retry=True,
+            retry_policy=app.conf.task_publish_retry_policy,
+        )

@@ -48,8 +48,6 @@ from producers.messages import (
     rejected_key,
 )
 
-DRAIN_TASK: Final = "task_tags.drain"
-"""The Celery task that is sent to whoever got the lease, with the organization's id and the lease id."""
 DEFAULT_LIMIT: Final = 10_000
 LEASE_MS: Final = 8_000
 REJECTED_LIMIT: Final = 10_000

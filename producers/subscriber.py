@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Final, TypeVar
 from uuid import UUID
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from redis import Redis
 from redis.exceptions import ConnectionError, RedisError
 

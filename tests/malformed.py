@@ -9,7 +9,7 @@ import pickle
 from typing import Any, Final
 from uuid import uuid4
 
-from producers.inbox import DRAIN_TASK
+from producers.connect import DRAIN_TASK
 
 QUEUE: Final = "task-tags"
 ORGANIZATION: Final = b"01970000-0000-7000-8000-000000000404"

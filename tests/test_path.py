@@ -24,7 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
 from producers.client import AsyncTagProducer, TagProducer, registration
-from producers.connect import App, broker_url
+from producers.connect import DRAIN_TASK, App, broker_url
 from producers.errors import (
     BatchIdInUse,
     Closed,
@@ -38,7 +38,7 @@ from producers.errors import (
     Unauthorized,
     Unavailable,
 )
-from producers.inbox import DRAIN_TASK, Inbox
+from producers.inbox import Inbox
 from producers.messages import (
     ChangeEvent,
     ResultRecord,

@@ -10,8 +10,8 @@ from uuid import UUID, uuid4
 from celery.worker import state
 from redis import Redis
 
-from producers.connect import open_redis
-from producers.inbox import DRAIN_TASK, Inbox, claim, known_inboxes
+from producers.connect import DRAIN_TASK, open_redis, send_drain
+from producers.inbox import Inbox, claim, known_inboxes
 from producers.messages import Uuid7
 from worker.apply import Drain
 from worker.authorize import Authorizer
@@ -52,7 +52,7 @@ def drain(organization_id: str, lease_id: str) -> None:
         run_id=run,
         store=tools.store,
         authorizer=tools.authorizer,
-        hand_over=lambda: _send_drain(organization, run),
+        hand_over=lambda: send_drain(app, organization, run),
         group_size=settings.group_size,
         budget_seconds=settings.drain_budget_seconds,
         stopping=_stopping,
@@ -67,7 +67,7 @@ def wake() -> None:
     organization_ids = list(known_inboxes(redis))
     claims = claim(redis, organization_ids, lambda: str(uuid4()), settings.lease_ms)
     for organization_id, lease_id in claims:
-        _send_drain(organization_id, lease_id)
+        send_drain(app, organization_id, lease_id)
     if claims:
         logger.info("woke inboxes that were waiting", extra={"inboxes": len(claims)})
 
@@ -81,10 +81,6 @@ def purge() -> None:
         for organization_id in known_inboxes(tools.redis)
     )
     logger.info("purged stored results", extra={"batches": purged})
-
-
-def _send_drain(organization_id: UUID, lease_id: str) -> None:
-    drain.apply_async(args=(str(organization_id), lease_id))
 
 
 def _stopping() -> bool:

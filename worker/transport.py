@@ -17,7 +17,7 @@ from uuid import UUID
 from kombu.transport import redis
 from redis import Redis
 
-from producers.inbox import DRAIN_TASK
+from producers.connect import DRAIN_TASK
 
 logger = logging.getLogger(__name__)
 

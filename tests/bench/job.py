@@ -1,0 +1,106 @@
+"""The job that every peer does for one message: the product's own rules and SQL, in one transaction for one batch.
+
+Each thread has its own connections, made at its first job, so never before a fork.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from datetime import datetime, timezone
+from uuid import UUID
+
+from redis import Redis
+
+from producers.connect import open_redis
+from producers.inbox import Entry
+from producers.messages import Uuid7
+from worker.apply import FIRST_BACKOFF_SECONDS, may_pass, receive
+from worker.authorize import Authorizer
+from worker.decide import Outcome, Request, decide
+from worker.publish import publications
+from worker.settings import Settings, load_settings
+from worker.store import Store
+
+_freeze = threading.Lock()
+
+
+class Tools:
+    """What the jobs of one thread share."""
+
+    def __init__(self) -> None:
+        settings: Settings = load_settings()
+        self.redis: Redis = open_redis(settings.redis_url.get_secret_value())
+        self.store = Store(settings.database_url.get_secret_value())
+        self.authorizer = Authorizer(settings)
+        self.new_id = Uuid7()
+        freeze()
+
+
+def freeze() -> None:
+    """Spare the garbage collector what was made at the start, once in each process, as the product does."""
+    if _freeze.acquire(blocking=False):  # it is never released
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
+
+
+class _Lazy(threading.local):
+    tools: Tools | None = None
+
+
+_lazy = _Lazy()
+
+
+def _tools() -> Tools:
+    if _lazy.tools is None:
+        _lazy.tools = Tools()
+    return _lazy.tools
+
+
+def apply_batch(message: bytes, token: str, organization_id: UUID) -> None:
+    """Check one message, apply it in one transaction and publish what came of it."""
+    tools = _tools()
+    now = datetime.now(timezone.utc)
+    entry = Entry(f"{time.time_ns() // 1_000_000}-0".encode(), message, token.encode())
+    received = receive(entry, organization_id, tools.authorizer, now)
+    outcome = received.outcome
+    if received.request is not None:
+        outcome = _apply(tools, organization_id, received.request)
+    if outcome is not None:
+        publish(tools.redis, organization_id, received.reply_to, outcome)
+
+
+def publish(redis: Redis, organization_id: UUID, reply_to: str, outcome: Outcome) -> None:
+    """Publish change events and the result, in one round trip."""
+    pipeline = redis.pipeline(transaction=False)
+    for channel, payload in publications(organization_id, reply_to, outcome):
+        pipeline.publish(channel, payload)
+    pipeline.execute()
+
+
+def _apply(tools: Tools, organization_id: UUID, request: Request) -> Outcome:
+    """Apply a request; what may pass (a lost connection) is tried again, as a drain does it."""
+    while True:
+        try:
+            return _transact(tools, organization_id, request)
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            time.sleep(FIRST_BACKOFF_SECONDS)
+
+
+def _transact(tools: Tools, organization_id: UUID, request: Request) -> Outcome:
+    with tools.store.transaction(organization_id) as transaction:
+        now = transaction.now
+        microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
+        decision = decide(
+            organization_id,
+            [request],
+            transaction.load([request]),
+            now=now,
+            new_id=lambda: tools.new_id(microseconds),
+        )
+        transaction.save(decision.writes)
+    return decision.outcomes[0]

@@ -1,0 +1,199 @@
+"""The limit of writing: the rows that the product leaves behind, written again by one connection with COPY.
+
+No queue and no rules: the rows are in memory as COPY's binary format, and only COPY and commit are timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Final
+from uuid import UUID
+
+import psycopg
+from psycopg import sql
+
+from producers.client import TagProducer
+from tests.bench.contenders import Item
+from tests.bench.load import Batches, Load, register
+from tests.bench.read import spread
+from tests.bench.servers import WORKER as WORKER_ROLE
+from tests.bench.servers import Servers
+from worker.stack import WORKER, command
+from worker.supervisor import Child, Supervisor
+
+ORGANIZATIONS: Final = 8
+ROWS: Final = 1000
+"""Rows of task_tags in one transaction."""
+TABLES: Final = ("task_tags", "tag_batches", "tag_changes")
+APPLIED_SECONDS: Final = 300.0
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one transaction writes: the rows of each table, and the revisions that executions then have."""
+
+    copies: dict[str, bytes]
+    organization_id: UUID
+    revisions: dict[UUID, int]
+
+
+def run(servers: Servers, rounds: int, batches: int, operations: int, say: Say) -> dict[str, Any]:
+    """Let the product apply the batches once, and time how fast the same rows can be written."""
+    items = Batches(servers).take(Load(operations, ORGANIZATIONS, batches))
+    servers.fresh()
+    with servers.owner() as connection:
+        register(connection)
+        _apply(servers, connection, items)
+        chunks = [_chunk(connection, group) for group in _groups(items, operations)]
+        expected = _counts(connection)
+        assert expected["task_tags"] == batches * operations
+        seconds, wal = [], []
+        for number in range(rounds):
+            _empty(connection)
+            before = _wal_position(connection)
+            seconds.append(_write(connection, chunks))
+            wal.append((_wal_position(connection) - before) / batches)
+            assert _counts(connection) == expected
+            say(f"limit, round {number + 1}: {batches / seconds[-1]:,.0f} batches/s")
+    return {
+        "limit": {
+            "operations": operations,
+            "batches": batches,
+            "batches_per_second": spread([batches / each for each in seconds]),
+            "rows_per_second": spread([batches * operations / each for each in seconds]),
+            "wal_bytes_per_batch": spread(wal),
+        }
+    }
+
+
+# --- The rows ------------------------------------------------------------------------------------
+
+
+def _apply(servers: Servers, connection: psycopg.Connection, items: Sequence[Item]) -> None:
+    """Enqueue the batches, and wait until a worker has applied them all."""
+    child = Child(
+        name="limit-worker",
+        argv=[*command(WORKER), "-n", "limit@%h"],
+        ready=lambda: True,
+        environment=servers.environment(WORKER_ROLE),
+    )
+    with Supervisor(servers.directory / "logs") as supervisor:
+        supervisor.start(child)
+        for organization_id, of_one in _by_organization(items).items():
+            with TagProducer(
+                redis_url=servers.redis_url, organization_id=organization_id, token=of_one[0].token
+            ) as producer:
+                producer.enqueue_many([item.batch for item in of_one], block=APPLIED_SECONDS)
+        deadline = time.monotonic() + APPLIED_SECONDS
+        while _counts(connection)["tag_batches"] < len(items):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the worker did not apply all batches")
+            time.sleep(0.1)
+
+
+def _by_organization(items: Sequence[Item]) -> dict[UUID, list[Item]]:
+    grouped: dict[UUID, list[Item]] = {}
+    for item in items:
+        grouped.setdefault(item.organization_id, []).append(item)
+    return grouped
+
+
+def _groups(items: Sequence[Item], operations: int) -> list[list[Item]]:
+    """Return the batches of each transaction: of one organization, as in the product, which take turns."""
+    size = ROWS // operations
+    cut = [
+        [of_one[start : start + size] for start in range(0, len(of_one), size)]
+        for of_one in _by_organization(items).values()
+    ]
+    return [group for turn in zip_longest(*cut) for group in turn if group]
+
+
+_OF_BATCHES: Final = "organization_id = {organization} and batch_id = any({batches})"
+_ROWS: Final = {
+    "task_tags": "organization_id = {organization} and tag = any({tags})",
+    "tag_batches": _OF_BATCHES,
+    "tag_changes": _OF_BATCHES,
+}
+
+
+def _chunk(connection: psycopg.Connection, group: Sequence[Item]) -> Chunk:
+    """Read what the batches have left behind. Each batch has tags of its own."""
+    organization_id = group[0].organization_id
+    values = {
+        "organization": sql.Literal(organization_id),
+        "batches": sql.Literal([item.batch.batch_id for item in group]),
+        "tags": sql.Literal(
+            sorted({operation.tag for item in group for operation in item.batch.tags})
+        ),
+    }
+    copies = {}
+    for table, condition in _ROWS.items():
+        statement = sql.SQL(
+            "copy (select * from {table} where {condition}) to stdout (format binary)"
+        )
+        where = sql.SQL(condition).format(**values)
+        with connection.cursor().copy(
+            statement.format(table=sql.Identifier(table), condition=where)
+        ) as copy:
+            copies[table] = b"".join(map(bytes, copy))
+    found = connection.execute(
+        sql.SQL(
+            "select flow_execution_id, max(revision) from tag_changes where {condition} group by 1"
+        ).format(condition=sql.SQL(_OF_BATCHES).format(**values))
+    )
+    return Chunk(copies, organization_id, dict(found.fetchall()))
+
+
+# --- The measurement -----------------------------------------------------------------------------
+
+
+def _empty(connection: psycopg.Connection) -> None:
+    connection.execute(f"truncate {', '.join(TABLES)}".encode())
+    connection.execute("update flow_executions set revision = 0")
+    connection.execute("vacuum flow_executions")
+    connection.execute("checkpoint")  # what was before is not to be paid for in the round
+
+
+_SAVE_REVISIONS: Final = """
+    update flow_executions e set revision = r.revision
+      from unnest(%s::uuid[], %s::bigint[]) as r (flow_execution_id, revision)
+     where e.organization_id = %s and e.flow_execution_id = r.flow_execution_id
+"""
+
+
+def _write(connection: psycopg.Connection, chunks: Sequence[Chunk]) -> float:
+    """Write each chunk in a transaction of its own; return the seconds that all took."""
+    statements = {
+        table: sql.SQL("copy {} from stdin (format binary)").format(sql.Identifier(table))
+        for table in TABLES
+    }
+    cursor = connection.cursor()
+    begin = time.perf_counter()
+    for chunk in chunks:
+        with connection.transaction():
+            for table, rows in chunk.copies.items():
+                with cursor.copy(statements[table]) as copy:
+                    copy.write(rows)
+            revisions = chunk.revisions
+            cursor.execute(
+                _SAVE_REVISIONS, [list(revisions), list(revisions.values()), chunk.organization_id]
+            )
+    return time.perf_counter() - begin
+
+
+def _counts(connection: psycopg.Connection) -> dict[str, int]:
+    return {
+        table: connection.execute(f"select count(*) from {table}".encode()).fetchall()[0][0]
+        for table in TABLES
+    }
+
+
+def _wal_position(connection: psycopg.Connection) -> int:
+    row = connection.execute("select pg_current_wal_insert_lsn() - '0/0'").fetchone()
+    assert row is not None
+    return int(row[0])

@@ -1,0 +1,119 @@
+"""What is sent and on what it falls: batches, the executions they name, and the database of a million tags."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Final
+from uuid import NAMESPACE_OID, UUID, uuid5
+
+import psycopg
+
+from producers.messages import TagBatch, add
+from tests.bench.contenders import Item
+from tests.bench.servers import EMPTY, Servers
+from worker.decide import stored_metadata
+
+MILLION: Final = "million"
+PREFILLED: Final = 1_000_000
+REPLY_TO: Final = "bench"
+ORGANIZATIONS: Final = 200
+EXECUTIONS: Final = 5
+"""Flow executions of each organization."""
+METADATA: Final = {"reviewer": "ada"}
+
+
+@dataclass(frozen=True)
+class Load:
+    """Batches of `operations` adds of distinct tags, over `organizations`, upon `prefilled` tags."""
+
+    operations: int
+    organizations: int
+    batches: int
+    prefilled: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.operations} operations, {self.organizations} organizations, {self.prefilled} tags"
+
+
+@cache
+def organization(number: int) -> UUID:
+    return uuid5(NAMESPACE_OID, f"task tags bench, organization {number}")
+
+
+@cache
+def execution(number: int, of: int) -> UUID:
+    return uuid5(organization(of), f"execution {number}")
+
+
+@dataclass
+class Batches:
+    """Makes the batches of all loads, once, for they are the same in each round and for each contender."""
+
+    servers: Servers
+    _made: dict[tuple[str, int, int], list[Item]] = field(default_factory=dict)
+    _tokens: dict[int, str] = field(default_factory=dict)
+
+    def take(self, load: Load, prefix: str = "t") -> list[Item]:
+        """Return the first batches of a load. `prefix` begins the names of its tags."""
+        made = self._made.setdefault((prefix, load.operations, load.organizations), [])
+        if len(made) < load.batches:
+            made += [self._make(load, prefix, number) for number in range(len(made), load.batches)]
+            gc.collect()
+            gc.freeze()
+        return made[: load.batches]
+
+    def _make(self, load: Load, prefix: str, number: int) -> Item:
+        turn, of = divmod(number, load.organizations)
+        flow_execution_id = execution(turn % EXECUTIONS, of)
+        tag = f"{prefix}-{load.operations}-{load.organizations}-{number}"  # of no other load
+        tags = [
+            add(flow_execution_id, f"task-{i}", "review_status", tag, METADATA)
+            for i in range(load.operations)
+        ]
+        return Item(organization(of), TagBatch(reply_to=REPLY_TO, tags=tags), self._token(of))
+
+    def _token(self, of: int) -> str:
+        if of not in self._tokens:
+            self._tokens[of] = self.servers.token(organization(of))
+        return self._tokens[of]
+
+
+def register(connection: psycopg.Connection) -> None:
+    """Store the flow executions of all organizations, as their registration would have."""
+    rows = [(organization(of), execution(n, of)) for of, n in _all()]
+    connection.execute(
+        """
+        insert into flow_executions (organization_id, flow_execution_id, task_names, revision, created_at)
+        select organization_id, flow_execution_id, null, 0, now()
+          from unnest(%s::uuid[], %s::uuid[]) as e (organization_id, flow_execution_id)
+            on conflict do nothing
+        """,
+        [list(column) for column in zip(*rows, strict=True)],
+    )
+
+
+def prefill(servers: Servers) -> None:
+    """Make the database of a million active tags, spread evenly over all executions."""
+    servers.copy(EMPTY, MILLION)
+    each = PREFILLED // (ORGANIZATIONS * EXECUTIONS)
+    text, digest = stored_metadata(METADATA)
+    with servers.owner(MILLION) as connection:
+        register(connection)
+        connection.execute(
+            """
+            insert into task_tags (organization_id, id, flow_execution_id, task_name, tag_type, tag,
+                                   tag_metadata, metadata_digest, status, created_at, created_by)
+            select organization_id, uuidv7(), flow_execution_id, 'task-' || number %% 10,
+                   'review_status', 'p' || number, %s::json, %s, 'active', now(), 'bench'
+              from generate_series(1, %s) as number, flow_executions
+            """,
+            [(text or b"").decode(), digest, each],
+        )
+        connection.execute("vacuum (analyze)")
+        connection.execute("checkpoint")
+
+
+def _all() -> list[tuple[int, int]]:
+    return [(of, number) for of in range(ORGANIZATIONS) for number in range(EXECUTIONS)]

@@ -1,0 +1,68 @@
+"""The product as a contender: its own workers, beat, and a TagProducer for each organization."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from uuid import UUID
+
+from producers.client import TagProducer
+from producers.messages import TagBatch
+from tests.bench.contenders import OURS, Contender, Item, Setting
+from worker.stack import BEAT, WORKER, command
+
+CHUNK = 100
+"""So many batches of an organization are enqueued before those of the next one."""
+ROOM_SECONDS = 60.0
+
+
+def commands(setting: Setting) -> list[list[str]]:
+    workers = [
+        [*command(WORKER), "-n", f"worker-{number}@%h"]
+        for number in range(int(setting["processes"]))
+    ]
+    return [*workers, command(BEAT)]
+
+
+class Producers:
+    """One producer for each organization, as each would have its own."""
+
+    def __init__(self) -> None:
+        self._producers: dict[UUID, TagProducer] = {}
+
+    def send(self, items: Sequence[Item]) -> None:
+        grouped: dict[UUID, list[TagBatch]] = {}
+        for item in items:
+            self._producer(item)
+            grouped.setdefault(item.organization_id, []).append(item.batch)
+        longest = max(len(batches) for batches in grouped.values())
+        for start in range(0, longest, CHUNK):
+            for organization_id, batches in grouped.items():
+                if chunk := batches[start : start + CHUNK]:
+                    self._producers[organization_id].enqueue_many(chunk, block=ROOM_SECONDS)
+
+    def send_one(self, item: Item) -> None:
+        self._producer(item).enqueue(item.batch)
+
+    def close(self) -> None:
+        for producer in self._producers.values():
+            producer.close()
+
+    def _producer(self, item: Item) -> TagProducer:
+        producer = self._producers.get(item.organization_id)
+        if producer is None:
+            producer = self._producers[item.organization_id] = TagProducer(
+                redis_url=os.environ["TASK_TAGS_REDIS_URL"],
+                organization_id=item.organization_id,
+                token=item.token,
+            )
+        return producer
+
+
+CONTENDER = Contender(
+    name=OURS,
+    settings=[{"processes": 2}, {"processes": 1}, {"processes": 3}],
+    commands=commands,
+    sender=Producers,
+    ours=True,
+)

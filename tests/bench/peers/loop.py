@@ -1,0 +1,58 @@
+"""Runs the asyncio producers of peers in the calling thread, from one synchronous call to the next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
+
+import uvloop
+
+from tests.bench.contenders import Item
+
+CHUNK = 100
+"""So many messages are in one pipeline or statement."""
+AT_ONCE = 16
+"""So many calls are on their way at once, each on a connection; with more, both arq and taskiq are slower."""
+
+Value = TypeVar("Value")
+
+
+class Loop:
+    """An event loop that runs while it is called."""
+
+    def __init__(self) -> None:
+        self._loop = uvloop.new_event_loop()
+        self._held: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
+
+    def run(self, coroutine: Coroutine[Any, Any, Value]) -> Value:
+        return self._loop.run_until_complete(coroutine)
+
+    def hold(self, context: AbstractAsyncContextManager[Any]) -> None:
+        """Enter a context, in a task of its own, until this is closed."""
+        entered = self._loop.create_future()
+
+        async def hold() -> None:
+            async with context:
+                entered.set_result(None)
+                await self._stop.wait()
+
+        self._held = self._loop.create_task(hold())
+        self._loop.run_until_complete(
+            asyncio.wait([self._held, entered], return_when="FIRST_COMPLETED")
+        )
+        if self._held.done():
+            self._held.result()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._held is not None:
+            self._loop.run_until_complete(self._held)
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+
+def chunks(items: Sequence[Item], size: int = CHUNK) -> Iterator[Sequence[Item]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,74 @@
+"""taskiq on a Redis stream: a synchronous task, which its receiver runs in a thread pool; uvloop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from taskiq_redis import RedisStreamBroker
+
+from tests.bench.contenders import Contender, Item, Setting, python
+from tests.bench.job import apply_batch
+from tests.bench.peers.loop import AT_ONCE, Loop, chunks
+
+
+def apply(message: str, token: str, organization_id: str) -> None:
+    apply_batch(message.encode(), token, UUID(organization_id))
+
+
+def make_broker() -> Any:
+    fetched = int(os.environ.get("BENCH_FETCH", "100"))
+    made: Any = RedisStreamBroker(url=os.environ["TASK_TAGS_REDIS_URL"], xread_count=fetched)
+    made.register_task(apply, task_name="apply")
+    return made
+
+
+broker = make_broker()
+
+
+def commands(setting: Setting) -> list[list[str]]:
+    options = ["--workers", setting["processes"], "--max-threadpool-threads", setting["threads"]]
+    options += ["--max-async-tasks", int(setting["threads"]) * 2, "--log-level", "WARNING"]
+    return [python("taskiq", "worker", "tests.bench.peers.taskiq_stream:broker", *options)]
+
+
+class Sender:
+    """`kiq`, many at once."""
+
+    def __init__(self) -> None:
+        self._loop = Loop()
+        self._broker = make_broker()
+        self._loop.run(self._broker.startup())
+        self._task = self._broker.find_task("apply")
+
+    def send(self, items: Sequence[Item]) -> None:
+        self._loop.run(self._send(items))
+
+    def send_one(self, item: Item) -> None:
+        self._loop.run(self._kick(item))
+
+    async def _send(self, items: Sequence[Item]) -> None:
+        for chunk in chunks(items, AT_ONCE):
+            await asyncio.gather(*(self._kick(item) for item in chunk))
+
+    async def _kick(self, item: Item) -> None:
+        await self._task.kiq(item.batch.encode().decode(), item.token, str(item.organization_id))
+
+    def close(self) -> None:
+        self._loop.run(self._broker.shutdown())
+        self._loop.close()
+
+
+CONTENDER = Contender(
+    name="taskiq",
+    settings=[
+        {"processes": 2, "threads": 8, "fetch": 100},
+        {"processes": 4, "threads": 4, "fetch": 100},
+        {"processes": 4, "threads": 4, "fetch": 20},
+    ],
+    commands=commands,
+    sender=Sender,
+)

@@ -1,0 +1,100 @@
+"""The servers of the benchmark: one embedded PostgreSQL and one Valkey for all contenders, a fresh database for each run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import psycopg
+from psycopg import sql
+from pydantic import SecretStr
+
+from producers.connect import open_redis
+from worker.authorize import SCOPES, mint
+from worker.embedded import Postgres, Valkey, exclusive, find_home, secret
+from worker.migrate import ROLES, migrate
+from worker.settings import Settings
+from worker.supervisor import Supervisor
+
+WORKER: Final = ROLES[0]
+ENDPOINT: Final = ROLES[1]
+EMPTY: Final = "empty"
+"""The database that every run's own is a copy of, unless it is told otherwise."""
+RUN: Final = "run"
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The running servers and what a process needs to use them."""
+
+    directory: Path
+    supervisor: Supervisor
+    postgres: Postgres
+    redis_url: str
+    passwords: dict[str, str]
+
+    def database_url(self, role: str | None = None, database: str = RUN) -> str:
+        """Return the URL of a database for a role; None is the owner, who sees through everything."""
+        if role is None:
+            return self.postgres.url(database=database)
+        return self.postgres.url(role, self.passwords[role], database)
+
+    def environment(self, role: str = WORKER) -> dict[str, str]:
+        """Return the settings of a process of the product, or of one that does the same job."""
+        return {
+            "TASK_TAGS_REDIS_URL": self.redis_url,
+            "TASK_TAGS_DATABASE_URL": self.database_url(role),
+            "TASK_TAGS_JWT_SECRET": secret(self.directory, "jwt"),
+        }
+
+    def token(self, organization_id: UUID) -> str:
+        settings = Settings.model_construct(jwt_secret=SecretStr(secret(self.directory, "jwt")))
+        return mint(
+            settings,
+            organization_id=organization_id,
+            actor="bench",
+            scopes=SCOPES,
+            lifetime=timedelta(hours=3),
+        )
+
+    def fresh(self, template: str = EMPTY) -> None:
+        """Forget all that is in Redis, and make the database of the next run: a copy of `template`."""
+        self.copy(template, RUN)
+        with open_redis(self.redis_url) as redis:
+            redis.flushall()
+
+    def copy(self, template: str, database: str) -> None:
+        """Make a database as a copy of another one, in place of the one that was there."""
+        with self.owner("postgres") as connection:
+            name, source = sql.Identifier(database), sql.Identifier(template)
+            connection.execute(sql.SQL("drop database if exists {} with (force)").format(name))
+            connection.execute(sql.SQL("create database {} template {}").format(name, source))
+            connection.execute("checkpoint")  # what was before is not to be paid for in the run
+
+    def owner(self, database: str = RUN) -> psycopg.Connection:
+        """Connect as the owner of everything."""
+        return psycopg.connect(self.database_url(database=database), autocommit=True)
+
+
+@contextmanager
+def servers() -> Iterator[Servers]:
+    """Start PostgreSQL and Valkey with the settings of the local stack, on a directory of their own."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        with exclusive(directory), Supervisor(directory / "logs") as supervisor:
+            home = find_home(directory)
+            valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
+            supervisor.start(valkey.child(), postgres.child())
+            postgres.create_database(EMPTY)
+            passwords = {role: secret(directory, role) for role in ROLES}
+            migrate(postgres.url(database=EMPTY), passwords)
+            opened = Servers(directory, supervisor, postgres, valkey.url, passwords)
+            opened.fresh()
+            yield opened
