@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test faults fairness soak measure bench check format lock clean
+.PHONY: help run demo test faults fairness soak bench check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,9 +27,6 @@ fairness: .venv/ready  ## Measure how long one organization waits while another 
 
 soak: .venv/ready  ## Run BATCHES=1000000 through one worker; its memory must not grow
 	$(BIN)/python -m tests.soak --batches $(or $(BATCHES),1000000)
-
-measure: .venv/ready  ## Measure latency, throughput and memory of the whole path on this machine
-	$(BIN)/python -m tests.measure
 
 bench: .venv/bench  ## Compare with other queues and the limits of this machine; writes docs/bench.md; SMOKE=1
 	$(BIN)/python -m tests.bench $(if $(SMOKE),--smoke)

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, add, inbox_key
-from tests.measure import make_batches, stack_of_its_own, tokens
+from tests.own_stack import make_batches, stack_of_its_own, tokens
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import httpx
 
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, add
-from tests.measure import stack_of_its_own
+from tests.own_stack import stack_of_its_own
 from tests.waiting import eventually
 from worker.stack import Stack
 

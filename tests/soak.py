@@ -17,7 +17,7 @@ import psycopg
 
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, Uuid7, add, inbox_key, remove
-from tests.measure import stack_of_its_own, tokens
+from tests.own_stack import stack_of_its_own, tokens
 from tests.waiting import eventually
 from worker.embedded import Postgres, find_home, secret
 from worker.stack import DATABASE, Stack

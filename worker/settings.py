@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     """How long a drain may be silent before another one may be sent for its inbox."""
     retention_days: float = Field(30, gt=0)
     """How long a batch's result is stored: within this time the same batch never takes effect twice."""
-    endpoint_connections: int = Field(8, ge=1, le=1000)
+    endpoint_connections: int = Field(4, ge=1, le=1000)
     """Database connections of one endpoint process."""
     log_level: str = "INFO"
 

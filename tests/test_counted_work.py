@@ -1,0 +1,85 @@
+"""Counted, not timed: how much work a drain is does not depend on how much it applies (design, section 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+import pytest
+from redis import Redis
+
+from producers.messages import TagBatch, add, remove
+from tests.tenant import EXECUTION, Tenant
+
+Work = tuple[list[str], list[str]]
+
+
+def batches(count: int, operations: int, name: str) -> list[TagBatch]:
+    return [
+        TagBatch(
+            tags=[add(EXECUTION, f"{i}", name, f"{number}", {"i": i}) for i in range(operations)]
+        )
+        for number in range(count)
+    ]
+
+
+def removals(of: list[TagBatch]) -> list[TagBatch]:
+    return [
+        TagBatch(
+            tags=[remove(EXECUTION, each.task_name, each.tag_type, each.tag) for each in batch.tags]
+        )
+        for batch in of
+    ]
+
+
+@pytest.fixture
+def counted(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Drain what is sent; return the SQL statements, and the Redis calls, which are a round trip each."""
+    statements: list[str] = []
+    calls: list[str] = []
+    execute, call = psycopg.Cursor.execute, Redis.execute_command
+
+    def execute_counted(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+        statements.append(str(query))
+        return execute(self, query, *arguments, **options)
+
+    def call_counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(str(arguments[0]))
+        return call(self, *arguments, **options)
+
+    def drain(messages: list[TagBatch]) -> Work:
+        tenant.send(*messages)
+        with monkeypatch.context() as patch:
+            patch.setattr(psycopg.Cursor, "execute", execute_counted)
+            patch.setattr(Redis, "execute_command", call_counted)
+            statements.clear()
+            calls.clear()
+            # Only the drain itself: the fixture listens to what is published.
+            assert Tenant.drain(tenant, group_size=1000) == len(messages)
+            return statements[:], calls[:]
+
+    return drain
+
+
+def test_a_drain_is_the_same_work_for_one_operation_and_for_a_thousand(counted: Any) -> None:
+    """Eight statements, in two pieces, and two Redis calls, however many batches and operations there are."""
+    sizes = [(1, 1), (1, 100), (50, 1), (100, 10)]
+    adding = [counted(batches(*size, name=f"{size}")) for size in sizes]
+    for statements, calls in adding:
+        assert statements == adding[0][0]
+        assert calls == ["EVALSHA", "EVALSHA"]
+    assert len(adding[0][0]) == 8
+    removing = [counted(removals(batches(*size, name=f"{size}"))) for size in sizes]
+    for statements, calls in removing:
+        assert statements == removing[0][0]
+        assert calls == ["EVALSHA", "EVALSHA"]
+    assert len(removing[0][0]) == 8
+
+
+def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:
+    """A repeated group costs the look-ups, and no more for more of them."""
+    sent = batches(60, 2, name="again")
+    counted(sent)
+    (one, _), (many, _) = counted(sent[:1]), counted(sent)
+    assert one == many
+    assert len(one) == 4
