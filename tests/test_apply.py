@@ -143,6 +143,22 @@ def test_entries_that_are_no_messages_at_all_are_kept_out_of_the_way(tenant: Ten
     assert all(len(fields[b"message"]) <= 1024 * 1024 for fields in kept)
 
 
+def test_a_group_of_the_largest_size_is_applied(tenant: Tenant) -> None:
+    """A hundred batches of a hundred operations: far more, in one transaction, than a socket takes at once."""
+    batches = [
+        TagBatch(
+            tags=[add(EXECUTION, "task", f"type {i}", f"{number}", "x" * 500) for i in range(100)]
+        )
+        for number in range(100)
+    ]
+    tenant.send(*batches)
+    assert tenant.drain() == 100
+    assert tenant.outcomes() == [["added"] * 100] * 100
+    tenant.send(*batches)
+    assert tenant.drain() == 100
+    assert tenant.outcomes()[100:] == [["added"] * 100] * 100
+
+
 def test_a_batch_that_comes_again_is_answered_again_and_changes_nothing(tenant: Tenant) -> None:
     """Fifty copies in one inbox: one effect, fifty equal answers, and the event is published again."""
     batch = tagging("a")

@@ -37,7 +37,8 @@ def counted(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Drain what is sent; return the SQL statements, and the Redis calls, which are a round trip each."""
     statements: list[str] = []
     calls: list[str] = []
-    execute, call = psycopg.Cursor.execute, Redis.execute_command
+    execute: Any = psycopg.Cursor.execute
+    call: Any = Redis.execute_command
 
     def execute_counted(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
         statements.append(str(query))
@@ -62,18 +63,18 @@ def counted(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_drain_is_the_same_work_for_one_operation_and_for_a_thousand(counted: Any) -> None:
-    """Eight statements, in two pieces, and two Redis calls, however many batches and operations there are."""
+    """Eight statements and the commit, in two pieces, and two Redis calls, however many batches and operations there are."""
     sizes = [(1, 1), (1, 100), (50, 1), (100, 10)]
     adding = [counted(batches(*size, name=f"{size}")) for size in sizes]
     for statements, calls in adding:
         assert statements == adding[0][0]
         assert calls == ["EVALSHA", "EVALSHA"]
-    assert len(adding[0][0]) == 8
+    assert len(adding[0][0]) == 9
     removing = [counted(removals(batches(*size, name=f"{size}"))) for size in sizes]
     for statements, calls in removing:
         assert statements == removing[0][0]
         assert calls == ["EVALSHA", "EVALSHA"]
-    assert len(removing[0][0]) == 8
+    assert len(removing[0][0]) == 9
 
 
 def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:
@@ -82,4 +83,4 @@ def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:
     counted(sent)
     (one, _), (many, _) = counted(sent[:1]), counted(sent)
     assert one == many
-    assert len(one) == 4
+    assert len(one) == 5
