@@ -27,6 +27,7 @@ from rich.table import Table
 
 from producers.client import TagProducer
 from producers.errors import InboxFull, Misconfigured, NoResult, TaskTagsError, Unavailable
+from producers.feed import endpoint, reason
 from producers.messages import (
     ChangeEvent,
     InvalidMessage,
@@ -141,16 +142,11 @@ def list_tags(
     """Read the active tags of a flow execution from the endpoint."""
     settings = load_settings()
     query = {"flow_execution_id": str(execution), **({"task_name": task} if task else {})}
-    response = httpx.get(
-        f"{settings.endpoint_url}/task-tags",
-        params=query,
-        headers={"Authorization": f"Bearer {settings.required_token}"},
-        timeout=10,
-        trust_env=httpx.URL(settings.endpoint_url).host not in ("localhost", "127.0.0.1", "::1"),
-    )
+    with endpoint(settings.endpoint_url, settings.required_token) as client:
+        response = client.get("/task-tags", params=query)
     if response.status_code != 200:
         code = UNAVAILABLE if response.status_code >= 500 else REFUSED
-        fail(code, _reason(response))
+        fail(code, reason(response))
     tags: list[dict[str, Any]] = response.json()
     if as_json:
         for tag in tags:
@@ -161,11 +157,20 @@ def list_tags(
 
 @app.command()
 def watch(
-    execution: Annotated[UUID, typer.Argument(help="The flow execution.")], as_json: AsJson = False
+    execution: Annotated[UUID, typer.Argument(help="The flow execution.")],
+    after: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="REVISION",
+            help="All changes after this revision, without a gap: what is missed is read from the endpoint.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print the changes of a flow execution as they are published, until interrupted."""
     with Subscriber() as subscriber:
-        for event in subscriber.changes(execution):
+        for event in subscriber.changes(execution, after):
             if as_json:
                 _print_json(json.loads(event.encode()))
             else:
@@ -308,12 +313,3 @@ def _finish(message: Message, future: Future[ResultRecord], timeout: float, as_j
         return NO_RESULT
     _print_record(record, as_json)
     return REFUSED if record.error is not None else 0
-
-
-def _reason(response: httpx.Response) -> str:
-    try:
-        error = response.json()["error"]
-        details = "; ".join(f"{each['field']}: {each['message']}" for each in error["details"])
-        return f"{error['message']}{f' ({details})' if details else ''}"
-    except (ValueError, LookupError, TypeError):
-        return f"the endpoint answered {response.status_code}"

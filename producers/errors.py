@@ -40,6 +40,14 @@ class InboxFull(TaskTagsError):
         self.unsent = list(unsent)
 
 
+class ChangesGone(TaskTagsError):
+    """Changes after this revision were purged. Read the tags anew, and follow from the revision that they have."""
+
+
+class ChangesRefused(TaskTagsError):
+    """The endpoint refused to give changes: the token, the execution or the revision is wrong, as it says."""
+
+
 class NoResult(TaskTagsError):
     """No result came in time. The batch may still take effect: call `apply` with the same batch again."""
 

@@ -1,7 +1,7 @@
 """Results and changes as they are published, across lost connections (design, sections 1 and 4).
 
 Pub/sub keeps nothing for who is away. A lost result is asked for by enqueuing the same batch again (which
-`TagProducer.apply` does); a lost change shows as a gap in the revisions.
+`TagProducer.apply` does); lost changes are read from the endpoint, for who asks for all (producers/feed.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 from uuid import UUID
 
 from pydantic import ValidationError
@@ -22,6 +22,7 @@ from redis.exceptions import ConnectionError, RedisError
 
 from producers.connect import open_redis
 from producers.errors import Unavailable
+from producers.feed import Feed, endpoint, fetch_from
 from producers.messages import ChangeEvent, ResultRecord, changes_channel, results_channel
 from producers.settings import ProducerSettings, load_settings
 
@@ -101,11 +102,20 @@ class Subscriber:
     """
 
     def __init__(
-        self, *, redis_url: str | None = None, organization_id: UUID | str | None = None
+        self,
+        *,
+        redis_url: str | None = None,
+        organization_id: UUID | str | None = None,
+        endpoint_url: str | None = None,
+        token: str | None = None,
     ) -> None:
         settings: ProducerSettings = load_settings(
-            redis_url=redis_url, organization_id=organization_id
+            redis_url=redis_url,
+            organization_id=organization_id,
+            endpoint_url=endpoint_url,
+            token=token,
         )
+        self._settings = settings
         self._organization_id = settings.required_organization_id
         self._redis = open_redis(settings.redis_url.get_secret_value())
         self._stop = threading.Event()
@@ -115,22 +125,30 @@ class Subscriber:
 
         Raises `Unavailable` if Redis can't be reached at the start; later it is waited for.
         """
-        return self._read(results_channel(self._organization_id, reply_to), ResultRecord)
+        return self._now(self._results(reply_to, self._stop))
 
-    def changes(self, flow_execution_id: UUID) -> Iterator[ChangeEvent]:
+    def changes(self, flow_execution_id: UUID, after: int | None = None) -> Iterator[ChangeEvent]:
         """Yield the change events of an execution, for ever; a gap in `revision` is a lost one.
 
-        Raises `Unavailable` if Redis can't be reached at the start; later it is waited for.
+        With `after`, a revision, all events after that one are yielded, in order, without a gap or a repetition:
+        what is not heard is read from the endpoint, with the token.
+
+        Raises `Unavailable` if Redis, or the endpoint, can't be reached at the start; later they are waited for. With
+        `after` also `Misconfigured`, `ChangesGone` and `ChangesRefused`.
         """
-        return self._read(changes_channel(self._organization_id, flow_execution_id), ChangeEvent)
+        return self._now(self._changes(flow_execution_id, after, self._stop))
 
     def aresults(self, reply_to: str) -> AsyncIterator[ResultRecord]:
         """As `results`, for asyncio."""
-        return self._aread(results_channel(self._organization_id, reply_to), ResultRecord)
+        stop = threading.Event()
+        return self._later(self._results(reply_to, stop), stop)
 
-    def achanges(self, flow_execution_id: UUID) -> AsyncIterator[ChangeEvent]:
+    def achanges(
+        self, flow_execution_id: UUID, after: int | None = None
+    ) -> AsyncIterator[ChangeEvent]:
         """As `changes`, for asyncio."""
-        return self._aread(changes_channel(self._organization_id, flow_execution_id), ChangeEvent)
+        stop = threading.Event()
+        return self._later(self._changes(flow_execution_id, after, stop), stop)
 
     def close(self) -> None:
         """End all iterations, each within half a second."""
@@ -144,24 +162,52 @@ class Subscriber:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, channel: str, model: type[Report]) -> Iterator[Report]:
+    def _results(self, reply_to: str, stop: threading.Event) -> Iterator[ResultRecord | None]:
+        """Yield results; None now and then, so that whoever iterates can look up."""
+        channel = results_channel(self._organization_id, reply_to)
+        for heard in listen(self._redis, [channel], stop):
+            yield _parsed(heard, ResultRecord)
+
+    def _changes(
+        self, flow_execution_id: UUID, after: int | None, stop: threading.Event
+    ) -> Iterator[ChangeEvent | None]:
+        channel = changes_channel(self._organization_id, flow_execution_id)
+        if after is None:
+            for heard in listen(self._redis, [channel], stop):
+                yield _parsed(heard, ChangeEvent)
+            return
+        with endpoint(self._settings.endpoint_url, self._settings.required_token) as client:
+            feed = Feed(fetch_from(client, flow_execution_id), after)
+            for heard in listen(self._redis, [channel], stop):
+                if heard is Signal.SUBSCRIBED:
+                    yield from feed.begin()
+                elif (event := _parsed(heard, ChangeEvent)) is not None:
+                    yield from feed.hear(event)
+                else:
+                    yield from feed.wait()
+                yield None
+
+    def _now(self, reports: Iterator[Report | None]) -> Iterator[Report]:
         self._reach()
-        for heard in listen(self._redis, [channel], self._stop):
-            if (report := _parsed(heard, model)) is not None:
+        for report in reports:
+            if report is not None:
                 yield report
 
-    async def _aread(self, channel: str, model: type[Report]) -> AsyncIterator[Report]:
-        """Listen in a thread of its own; one that is given up ends at its next tick."""
+    async def _later(
+        self, reports: Iterator[Report | None], stop: threading.Event
+    ) -> AsyncIterator[Report]:
+        """Iterate in a thread of its own; one that is given up ends at its next tick."""
         loop = asyncio.get_running_loop()
         executor = ThreadPoolExecutor(1, thread_name_prefix="task-tags")
-        stop = threading.Event()
-        heard = listen(self._redis, [channel], stop)
+        ended = object()
         try:
             await loop.run_in_executor(executor, self._reach)
             while not self._stop.is_set():
-                payload = await loop.run_in_executor(executor, next, heard)
-                if (report := _parsed(payload, model)) is not None:
-                    yield report
+                report = await loop.run_in_executor(executor, next, reports, ended)
+                if report is ended:
+                    return
+                if report is not None:
+                    yield cast(Report, report)
         finally:
             stop.set()
             executor.shutdown(wait=False)

@@ -264,18 +264,22 @@ def test_two_drains_of_one_organization_take_turns(store: Store, servers: Server
 def test_purging_forgets_old_results_of_that_organization_alone(
     servers: Servers, store: Store, organization: UUID
 ) -> None:
-    """The retention bounds tag_batches; tags and change events stay."""
+    """The retention bounds tag_batches; tags and change events stay, unless their own retention is over."""
     execution = uuid4()
     batch = TagBatch(tags=[add(execution, "a", "t", "x")])
     foreign = uuid4()
     for each in (organization, foreign):
         applied(store, each, registration(execution), batch)
-    assert store.purge(organization, timedelta(hours=1)) == 0
-    eventually(lambda: store.purge(organization, timedelta(0)) == 2)
+    assert store.purge_results(organization, timedelta(hours=1)) == 0
+    eventually(lambda: store.purge_results(organization, timedelta(0)) == 2)
     assert not load(store, organization, batch).batches
     assert load(store, foreign, batch).batches
     with as_role(servers.worker_url, organization) as connection:
         assert (count(connection, "task_tags"), count(connection, "tag_changes")) == (1, 1)
+    assert store.purge_changes(organization, timedelta(hours=1)) == 0
+    eventually(lambda: store.purge_changes(organization, timedelta(0)) == 1)
+    with as_role(servers.worker_url, foreign) as connection:
+        assert count(connection, "tag_changes") == 1
 
 
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

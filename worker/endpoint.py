@@ -11,14 +11,15 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 from uuid import UUID, uuid4
 
 import psycopg
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from redis import asyncio as async_redis
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
@@ -28,7 +29,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.routing import request_response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from producers.messages import Detail, Id, ResultRecord, Tag, TaskName
+from producers.messages import ChangeEvent, Detail, Id, ResultRecord, Tag, TaskName
 from worker.authorize import READ, Authorizer, Grant, KeysUnavailable, Unauthorized
 from worker.http import MAX_BODY_BYTES, error_body
 from worker.reader import Reader
@@ -67,6 +68,7 @@ class ErrorAnswer(BaseModel):
 
 
 UNAVAILABLE: Final = Problem(503, "unavailable", "the database does not answer; try again later")
+GONE: Final = Problem(410, "gone", "older changes were purged; read the tags, and go on from there")
 NOT_FOUND: Final = Problem(404, "not_found", "there is no such thing here")
 
 
@@ -108,6 +110,9 @@ _PARAMETER_WORDS: Final = {
     "string_too_short": "must not be empty",
     "string_too_long": "is too long",
     "string_pattern_mismatch": "must not contain U+0000",
+    "number": "must be a whole number",
+    "greater_than_equal": "is too small",
+    "less_than_equal": "is too large",
 }
 
 
@@ -201,6 +206,28 @@ class TagsQuery(BaseModel):
     task_name: TaskName | None = Field(None, description="Only the tags of this task.")
 
 
+def _digits(value: Any) -> Any:
+    """Take a number as its digits alone; "+1", " 1" and "1_0" would be numbers too."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
+        return int(value)
+    raise PydanticCustomError("number", "must be a whole number")
+
+
+class ChangesQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    flow_execution_id: Id = Field(description="The flow execution whose changes are read.")
+    after: Annotated[int, BeforeValidator(_digits)] = Field(
+        0, ge=0, description="The revision after which they are read."
+    )
+    limit: Annotated[int, BeforeValidator(_digits)] = Field(
+        100,
+        ge=1,
+        le=1000,
+        description="The most events in one answer, which also ends after 1 MiB.",
+    )
+
+
 class NoQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -227,6 +254,15 @@ _TAG: Final = {
     "created_by": "ada",
     "updated_at": None,
     "modified_by": None,
+}
+_EVENT: Final = {
+    "organization_id": "01970000-0000-7000-8000-0000000000a0",
+    "flow_execution_id": _EXECUTION,
+    "revision": 42,
+    "batch_id": "01970000-0000-7000-8000-00000000b001",
+    "changed_by": "ada",
+    "changed_at": "2026-01-01T12:00:00.000000Z",
+    "changes": [{"change": "added", "tag": _TAG}],
 }
 _RECORD: Final = {
     "batch_id": "01970000-0000-7000-8000-00000000b001",
@@ -315,6 +351,37 @@ async def read_tags(request: Request) -> Response:
     if tags is None:
         return Response(status_code=304, headers=headers)
     return Response(tags, headers=headers, media_type="application/json")
+
+
+@router.get(
+    "/task-tags/changes",
+    summary="Read the stored change events of a flow execution",
+    response_model=list[ChangeEvent],
+    responses={
+        200: {
+            "description": "The events after a revision, in order; none if there are no more.",
+            "content": {"application/json": {"example": [_EVENT]}},
+        },
+        **_ERRORS,
+        410: _error("gone", GONE.message),
+    },
+    openapi_extra=_documented(ChangesQuery),
+)
+async def read_changes(request: Request) -> Response:
+    """Who changed what, when, and in which batch: what was published, as it was published."""
+    grant = await _grant(request)
+    query = _parameters(request, ChangesQuery)
+    found = await _reader(request).changes(
+        grant.organization_id, query.flow_execution_id, query.after, query.limit
+    )
+    if found is None:
+        raise NOT_FOUND
+    if query.after > found.revision:
+        detail = Detail(field="after", message=f"is beyond the last revision, {found.revision}")
+        raise Problem(400, "bad_request", _WRONG_PARAMETER, [detail])
+    if query.after < found.revision and found.first != query.after + 1:
+        raise GONE
+    return Response(found.events, media_type="application/json")
 
 
 @router.get(
@@ -475,8 +542,9 @@ def create_app(settings: Settings) -> ASGIApp:
                 if path.startswith("/task-tags"):
                     operation["security"] = [{"bearer": []}]
         # FastAPI leaves nulls out of examples, and a tag has two.
-        read = described["paths"]["/task-tags"]["get"]["responses"]["200"]
-        read["content"]["application/json"]["example"] = [_TAG]
+        for path, example in (("/task-tags", _TAG), ("/task-tags/changes", _EVENT)):
+            read = described["paths"][path]["get"]["responses"]["200"]
+            read["content"]["application/json"]["example"] = [example]
         scheme = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
         described.setdefault("components", {})["securitySchemes"] = {"bearer": scheme}
         for unused in ("HTTPValidationError", "ValidationError"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -41,6 +41,23 @@ READ_TAGS: Final = """
      where e.organization_id = $1 and e.flow_execution_id = $2
 """
 
+# $1 organization, $2 flow execution, $3 revision, $4 most events: those after the revision, up to a mebibyte of them, and
+# the revision of the first.
+_READ_CHANGES: Final = """
+    select e.revision, found.first, found.events
+      from flow_executions e
+     cross join lateral (
+           select min(revision) as first,
+                  coalesce('[' || string_agg(event, ',' order by revision) || ']', '[]') as events
+             from (select revision, event, row_number() over w as place, sum(length(event)) over w as characters
+                     from (select revision, event::text as event from tag_changes
+                            where organization_id = $1 and flow_execution_id = $2 and revision > $3
+                            order by revision limit $4) as page
+                   window w as (order by revision)) as counted
+            where place = 1 or characters <= 1048576) as found
+     where e.organization_id = $1 and e.flow_execution_id = $2
+"""
+
 _READ_RECORD: Final = """
     select result_record::text from tag_batches where organization_id = $1 and batch_id = $2
 """
@@ -48,8 +65,21 @@ _READ_RECORD: Final = """
 _PREPARED: Final = {
     "scope (text)": SCOPE,
     "tags (uuid, uuid, text, bigint[])": READ_TAGS,
+    "changes (uuid, uuid, bigint, bigint)": _READ_CHANGES,
     "record (uuid, uuid)": _READ_RECORD,
 }
+
+
+class Changes(NamedTuple):
+    """Stored change events of an execution after some revision."""
+
+    revision: int
+    """The execution's last."""
+    first: int | None
+    """The revision of the first of the events; None if there are none."""
+    events: bytes
+    """A JSON array."""
+
 
 Row = tuple[bytes | None, ...]
 """The columns of a row in PostgreSQL's binary format."""
@@ -82,7 +112,20 @@ class Reader:
         found = await self._ask(organization_id, b"tags", parameters)
         if found is None or found[0] is None:
             return None
-        return int.from_bytes(found[0], signed=True), found[1]
+        return _integer(found[0]), found[1]
+
+    async def changes(
+        self, organization_id: UUID, flow_execution_id: UUID, after: int, limit: int
+    ) -> Changes | None:
+        """Return change events as they are stored, in order; None if there is no such execution."""
+        parameters = [flow_execution_id.bytes, _bigint(after), _bigint(limit)]
+        found = await self._ask(organization_id, b"changes", parameters)
+        if found is None:
+            return None
+        revision, first, events = found
+        return Changes(
+            _integer(revision), None if first is None else _integer(first), events or b"[]"
+        )
 
     async def record(self, organization_id: UUID, batch_id: UUID) -> bytes | None:
         """Return the stored result record as JSON; None while it is unknown."""
@@ -226,6 +269,14 @@ class _Line:
                 answer.set_result(row)
         elif result.status != pq.ExecStatus.PIPELINE_ABORTED:
             self._error = _error(result)
+
+
+def _bigint(value: int) -> bytes:
+    return value.to_bytes(8, signed=True)
+
+
+def _integer(binary: bytes | None) -> int:
+    return int.from_bytes(binary or b"", signed=True)
 
 
 def _error(result: pq.abc.PGresult) -> psycopg.Error:

@@ -55,6 +55,8 @@ class Settings(BaseSettings):
     """How long a drain may be silent before another one may be sent for its inbox."""
     retention_days: float = Field(30, gt=0)
     """How long a batch's result is stored: within this time the same batch never takes effect twice."""
+    changes_retention_days: float | None = Field(None, gt=0)
+    """How long a change event is stored; for ever if unset."""
     endpoint_connections: int = Field(4, ge=1, le=1000)
     """Database connections of one endpoint process."""
     log_level: str = "INFO"
@@ -96,6 +98,11 @@ class Settings(BaseSettings):
     @property
     def retention(self) -> timedelta:
         return timedelta(days=self.retention_days)
+
+    @property
+    def changes_retention(self) -> timedelta | None:
+        days = self.changes_retention_days
+        return None if days is None else timedelta(days=days)
 
 
 def load_settings() -> Settings:

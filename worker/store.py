@@ -140,18 +140,28 @@ _SAVE_ADDED_AND_REMOVED: Final = """
 """
 
 _SAVE_CHANGES: Final = """
-    insert into tag_changes (organization_id, flow_execution_id, revision, batch_id, event)
-    select %(organization_id)s, flow_execution_id, revision, batch_id, event::json
+    insert into tag_changes (organization_id, flow_execution_id, revision, batch_id, event, changed_at)
+    select %(organization_id)s, flow_execution_id, revision, batch_id, event::json, %(now)s
       from unnest(%(flow_execution_ids)s, %(revisions)s, %(batch_ids)s, %(events)s)
            as c (flow_execution_id, revision, batch_id, event)
 """
 
-_PURGE: Final = """
+_PURGE_RESULTS: Final = """
     delete from tag_batches where organization_id = %(organization_id)s and batch_id in (
         select batch_id from tag_batches
          where organization_id = %(organization_id)s
            and applied_at < clock_timestamp() - %(age)s::interval
          order by applied_at limit 10000)
+"""
+
+# The time never runs back within an execution, so what stays is what came last, without gaps.
+_PURGE_CHANGES: Final = """
+    delete from tag_changes where organization_id = %(organization_id)s
+       and (flow_execution_id, revision) in (
+        select flow_execution_id, revision from tag_changes
+         where organization_id = %(organization_id)s
+           and changed_at < clock_timestamp() - %(age)s::interval
+         order by changed_at, flow_execution_id, revision limit 10000)
 """
 
 _FORGET_FAILURE: Final = """
@@ -234,16 +244,25 @@ class Store:
         """
         with self._connection() as connection, connection.pipeline():
             yield Transaction(connection, organization_id)
-            connection.execute("commit")  # not commit(): see _connection
+            connection.commit()
 
-    def purge(self, organization_id: UUID, age: timedelta) -> int:
-        """Forget stored results that are older than `age`; return how many. Deletes 10,000 at a time."""
+    def purge_results(self, organization_id: UUID, age: timedelta) -> int:
+        """Forget stored results that are older than `age`; return how many."""
+        return self._purge(_PURGE_RESULTS, organization_id, age)
+
+    def purge_changes(self, organization_id: UUID, age: timedelta) -> int:
+        """Forget stored change events that are older than `age`; return how many."""
+        return self._purge(_PURGE_CHANGES, organization_id, age)
+
+    def _purge(self, statement: LiteralString, organization_id: UUID, age: timedelta) -> int:
+        """Delete 10,000 rows at a time, so that nobody waits for long."""
+        parameters = {"organization_id": organization_id, "age": age}
         purged = 0
         while True:
             with self._connection() as connection, connection.pipeline():
                 connection.execute(_SCOPE, {"organization_id": organization_id})
-                found = connection.execute(_PURGE, {"organization_id": organization_id, "age": age})
-                connection.execute("commit")
+                found = connection.execute(statement, parameters)
+                connection.commit()
             purged += found.rowcount
             if found.rowcount < 10_000:
                 return purged
@@ -262,11 +281,7 @@ class Store:
 
     @contextmanager
     def _connection(self) -> Iterator[psycopg.Connection]:
-        """Lend the connection as psycopg's own: SQLAlchemy knows no pipelines. One that broke is made anew.
-
-        In a pipeline, `commit` waits for the answer while part of what was sent may still be in libpq's buffer, and then
-        for ever, if that is more than the socket takes at once. The end of the pipeline sends it all before it waits.
-        """
+        """Lend the connection as psycopg's own: SQLAlchemy knows no pipelines. One that broke is made anew."""
         lent = self._engine.raw_connection()
         connection = cast(psycopg.Connection, lent.driver_connection)
         try:

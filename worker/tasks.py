@@ -74,13 +74,14 @@ def wake() -> None:
 
 @app.task(name=PURGE_TASK)
 def purge() -> None:
-    """Forget results older than the retention. Organizations are those that have an inbox."""
+    """Forget results and changes older than their retention. Organizations are those that have an inbox."""
     tools = _tools()
-    purged = sum(
-        tools.store.purge(organization_id, settings.retention)
-        for organization_id in known_inboxes(tools.redis)
-    )
-    logger.info("purged stored results", extra={"batches": purged})
+    results = changes = 0
+    for organization_id in known_inboxes(tools.redis):
+        results += tools.store.purge_results(organization_id, settings.retention)
+        if settings.changes_retention is not None:
+            changes += tools.store.purge_changes(organization_id, settings.changes_retention)
+    logger.info("purged", extra={"results": results, "changes": changes})
 
 
 def _stopping() -> bool:

@@ -104,6 +104,7 @@ class ChangeRow(Base):
     revision: Mapped[int] = mapped_column(primary_key=True)
     batch_id: Mapped[UUID]
     event: Mapped[str] = mapped_column(JsonText)
+    changed_at: Mapped[datetime]
 
 
 # --- The service ---------------------------------------------------------------------------------
@@ -255,6 +256,7 @@ def _save(
             revision=change.revision,
             batch_id=change.batch_id,
             event=change.event.decode(),
+            changed_at=now,
         )
         for change in writes.changes
     )
