@@ -200,14 +200,13 @@ def test_the_endpoint_can_only_read(servers: Servers, statement: str) -> None:
     [
         "truncate tag_batches",
         "delete from task_tags",
-        "delete from tag_changes",
         "update tag_changes set revision = 1",
         "update tag_batches set digest = ''",
         "alter table task_tags owner to task_tags_worker",
     ],
 )
 def test_the_worker_can_not_rewrite_history(servers: Servers, statement: str) -> None:
-    """It can delete nothing but old results, and change neither results nor change events."""
+    """It can delete nothing but what has a retention, and change neither results nor change events."""
     with as_role(servers.worker_url, uuid4()) as connection:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(statement.encode())
