@@ -324,6 +324,7 @@ def test_the_document_is_valid_and_its_examples_fit(servers: Servers) -> None:
     assert set(document["paths"]) == {
         "/task-tags",
         "/task-tags/batches/{batch_id}",
+        "/task-tags/changes",
         "/healthz",
         "/readyz",
     }

@@ -244,7 +244,7 @@ class Store:
         """
         with self._connection() as connection, connection.pipeline():
             yield Transaction(connection, organization_id)
-            connection.commit()
+            connection.execute("commit")  # not commit(): see _connection
 
     def purge_results(self, organization_id: UUID, age: timedelta) -> int:
         """Forget stored results that are older than `age`; return how many."""
@@ -262,7 +262,7 @@ class Store:
             with self._connection() as connection, connection.pipeline():
                 connection.execute(_SCOPE, {"organization_id": organization_id})
                 found = connection.execute(statement, parameters)
-                connection.commit()
+                connection.execute("commit")
             purged += found.rowcount
             if found.rowcount < 10_000:
                 return purged
@@ -281,7 +281,11 @@ class Store:
 
     @contextmanager
     def _connection(self) -> Iterator[psycopg.Connection]:
-        """Lend the connection as psycopg's own: SQLAlchemy knows no pipelines. One that broke is made anew."""
+        """Lend the connection as psycopg's own: SQLAlchemy knows no pipelines. One that broke is made anew.
+
+        In a pipeline, `commit` waits for the answer while part of what was sent may still be in libpq's buffer, and then
+        for ever, if that is more than the socket takes at once. The end of the pipeline sends it all before it waits.
+        """
         lent = self._engine.raw_connection()
         connection = cast(psycopg.Connection, lent.driver_connection)
         try:
