@@ -17,7 +17,6 @@ from uuid import UUID, uuid4
 import httpx
 import psycopg
 import pytest
-from pydantic import SecretStr
 from redis import Redis
 
 from producers.client import TagProducer, registration
@@ -26,7 +25,7 @@ from tests.tenant import EXECUTION, Tenant, listening
 from worker.authorize import SCOPES, Authorizer, mint
 from worker.embedded import Postgres, find_home, secret
 from worker.settings import Settings
-from worker.stack import DATABASE, Stack, running
+from worker.stack import DATABASE, Stack, running, signing_settings
 from worker.store import Store
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -69,7 +68,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
             postgres.url(role, secret(directory, role), DATABASE)
             for role in ("task_tags_worker", "task_tags_endpoint")
         ]
-        settings = Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
+        settings = signing_settings(directory)
         yield Servers(stack, settings, postgres.url(database=DATABASE), *urls)
 
 

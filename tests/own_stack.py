@@ -9,13 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
 
-from pydantic import SecretStr
-
 from producers.messages import TagBatch, add
 from worker.authorize import SCOPES, mint
-from worker.embedded import secret
-from worker.settings import Settings
-from worker.stack import Stack, running
+from worker.stack import Stack, running, signing_settings
 
 
 @contextmanager
@@ -30,7 +26,7 @@ def stack_of_its_own(workers: int) -> Iterator[tuple[Path, Stack]]:
 
 def tokens(directory: Path) -> Callable[[UUID], str]:
     """Return what signs a token for any organization of the stack on a state directory."""
-    key = Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
+    key = signing_settings(directory)
     return lambda organization_id: mint(
         key,
         organization_id=organization_id,

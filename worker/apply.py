@@ -142,7 +142,8 @@ class Drain:
         for message in received:
             message.attempts += 1
         try:
-            outcomes = self._transact([message.request for message in received if message.request])
+            requests = [message.request for message in received if message.request]
+            outcomes = transact(self.store, self.organization_id, requests, self.new_id)
         except Exception as error:
             if may_pass(error):
                 raise
@@ -154,20 +155,6 @@ class Drain:
             return
         for message, outcome in zip(received, outcomes, strict=True):
             message.outcome = outcome
-
-    def _transact(self, requests: Sequence[Request]) -> list[Outcome]:
-        with self.store.transaction(self.organization_id) as transaction:
-            now = transaction.now
-            microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
-            decision = decide(
-                self.organization_id,
-                requests,
-                transaction.load(requests),
-                now=now,
-                new_id=lambda: self.new_id(microseconds),
-            )
-            transaction.save(decision.writes)
-        return decision.outcomes
 
     def _fail(self, message: Received, error: Exception) -> None:
         """Answer the one message at which the transaction failed, for good, and keep it for the operators.
@@ -219,6 +206,24 @@ class Drain:
                 "trying again", extra={"error": type(error).__name__, "failures": failures}
             )
         time.sleep(seconds)
+
+
+def transact(
+    store: Store, organization_id: UUID, requests: Sequence[Request], new_id: Uuid7
+) -> list[Outcome]:
+    """Load, decide and save, in one transaction; return the outcomes, in the order of the requests."""
+    with store.transaction(organization_id) as transaction:
+        now = transaction.now
+        microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
+        decision = decide(
+            organization_id,
+            requests,
+            transaction.load(requests),
+            now=now,
+            new_id=lambda: new_id(microseconds),
+        )
+        transaction.save(decision.writes)
+    return decision.outcomes
 
 
 def may_pass(error: Exception) -> bool:

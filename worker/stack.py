@@ -85,7 +85,7 @@ def running(
         except DBAPIError as error:
             raise Failed(f"the database can't be migrated: {error.orig}") from None
         say("migrations  done")
-        tokens = Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
+        tokens = signing_settings(directory)
         secrets = {**_only_secret(tokens), "TASK_TAGS_REDIS_URL": redis_url}
         urls = {role: _as_role(owner_url, role, passwords[role]) for role in ROLES}
         as_worker = {**secrets, "TASK_TAGS_DATABASE_URL": urls[ROLES[0]]}
@@ -110,6 +110,11 @@ def running(
             yield Stack(redis_url, url, DEVELOPMENT_ORGANIZATION, token, supervisor)
         finally:
             say("stopping")
+
+
+def signing_settings(directory: Path) -> Settings:
+    """Return the settings with which the tokens of a state directory are signed and verified."""
+    return Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
 
 
 def _servers(

@@ -16,9 +16,9 @@ from redis import Redis
 from producers.connect import open_redis
 from producers.inbox import Entry
 from producers.messages import Uuid7
-from worker.apply import FIRST_BACKOFF_SECONDS, may_pass, receive
+from worker.apply import FIRST_BACKOFF_SECONDS, may_pass, receive, transact
 from worker.authorize import Authorizer
-from worker.decide import Outcome, Request, decide
+from worker.decide import Outcome, Request
 from worker.publish import publications
 from worker.settings import Settings, load_settings
 from worker.store import Store
@@ -84,23 +84,10 @@ def _apply(tools: Tools, organization_id: UUID, request: Request) -> Outcome:
     """Apply a request; what may pass (a lost connection) is tried again, as a drain does it."""
     while True:
         try:
-            return _transact(tools, organization_id, request)
+            (outcome,) = transact(tools.store, organization_id, [request], tools.new_id)
         except Exception as error:
             if not may_pass(error):
                 raise
             time.sleep(FIRST_BACKOFF_SECONDS)
-
-
-def _transact(tools: Tools, organization_id: UUID, request: Request) -> Outcome:
-    with tools.store.transaction(organization_id) as transaction:
-        now = transaction.now
-        microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
-        decision = decide(
-            organization_id,
-            [request],
-            transaction.load([request]),
-            now=now,
-            new_id=lambda: tools.new_id(microseconds),
-        )
-        transaction.save(decision.writes)
-    return decision.outcomes[0]
+        else:
+            return outcome

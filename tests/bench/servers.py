@@ -13,13 +13,12 @@ from uuid import UUID
 
 import psycopg
 from psycopg import sql
-from pydantic import SecretStr
 
 from producers.connect import open_redis
 from worker.authorize import SCOPES, mint
 from worker.embedded import Postgres, Valkey, exclusive, find_home, secret
 from worker.migrate import ROLES, migrate
-from worker.settings import Settings
+from worker.stack import signing_settings
 from worker.supervisor import Supervisor
 
 WORKER: Final = ROLES[0]
@@ -54,7 +53,7 @@ class Servers:
         }
 
     def token(self, organization_id: UUID) -> str:
-        settings = Settings.model_construct(jwt_secret=SecretStr(secret(self.directory, "jwt")))
+        settings = signing_settings(self.directory)
         return mint(
             settings,
             organization_id=organization_id,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import Any, Final
 from tests.bench import contenders as contest
 from tests.bench.contenders import NAMES, OURS, Contender, Setting
 from tests.bench.load import MILLION, PREFILLED, Batches, Load, prefill
+from tests.bench.read import spread
 from tests.bench.servers import EMPTY, Servers, servers
 from tests.bench.session import Session, enqueue
 
@@ -197,7 +197,10 @@ class Run:
         kinds: dict[str, list[dict[str, Any]]] = {"throughput": [], "enqueue": [], "latency": []}
         for key, row in self.rows.items():
             if key[1] not in self.absent:
-                found = {name: _spread(values) for name, values in self.figures[key].items()}
+                found = {
+                    name: spread([round(value, 4) for value in values])
+                    for name, values in self.figures[key].items()
+                }
                 kinds[key[0]].append({**row, **found})
         settings = {
             name: {**setting, "tried": self.tried[name]}
@@ -250,16 +253,6 @@ def _row(load: Load) -> dict[str, Any]:
         "organizations": load.organizations,
         "prefilled": load.prefilled,
         "batches": load.batches,
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    values = [round(value, 4) for value in values]
-    return {
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "rounds": values,
     }
 
 

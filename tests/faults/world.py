@@ -20,7 +20,6 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
-from pydantic import SecretStr
 from redis.exceptions import RedisError
 
 from producers.client import TagProducer, registration
@@ -34,7 +33,7 @@ from worker.authorize import SCOPES, mint
 from worker.embedded import Postgres, Valkey, exclusive, find_home, secret
 from worker.migrate import ROLES, migrate
 from worker.settings import Settings
-from worker.stack import DATABASE
+from worker.stack import DATABASE, signing_settings
 from worker.supervisor import Child, Supervisor
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -200,7 +199,7 @@ def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
             "TASK_TAGS_LEASE_SECONDS": str(LEASE_SECONDS),
             "FAULTS_FAILPOINT": str(failpoint),
         }
-        settings = Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
+        settings = signing_settings(directory)
         opened = World(
             directory,
             seed,

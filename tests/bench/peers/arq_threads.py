@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import UUID
@@ -16,7 +15,7 @@ from arq.worker import func
 
 from tests.bench.contenders import Contender, Item, Setting, python
 from tests.bench.job import apply_batch
-from tests.bench.peers.loop import AT_ONCE, Loop, chunks
+from tests.bench.peers.loop import LoopSender
 
 REDIS = RedisSettings.from_dsn(os.environ["TASK_TAGS_REDIS_URL"])
 THREADS = int(os.environ.get("BENCH_THREADS", "4"))
@@ -50,29 +49,19 @@ def commands(setting: Setting) -> list[list[str]]:
     return [one] * int(setting["processes"])
 
 
-class Sender:
+class Sender(LoopSender):
     """`enqueue_job`, many at once."""
 
     def __init__(self) -> None:
-        self._loop = Loop()
+        super().__init__()
         self._pool: Any = self._loop.run(create_pool(REDIS))
-
-    def send(self, items: Sequence[Item]) -> None:
-        self._loop.run(self._send(items))
-
-    def send_one(self, item: Item) -> None:
-        self._loop.run(self._enqueue(item))
-
-    async def _send(self, items: Sequence[Item]) -> None:
-        for chunk in chunks(items, AT_ONCE):
-            await asyncio.gather(*(self._enqueue(item) for item in chunk))
 
     async def _enqueue(self, item: Item) -> None:
         await self._pool.enqueue_job("apply", item.batch.encode(), item.token, item.organization_id)
 
     def close(self) -> None:
         self._loop.run(self._pool.aclose())
-        self._loop.close()
+        super().close()
 
 
 CONTENDER = Contender(

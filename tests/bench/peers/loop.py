@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
@@ -52,6 +53,29 @@ class Loop:
             self._loop.run_until_complete(self._held)
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
+
+
+class LoopSender(ABC):
+    """Enqueues with calls that are awaited, one for each message, so many at once."""
+
+    def __init__(self) -> None:
+        self._loop = Loop()
+
+    def send(self, items: Sequence[Item]) -> None:
+        self._loop.run(self._send(items))
+
+    def send_one(self, item: Item) -> None:
+        self._loop.run(self._enqueue(item))
+
+    def close(self) -> None:
+        self._loop.close()
+
+    async def _send(self, items: Sequence[Item]) -> None:
+        for chunk in chunks(items, AT_ONCE):
+            await asyncio.gather(*(self._enqueue(item) for item in chunk))
+
+    @abstractmethod
+    async def _enqueue(self, item: Item) -> None: ...
 
 
 def chunks(items: Sequence[Item], size: int = CHUNK) -> Iterator[Sequence[Item]]:

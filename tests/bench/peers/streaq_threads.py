@@ -11,7 +11,7 @@ from streaq import Worker
 
 from tests.bench.contenders import Contender, Item, Setting, python
 from tests.bench.job import apply_batch
-from tests.bench.peers.loop import Loop, chunks
+from tests.bench.peers.loop import LoopSender, chunks
 
 
 def apply(message: bytes, token: str, organization_id: UUID) -> None:
@@ -37,19 +37,13 @@ def commands(setting: Setting) -> list[list[str]]:
     return [one] * int(setting["processes"])
 
 
-class Sender:
+class Sender(LoopSender):
     """`enqueue_many`, which sends tasks in one pipeline."""
 
     def __init__(self) -> None:
-        self._loop = Loop()
+        super().__init__()
         self._worker, self._task = make_worker()
         self._loop.hold(self._worker)
-
-    def send(self, items: Sequence[Item]) -> None:
-        self._loop.run(self._send(items))
-
-    def send_one(self, item: Item) -> None:
-        self._loop.run(self._enqueue(item))
 
     async def _send(self, items: Sequence[Item]) -> None:
         for chunk in chunks(items):
@@ -60,9 +54,6 @@ class Sender:
 
     def _made(self, item: Item) -> Any:
         return self._task.enqueue(item.batch.encode(), item.token, item.organization_id)
-
-    def close(self) -> None:
-        self._loop.close()
 
 
 CONTENDER = Contender(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -12,7 +10,7 @@ from taskiq_redis import RedisStreamBroker
 
 from tests.bench.contenders import Contender, Item, Setting, python
 from tests.bench.job import apply_batch
-from tests.bench.peers.loop import AT_ONCE, Loop, chunks
+from tests.bench.peers.loop import LoopSender
 
 
 def apply(message: str, token: str, organization_id: str) -> None:
@@ -35,31 +33,21 @@ def commands(setting: Setting) -> list[list[str]]:
     return [python("taskiq", "worker", "tests.bench.peers.taskiq_stream:broker", *options)]
 
 
-class Sender:
+class Sender(LoopSender):
     """`kiq`, many at once."""
 
     def __init__(self) -> None:
-        self._loop = Loop()
+        super().__init__()
         self._broker = make_broker()
         self._loop.run(self._broker.startup())
         self._task = self._broker.find_task("apply")
 
-    def send(self, items: Sequence[Item]) -> None:
-        self._loop.run(self._send(items))
-
-    def send_one(self, item: Item) -> None:
-        self._loop.run(self._kick(item))
-
-    async def _send(self, items: Sequence[Item]) -> None:
-        for chunk in chunks(items, AT_ONCE):
-            await asyncio.gather(*(self._kick(item) for item in chunk))
-
-    async def _kick(self, item: Item) -> None:
+    async def _enqueue(self, item: Item) -> None:
         await self._task.kiq(item.batch.encode().decode(), item.token, str(item.organization_id))
 
     def close(self) -> None:
         self._loop.run(self._broker.shutdown())
-        self._loop.close()
+        super().close()
 
 
 CONTENDER = Contender(
