@@ -9,8 +9,15 @@ import pytest
 from redis import Redis
 
 from producers.messages import TagBatch, add, remove
+from tests.conftest import Servers
 from tests.tenant import EXECUTION, Tenant
+from tests.waiting import eventually
 
+CONNECTED = "select pid from pg_stat_activity where usename = 'task_tags_worker'"
+ROWS_READ = """
+    select sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))
+      from pg_stat_user_tables where relname = any('{flow_executions, task_tags, tag_batches, tag_changes}')
+"""
 Work = tuple[list[str], list[str]]
 
 
@@ -84,3 +91,32 @@ def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:
     (one, _), (many, _) = counted(sent[:1]), counted(sent)
     assert one == many
     assert len(one) == 5
+
+
+def test_a_drain_reads_no_more_rows_when_more_is_stored(
+    counted: Any, tenant: Tenant, servers: Servers
+) -> None:
+    """What a drain looks up, it looks up by its whole key, also in tables of which the planner knows nothing yet.
+
+    A plan is made once for each connection, and one that suits an empty table would be kept while it grows.
+    """
+
+    def rows_read() -> int:
+        """What a connection did is told when it ends, at the latest; the drain makes a new one."""
+        tenant.store.close()
+        with servers.owner() as connection:
+            eventually(lambda: not connection.execute(CONNECTED).fetchall())
+            ((total,),) = connection.execute(ROWS_READ).fetchall()
+        return int(total)
+
+    def cost(messages: list[TagBatch]) -> int:
+        before = rows_read()
+        counted(messages)
+        return rows_read() - before
+
+    few, many, last = (batches(count, 2, name=f"of {count}") for count in (5, 300, 6))
+    first = [cost(few), cost(few)]
+    counted(many)
+    assert [cost(last[:5]), cost(last[:5])] == first
+    assert cost(few) == first[1]
+    assert cost(removals(last[:5])) == cost(removals(few))

@@ -44,19 +44,20 @@ _BEGIN: Final = """
                    pg_advisory_xact_lock(hashtextextended(%(organization_id)s::text, 0)) offset 0) as locked
 """
 
+# `offset 0`, here and below, keeps the planner from turning look-ups by key into scans of a whole table, as it would
+# while it has no statistics of one that was just made: and a prepared plan stays as it is while the table grows.
 _LOAD_BATCHES: Final = """
-    select b.batch_id, b.digest, b.result_record::text as record,
-           array(select c.flow_execution_id
-                   from jsonb_each_text(b.revisions) as r(flow_execution_id, revision)
-                   join tag_changes c on c.organization_id = b.organization_id
-                    and c.flow_execution_id = r.flow_execution_id::uuid and c.revision = r.revision::bigint
-                  order by c.flow_execution_id) as executions,
-           array(select c.event::text
-                   from jsonb_each_text(b.revisions) as r(flow_execution_id, revision)
-                   join tag_changes c on c.organization_id = b.organization_id
-                    and c.flow_execution_id = r.flow_execution_id::uuid and c.revision = r.revision::bigint
-                  order by c.flow_execution_id) as events
+    select b.batch_id, b.digest, b.result_record::text, made.executions, made.events
       from tag_batches b
+     cross join lateral (
+           select coalesce(array_agg(flow_execution_id), '{}') as executions, coalesce(array_agg(event), '{}') as events
+             from jsonb_each_text(b.revisions) as r (id, number)
+            cross join lateral (
+                  select flow_execution_id, event::text
+                    from tag_changes
+                   where organization_id = %(organization_id)s
+                     and flow_execution_id = r.id::uuid and revision = r.number::bigint
+                  offset 0) c) as made
      where b.organization_id = %(organization_id)s
        and b.batch_id = any(%(batch_ids)s)
 """
@@ -68,8 +69,6 @@ _LOAD_EXECUTIONS: Final = """
        and flow_execution_id = any(%(flow_execution_ids)s)
 """
 
-# `offset 0` keeps the planner from turning the look-ups by key into a scan of all tags, as it would while it
-# has no statistics of a table that was just made.
 _LOAD_TAGS: Final = """
     select t.metadata_digest, t.id, t.flow_execution_id, t.task_name, t.tag_type, t.tag, t.tag_metadata,
            %(organization_id)s, t.status, t.created_at, t.created_by, t.updated_at, t.modified_by

@@ -28,6 +28,7 @@ from producers.messages import Message, inbox_key, lease_key
 from tests.faults.check import Sent, Verdict, check_presence
 from tests.faults.producer import Journal, call_file
 from tests.faults.proxy import Proxy
+from tests.malformed import QUEUE
 from tests.waiting import eventually
 from worker.authorize import SCOPES, mint
 from worker.embedded import Postgres, Valkey, exclusive, find_home, secret
@@ -131,6 +132,23 @@ class World:
                 )
         except RedisError:
             return False
+
+    def waiting(self) -> str:
+        """Say what waits, and who is on the way."""
+        try:
+            with self.redis() as redis:
+                found = [
+                    (
+                        redis.xlen(inbox_key(each.organization)),
+                        redis.get(lease_key(each.organization)),
+                    )
+                    for each in self.tenants
+                ]
+                queue = redis.llen(QUEUE)
+        except RedisError as error:
+            return f"Redis can't be asked: {error}"
+        inboxes = ", ".join(f"{count} messages under {lease!r}" for count, lease in found)
+        return f"{inboxes}; {queue} messages in Celery's queue"
 
     def listen(self) -> None:
         """Collect every published result, for as long as the world lives."""
@@ -351,6 +369,6 @@ def settle(opened: World, verdict: Verdict) -> None:
                 )
         eventually(calm, 90)
     except AssertionError:
-        verdict.add("stuck", "an inbox is not empty, or a lease not free, after 90 s")
+        verdict.add("stuck", f"after 90 s there is still work: {opened.waiting()}")
         with suppress(AssertionError):  # the comparison means something only once nothing moves
             eventually(calm, 300)
