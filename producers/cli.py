@@ -29,10 +29,12 @@ from producers.client import TagProducer
 from producers.errors import InboxFull, Misconfigured, NoResult, TaskTagsError, Unavailable
 from producers.feed import endpoint, reason
 from producers.messages import (
+    Change,
     ChangeEvent,
     InvalidMessage,
     Message,
     ResultRecord,
+    StateChange,
     describe,
     json_schemas,
     parse_message,
@@ -209,23 +211,21 @@ def result_line(record: ResultRecord) -> str:
         more = f" ({details})" if details else ""
         said = f"[red]{record.error.code}[/]: {record.error.message}"
         return f"{record.batch_id}  {said}{escape(more)}"
-    if record.flow_execution is not None:
-        return f"{record.batch_id}  [green]{record.flow_execution.status}[/]"
-    statuses = ", ".join(result.status for result in record.tags or [])
-    return f"{record.batch_id}  [green]{statuses}[/]"
+    return f"{record.batch_id}  [green]{', '.join(record.statuses)}[/]"
 
 
 def change_lines(event: ChangeEvent) -> str:
     """Return a change event as lines of Rich markup, one for each change."""
-    lines = []
-    for change in event.changes:
-        tag = change.tag
-        sign = "[green]+[/]" if change.change == "added" else "[red]-[/]"
-        what = shown(f"{tag.task_name}  {tag.tag_type}: {tag.tag}")
-        lines.append(
-            f"{event.flow_execution_id} #{event.revision}  {sign} {what}  by {shown(event.changed_by)}"
-        )
-    return "\n".join(lines)
+    where, who = f"{event.flow_execution_id} #{event.revision}", shown(event.changed_by)
+    return "\n".join(f"{where}  {_changed(change)}  by {who}" for change in event.changes)
+
+
+def _changed(change: Change | StateChange) -> str:
+    if isinstance(change, StateChange):
+        return f"[blue]=[/] {shown(f'{change.task.task_name}  {change.task.state}')}"
+    sign = "[green]+[/]" if change.change == "added" else "[red]-[/]"
+    tag = change.tag
+    return f"{sign} {shown(f'{tag.task_name}  {tag.tag_type}: {tag.tag}')}"
 
 
 def tag_table(tags: Sequence[dict[str, Any]]) -> Table:

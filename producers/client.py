@@ -39,6 +39,8 @@ from producers.messages import (
     ResultRecord,
     TagBatch,
     TagOperation,
+    TaskExecution,
+    TaskState,
     add,
     remove,
     results_channel,
@@ -107,6 +109,10 @@ class TagProducer:
         The inbox is ordered, so batches for the execution may be enqueued right behind it.
         """
         return self.enqueue(registration(flow_execution_id, task_names))
+
+    def record(self, flow_execution_id: UUID | str, task_name: str, state: TaskState) -> UUID:
+        """Enqueue the state of a task: `queued`, `running`, `completed` or `failed`. Returns its batch id."""
+        return self.enqueue(task_state(flow_execution_id, task_name, state))
 
     def enqueue(self, message: Message) -> UUID:
         """Hand a batch over and go on; returns its id. Raises `InboxFull` or `Unavailable`."""
@@ -255,6 +261,9 @@ class AsyncTagProducer:
     ) -> UUID:
         return await self.enqueue(registration(flow_execution_id, task_names))
 
+    async def record(self, flow_execution_id: UUID | str, task_name: str, state: TaskState) -> UUID:
+        return await self.enqueue(task_state(flow_execution_id, task_name, state))
+
     async def enqueue(self, message: Message) -> UUID:
         return await asyncio.to_thread(self._producer.enqueue, message)
 
@@ -345,6 +354,13 @@ def registration(
     names = None if task_names is None else list(task_names)
     return FlowExecution.model_validate(
         {"flow_execution_id": flow_execution_id, "task_names": names}
+    )
+
+
+def task_state(flow_execution_id: UUID | str, task_name: str, state: TaskState) -> TaskExecution:
+    """Build the message that records the state of a task."""
+    return TaskExecution.model_validate(
+        {"flow_execution_id": flow_execution_id, "task_name": task_name, "state": state}
     )
 
 

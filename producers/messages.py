@@ -353,13 +353,35 @@ class FlowExecution(_Message):
     task_names: list[TaskName] | None = None
 
 
-Message = TagBatch | FlowExecution
+TaskState = Literal["queued", "running", "completed", "failed"]
+
+
+class TaskExecution(_Message):
+    """Records the state of a task in one flow execution. It is no tag, and may follow any other state."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "required": [
+                *("schema_version", "kind", "batch_id"),
+                *("flow_execution_id", "task_name", "state"),
+            ]
+        }
+    )
+
+    kind: Literal["task_execution"] = "task_execution"
+    flow_execution_id: Id
+    task_name: TaskName
+    state: TaskState
+
+
+Message = TagBatch | FlowExecution | TaskExecution
 
 
 # --- Results and events --------------------------------------------------------------------------
 
 OperationStatus = Literal["added", "already_exists", "removed", "not_found"]
 RegistrationStatus = Literal["registered", "already_exists"]
+RecordingStatus = Literal["recorded", "unchanged"]
 ErrorCode = Literal[
     "bad_request", "unauthorized", "forbidden", "not_found", "conflict", "internal_error"
 ]
@@ -395,24 +417,37 @@ class Registration(_Report):
     status: RegistrationStatus
 
 
+class Recording(_Report):
+    status: RecordingStatus
+
+
 class ResultRecord(_Report):
-    """What became of a batch: a status for each operation in request order, or one error (rule 6)."""
+    """What became of a message: a status for each operation in request order, or one error (rule 6)."""
 
     batch_id: Id
     organization_id: Id
     applied_at: datetime | None = None
     tags: list[OperationResult] | None = None
     flow_execution: Registration | None = None
+    task_execution: Recording | None = None
     error: Error | None = None
 
     @model_validator(mode="after")
     def _one_outcome(self) -> Self:
-        outcomes = (self.tags, self.flow_execution, self.error)
+        outcomes = (self.tags, self.flow_execution, self.task_execution, self.error)
         if sum(outcome is not None for outcome in outcomes) != 1:
-            raise PydanticCustomError("outcome", "must have one of tags, flow_execution and error")
+            raise PydanticCustomError(
+                "outcome", "must have one of tags, flow_execution, task_execution and error"
+            )
         if (self.error is None) != (self.applied_at is not None):
             raise PydanticCustomError("outcome", "must have applied_at unless it has an error")
         return self
+
+    @property
+    def statuses(self) -> list[str]:
+        """The statuses, in the order of the operations; one, if it was no tag batch; none, if it is an error."""
+        found = (self.flow_execution, self.task_execution, *(self.tags or ()))
+        return [each.status for each in found if each is not None]
 
     @classmethod
     def decode(cls, encoded: bytes | str) -> Self:
@@ -443,15 +478,36 @@ class Tag:
 
 @dataclass(slots=True)
 class Change:
+    """A tag that was added or removed."""
+
     change: Literal["added", "removed"]
     tag: Tag
 
 
 @dataclass(slots=True)
-class ChangeEvent:
-    """What one batch changed in one execution; `revision` counts 1, 2, 3 … there without gaps.
+class Task:
+    """A task of an execution, with the state that was last recorded of it."""
 
-    These three are made in great numbers, so they are plain dataclasses, which only `decode` validates.
+    flow_execution_id: UUID
+    task_name: str
+    state: TaskState
+    state_changed_at: datetime
+    state_changed_by: str
+
+
+@dataclass(slots=True)
+class StateChange:
+    """A task that is in another state now."""
+
+    change: Literal["state"]
+    task: Task
+
+
+@dataclass(slots=True)
+class ChangeEvent:
+    """What one message changed in one execution; `revision` counts 1, 2, 3 … there without gaps.
+
+    All of these are made in great numbers, so they are plain dataclasses, which only `decode` validates.
     """
 
     organization_id: UUID
@@ -460,7 +516,7 @@ class ChangeEvent:
     batch_id: UUID
     changed_by: str
     changed_at: datetime
-    changes: list[Change]
+    changes: list[Annotated[Change | StateChange, Field(discriminator="change")]]
 
     @staticmethod
     def decode(encoded: bytes | str) -> ChangeEvent:
@@ -507,6 +563,7 @@ _DOUBLED_KEY: Final = Detail(message="the message has the same key twice in one 
 _MESSAGES: Final[dict[str, type[_Message]]] = {
     "tag_batch": TagBatch,
     "flow_execution": FlowExecution,
+    "task_execution": TaskExecution,
 }
 _TAG_BATCH: Final = TypeAdapter(TagBatch)
 _ID: Final[TypeAdapter[UUID]] = TypeAdapter(UUID)

@@ -86,9 +86,7 @@ class Tenant:
 def outcome(record: ResultRecord) -> Any:
     if record.error is not None:
         return record.error.code
-    if record.flow_execution is not None:
-        return record.flow_execution.status
-    return [result.status for result in record.tags or []]
+    return record.statuses if record.flow_execution is None else record.statuses[0]
 
 
 @contextmanager

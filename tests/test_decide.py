@@ -15,11 +15,16 @@ from hypothesis import strategies as st
 from producers.client import registration
 from producers.messages import (
     ANY_METADATA,
+    Change,
     ChangeEvent,
     FlowExecution,
+    Message,
     ResultRecord,
+    StateChange,
     TagBatch,
     TagOperation,
+    Task,
+    TaskExecution,
     Uuid7,
     add,
     remove,
@@ -31,7 +36,7 @@ ONE, TWO, UNKNOWN = UUID(int=11), UUID(int=12), UUID(int=13)
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
-def settle(state: State, *messages: TagBatch | FlowExecution, actor: str = "ada") -> Decision:
+def settle(state: State, *messages: Message, actor: str = "ada") -> Decision:
     requests = [Request(message, actor, message.digest()) for message in messages]
     return decide(ORGANIZATION, requests, state, now=NOW, new_id=Uuid7())
 
@@ -53,7 +58,7 @@ def record(decision: Decision, place: int = -1) -> ResultRecord:
 
 
 def statuses(decision: Decision, place: int = -1) -> list[str]:
-    return [result.status for result in record(decision, place).tags or []]
+    return record(decision, place).statuses
 
 
 def events(decision: Decision, place: int = -1) -> list[ChangeEvent]:
@@ -62,6 +67,10 @@ def events(decision: Decision, place: int = -1) -> list[ChangeEvent]:
 
 def plus(tag: str, *metadata: Any) -> TagOperation:
     return add(ONE, "task", "type", tag, *metadata)
+
+
+def state_of(task_name: str, state: Any) -> TaskExecution:
+    return TaskExecution(flow_execution_id=ONE, task_name=task_name, state=state)
 
 
 def minus(tag: str, *metadata: Any) -> TagOperation:
@@ -185,7 +194,7 @@ def test_removing_by_name_reports_every_tag_that_went() -> None:
     assert statuses(decision) == ["removed"]
     (event,) = events(decision)
     assert [change.change for change in event.changes] == ["removed"] * 3
-    assert [change.tag.tag_metadata for change in event.changes] == [None, 1, 2]
+    assert [c.tag.tag_metadata for c in event.changes if isinstance(c, Change)] == [None, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -244,6 +253,35 @@ def test_a_not_found_is_stored_too() -> None:
     assert settle(state, early).outcomes == before.outcomes
 
 
+def test_a_state_is_recorded_once_and_any_state_may_follow() -> None:
+    """A task's state is no tag: the last one counts, each change of it is an event, and a repetition is none."""
+    state = registered(ONE, names=["task"])
+    asked = ["queued", "queued", "running", "failed", "running", "completed"]
+    found = [settle(state, state_of("task", each), actor="runner") for each in asked]
+    assert [statuses(each) for each in found] == [
+        ["recorded"],
+        ["unchanged"],
+        *[["recorded"]] * 4,
+    ]
+    assert [len(events(each)) for each in found] == [1, 0, 1, 1, 1, 1]
+    (event,) = events(found[-1])
+    assert event.revision == 5
+    task = Task(ONE, "task", "completed", state_changed_at=NOW, state_changed_by="runner")
+    assert event.changes == [StateChange("state", task)]
+    assert found[-1].writes.tasks == {(ONE, "task"): task}
+
+
+def test_a_state_of_what_is_unknown_is_not_found() -> None:
+    """As for tags: an execution must be registered, and a task be one of its names."""
+    state = registered(ONE, names=["task"])
+    elsewhere = TaskExecution(flow_execution_id=UNKNOWN, task_name="task", state="queued")
+    for message, field_name in ((state_of("other", "queued"), "task_name"), (elsewhere, None)):
+        error = record(settle(state, message)).error
+        assert error is not None
+        assert error.code == "not_found"
+        assert error.details[0].field == (field_name or "flow_execution_id")
+
+
 # --- Against a naive model -----------------------------------------------------------------------
 
 
@@ -255,15 +293,20 @@ class Naive:
     rows: list[dict[str, Any]] = field(default_factory=list)
     answers: dict[UUID, tuple[str, Any]] = field(default_factory=dict)
     revisions: dict[UUID, int] = field(default_factory=dict)
+    states: dict[tuple[UUID, str], str] = field(default_factory=dict)
 
-    def send(self, message: TagBatch | FlowExecution) -> Any:
+    def send(self, message: Message) -> Any:
         asked = json.loads(message.encode())
         asked.pop("reply_to")
         text = json.dumps(_plain(asked), sort_keys=True)
         if message.batch_id in self.answers:
             known, answer = self.answers[message.batch_id]
             return answer if known == text else "conflict"
-        answer = self.register(asked) if asked["kind"] == "flow_execution" else self.tag(asked)
+        answer = {
+            "flow_execution": self.register,
+            "task_execution": self.record,
+            "tag_batch": self.tag,
+        }[asked["kind"]](asked)
         self.answers[message.batch_id] = text, answer
         return answer
 
@@ -278,11 +321,23 @@ class Naive:
             self.names[execution] |= set(names)  # type: ignore[operator]
         return ["already_exists"]
 
+    def knows(self, asked: dict[str, Any]) -> bool:
+        names = self.names.get(UUID(asked["flow_execution_id"]), set())
+        return names is None or asked["task_name"] in names
+
+    def record(self, asked: dict[str, Any]) -> Any:
+        if not self.knows(asked):
+            return "not_found"
+        execution = UUID(asked["flow_execution_id"])
+        if self.states.get((execution, asked["task_name"])) == asked["state"]:
+            return ["unchanged"]
+        self.states[execution, asked["task_name"]] = asked["state"]
+        self.revisions[execution] = self.revisions.get(execution, 0) + 1
+        return ["recorded"]
+
     def tag(self, asked: dict[str, Any]) -> Any:
-        for operation in asked["tags"]:
-            names = self.names.get(UUID(operation["flow_execution_id"]), set())
-            if names is not None and operation["task_name"] not in names:
-                return "not_found"
+        if not all(map(self.knows, asked["tags"])):
+            return "not_found"
         changed: set[UUID] = set()
         answer = []
         for operation in asked["tags"]:
@@ -371,15 +426,25 @@ registrations = st.builds(
     executions,
     st.none() | st.lists(names, max_size=2),
 )
+states = st.builds(
+    lambda batch_id, execution, name, state: TaskExecution(
+        batch_id=batch_id, flow_execution_id=execution, task_name=name, state=state
+    ),
+    batch_ids,
+    executions,
+    names,
+    st.sampled_from(["queued", "running"]),
+)
 groups = st.lists(
-    st.lists(st.one_of(batches, batches, registrations), min_size=1, max_size=4), max_size=6
+    st.lists(st.one_of(batches, batches, registrations, states), min_size=1, max_size=4),
+    max_size=6,
 )
 
 
 @settings(max_examples=300, deadline=None)
 @given(groups)
 def test_any_sequence_of_messages_agrees_with_the_naive_model(
-    groups: list[list[TagBatch | FlowExecution]],
+    groups: list[list[Message]],
 ) -> None:
     """However messages are grouped, results, revisions, events and active tags are the naive model's."""
     state, naive = State(), Naive()
@@ -393,10 +458,7 @@ def test_any_sequence_of_messages_agrees_with_the_naive_model(
             if got.error is not None:
                 assert got.error.code == answer
             else:
-                registration = got.flow_execution
-                assert answer == (
-                    [registration.status] if registration else statuses(decision, place)
-                )
+                assert got.statuses == answer
             for execution, event in decision.outcomes[place].events:
                 if event not in known:
                     known.add(event)
@@ -405,14 +467,17 @@ def test_any_sequence_of_messages_agrees_with_the_naive_model(
     for execution, stored in seen.items():
         assert [e.revision for e in stored] == list(range(1, naive.revisions[execution] + 1))
     active = [tag for tags in state.tags.values() for tag in tags.values()]
-    replayed: dict[UUID, Any] = {}
+    replayed: set[UUID] = set()
+    recorded: dict[tuple[UUID, str], str] = {}
     for stored_event in (each for stored in seen.values() for each in stored):
         for change in stored_event.changes:
-            if change.change == "added":
-                replayed[change.tag.id] = change.tag
+            if isinstance(change, StateChange):
+                recorded[change.task.flow_execution_id, change.task.task_name] = change.task.state
             else:
-                del replayed[change.tag.id]
-    assert set(replayed) == {tag.id for tag in active}
+                (replayed.add if change.change == "added" else replayed.remove)(change.tag.id)
+    assert recorded == naive.states
+    assert {key: task.state for key, task in state.tasks.items()} == naive.states
+    assert replayed == {tag.id for tag in active}
     assert len(active) == len(naive.rows)
     for tag in active:
         row = {"flow_execution_id": str(tag.flow_execution_id), "task_name": tag.task_name}

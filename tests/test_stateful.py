@@ -34,8 +34,10 @@ from producers.messages import (
     FlowExecution,
     Message,
     ResultRecord,
+    StateChange,
     TagBatch,
     TagOperation,
+    TaskExecution,
     add,
     changes_channel,
     inbox_key,
@@ -182,6 +184,15 @@ class Machine(RuleBasedStateMachine):
     @rule(target=sent, execution=st.sampled_from([TWO, UNKNOWN]), names=task_names)
     def register(self, execution: UUID, names: list[str] | None) -> Message:
         return self.send(FlowExecution(flow_execution_id=execution, task_names=names))
+
+    @rule(
+        target=sent,
+        execution=st.sampled_from([ONE, TWO, UNKNOWN]),
+        name=names,
+        state=st.sampled_from(["queued", "running"]),
+    )
+    def record_state(self, execution: UUID, name: str, state: Any) -> Message:
+        return self.send(TaskExecution(flow_execution_id=execution, task_name=name, state=state))
 
     @rule(target=sent, batches=some_batches)
     def tag(self, batches: list[TagBatch]) -> Any:
@@ -358,6 +369,8 @@ class Machine(RuleBasedStateMachine):
         self.check_stored_results()
         self.check_executions()
         self.check_tags(self.replay())
+        rows = self.select("flow_execution_id, task_name, state from task_executions")
+        assert {(execution, name): state for execution, name, state in rows} == self.naive.states
 
     def check_stored_results(self) -> None:
         """Each batch that was well formed and authorized has its first answer stored, and no other has."""
@@ -388,7 +401,8 @@ class Machine(RuleBasedStateMachine):
                 event = ChangeEvent.decode(text)
                 assert event.revision == revision
                 for change in event.changes:
-                    (left.add if change.change == "added" else left.remove)(change.tag.id)
+                    if not isinstance(change, StateChange):
+                        (left.add if change.change == "added" else left.remove)(change.tag.id)
         assert len(rows) == sum(self.naive.revisions.values())
         return left
 
@@ -426,9 +440,7 @@ def said(record: bytes) -> Any:
     result = ResultRecord.decode(record)
     if result.error is not None:
         return result.error.code
-    if result.flow_execution is not None:
-        return [result.flow_execution.status]
-    return [each.status for each in result.tags or []]
+    return result.statuses
 
 
 def spelled(row: list[Any]) -> str:

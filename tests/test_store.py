@@ -12,11 +12,10 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import event
 
 import worker.store
 from producers.client import registration
-from producers.messages import Message, TagBatch, add, remove
+from producers.messages import Message, TagBatch, TaskExecution, TaskState, add, remove
 from tests.conftest import Servers
 from tests.tenant import applied, requests_of
 from tests.waiting import eventually
@@ -24,7 +23,7 @@ from worker.decide import State
 from worker.migrate import migrate
 from worker.store import Store, UnsafeRole, is_transient
 
-TABLES = ("flow_executions", "task_tags", "tag_batches", "tag_changes")
+TABLES = ("flow_executions", "task_tags", "tag_batches", "tag_changes", "task_executions")
 
 
 def load(store: Store, organization: UUID, *messages: Message) -> State:
@@ -116,32 +115,29 @@ def test_removed_tags_keep_their_rows(servers: Servers, store: Store, organizati
     assert rows == [("deleted", True, False, "ada"), ("active", True, True, None)]
 
 
-def test_the_number_of_statements_does_not_grow(store: Store, organization: UUID) -> None:
-    """A batch of one operation and a group of 50 batches of 20 take the same statements."""
-    execution = uuid4()
-    applied(store, organization, registration(execution))
-    counted: list[str] = []
-    event.listen(store._engine, "before_cursor_execute", lambda *a: counted.append(a[2]))
-
-    def statements(*batches: TagBatch) -> int:
-        counted.clear()
-        applied(store, organization, *batches)
-        return len(counted)
-
-    def mixed(tag: str, size: int) -> TagBatch:
-        old = [remove(execution, f"task-{i}", "t", f"old-{tag}") for i in range(size)]
-        return TagBatch(tags=[*old, *[add(execution, f"task-{i}", "t", tag) for i in range(size)]])
-
-    for tag, size in [("0", 1), *((f"{n}", 10) for n in range(1, 51))]:
-        applied(
-            store,
-            organization,
-            TagBatch(tags=[add(execution, f"task-{i}", "t", f"old-{tag}") for i in range(size)]),
-        )
-    small = statements(mixed("0", 1))
-    large = statements(*(mixed(f"{n}", 10) for n in range(1, 51)))
-    assert small == large
-    assert small <= 10
+def test_the_last_state_of_a_task_is_kept(store: Store, organization: UUID) -> None:
+    """A state that is recorded is the one that the next transaction finds; each task and execution has its own."""
+    one, two = uuid4(), uuid4()
+    states: list[TaskState] = ["queued", "running", "failed"]
+    asked = [
+        TaskExecution(flow_execution_id=execution, task_name=name, state=state)
+        for state in states
+        for execution, name in ((one, "a"), (one, "b"), (two, "a"))
+    ]
+    applied(store, organization, registration(one), registration(two), *asked[:-1])
+    found = load(store, organization, *asked).tasks
+    assert {key: task.state for key, task in found.items()} == {
+        (one, "a"): "failed",
+        (one, "b"): "failed",
+        (two, "a"): "running",
+    }
+    assert {task.state_changed_by for task in found.values()} == {"ada"}
+    again = applied(store, organization, asked[-1], asked[-1])
+    assert [len(outcome.events) for outcome in again.outcomes] == [
+        1,
+        1,
+    ]  # the same, published again
+    assert again.writes.tasks == load(store, organization, asked[-1]).tasks
 
 
 @pytest.mark.parametrize("unset", [None, ""])
@@ -156,6 +152,7 @@ def test_without_an_organization_there_are_no_rows(
         organization,
         registration(execution),
         TagBatch(tags=[add(execution, "a", "t", "x")]),
+        TaskExecution(flow_execution_id=execution, task_name="a", state="queued"),
     )
     for url in (servers.worker_url, servers.endpoint_url):
         with as_role(url, organization) as connection:
@@ -241,7 +238,7 @@ def test_security_is_enabled_and_forced_and_every_key_begins_with_the_organizati
             "where rolname like 'task_tags_%'"
         ).fetchall()
     assert sorted(flags) == sorted((table, True, True) for table in TABLES)
-    assert len(keys) == 6
+    assert len(keys) == 7
     assert {column for _, column in keys} == {"organization_id"}
     assert roles == [(False,), (False,)]
 

@@ -23,9 +23,9 @@ from producers.messages import (
     MAX_MESSAGE_BYTES,
     Error,
     ErrorCode,
-    FlowExecution,
     InvalidMessage,
     Message,
+    TagBatch,
     Uuid7,
     describe,
     digest,
@@ -269,7 +269,7 @@ def receive(entry: Entry, organization_id: UUID, authorizer: Authorizer, now: da
         text = "the message breaks the contract"
         return refuse(Error(code="bad_request", message=text, details=broken.details))
     assert message is not None
-    scope = REGISTER if isinstance(message, FlowExecution) else WRITE
+    scope = WRITE if isinstance(message, TagBatch) else REGISTER
     if not grant.allows(scope):
         return refuse(_error("forbidden", f"the token lacks the scope {scope}"))
     return Received(entry, reply_to, request=Request(message, grant.actor, digest(spelled)))

@@ -23,11 +23,15 @@ from producers.messages import (
     FlowExecution,
     Message,
     OperationStatus,
+    RecordingStatus,
     RegistrationStatus,
     ResultRecord,
+    StateChange,
     Tag,
     TagBatch,
     TagOperation,
+    Task,
+    TaskExecution,
     canonical_json,
 )
 
@@ -39,6 +43,10 @@ class TagKey(NamedTuple):
     task_name: str
     tag_type: str
     tag: str
+
+
+TaskKey = tuple[UUID, str]
+"""A task of an execution: the execution's id, and the task's name."""
 
 
 def tag_key(operation: TagOperation) -> TagKey:
@@ -106,6 +114,8 @@ class State:
     executions: dict[UUID, Execution] = field(default_factory=dict)
     tags: dict[TagKey, dict[bytes, Tag]] = field(default_factory=dict)
     """The active tags, by their metadata's digest."""
+    tasks: dict[TaskKey, Task] = field(default_factory=dict)
+    """The tasks that have a state."""
 
 
 class NewTag(NamedTuple):
@@ -139,6 +149,7 @@ class Writes:
     added: dict[UUID, NewTag] = field(default_factory=dict)
     """New rows; one that was removed again is a deleted row (rule 4)."""
     removed: dict[UUID, Tag] = field(default_factory=dict)
+    tasks: dict[TaskKey, Task] = field(default_factory=dict)
     changes: list[NewChange] = field(default_factory=list)
 
 
@@ -191,8 +202,8 @@ def record_failure(organization_id: UUID, request: Request, message: str) -> tup
     return Outcome(record), Writes(batches=[batch])
 
 
-Changes = dict[UUID, list[Change]]
-"""What one batch changed, by execution, in the order of its operations."""
+Changes = dict[UUID, list[Change | StateChange]]
+"""What one message changed, by execution, in the order of its operations."""
 
 
 class _Ledger:
@@ -222,8 +233,12 @@ class _Ledger:
             )
             record = error_record(self.organization_id, message.batch_id, error).encode()
         else:
-            statuses, changes = self._apply(message, request.actor)
-            record = self._done(message, tags=[{"status": status} for status in statuses])
+            if isinstance(message, TaskExecution):
+                status, changes = self._record_state(message, request.actor)
+                record = self._done(message, task_execution={"status": status})
+            else:
+                statuses, changes = self._apply(message, request.actor)
+                record = self._done(message, tags=[{"status": status} for status in statuses])
             revisions = self._advance(changes)
             events = self._report(message.batch_id, request.actor, changes, revisions)
         self.writes.batches.append(NewBatch(message.batch_id, request.digest, record, revisions))
@@ -257,16 +272,29 @@ class _Ledger:
         self.state.executions[flow_execution_id] = execution
         self.writes.registrations[flow_execution_id] = execution
 
-    def _unknown(self, batch: TagBatch) -> list[Detail]:
-        """Return every operation on an execution or task that this organization does not have (rule 5)."""
+    def _unknown(self, message: TagBatch | TaskExecution) -> list[Detail]:
+        """Return all that names an execution or task that this organization does not have (rule 5)."""
+        if isinstance(message, TaskExecution):
+            named: Iterable[tuple[int | None, TagOperation | TaskExecution]] = [(None, message)]
+        else:
+            named = enumerate(message.tags)
         details = []
-        for index, operation in enumerate(batch.tags):
-            execution = self.state.executions.get(operation.flow_execution_id)
+        for index, each in named:
+            execution = self.state.executions.get(each.flow_execution_id)
             if execution is None:
                 details.append(_not_found(index, "flow_execution_id", "is unknown"))
-            elif not execution.allows(operation.task_name):
+            elif not execution.allows(each.task_name):
                 details.append(_not_found(index, "task_name", "is not registered"))
         return details
+
+    def _record_state(self, message: TaskExecution, actor: str) -> tuple[RecordingStatus, Changes]:
+        key = message.flow_execution_id, message.task_name
+        known = self.state.tasks.get(key)
+        if known is not None and known.state == message.state:
+            return "unchanged", {}
+        task = Task(*key, message.state, state_changed_at=self.now, state_changed_by=actor)
+        self.state.tasks[key] = self.writes.tasks[key] = task
+        return "recorded", {message.flow_execution_id: [StateChange("state", task)]}
 
     def _apply(self, batch: TagBatch, actor: str) -> tuple[list[OperationStatus], Changes]:
         statuses: list[OperationStatus] = []
@@ -359,5 +387,5 @@ class _Ledger:
         )
 
 
-def _not_found(index: int, field: str, message: str) -> Detail:
+def _not_found(index: int | None, field: str, message: str) -> Detail:
     return Detail(index=index, field=field, message=message)

@@ -153,9 +153,7 @@ class Demo:
 def _outcome(record: ResultRecord) -> Any:
     if record.error is not None:
         return {"error": record.error.code}
-    if record.flow_execution is not None:
-        return [record.flow_execution.status]
-    return [result.status for result in record.tags or []]
+    return record.statuses
 
 
 def _compare_replay(events: Events, tags: list[dict[str, Any]]) -> Iterator[str]:
@@ -165,7 +163,7 @@ def _compare_replay(events: Events, tags: list[dict[str, Any]]) -> Iterator[str]
         for change in event.changes:
             if change.change == "added":
                 replayed[change.tag.id] = change.tag
-            else:
+            elif change.change == "removed":
                 replayed.pop(change.tag.id, None)
     if {str(id) for id in replayed} != {tag["id"] for tag in tags}:
         yield "the change events do not add up to the tags that were read"

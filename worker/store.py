@@ -17,7 +17,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy import Engine, create_engine, event, make_url
 
-from producers.messages import FlowExecution, Tag, TagBatch
+from producers.messages import Tag, TagBatch, Task, TaskExecution
 from worker import arrays
 from worker.decide import (
     Applied,
@@ -28,6 +28,7 @@ from worker.decide import (
     Request,
     State,
     TagKey,
+    TaskKey,
     Writes,
     tag_key,
 )
@@ -85,6 +86,17 @@ _LOAD_TAGS: Final = """
      order by t.created_at, t.id
 """
 
+_LOAD_TASKS: Final = """
+    select t.*
+      from unnest(%(flow_execution_ids)s, %(task_names)s) as k (flow_execution_id, task_name)
+     cross join lateral (
+           select flow_execution_id, task_name, state, state_changed_at, state_changed_by
+             from task_executions
+            where organization_id = %(organization_id)s
+              and flow_execution_id = k.flow_execution_id and task_name = k.task_name
+           offset 0) t
+"""
+
 _SAVE_BATCHES: Final = """
     insert into tag_batches (organization_id, batch_id, digest, result_record, revisions, applied_at)
     select %(organization_id)s, batch_id, digest, record::json, revisions::jsonb, %(now)s
@@ -138,6 +150,17 @@ _SAVE_ADDED_AND_REMOVED: Final = """
                  created_by, modified_by)
 """
 
+_SAVE_TASKS: Final = """
+    insert into task_executions (organization_id, flow_execution_id, task_name, state, state_changed_at,
+                                 state_changed_by)
+    select %(organization_id)s, flow_execution_id, task_name, state, %(now)s, state_changed_by
+      from unnest(%(flow_execution_ids)s, %(task_names)s, %(states)s, %(state_changed_by)s)
+           as t (flow_execution_id, task_name, state, state_changed_by)
+        on conflict (organization_id, flow_execution_id, task_name) do update
+       set state = excluded.state, state_changed_at = excluded.state_changed_at,
+           state_changed_by = excluded.state_changed_by
+"""
+
 _SAVE_CHANGES: Final = """
     insert into tag_changes (organization_id, flow_execution_id, revision, batch_id, event, changed_at)
     select %(organization_id)s, flow_execution_id, revision, batch_id, event::json, %(now)s
@@ -173,7 +196,7 @@ _FORGET_FAILURE: Final = """
 OWN_ROLE: Final = """
     select rolsuper or rolbypassrls or exists (
                select from pg_class c
-                where c.relname in ('flow_executions', 'task_tags', 'tag_batches', 'tag_changes')
+                where c.relname in ('flow_executions', 'task_tags', 'tag_batches', 'tag_changes', 'task_executions')
                   and pg_has_role(current_user, c.relowner, 'usage'))
       from pg_roles where rolname = current_user
 """
@@ -343,9 +366,14 @@ class Transaction:
                 for operation in message.tags
             }
         )
+        tasks = {
+            (message.flow_execution_id, message.task_name): None
+            for message in messages
+            if isinstance(message, TaskExecution)
+        }
         executions = {key.flow_execution_id for key in keys}
         executions.update(
-            message.flow_execution_id for message in messages if isinstance(message, FlowExecution)
+            message.flow_execution_id for message in messages if not isinstance(message, TagBatch)
         )
         found_batches = self._find_batches([message.batch_id for message in messages])
         found_executions = self._send(
@@ -354,10 +382,14 @@ class Transaction:
         found_tags: Iterable[Any] = []
         if keys:
             found_tags = self._send(_LOAD_TAGS, **_key_columns(keys))
+        found_tasks: Iterable[Any] = []
+        if tasks:
+            found_tasks = self._send(_LOAD_TASKS, **_task_columns(list(tasks)))
         return State(
             batches=dict(map(_batch, found_batches)),
             executions=dict(map(_execution, found_executions)),
             tags=_tags(found_tags),
+            tasks={row[:2]: Task(*row) for row in found_tasks},
         )
 
     def save(self, writes: Writes) -> None:
@@ -376,6 +408,8 @@ class Transaction:
             modified_by = arrays.texts([each.tag.modified_by for each in removed_again])
             columns = _added_columns(removed_again)
             self._send(_SAVE_ADDED_AND_REMOVED, modified_by=modified_by, **columns)
+        if writes.tasks:
+            self._send(_SAVE_TASKS, **_state_columns(writes.tasks))
         if writes.changes:
             self._send(_SAVE_CHANGES, **_change_columns(writes.changes))
         if writes.batches:
@@ -427,6 +461,21 @@ def _key_columns(keys: Sequence[TagKey]) -> dict[str, Any]:
         "task_names": arrays.texts(task_names),
         "tag_types": arrays.texts(tag_types),
         "tags": arrays.texts(tags),
+    }
+
+
+def _task_columns(tasks: Sequence[TaskKey]) -> dict[str, Any]:
+    return {
+        "flow_execution_ids": arrays.uuids([flow_execution_id for flow_execution_id, _ in tasks]),
+        "task_names": arrays.texts([task_name for _, task_name in tasks]),
+    }
+
+
+def _state_columns(tasks: dict[TaskKey, Task]) -> dict[str, Any]:
+    return {
+        **_task_columns(list(tasks)),
+        "states": arrays.texts([task.state for task in tasks.values()]),
+        "state_changed_by": arrays.texts([task.state_changed_by for task in tasks.values()]),
     }
 
 

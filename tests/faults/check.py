@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -10,7 +9,7 @@ from uuid import UUID
 
 import psycopg
 
-from producers.messages import FlowExecution, Message, TagBatch
+from producers.messages import Message, ResultRecord, TagBatch
 from tests.test_decide import Naive, _same
 
 MOST_STORIES: Final = 20
@@ -125,13 +124,8 @@ def _replay(
         if message is None:
             verdict.add("doubled", "was never sent", batch_id)
             continue
-        expected, record = model.send(message), json.loads(text)
-        if "error" in record:
-            outcome: Any = record["error"]["code"]
-        elif isinstance(message, FlowExecution):
-            outcome = [record["flow_execution"]["status"]]
-        else:
-            outcome = [each["status"] for each in record["tags"]]
+        expected, record = model.send(message), ResultRecord.decode(text)
+        outcome: Any = record.statuses if record.error is None else record.error.code
         if outcome != expected:
             verdict.add("doubled", f"{outcome} instead of {expected}", batch_id)
     return model
@@ -164,10 +158,13 @@ def _check_changes(
     ).fetchall()
     revisions: dict[UUID, list[int]] = defaultdict(list)
     replayed: set[str] = set()
+    states: dict[tuple[UUID, str], str] = {}
     for execution, revision, event in events:
         revisions[execution].append(revision)
         for change in event["changes"]:
-            if change["change"] == "added":
+            if change["change"] == "state":
+                states[execution, change["task"]["task_name"]] = change["task"]["state"]
+            elif change["change"] == "added":
                 replayed.add(change["tag"]["id"])
             elif change["tag"]["id"] not in replayed:
                 verdict.add("gaps", f"{execution} #{revision} removes what was not there")
@@ -182,6 +179,16 @@ def _check_changes(
     ).fetchall()
     if replayed != {row[0] for row in active}:
         verdict.add("gaps", "the change events don't add up to the active tags")
+    recorded = connection.execute(
+        "select flow_execution_id, task_name, state from task_executions where organization_id = %s",
+        [organization],
+    ).fetchall()
+    if (
+        not states
+        == model.states
+        == {(execution, name): state for execution, name, state in recorded}
+    ):
+        verdict.add("gaps", "the change events don't add up to the states of the tasks")
 
 
 __all__ = ["Message", "Sent", "TagBatch", "Verdict", "check"]

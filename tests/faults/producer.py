@@ -21,6 +21,7 @@ from producers.messages import (
     Message,
     TagBatch,
     TagOperation,
+    TaskExecution,
     Uuid7,
     add,
     parse_message,
@@ -102,14 +103,20 @@ def operation(choose: random.Random, executions: list[UUID]) -> TagOperation:
 
 def batches(choose: random.Random, executions: list[UUID], count: int) -> list[Message]:
     new_id = Uuid7()
-    return [
-        TagBatch(
-            batch_id=new_id(),
+    return [message(choose, executions, new_id()) for _ in range(count)]
+
+
+def message(choose: random.Random, executions: list[UUID], batch_id: UUID) -> Message:
+    if choose.random() < 0.1:
+        return TaskExecution(
+            batch_id=batch_id,
             reply_to="faults",
-            tags=[operation(choose, executions) for _ in range(choose.choice([1, 2, 3, 10]))],
+            flow_execution_id=choose.choice(executions),
+            task_name=choose.choice(["extract", "review"]),
+            state=choose.choice(["queued", "running", "completed", "failed"]),
         )
-        for _ in range(count)
-    ]
+    tags = [operation(choose, executions) for _ in range(choose.choice([1, 2, 3, 10]))]
+    return TagBatch(batch_id=batch_id, reply_to="faults", tags=tags)
 
 
 def insist(producer: Marked, messages: list[Message]) -> None:

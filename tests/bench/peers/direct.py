@@ -27,7 +27,7 @@ from sqlalchemy.types import JSON, UserDefinedType
 
 from producers.connect import open_redis
 from producers.inbox import Entry
-from producers.messages import FlowExecution, Tag, TagBatch, Uuid7
+from producers.messages import Message, Tag, TagBatch, Uuid7
 from tests.bench.contenders import Contender, Item, Setting, python
 from tests.bench.job import freeze, publish
 from tests.bench.peers.loop import Loop
@@ -166,13 +166,13 @@ class Service:
 
 
 def _lock(
-    session: OrmSession, organization_id: UUID, message: TagBatch | FlowExecution
+    session: OrmSession, organization_id: UUID, message: Message
 ) -> Sequence[FlowExecutionRow]:
     """Load the executions that are named, for nobody else to change meanwhile."""
-    if isinstance(message, FlowExecution):
-        ids = {message.flow_execution_id}
-    else:
+    if isinstance(message, TagBatch):
         ids = {operation.flow_execution_id for operation in message.tags}
+    else:
+        ids = {message.flow_execution_id}
     query = (
         select(FlowExecutionRow)
         .where(
@@ -185,11 +185,9 @@ def _lock(
     return session.scalars(query).all()
 
 
-def _tags(
-    session: OrmSession, organization_id: UUID, message: TagBatch | FlowExecution
-) -> Sequence[TagRow]:
+def _tags(session: OrmSession, organization_id: UUID, message: Message) -> Sequence[TagRow]:
     """Load the active tags of all names that the batch has, and of names mixed from them."""
-    if isinstance(message, FlowExecution):
+    if not isinstance(message, TagBatch):
         return []
     keys = {rules.tag_key(operation) for operation in message.tags}
     query = select(TagRow).where(
