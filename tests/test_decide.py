@@ -463,7 +463,7 @@ def test_any_sequence_of_messages_agrees_with_the_naive_model(
                 if event not in known:
                     known.add(event)
                     seen.setdefault(execution, []).append(ChangeEvent.decode(event))
-    assert {id: e.revision for id, e in state.executions.items() if e.revision} == naive.revisions
+    assert {e.id: e.revision for e in state.executions.values() if e.revision} == naive.revisions
     for execution, stored in seen.items():
         assert [e.revision for e in stored] == list(range(1, naive.revisions[execution] + 1))
     active = [tag for tags in state.tags.values() for tag in tags.values()]

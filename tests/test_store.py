@@ -19,7 +19,7 @@ from producers.messages import Message, TagBatch, TaskExecution, TaskState, add,
 from tests.conftest import Servers
 from tests.tenant import applied, requests_of
 from tests.waiting import eventually
-from worker.decide import State
+from worker.decide import Execution, State
 from worker.migrate import migrate
 from worker.store import Store, UnsafeRole, is_transient
 
@@ -79,16 +79,14 @@ def test_what_is_saved_is_what_is_loaded(store: Store, organization: UUID) -> No
     known = state.batches[batch.batch_id]
     assert known.record == decision.outcomes[2].record
     assert set(known.events) == set(decision.outcomes[2].events)
-    assert state.executions[one].task_names is None
-    assert state.executions[two].task_names == frozenset({"other", "b"})
-    assert {id: execution.revision for id, execution in state.executions.items()} == {
-        one: 1,
-        two: 1,
+    assert state.executions == {
+        one.int: Execution(one, None, revision=1),
+        two.int: Execution(two, frozenset({"other", "b"}), revision=1),
     }
     loaded = {tag.id: (tag, digest) for tags in state.tags.values() for digest, tag in tags.items()}
     expected = {
-        id: (tag, metadata.digest)
-        for id, (tag, metadata) in decision.writes.added.items()
+        tag.id: (tag, metadata.digest)
+        for tag, metadata in decision.writes.added.values()
         if tag.status == "active"
     }
     assert loaded.keys() == expected.keys()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
-from uuid import UUID
 
 import psycopg
 from psycopg.adapt import Dumper
@@ -40,8 +39,9 @@ class Bigints(bytes):
     """A bigint[]."""
 
 
-def uuids(values: Sequence[UUID]) -> Uuids:
-    return Uuids(_array(2950, len(values), [_SIXTEEN + value.bytes for value in values]))
+def uuids(values: Sequence[int]) -> Uuids:
+    """Make a uuid[] of the integers that UUIDs are."""
+    return Uuids(_array(2950, len(values), [_SIXTEEN + value.to_bytes(16) for value in values]))
 
 
 def bigints(values: Sequence[int]) -> Bigints:

@@ -371,9 +371,11 @@ class Transaction:
             for message in messages
             if isinstance(message, TaskExecution)
         }
-        executions = {key.flow_execution_id for key in keys}
+        executions = {flow_execution_id for flow_execution_id, _, _, _ in keys}
         executions.update(
-            message.flow_execution_id for message in messages if not isinstance(message, TagBatch)
+            message.flow_execution_id.int
+            for message in messages
+            if not isinstance(message, TagBatch)
         )
         found_batches = self._find_batches([message.batch_id for message in messages])
         found_executions = self._send(
@@ -423,7 +425,7 @@ class Transaction:
         return bool(self._send(_FORGET_FAILURE, batch_id=batch_id).fetchall())
 
     def _find_batches(self, batch_ids: Sequence[UUID]) -> Iterable[Any]:
-        return self._send(_LOAD_BATCHES, batch_ids=arrays.uuids(batch_ids))
+        return self._send(_LOAD_BATCHES, batch_ids=arrays.uuids([id.int for id in batch_ids]))
 
     def _send(self, statement: LiteralString, **parameters: Any) -> psycopg.Cursor[Any]:
         """Queue a statement; what it found is waited for when it is looked at."""
@@ -439,18 +441,17 @@ def _batch(row: Any) -> tuple[UUID, Applied]:
     return batch_id, Applied(digest, record.encode(), stored)
 
 
-def _execution(row: Any) -> tuple[UUID, Execution]:
+def _execution(row: Any) -> tuple[int, Execution]:
     flow_execution_id, task_names, revision = row
     names = None if task_names is None else frozenset(task_names)
-    return flow_execution_id, Execution(names, revision)
+    return flow_execution_id.int, Execution(flow_execution_id, names, revision)
 
 
 def _tags(rows: Iterable[Any]) -> dict[TagKey, dict[bytes, Tag]]:
     tags: dict[TagKey, dict[bytes, Tag]] = {}
     for digest, *fields in rows:
         tag = Tag(*fields)
-        key = TagKey(tag.flow_execution_id, tag.task_name, tag.tag_type, tag.tag)
-        tags.setdefault(key, {})[digest] = tag
+        tags.setdefault(tag_key(tag), {})[digest] = tag
     return tags
 
 
@@ -466,7 +467,7 @@ def _key_columns(keys: Sequence[TagKey]) -> dict[str, Any]:
 
 def _task_columns(tasks: Sequence[TaskKey]) -> dict[str, Any]:
     return {
-        "flow_execution_ids": arrays.uuids([flow_execution_id for flow_execution_id, _ in tasks]),
+        "flow_execution_ids": arrays.uuids([id.int for id, _ in tasks]),
         "task_names": arrays.texts([task_name for _, task_name in tasks]),
     }
 
@@ -481,7 +482,7 @@ def _state_columns(tasks: dict[TaskKey, Task]) -> dict[str, Any]:
 
 def _registration_columns(registrations: dict[UUID, Execution]) -> dict[str, Any]:
     return {
-        "flow_execution_ids": arrays.uuids(list(registrations)),
+        "flow_execution_ids": arrays.uuids([id.int for id in registrations]),
         "task_names": arrays.texts(
             [
                 None if execution.task_names is None else json.dumps(sorted(execution.task_names))
@@ -493,23 +494,23 @@ def _registration_columns(registrations: dict[UUID, Execution]) -> dict[str, Any
 
 def _revision_columns(revisions: dict[UUID, int]) -> dict[str, Any]:
     return {
-        "flow_execution_ids": arrays.uuids(list(revisions)),
+        "flow_execution_ids": arrays.uuids([id.int for id in revisions]),
         "revisions": Jsonb({str(id): revision for id, revision in revisions.items()}),
     }
 
 
-def _removed_columns(removed: dict[UUID, Tag]) -> dict[str, Any]:
+def _removed_columns(removed: dict[int, Tag]) -> dict[str, Any]:
     return {
         "ids": arrays.uuids(list(removed)),
-        "modified_by": Jsonb({str(id): tag.modified_by for id, tag in removed.items()}),
+        "modified_by": Jsonb({str(tag.id): tag.modified_by for tag in removed.values()}),
     }
 
 
 def _added_columns(added: Sequence[NewTag]) -> dict[str, Any]:
     tags = [each.tag for each in added]
     return {
-        "ids": arrays.uuids([tag.id for tag in tags]),
-        "flow_execution_ids": arrays.uuids([tag.flow_execution_id for tag in tags]),
+        "ids": arrays.uuids([tag.id.int for tag in tags]),
+        "flow_execution_ids": arrays.uuids([tag.flow_execution_id.int for tag in tags]),
         "task_names": arrays.texts([tag.task_name for tag in tags]),
         "tag_types": arrays.texts([tag.tag_type for tag in tags]),
         "tags": arrays.texts([tag.tag for tag in tags]),
@@ -521,16 +522,16 @@ def _added_columns(added: Sequence[NewTag]) -> dict[str, Any]:
 
 def _change_columns(changes: Sequence[NewChange]) -> dict[str, Any]:
     return {
-        "flow_execution_ids": arrays.uuids([change.flow_execution_id for change in changes]),
+        "flow_execution_ids": arrays.uuids([change.flow_execution_id.int for change in changes]),
         "revisions": arrays.bigints([change.revision for change in changes]),
-        "batch_ids": arrays.uuids([change.batch_id for change in changes]),
+        "batch_ids": arrays.uuids([change.batch_id.int for change in changes]),
         "events": arrays.encoded_texts([change.event for change in changes]),
     }
 
 
 def _batch_columns(batches: Sequence[NewBatch]) -> dict[str, Any]:
     return {
-        "batch_ids": arrays.uuids([batch.batch_id for batch in batches]),
+        "batch_ids": arrays.uuids([batch.batch_id.int for batch in batches]),
         "digests": arrays.byteas([batch.digest for batch in batches]),
         "records": arrays.encoded_texts([batch.record for batch in batches]),
         "revisions": arrays.texts(

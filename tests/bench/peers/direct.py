@@ -157,7 +157,7 @@ class Service:
             tags = _tags(session, organization_id, request.message)
             state = rules.State(
                 batches=_known(session, organization_id, request.message.batch_id),
-                executions={each.flow_execution_id: _execution(each) for each in executions},
+                executions={each.flow_execution_id.int: _execution(each) for each in executions},
                 tags=_by_key(tags),
             )
             decision = rules.decide(organization_id, [request], state, now=now, new_id=self.new_id)
@@ -189,14 +189,14 @@ def _tags(session: OrmSession, organization_id: UUID, message: Message) -> Seque
     """Load the active tags of all names that the batch has, and of names mixed from them."""
     if not isinstance(message, TagBatch):
         return []
-    keys = {rules.tag_key(operation) for operation in message.tags}
+    tags = message.tags
     query = select(TagRow).where(
         TagRow.organization_id == organization_id,
         TagRow.status == literal_column("'active'"),  # so that the partial index can be used
-        TagRow.flow_execution_id.in_({key.flow_execution_id for key in keys}),
-        TagRow.task_name.in_({key.task_name for key in keys}),
-        TagRow.tag_type.in_({key.tag_type for key in keys}),
-        TagRow.tag.in_({key.tag for key in keys}),
+        TagRow.flow_execution_id.in_({each.flow_execution_id for each in tags}),
+        TagRow.task_name.in_({each.task_name for each in tags}),
+        TagRow.tag_type.in_({each.tag_type for each in tags}),
+        TagRow.tag.in_({each.tag for each in tags}),
     )
     return session.scalars(query.order_by(TagRow.created_at, TagRow.id)).all()
 
@@ -218,15 +218,15 @@ def _encoded(value: Any) -> bytes:
 
 def _execution(row: FlowExecutionRow) -> rules.Execution:
     names = None if row.task_names is None else frozenset(row.task_names)
-    return rules.Execution(names, row.revision)
+    return rules.Execution(row.flow_execution_id, names, row.revision)
 
 
 def _by_key(rows: Iterable[TagRow]) -> dict[rules.TagKey, dict[bytes, Tag]]:
     tags: dict[rules.TagKey, dict[bytes, Tag]] = {}
     for row in rows:
         fields = {field.name: getattr(row, field.name) for field in TAG_FIELDS}
-        key = rules.TagKey(row.flow_execution_id, row.task_name, row.tag_type, row.tag)
-        tags.setdefault(key, {})[row.metadata_digest] = Tag(**fields)
+        tag = Tag(**fields)
+        tags.setdefault(rules.tag_key(tag), {})[row.metadata_digest] = tag
     return tags
 
 
@@ -243,8 +243,8 @@ def _save(
         if execution.flow_execution_id in writes.revisions:
             execution.revision = writes.revisions[execution.flow_execution_id]
     for row in tags:
-        if row.id in writes.removed:
-            removed = writes.removed[row.id]
+        removed = writes.removed.get(row.id.int)
+        if removed is not None:
             row.status, row.updated_at, row.modified_by = "deleted", now, removed.modified_by
     session.add_all(_tag_row(tag, metadata.digest) for tag, metadata in writes.added.values())
     session.add_all(
