@@ -9,29 +9,24 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Self, TypeVar
 from uuid import UUID, uuid4
 
-from kombu.exceptions import OperationalError
 from redis import Redis
-from redis.exceptions import OutOfMemoryError, RedisError
 
-from producers.connect import App, open_redis, send_drain
 from producers.errors import (
     BatchIdInUse,
     Closed,
     InboxFull,
     NoResult,
-    OutOfMemory,
     Unavailable,
     refusal,
 )
-from producers.inbox import Inbox, chunks
 from producers.messages import (
     ANY_METADATA,
     FlowExecution,
@@ -45,6 +40,7 @@ from producers.messages import (
     remove,
     results_channel,
 )
+from producers.sender import Sender
 from producers.settings import load_settings
 from producers.subscriber import Signal, listen
 
@@ -86,15 +82,10 @@ class TagProducer:
             fixed = settings.required_token
             self._token = lambda: fixed
         url = settings.redis_url.get_secret_value()
-        self._redis: Redis = open_redis(url)
-        self._celery: App = App("producers", url)
-        self._inbox = Inbox(
-            self._redis,
-            self._organization_id,
-            limit=settings.inbox_limit,
-            lease_ms=int(settings.lease_seconds * 1000),
+        self._sender = Sender(url, settings.inbox_limit, int(settings.lease_seconds * 1000))
+        self._listener = _ResultListener(
+            self._sender.redis, self._organization_id, self._enqueue_again
         )
-        self._listener = _ResultListener(self._redis, self._organization_id, self._enqueue_again)
         self._closed = threading.Event()
 
     def batch(self, *, batch_id: UUID | None = None) -> BatchBuilder[UUID, ResultRecord]:
@@ -183,34 +174,20 @@ class TagProducer:
         while (left := deadline - time.monotonic()) > 0:
             if self._closed.wait(min(pause, left)):
                 raise Closed("the producer was closed")
-            with (
-                _redis_errors()
-            ):  # only a look: a refused append would have sent its messages in vain
-                room = self._inbox.room()
-            if room:
+            # Only a look: a refused append would have sent its messages in vain.
+            if self._sender.room(self._organization_id):
                 return True
             pause = min(pause * 2, _LAST_PAUSE_SECONDS)
         return False
 
     def _append(self, encoded: Sequence[bytes]) -> int:
-        accepted = 0
-        with _redis_errors():
-            for chunk in chunks(encoded):
-                lease_id = str(uuid4())
-                appended = self._inbox.append(chunk, self._token(), lease_id)
-                accepted += appended.count
-                if appended.lease_taken:
-                    self._send_drain(lease_id)
-                if appended.count < len(chunk):
-                    break
-        return accepted
+        return self._sender.send(self._organization_id, encoded, self._token())
 
     def close(self) -> None:
         """Let go of connections; whatever still waits fails with `Closed`."""
         self._closed.set()
         self._listener.close()
-        self._celery.close()
-        self._redis.close()
+        self._sender.close()
 
     def __enter__(self) -> TagProducer:
         return self
@@ -218,31 +195,11 @@ class TagProducer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send_drain(self, lease_id: str) -> None:
-        """Tell the workers. If that fails, the next to append, or `task_tags.wake`, tells them."""
-        try:
-            send_drain(self._celery, self._organization_id, lease_id)
-        except (OperationalError, RedisError, OSError):
-            logger.warning("the batch is accepted, but the workers will hear of it late")
-            with suppress(RedisError, OSError):
-                self._inbox.give_back(lease_id)
-
     def _enqueue_again(self, messages: Sequence[Message]) -> None:
         try:
             self.enqueue_many(messages)
         except (Unavailable, InboxFull) as error:
             logger.warning("asking again failed, and will be tried again: %s", error)
-
-
-@contextmanager
-def _redis_errors() -> Iterator[None]:
-    """Turn what Redis raises into what the SDK raises."""
-    try:
-        yield
-    except OutOfMemoryError as error:
-        raise OutOfMemory("Redis has no memory left: nothing more is accepted") from error
-    except (RedisError, OSError) as error:
-        raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
 
 
 class AsyncTagProducer:

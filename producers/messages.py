@@ -633,14 +633,7 @@ def _read_carefully(raw: bytes) -> Message:
     if len(raw) > MAX_MESSAGE_BYTES:
         readable = _load(_lenient_json, raw) if len(raw) <= MAX_READABLE_BYTES else None
         raise _invalid(readable, [_TOO_LARGE])
-    try:
-        fields = _load(_strict_json, raw)
-    except _DoubledKey:
-        raise _invalid(_load(_lenient_json, raw), [_DOUBLED_KEY]) from None
-    if fields is _UNREADABLE:
-        raise InvalidMessage([_NOT_JSON])
-    if not isinstance(fields, dict):
-        raise InvalidMessage([_NOT_AN_OBJECT])
+    fields = _fields(raw)
     kind = fields.get("kind")
     model = _MESSAGES.get(kind) if isinstance(kind, str) else None
     details = [
@@ -659,6 +652,37 @@ def _read_carefully(raw: bytes) -> Message:
     if details:
         raise _invalid(fields, details)
     return cast(Message, message)
+
+
+def read_body(kind: str, raw: bytes, **rest: Any) -> Message:
+    """Return the message that is made of a JSON object and, in `rest`, of what else belongs to it.
+
+    Raises `InvalidMessage` with every fault; the object has nothing that all messages have, and nothing of `rest`.
+    """
+    fields, model = _fields(raw), _MESSAGES[kind]
+    own = model.model_fields.keys() - _Message.model_fields.keys() - {"kind"} - rest.keys()
+    known = {name: value for name, value in fields.items() if name in own}
+    details = [_fault((name,), "extra_forbidden", {}) for name in fields.keys() - known.keys()]
+    try:
+        message = model.model_validate({"kind": kind, **rest, **known})
+    except ValidationError as error:
+        raise InvalidMessage(details + faults(error)) from None
+    if details:
+        raise InvalidMessage(details)
+    return cast(Message, message)
+
+
+def _fields(raw: bytes) -> dict[str, Any]:
+    """Read a JSON object. Raises `InvalidMessage`, addressed as well as can be."""
+    try:
+        fields = _load(_strict_json, raw)
+    except _DoubledKey:
+        raise _invalid(_load(_lenient_json, raw), [_DOUBLED_KEY]) from None
+    if fields is _UNREADABLE:
+        raise InvalidMessage([_NOT_JSON])
+    if not isinstance(fields, dict):
+        raise InvalidMessage([_NOT_AN_OBJECT])
+    return fields
 
 
 _UNREADABLE: Final = object()

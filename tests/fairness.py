@@ -43,7 +43,7 @@ def main() -> None:
             batches = make_batches(arguments.waiting)
             many.apply(registration(batches[0].tags[0].flow_execution_id))
             many.enqueue_many(batches)
-            redis: Any = many._redis
+            redis: Any = many._sender.redis
             beside: list[float] = []
             waiting: list[int] = []
             while (left := redis.xlen(inbox_key(busy))) > 0:

@@ -51,7 +51,7 @@ def soak(
     stack: Stack, producer: TagProducer, organization: UUID, execution: UUID, batches: int
 ) -> list[float]:
     """Send the batches, ten thousand waiting at most; return the worker's memory after each tenth, in MB."""
-    redis: Any = producer._redis
+    redis: Any = producer._sender.redis
     new_id, sizes = Uuid7(), []
     begin = last = time.monotonic()
     tenth = max(batches // 10, PIECE)

@@ -71,7 +71,7 @@ def test_what_is_stored_is_what_was_published(
     """The audit trail: who changed what, when, in which batch."""
     execution = uuid4()
     producer.register(execution)
-    redis: Any = producer._redis
+    redis: Any = producer._sender.redis
     with redis.pubsub() as pubsub:
         pubsub.subscribe(changes_channel(organization, execution))
         eventually(lambda: pubsub.get_message(timeout=1))

@@ -179,7 +179,7 @@ def test_changes_and_results_are_followed_until_interrupted(
     )
     kind = "changes" if command == "watch" else "results"
     channel = f"task-tags:{{{organization}}}:{kind}:{subject}"
-    redis: Any = producer._redis
+    redis: Any = producer._sender.redis
     eventually(lambda: redis.pubsub_numsub(channel)[0][1])
     batch = TagBatch(reply_to="runner-7", tags=[add(execution, "t", "t", "x")])
     producer.enqueue(batch)

@@ -355,14 +355,14 @@ def test_a_result_that_was_lost_is_asked_for_again(
     """The listener's connection is cut before the result comes: the batch is enqueued again, and takes effect once."""
     producer.apply(TagBatch(tags=[add(execution, "t", "t", "first")]))
     batch = TagBatch(tags=[add(execution, "t", "t", "x")])
-    original = producer._inbox.append
+    original = Inbox.append
 
     def append_and_cut(*arguments: Any) -> Any:
-        monkeypatch.setattr(producer._inbox, "append", original)
+        monkeypatch.setattr(Inbox, "append", original)
         redis.client_kill_filter(_type="pubsub")
         return original(*arguments)
 
-    monkeypatch.setattr(producer._inbox, "append", append_and_cut)
+    monkeypatch.setattr(Inbox, "append", append_and_cut)
     record = producer.apply(batch)
     assert [result.status for result in record.tags or []] == ["added"]
 
@@ -372,16 +372,16 @@ def test_an_outage_does_not_change_the_order(
 ) -> None:
     """What could not be enqueued is said at once, never enqueued later behind what came after it."""
     producer.apply(TagBatch(tags=[add(execution, "t", "t", "first")]))
-    original = producer._inbox.append
+    original = Inbox.append
 
     def away(*_: Any) -> Any:
-        monkeypatch.setattr(producer._inbox, "append", original)
+        monkeypatch.setattr(Inbox, "append", original)
         raise RedisConnectionError("away")
 
-    monkeypatch.setattr(producer._inbox, "append", away)
+    monkeypatch.setattr(Inbox, "append", away)
     with pytest.raises(Unavailable):
         producer.submit(TagBatch(tags=[add(execution, "t", "t", "x")]))
-    monkeypatch.setattr(producer._inbox, "append", away)
+    monkeypatch.setattr(Inbox, "append", away)
     record = producer.apply(TagBatch(tags=[remove(execution, "t", "t", "x")]))  # tries again itself
     assert [result.status for result in record.tags or []] == ["not_found"]
 
@@ -502,7 +502,7 @@ def test_a_drain_message_that_was_lost_is_sent_again(
     producer: TagProducer, redis: Any, organization: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """beat's `wake` finds the inbox that waits with nobody on the way: a few seconds, and nothing is lost."""
-    monkeypatch.setattr(producer, "_send_drain", lambda _: None)
+    monkeypatch.setattr(producer._sender, "_send_drain", lambda *_: None)
     future = producer.submit(registration(uuid4()))
     eventually(lambda: redis.exists(lease_key(organization)))
     redis.delete(lease_key(organization))

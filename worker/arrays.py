@@ -16,6 +16,7 @@ from psycopg.pq import Format
 
 _HEADER: Final = struct.Struct("!iiIii").pack
 _LENGTH: Final = struct.Struct("!i").pack
+_READ_LENGTH: Final = struct.Struct("!i").unpack_from
 _SHORT: Final = 1024
 _LENGTHS: Final = tuple(map(_LENGTH, range(_SHORT)))
 _NULL: Final = _LENGTH(-1)
@@ -59,6 +60,16 @@ def encoded_texts(values: Sequence[bytes | None]) -> Texts:
 
 def byteas(values: Sequence[bytes]) -> Byteas:
     return Byteas(_array(17, len(values), _sized(values)))
+
+
+def elements(array: bytes | None) -> list[bytes]:
+    """Return the elements of an array without nulls."""
+    found, at = [], 20
+    while array is not None and at < len(array):
+        (length,) = _READ_LENGTH(array, at)
+        found.append(array[at + 4 : at + 4 + length])
+        at += 4 + length
+    return found
 
 
 def _array(oid: int, length: int, elements: Iterable[bytes], nulls: bool = False) -> bytes:

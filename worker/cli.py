@@ -198,26 +198,12 @@ def endpoint(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
 ) -> None:
-    """Serve the read endpoint."""
-    import uvicorn
-
-    from worker.endpoint import create_app
-    from worker.http import LimitedProtocol
+    """Serve the endpoint: reading, watching, writing, and the live page."""
+    from worker.endpoint import serve
 
     settings = load_settings()
     log.configure(settings.log_level)
-    uvicorn.run(
-        create_app(settings),
-        host=host,
-        port=port,
-        loop="uvloop",
-        http=LimitedProtocol,
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=10,
-    )
+    serve(settings, host, port)
 
 
 # --- Rejected messages ---------------------------------------------------------------------------

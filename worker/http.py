@@ -1,4 +1,4 @@
-"""Limits of an HTTP connection, below the application: large headers, slow clients, broken requests.
+"""Limits of a connection, below the application: large headers, slow clients, broken requests.
 
 uvicorn has no setting for them. Answers have the shape that all errors of the endpoint have.
 """
@@ -11,10 +11,14 @@ from typing import Any, Final
 from uuid import uuid4
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 MAX_HEAD_BYTES: Final = 32 * 1024
 MAX_BODY_BYTES: Final = 1024 * 1024
+MAX_FRAME_BYTES: Final = 64 * 1024
 REQUEST_SECONDS: Final = 10.0
+CLOSE_SECONDS: Final = 5.0
+"""A closed connection is cut if the rest is not taken in this time."""
 
 
 def error_body(code: str, message: str, details: list[Any], request_id: str) -> bytes:
@@ -60,6 +64,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(431, "Request Header Fields Too Large", "headers_too_large")
             return
         super().on_headers_complete()
+        self.scope["give_up"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
 
     def on_body(self, body: bytes) -> None:
         if not self._refused:
@@ -70,6 +75,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = True, 0
         if not self._refused:
             super().on_message_complete()
+
+    def handle_websocket_upgrade(self) -> None:
+        self._stop_deadline()
+        super().handle_websocket_upgrade()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "Bad Request", "bad_request")
@@ -100,3 +109,31 @@ class LimitedProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+class LimitedWebSocket(WebSocketsSansIOProtocol):
+    """Cuts a connection that was closed, if its other end does not take the rest."""
+
+    _cutting: asyncio.TimerHandle | None = None
+
+    def handle_connect(self, event: Any) -> None:
+        super().handle_connect(event)
+        if self.response.status_code == 101:
+            self.scope["give_up"] = self.give_up  # type: ignore[typeddict-unknown-key]
+
+    def give_up(self, code: int, reason: str) -> None:
+        """Say goodbye behind what is not taken, without waiting for its turn."""
+        if not self.close_sent and not self.disconnected:
+            self.conn.send_close(code, reason)
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.close_sent = True
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        super().on_task_complete(task)
+        if not self.disconnected:
+            self._cutting = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._cutting is not None:
+            self._cutting.cancel()
+        super().connection_lost(exc)

@@ -15,7 +15,7 @@ from uuid import UUID
 import psycopg
 from psycopg import pq
 
-from worker.arrays import bigints
+from worker.arrays import bigints, elements, texts, uuids
 from worker.store import CONNECT_ARGUMENTS, OWN_ROLE, driver_url, refuse_unsafe
 
 READ_SECONDS: Final = 10.0
@@ -41,21 +41,83 @@ READ_TAGS: Final = """
      where e.organization_id = $1 and e.flow_execution_id = $2
 """
 
-# $1 organization, $2 flow execution, $3 revision, $4 most events: those after the revision, up to a mebibyte of them, and
-# the revision of the first.
+# The same tags, of which some are wanted: $4 types, $5 tags, those after the one that was created at $6 with the id $7,
+# at most $8 of them; and when the last one was created and its id, if there are more.
+_READ_PAGE: Final = """
+    with page as materialized (
+           select row_number() over (order by created_at, id) as place, created_at as at, t.id as last,
+                  row_to_json(t) as tag
+             from (select id, flow_execution_id, task_name, tag_type, tag, tag_metadata, organization_id, status,
+                          to_char(created_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as created_at,
+                          created_by, null as updated_at, null as modified_by
+                     from task_tags
+                    where organization_id = $1 and flow_execution_id = $2
+                      and ($3 is null or task_name = $3)
+                      and ($4 is null or tag_type = any($4)) and ($5 is null or tag = any($5))
+                      and ($6 is null or (task_tags.created_at, id) > ($6::timestamptz, $7::uuid))
+                      and status = 'active'
+                    order by task_tags.created_at, id
+                    limit $8 + 1) t)
+    select e.revision,
+           (select coalesce(json_agg(tag order by place), '[]')::text from page where $8 is null or place <= $8),
+           (select at || ' ' || last from page where place = $8 and exists (select from page where place > $8))
+      from flow_executions e
+     where e.organization_id = $1 and e.flow_execution_id = $2
+"""
+
+# $1 organization, $2 flow execution, $3 task name: every task that is registered, has a tag or a state.
+_READ_TASKS: Final = """
+    select e.revision, coalesce(jsonb_array_length(e.task_names), 0)::bigint, (
+           select coalesce(json_agg(row_to_json(t) order by t.task_name), '[]')::text
+             from (select e.flow_execution_id, n.task_name, s.state,
+                          to_char(s.state_changed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+                               as state_changed_at,
+                          s.state_changed_by, coalesce(n.tags, '[]') as tags
+                     from (select task_name collate "C" as task_name, json_agg(tag) filter (where tag is not null) as tags
+                             from (select jsonb_array_elements_text(e.task_names) as task_name, null::json as tag
+                                   union all
+                                   select task_name, null from task_executions
+                                    where organization_id = $1 and flow_execution_id = $2
+                                   union all
+                                   select task_name, row_to_json(g)
+                                     from (select id, flow_execution_id, task_name, tag_type, tag, tag_metadata,
+                                                  organization_id, status,
+                                                  to_char(created_at at time zone 'UTC',
+                                                          'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as created_at,
+                                                  created_by, null as updated_at, null as modified_by
+                                             from task_tags
+                                            where organization_id = $1 and flow_execution_id = $2
+                                              and ($3 is null or task_name = $3) and status = 'active'
+                                            order by task_tags.created_at, id) g) as named
+                            where $3 is null or task_name = $3
+                            group by 1) n
+                     left join task_executions s on s.organization_id = $1 and s.flow_execution_id = $2
+                                                and s.task_name = n.task_name) t)
+      from flow_executions e
+     where e.organization_id = $1 and e.flow_execution_id = $2
+"""
+
+# $1 organization, $2 flow execution, $3 revision, $4 most events, $5 most characters, which one event may exceed: the
+# events after the revision, in order, and the revision of the first.
 _READ_CHANGES: Final = """
     select e.revision, found.first, found.events
       from flow_executions e
      cross join lateral (
-           select min(revision) as first,
-                  coalesce('[' || string_agg(event, ',' order by revision) || ']', '[]') as events
+           select min(revision) as first, array_agg(event order by revision) as events
              from (select revision, event, row_number() over w as place, sum(length(event)) over w as characters
                      from (select revision, event::text as event from tag_changes
                             where organization_id = $1 and flow_execution_id = $2 and revision > $3
                             order by revision limit $4) as page
                    window w as (order by revision)) as counted
-            where place = 1 or characters <= 1048576) as found
+            where place = 1 or characters <= $5) as found
      where e.organization_id = $1 and e.flow_execution_id = $2
+"""
+
+# $1 organization, $2 flow executions: those that there are, and their last revisions.
+_READ_REVISIONS: Final = """
+    select array_agg(flow_execution_id), array_agg(revision)
+      from flow_executions
+     where organization_id = $1 and flow_execution_id = any($2)
 """
 
 _READ_RECORD: Final = """
@@ -65,7 +127,10 @@ _READ_RECORD: Final = """
 _PREPARED: Final = {
     "scope (text)": SCOPE,
     "tags (uuid, uuid, text, bigint[])": READ_TAGS,
-    "changes (uuid, uuid, bigint, bigint)": _READ_CHANGES,
+    "page (uuid, uuid, text, text[], text[], text, text, bigint)": _READ_PAGE,
+    "tasks (uuid, uuid, text)": _READ_TASKS,
+    "changes (uuid, uuid, bigint, bigint, bigint)": _READ_CHANGES,
+    "revisions (uuid, uuid[])": _READ_REVISIONS,
     "record (uuid, uuid)": _READ_RECORD,
 }
 
@@ -77,7 +142,35 @@ class Changes(NamedTuple):
     """The execution's last."""
     first: int | None
     """The revision of the first of the events; None if there are none."""
-    events: bytes
+    events: list[bytes]
+    """As they were published."""
+
+
+class Wanted(NamedTuple):
+    """Which of an execution's tags are wanted: None, or none, is any."""
+
+    task_name: str | None
+    tag_types: Sequence[str]
+    tags: Sequence[str]
+
+
+class Page(NamedTuple):
+    """Some of an execution's active tags."""
+
+    revision: int
+    tags: bytes
+    """A JSON array."""
+    after: str | None
+    """When the last of them was created, and its id; None if there are no more."""
+
+
+class Tasks(NamedTuple):
+    """The tasks of an execution, with their states and tags."""
+
+    revision: int
+    registered: int
+    """How many task names are registered."""
+    tasks: bytes
     """A JSON array."""
 
 
@@ -107,25 +200,80 @@ class Reader:
 
         The tags are None if the revision is one of those that are `known`.
         """
-        name = None if task_name is None else task_name.encode()
-        parameters = [flow_execution_id.bytes, name, bigints(known)]
+        parameters = [flow_execution_id.bytes, _text(task_name), bigints(known)]
         found = await self._ask(organization_id, b"tags", parameters)
         if found is None or found[0] is None:
             return None
         return _integer(found[0]), found[1]
 
     async def changes(
-        self, organization_id: UUID, flow_execution_id: UUID, after: int, limit: int
+        self,
+        organization_id: UUID,
+        flow_execution_id: UUID,
+        after: int,
+        limit: int,
+        most_bytes: int,
     ) -> Changes | None:
         """Return change events as they are stored, in order; None if there is no such execution."""
-        parameters = [flow_execution_id.bytes, _bigint(after), _bigint(limit)]
+        parameters = [flow_execution_id.bytes, *map(_bigint, (after, limit, most_bytes))]
         found = await self._ask(organization_id, b"changes", parameters)
         if found is None:
             return None
         revision, first, events = found
-        return Changes(
-            _integer(revision), None if first is None else _integer(first), events or b"[]"
+        if first is None:
+            return Changes(_integer(revision), None, [])
+        return Changes(_integer(revision), _integer(first), elements(events))
+
+    async def page(
+        self,
+        organization_id: UUID,
+        flow_execution_id: UUID,
+        wanted: Wanted,
+        after: tuple[str, str] | None = None,
+        limit: int | None = None,
+    ) -> Page | None:
+        """Return those of the active tags that are wanted, `limit` of them at most; None if there is no such execution.
+
+        `after`: when the last one before them was created, and its id, both as text.
+        """
+        created_at, id = after or (None, None)
+        parameters = [
+            flow_execution_id.bytes,
+            _text(wanted.task_name),
+            texts(wanted.tag_types) if wanted.tag_types else None,
+            texts(wanted.tags) if wanted.tags else None,
+            _text(created_at),
+            _text(id),
+            None if limit is None else _bigint(limit),
+        ]
+        found = await self._ask(organization_id, b"page", parameters)
+        if found is None:
+            return None
+        revision, tags, last = found
+        return Page(_integer(revision), tags or b"[]", None if last is None else last.decode())
+
+    async def tasks(
+        self, organization_id: UUID, flow_execution_id: UUID, task_name: str | None
+    ) -> Tasks | None:
+        """Return the tasks with their states and active tags as JSON; None if there is no such execution."""
+        parameters = [flow_execution_id.bytes, _text(task_name)]
+        found = await self._ask(organization_id, b"tasks", parameters)
+        if found is None:
+            return None
+        revision, registered, tasks = found
+        return Tasks(_integer(revision), _integer(registered), tasks or b"[]")
+
+    async def revisions(
+        self, organization_id: UUID, flow_execution_ids: Sequence[UUID]
+    ) -> dict[UUID, int]:
+        """Return the last revisions of those of the executions that there are."""
+        found = await self._ask(
+            organization_id, b"revisions", [uuids([id.int for id in flow_execution_ids])]
         )
+        if found is None or found[0] is None:
+            return {}
+        ids, numbers = map(elements, found)
+        return {UUID(bytes=id): _integer(number) for id, number in zip(ids, numbers, strict=True)}
 
     async def record(self, organization_id: UUID, batch_id: UUID) -> bytes | None:
         """Return the stored result record as JSON; None while it is unknown."""
@@ -269,6 +417,10 @@ class _Line:
                 answer.set_result(row)
         elif result.status != pq.ExecStatus.PIPELINE_ABORTED:
             self._error = _error(result)
+
+
+def _text(value: str | None) -> bytes | None:
+    return None if value is None else value.encode()
 
 
 def _bigint(value: int) -> bytes:

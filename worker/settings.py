@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from producers.inbox import LEASE_MS
+from producers.inbox import DEFAULT_LIMIT, LEASE_MS
 from producers.settings import check_redis_url
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
@@ -57,6 +57,8 @@ class Settings(BaseSettings):
     """How long a batch's result is stored: within this time the same batch never takes effect twice."""
     changes_retention_days: float | None = Field(None, gt=0)
     """How long a change event is stored; for ever if unset."""
+    inbox_limit: int = Field(DEFAULT_LIMIT, ge=1)
+    """How many messages may wait in an inbox before the endpoint answers 429."""
     endpoint_connections: int = Field(4, ge=1, le=1000)
     """Database connections of one endpoint process."""
     log_level: str = "INFO"

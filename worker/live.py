@@ -1,0 +1,255 @@
+"""What is published, for all who wait for it in this process: one Redis connection, one subscription for each channel.
+
+Pub/sub may lose a message, repeat it or bring it late, and all that is silent. So of an execution that is watched only
+its last revision is taken from there: the events themselves come from the few that were heard last if these are the next
+ones, and from the table otherwise. And the table is asked for the last revision whenever a subscription begins
+anew, and now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Final
+from uuid import UUID
+
+import psycopg
+from pydantic_core import from_json
+from redis import asyncio as async_redis
+from redis.exceptions import RedisError
+
+from producers.messages import changes_channel
+from worker.reader import Reader
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS: Final = 5.0
+"""So often the table is asked for last revisions, at least."""
+_LOOK_AGAIN_SECONDS: Final = 1.0
+_TICK_SECONDS: Final = 1.0
+_PING_SECONDS: Final = 5.0
+_SILENCE_SECONDS: Final = 15.0
+_LAST_BACKOFF_SECONDS: Final = 1.0
+_RECENT_EVENTS: Final = 100
+_RECENT_BYTES: Final = 256 * 1024
+
+
+class Listener:
+    """Somebody who hears a channel. What is published before `begin`, or while Redis is away, is not heard."""
+
+    def begin(self) -> None:
+        """The subscription has begun, for the first time or again."""
+
+    def hear(self, payload: bytes) -> None:
+        """This was published."""
+
+
+class Channels:
+    """Subscribes to each channel that somebody listens to, on one connection, which is made again when it is lost."""
+
+    def __init__(self, redis: async_redis.Redis) -> None:
+        self._redis = redis
+        self._listeners: dict[bytes, list[Listener]] = {}
+        self._subscribed: set[bytes] = set()
+        self._pubsub: Any = None
+        self._changing = asyncio.Lock()
+        self._wanted = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._listeners)
+
+    @asynccontextmanager
+    async def listening(self, channel: str, listener: Listener) -> AsyncIterator[None]:
+        """Let a listener hear a channel."""
+        name = channel.encode()
+        self._listeners.setdefault(name, []).append(listener)
+        self._wanted.set()
+        try:
+            if name in self._subscribed:
+                listener.begin()
+            else:
+                await self._subscribe()
+            yield
+        finally:
+            self._listeners[name].remove(listener)
+            if not self._listeners[name]:
+                del self._listeners[name]
+                await asyncio.shield(self._subscribe())
+
+    async def run(self) -> None:
+        """Listen, for ever."""
+        failures = 0
+        while True:
+            await self._wanted.wait()
+            try:
+                async with self._redis.pubsub() as pubsub:
+                    await self._listen(pubsub)
+            except (RedisError, OSError) as error:
+                failures += 1
+                if failures == 1:
+                    logger.warning(
+                        "Redis can't be listened to", extra={"error": type(error).__name__}
+                    )
+            else:
+                failures = 0
+            finally:
+                self._pubsub, self._subscribed = None, set()
+            await asyncio.sleep(min(0.05 * 2 ** min(failures, 10), _LAST_BACKOFF_SECONDS))
+
+    async def _listen(self, pubsub: Any) -> None:
+        """Hear until nobody wants to any more. A server that does not answer a ping in time is as good as gone."""
+        self._pubsub = pubsub
+        await self._subscribe()
+        clock = asyncio.get_running_loop().time
+        heard_at = pinged_at = clock()
+        while self._listeners or self._subscribed:
+            message = await pubsub.get_message(timeout=_TICK_SECONDS)
+            now = clock()
+            if message is not None:
+                heard_at = now
+                self._tell(message)
+            elif now - heard_at > _SILENCE_SECONDS:
+                raise ConnectionError("the server is silent")
+            elif now - max(heard_at, pinged_at) > _PING_SECONDS:
+                pinged_at = now
+                await pubsub.ping()
+        self._wanted.clear()
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for listener in list(self._listeners.get(message["channel"] or b"", ())):
+            if message["type"] == "subscribe":
+                listener.begin()
+            elif message["type"] == "message":
+                listener.hear(message["data"])
+
+    async def _subscribe(self) -> None:
+        """Make what is subscribed to what is wanted. If that fails, the connection is lost, and `run` will do it."""
+        async with self._changing:
+            pubsub, wanted = self._pubsub, set(self._listeners)
+            if pubsub is None:
+                return
+            with suppress(RedisError, OSError):
+                if new := wanted - self._subscribed:
+                    await pubsub.subscribe(*new)
+                    self._subscribed |= new
+                if old := self._subscribed - wanted:
+                    await pubsub.unsubscribe(*old)
+                    self._subscribed -= old
+
+
+Event = tuple[int, bytes]
+"""A revision, and its change event as it was published."""
+
+
+class Watched(Listener):
+    """An execution that somebody watches: its last revision, as far as is known, and the events that came last."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.revision = 0
+        self.watchers = 0
+        self._look = look
+        self._recent: deque[Event] = deque()
+        self._bytes = 0
+        self._moved = asyncio.Event()
+
+    def begin(self) -> None:
+        self._look()
+
+    def hear(self, payload: bytes) -> None:
+        try:
+            revision = from_json(payload)["revision"]
+        except (ValueError, LookupError, TypeError):
+            logger.warning("what was published is not a change event: skipped")
+            return
+        if not isinstance(revision, int) or revision <= self.revision:
+            return  # it was heard before, or comes late
+        if self._recent and self._recent[-1][0] != revision - 1:
+            self._recent.clear()
+            self._bytes = 0
+        self._recent.append((revision, payload))
+        self._bytes += len(payload)
+        while len(self._recent) > _RECENT_EVENTS or self._bytes > _RECENT_BYTES:
+            self._bytes -= len(self._recent.popleft()[1])
+        self.advance(revision)
+
+    def advance(self, revision: int) -> None:
+        """The execution is known to have this revision: wake whoever waits for it."""
+        if revision > self.revision:
+            self.revision = revision
+            moved, self._moved = self._moved, asyncio.Event()
+            moved.set()
+
+    def recent(self, after: int) -> Sequence[Event]:
+        """Return the events after a revision, or nothing if the next one is not among those that were kept."""
+        if not self._recent or not self._recent[0][0] <= after + 1 <= self._recent[-1][0]:
+            return ()
+        return list(islice(self._recent, after + 1 - self._recent[0][0], None))
+
+    async def beyond(self, revision: int) -> None:
+        """Wait until the execution is known to have a later revision."""
+        while self.revision <= revision:
+            await self._moved.wait()
+
+
+Key = tuple[UUID, UUID]
+"""An organization and a flow execution."""
+
+
+@dataclass
+class Live:
+    """All executions that are watched in this process."""
+
+    channels: Channels
+    reader: Reader
+    _watched: dict[Key, Watched] = field(default_factory=dict)
+    _look: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __len__(self) -> int:
+        return len(self._watched)
+
+    @asynccontextmanager
+    async def watch(self, organization_id: UUID, flow_execution_id: UUID) -> AsyncIterator[Watched]:
+        """Watch an execution. It is one subscription, however many watch the same."""
+        key = organization_id, flow_execution_id
+        watched = self._watched.get(key)
+        if watched is None:
+            watched = self._watched[key] = Watched(self._look.set)
+        watched.watchers += 1
+        try:
+            async with self.channels.listening(changes_channel(*key), watched):
+                yield watched
+        finally:
+            watched.watchers -= 1
+            if not watched.watchers and self._watched.get(key) is watched:
+                del self._watched[key]
+
+    async def run(self) -> None:
+        """Ask the table for last revisions, for ever: soon when something may have been missed, and now and then."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._look.wait()
+            self._look.clear()
+            try:
+                await self._ask()
+            except (psycopg.Error, TimeoutError):
+                self._look.set()
+                await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+            await asyncio.sleep(0.02)  # whoever comes at the same moment is asked for together
+
+    async def _ask(self) -> None:
+        by_organization: dict[UUID, list[UUID]] = {}
+        for organization_id, flow_execution_id in self._watched:
+            by_organization.setdefault(organization_id, []).append(flow_execution_id)
+        for organization_id, executions in by_organization.items():
+            for number in range(0, len(executions), 1000):
+                some = executions[number : number + 1000]
+                found = await self.reader.revisions(organization_id, some)
+                for flow_execution_id, revision in found.items():
+                    if watched := self._watched.get((organization_id, flow_execution_id)):
+                        watched.advance(revision)
