@@ -25,6 +25,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from producers.asyncapi import asyncapi_document
 from producers.client import TagProducer
 from producers.errors import InboxFull, Misconfigured, NoResult, TaskTagsError, Unavailable
 from producers.feed import endpoint, reason
@@ -191,9 +192,18 @@ def results(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    asyncapi: Annotated[
+        bool,
+        typer.Option(
+            "--asyncapi",
+            help="Print the AsyncAPI document of inbox, results and changes instead.",
+        ),
+    ] = False,
+) -> None:
     """Print the JSON Schemas of messages, results and change events."""
-    sys.stdout.write(json.dumps(json_schemas(), indent=2) + "\n")
+    described = asyncapi_document() if asyncapi else json_schemas()
+    sys.stdout.write(json.dumps(described, indent=2) + "\n")
 
 
 # --- Showing -------------------------------------------------------------------------------------

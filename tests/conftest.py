@@ -33,7 +33,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:
-    del os.environ[name]
+    if name != "TASK_TAGS_NO_BROWSER":  # says what can't be tested here; see tests/browser.py
+        del os.environ[name]
 
 
 @dataclass(frozen=True)

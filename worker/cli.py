@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 from uuid import UUID
 
 import psycopg
@@ -58,6 +58,10 @@ Port = Annotated[
     int, typer.Option(min=0, max=65535, help="The endpoint's port; 0 takes a free one.")
 ]
 Workers = Annotated[int, typer.Option(min=1, max=64, help="How many worker processes.")]
+
+
+SAMPLE_EXECUTION: Final = "01970000-0000-7000-8000-00000000e001"
+"""What the sample messages tag, unless a demo gives them ids of its own."""
 
 
 def main() -> None:
@@ -204,6 +208,15 @@ def endpoint(
     settings = load_settings()
     log.configure(settings.log_level)
     serve(settings, host, port)
+
+
+@app.command()
+def openapi() -> None:
+    """Print the OpenAPI document of the endpoint, which is the same whatever the settings are."""
+    from worker.endpoint import create_app
+
+    settings = Settings.model_construct(jwt_secret=SecretStr("-" * 32))  # reads no environment
+    print(json.dumps(create_app(settings)._app.openapi(), indent=2))
 
 
 # --- Rejected messages ---------------------------------------------------------------------------
@@ -363,12 +376,14 @@ def _rejected_line(summary: dict[str, Any]) -> str:
 def _tell(stack: Stack) -> None:
     """Print how to use the stack from another terminal."""
     exports: dict[str, Any] = stack.environment
-    print(f"\n  endpoint  {stack.endpoint_url}/docs\n\nTry in another terminal:\n")
+    page = f"{stack.endpoint_url}/#execution={SAMPLE_EXECUTION}&token={stack.token}"
+    print(f"\n  live page  {page}\n  API        {stack.endpoint_url}/docs")
+    print("\nTry in another terminal, and see it on the page:\n")
     for name, value in exports.items():
         print(f"  export {name}={shlex.quote(value)}")
     command = (
         "task-tags enqueue --unchecked examples/document-review.jsonl && "
-        "task-tags list 01970000-0000-7000-8000-00000000e001"
+        f"task-tags list {SAMPLE_EXECUTION}"
     )
     print(f"  {command}\n\nCtrl-C stops everything; the data stays.", flush=True)
 

@@ -100,7 +100,7 @@ class Gateway:
             future = answers.awaited[message.batch_id] = asyncio.get_running_loop().create_future()
         try:
             channel = results_channel(organization_id, self.reply_to)
-            async with self._channels.listening(channel, answers):
+            with self._channels.listening(channel, answers):
                 await _within(_SUBSCRIBE_SECONDS, answers.subscribed.wait())
                 await self._enqueue(organization_id, encoded, token)
                 return await self._result(organization_id, message.batch_id, future, seconds)

@@ -19,6 +19,8 @@ MAX_FRAME_BYTES: Final = 64 * 1024
 REQUEST_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 5.0
 """A closed connection is cut if the rest is not taken in this time."""
+QUIET_SECONDS: Final = 0.25
+"""Nothing more seems to come of what is not read."""
 
 
 def error_body(code: str, message: str, details: list[Any], request_id: str) -> bytes:
@@ -115,6 +117,8 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
     """Cuts a connection that was closed, if its other end does not take the rest."""
 
     _cutting: asyncio.TimerHandle | None = None
+    _refused = False
+    _refused_at = 0.0
 
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
@@ -127,6 +131,24 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
             self.conn.send_close(code, reason)
             self.transport.write(b"".join(self.conn.data_to_send()))
             self.close_sent = True
+
+    def handle_parser_exception(self) -> None:
+        """Say what is wrong, and let the rest of it come, unread: a connection that is closed before loses what was said."""
+        assert self.conn.close_sent is not None
+        code, reason = self.conn.close_sent.code, self.conn.close_sent.reason
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = self._refused = True
+        self.transport.resume_reading()
+        self._refused_at = self.loop.time()
+        self.close_timer = self.loop.call_later(QUIET_SECONDS, self.transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._refused:
+            super().data_received(data)
+        elif self.close_timer is not None and self.loop.time() < self._refused_at + CLOSE_SECONDS:
+            self.close_timer.cancel()
+            self.close_timer = self.loop.call_later(QUIET_SECONDS, self.transport.close)
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         super().on_task_complete(task)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
@@ -28,7 +28,7 @@ from worker.reader import Reader
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS: Final = 5.0
+LOOK_SECONDS: Final = 2.0
 """So often the table is asked for last revisions, at least."""
 _LOOK_AGAIN_SECONDS: Final = 1.0
 _TICK_SECONDS: Final = 1.0
@@ -55,91 +55,95 @@ class Channels:
     def __init__(self, redis: async_redis.Redis) -> None:
         self._redis = redis
         self._listeners: dict[bytes, list[Listener]] = {}
-        self._subscribed: set[bytes] = set()
-        self._pubsub: Any = None
-        self._changing = asyncio.Lock()
-        self._wanted = asyncio.Event()
+        self._confirmed: set[bytes] = set()
+        """What Redis said that it is subscribed."""
+        self._changed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._listeners)
 
-    @asynccontextmanager
-    async def listening(self, channel: str, listener: Listener) -> AsyncIterator[None]:
+    @contextmanager
+    def listening(self, channel: str, listener: Listener) -> Iterator[None]:
         """Let a listener hear a channel."""
         name = channel.encode()
         self._listeners.setdefault(name, []).append(listener)
-        self._wanted.set()
+        self._changed.set()
+        if name in self._confirmed:
+            listener.begin()
         try:
-            if name in self._subscribed:
-                listener.begin()
-            else:
-                await self._subscribe()
             yield
         finally:
             self._listeners[name].remove(listener)
             if not self._listeners[name]:
                 del self._listeners[name]
-                await asyncio.shield(self._subscribe())
+                self._changed.set()
 
     async def run(self) -> None:
         """Listen, for ever."""
         failures = 0
         while True:
-            await self._wanted.wait()
+            if not self._listeners:
+                await self._changed.wait()
             try:
                 async with self._redis.pubsub() as pubsub:
                     await self._listen(pubsub)
+                failures = 0
             except (RedisError, OSError) as error:
                 failures += 1
                 if failures == 1:
-                    logger.warning(
-                        "Redis can't be listened to", extra={"error": type(error).__name__}
-                    )
-            else:
-                failures = 0
-            finally:
-                self._pubsub, self._subscribed = None, set()
+                    name = type(error).__name__
+                    logger.warning("Redis can't be listened to", extra={"error": name})
             await asyncio.sleep(min(0.05 * 2 ** min(failures, 10), _LAST_BACKOFF_SECONDS))
 
     async def _listen(self, pubsub: Any) -> None:
-        """Hear until nobody wants to any more. A server that does not answer a ping in time is as good as gone."""
-        self._pubsub = pubsub
-        await self._subscribe()
+        """Hear for as long as somebody listens. A server that does not answer a ping in time is as good as gone."""
+        self._changed.clear()
+        if not self._listeners:
+            return
+        await pubsub.subscribe(*self._listeners)
+        subscribing = asyncio.create_task(self._subscribe(pubsub, set(self._listeners)))
         clock = asyncio.get_running_loop().time
         heard_at = pinged_at = clock()
-        while self._listeners or self._subscribed:
-            message = await pubsub.get_message(timeout=_TICK_SECONDS)
-            now = clock()
-            if message is not None:
-                heard_at = now
-                self._tell(message)
-            elif now - heard_at > _SILENCE_SECONDS:
-                raise ConnectionError("the server is silent")
-            elif now - max(heard_at, pinged_at) > _PING_SECONDS:
-                pinged_at = now
-                await pubsub.ping()
-        self._wanted.clear()
+        try:
+            while not subscribing.done():
+                message = await pubsub.get_message(timeout=_TICK_SECONDS)
+                now = clock()
+                if message is not None:
+                    heard_at = now
+                    self._tell(message)
+                elif now - heard_at > _SILENCE_SECONDS:
+                    raise ConnectionError("the server is silent")
+                elif now - max(heard_at, pinged_at) > _PING_SECONDS:
+                    pinged_at = now
+                    await pubsub.ping()
+            subscribing.result()
+        finally:
+            self._confirmed.clear()
+            subscribing.cancel()
+            await asyncio.gather(subscribing, return_exceptions=True)
+
+    async def _subscribe(self, pubsub: Any, subscribed: set[bytes]) -> None:
+        """Keep what is subscribed to what is wanted, until nothing is."""
+        while self._listeners:
+            await self._changed.wait()
+            self._changed.clear()
+            wanted = set(self._listeners)
+            if new := wanted - subscribed:
+                await pubsub.subscribe(*new)
+            if old := subscribed - wanted:
+                self._confirmed -= old
+                await pubsub.unsubscribe(*old)
+            subscribed = wanted
 
     def _tell(self, message: dict[str, Any]) -> None:
-        for listener in list(self._listeners.get(message["channel"] or b"", ())):
-            if message["type"] == "subscribe":
+        channel, kind = message["channel"], message["type"]
+        if kind == "subscribe":
+            self._confirmed.add(channel)
+        for listener in list(self._listeners.get(channel or b"", ())):
+            if kind == "subscribe":
                 listener.begin()
-            elif message["type"] == "message":
+            elif kind == "message":
                 listener.hear(message["data"])
-
-    async def _subscribe(self) -> None:
-        """Make what is subscribed to what is wanted. If that fails, the connection is lost, and `run` will do it."""
-        async with self._changing:
-            pubsub, wanted = self._pubsub, set(self._listeners)
-            if pubsub is None:
-                return
-            with suppress(RedisError, OSError):
-                if new := wanted - self._subscribed:
-                    await pubsub.subscribe(*new)
-                    self._subscribed |= new
-                if old := self._subscribed - wanted:
-                    await pubsub.unsubscribe(*old)
-                    self._subscribed -= old
 
 
 Event = tuple[int, bytes]
@@ -184,6 +188,16 @@ class Watched(Listener):
             moved, self._moved = self._moved, asyncio.Event()
             moved.set()
 
+    def settle(self, revision: int, believed: int) -> None:
+        """The table had this revision when `believed` was known here: the table is right, whatever was published."""
+        if revision < believed == self.revision:
+            self.revision = revision
+            self._recent.clear()
+            self._bytes = 0
+            self._look()  # what was heard meanwhile seemed to come late
+        else:
+            self.advance(revision)
+
     def recent(self, after: int) -> Sequence[Event]:
         """Return the events after a revision, or nothing if the next one is not among those that were kept."""
         if not self._recent or not self._recent[0][0] <= after + 1 <= self._recent[-1][0]:
@@ -212,8 +226,8 @@ class Live:
     def __len__(self) -> int:
         return len(self._watched)
 
-    @asynccontextmanager
-    async def watch(self, organization_id: UUID, flow_execution_id: UUID) -> AsyncIterator[Watched]:
+    @contextmanager
+    def watch(self, organization_id: UUID, flow_execution_id: UUID) -> Iterator[Watched]:
         """Watch an execution. It is one subscription, however many watch the same."""
         key = organization_id, flow_execution_id
         watched = self._watched.get(key)
@@ -221,7 +235,7 @@ class Live:
             watched = self._watched[key] = Watched(self._look.set)
         watched.watchers += 1
         try:
-            async with self.channels.listening(changes_channel(*key), watched):
+            with self.channels.listening(changes_channel(*key), watched):
                 yield watched
         finally:
             watched.watchers -= 1

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 router = APIRouter()
 
 TOKEN_SECONDS: Final = 10.0
-SLOW_SECONDS: Final = 10.0
+SLOW_SECONDS: Final = 5.0
 """A watcher that takes nothing for so long is let go."""
 PING_SECONDS: Final = 15.0
 _PAGE: Final = 100
@@ -84,7 +84,7 @@ class Watcher:
         Raises a `Problem` if events were purged meanwhile. While the database is away it waits.
         """
         execution = self._query.flow_execution_id
-        async with self._live.watch(self._organization_id, execution) as watched:
+        with self._live.watch(self._organization_id, execution) as watched:
             while True:
                 for revision, event in watched.recent(self.after) or await self._stored(watched):
                     self.after = revision
@@ -95,6 +95,7 @@ class Watcher:
 
     async def _stored(self, watched: Watched) -> Sequence[Event]:
         while True:
+            believed = watched.revision
             try:
                 found = await stored_changes(
                     self._reader, self._organization_id, self._query, self.after, _PAGE, _PAGE_BYTES
@@ -103,7 +104,7 @@ class Watcher:
                 logger.warning("changes can't be read", extra={"error": type(error).__name__})
                 await asyncio.sleep(_AGAIN_SECONDS)
             else:
-                watched.advance(found.revision)
+                watched.settle(found.revision, believed)
                 return list(enumerate(found.events, self.after + 1))
 
 

@@ -1,0 +1,957 @@
+/* The live page: the tasks and tags of one flow execution, changing in place, and the batches that change them.
+
+It reads the state with its revision, then follows the changes after that revision over a WebSocket. Whatever is lost on
+the way is asked for again by revision, so nothing is missed and nothing is shown twice. All that comes from the API is
+set as text. The token stays in this tab: in memory and in its session storage, never in a URL. */
+
+const STREAM_ROWS = 200; // older rows are dropped, so that a page may stay open for days
+const EARLIER_ROWS = 50; // how much of the past a page begins with
+const SHOWN_CHANGES = 4; // of one batch; the others are folded away
+const SHOWN_METADATA = 120; // characters; what is longer is folded away
+const FIRST_WAIT_MS = 500;
+const LONGEST_WAIT_MS = 10_000;
+const REFUSED_WITHIN_MS = 300; // a server that refuses a token says so at once; until then we don't say "Live"
+const PULSE_MS = 15_000;
+const ANSWER_MS = 30_000; // longer than the endpoint itself waits for a result
+const ANNOUNCE_MS = 1_500; // changes in between are announced as one
+const TOKEN_KEY = "task-tags:token";
+const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
+
+const page = {
+  execution: null,
+  token: null,
+  revision: null, // of what is shown; null until it has been read
+  socket: null,
+  attempt: 0, // counts attempts to connect: what belongs to an earlier one is dropped
+  failures: 0, // in a row
+  retryAt: null,
+  retryTimer: null,
+};
+const tasks = new Map(); // task name → {node, state, tags: Map of tag id → {node, tag}}
+const rows = new Map(); // batch id → {node, event, seenAfter, sent}
+const ownBatches = new Set(); // ids of batches that were sent from here
+const unannounced = []; // change events since the last announcement
+
+const at = (id) => document.getElementById(id);
+const within = (node, selector) => node.querySelector(selector);
+const copyOf = (id) => at(id).content.firstElementChild.cloneNode(true);
+
+// --- JSON ----------------------------------------------------------------------------------------
+
+/** Parse JSON so that it can be sent back as it was: metadata may have integers that a JavaScript number rounds. */
+function parseExactly(text) {
+  if (!JSON.rawJSON || !/\d{16}/.test(text)) return JSON.parse(text);
+  return JSON.parse(text, (_, value, { source }) =>
+    Number.isInteger(value) && !Number.isSafeInteger(value) && /^-?\d+$/.test(source) ? JSON.rawJSON(source) : value,
+  );
+}
+
+// --- Asking the endpoint -------------------------------------------------------------------------
+
+/** What the endpoint answered instead of what was asked for; status 0 if there was no answer. */
+class Refusal extends Error {
+  constructor(status, message, { details = [], retryAfter = null } = {}) {
+    super(message);
+    this.status = status;
+    this.details = details;
+    this.retryAfter = retryAfter;
+  }
+}
+
+const NO_ANSWER = "The endpoint does not answer.";
+
+async function ask(path, { method = "GET", query = {}, headers = {}, body } = {}) {
+  const url = new URL(path, document.baseURI);
+  for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
+  let response, text;
+  try {
+    response = await fetch(url, {
+      method,
+      headers: { Authorization: `Bearer ${page.token}`, ...headers },
+      body,
+      cache: "no-store",
+      signal: AbortSignal.timeout(ANSWER_MS),
+    });
+    text = await response.text();
+  } catch {
+    throw new Refusal(0, NO_ANSWER);
+  }
+  if (!response.ok) throw refusalOf(response, text);
+  try {
+    return { response, body: parseExactly(text) };
+  } catch {
+    throw new Refusal(0, "The answer is not JSON: is this address really the endpoint’s?");
+  }
+}
+
+function refusalOf(response, text) {
+  const retryAfter = response.headers.get("Retry-After");
+  try {
+    const { error } = JSON.parse(text);
+    return new Refusal(response.status, error.message, { details: error.details, retryAfter });
+  } catch {
+    // Something between us and the endpoint answered.
+    return new Refusal(response.status, `the answer was ${response.status} ${response.statusText}`, { retryAfter });
+  }
+}
+
+const ofExecution = (more = {}) => ({ flow_execution_id: page.execution, ...more });
+
+// --- Following -----------------------------------------------------------------------------------
+
+/** Connect, or connect again: read the state unless it is known, then follow what comes after it. */
+async function connect() {
+  const attempt = leaveConnection();
+  if (page.failures === 0) showConnection("connecting", "Connecting…");
+  else at("countdown").textContent = "trying now…";
+  try {
+    if (page.revision === null) await readEverything(attempt);
+    if (attempt === page.attempt) openSocket(attempt);
+  } catch (refusal) {
+    if (attempt === page.attempt) onRefusal(refusal);
+  }
+}
+
+/** Let go of the connection and of whatever is under way; return the number of the next attempt. */
+function leaveConnection() {
+  page.attempt += 1;
+  clearTimeout(page.retryTimer);
+  page.retryAt = null;
+  page.socket?.close();
+  page.socket = null;
+  return page.attempt;
+}
+
+async function readEverything(attempt) {
+  const { response, body } = await ask("task-executions", { query: ofExecution() });
+  const revision = Number(response.headers.get("ETag").match(/\d+/)[0]);
+  const earlier = rows.size === 0 ? await readEarlier(revision) : { events: [], note: "" };
+  if (attempt !== page.attempt) return;
+  page.revision = revision;
+  showTasks(body);
+  for (const event of earlier.events) showEvent(event);
+  if (earlier.note) at("stream-end").textContent = earlier.note;
+  showCounts();
+}
+
+/** Read the last changes up to a revision, to begin the stream with. */
+async function readEarlier(revision) {
+  const first = Math.max(0, revision - EARLIER_ROWS);
+  const events = [];
+  try {
+    for (let after = first; after < revision; after = events.at(-1).revision) {
+      const query = ofExecution({ after, limit: revision - after });
+      const { body } = await ask("task-tags/changes", { query });
+      if (body.length === 0) break;
+      events.push(...body);
+    }
+  } catch (refusal) {
+    if (refusal.status !== 410) throw refusal;
+    return { events, note: "Earlier batches are no longer stored." };
+  }
+  return { events, note: first > 0 ? "Earlier batches are not shown." : "" };
+}
+
+function openSocket(attempt) {
+  const url = new URL("task-tags/changes", document.baseURI);
+  url.protocol = url.protocol.replace("http", "ws");
+  for (const [name, value] of Object.entries(ofExecution({ after: page.revision }))) url.searchParams.set(name, value);
+  const socket = new WebSocket(url);
+  page.socket = socket;
+  let error = null;
+  socket.addEventListener("open", () => {
+    socket.send(JSON.stringify({ token: page.token }));
+    setTimeout(() => {
+      if (attempt === page.attempt && socket.readyState === WebSocket.OPEN) onLive();
+    }, REFUSED_WITHIN_MS);
+  });
+  socket.addEventListener("message", ({ data }) => {
+    if (attempt !== page.attempt) return;
+    const frame = parseExactly(data);
+    if (frame.error) error = frame.error;
+    else hear(frame);
+  });
+  socket.addEventListener("close", ({ code }) => {
+    if (attempt === page.attempt) onClosed(code, error?.message);
+  });
+}
+
+function hear(event) {
+  onLive();
+  if (event.revision <= page.revision) return;
+  if (event.revision > page.revision + 1) {
+    // The endpoint promises that this can't be; should it be wrong, what is shown must still be right.
+    readAnew(`Revisions ${page.revision + 1} to ${event.revision - 1} did not come: everything is read anew.`);
+    return;
+  }
+  page.revision = event.revision;
+  for (const change of event.changes) applyChange(change);
+  showEvent(event, Date.now());
+  showCounts();
+  announceLater(event);
+}
+
+/** Read the state again, as changes in between are not to be had; say so in the stream. */
+function readAnew(why) {
+  addToStream(noteOf(why));
+  page.revision = null;
+  retryLater(why);
+}
+
+function onLive() {
+  page.failures = 0;
+  if (at("connection").dataset.state !== "live") showConnection("live", "Live");
+}
+
+/** Something refused a request: who asks again may be heard, unless the request itself is the matter. */
+function onRefusal({ status, message }) {
+  if (status === 401) askForToken(`The token was refused: ${sentence(message)}`);
+  else if (status === 403) stop(`Not allowed: ${sentence(message)}`);
+  else if (status === 404) stop(UNKNOWN_EXECUTION);
+  else if (status === 0) retryLater(message);
+  else if (passes(status)) retryLater(`The endpoint can’t help now: ${sentence(message)}`);
+  else stop(`The endpoint refused the request: ${sentence(message)}`);
+}
+
+/** Whether asking again may be answered otherwise. Gone (410) is what was missed: then all is read anew. */
+function passes(status) {
+  return status === 0 || status >= 500 || [408, 410, 429].includes(status);
+}
+
+const UNKNOWN_EXECUTION = "There is no such execution here: nobody has registered it, or it is another organization’s.";
+
+function onClosed(code, message = "it gave no reason") {
+  const refused = { 4400: 400, 4401: 401, 4403: 403, 4404: 404, 1009: 400 }[code];
+  if (code === 4410) readAnew("Changes in between are no longer stored: everything is read anew.");
+  else if (refused) onRefusal({ status: refused, message });
+  else if (code === 1001) retryLater("The endpoint was stopped.");
+  else if (code === 1006) retryLater(NO_ANSWER); // no closing handshake: a lost connection, or none at all
+  else retryLater(`The endpoint ended the connection: ${sentence(message)}`);
+}
+
+function retryLater(why) {
+  leaveConnection();
+  const most = Math.min(LONGEST_WAIT_MS, FIRST_WAIT_MS * 2 ** page.failures);
+  const wait = most * (0.5 + Math.random() / 2); // many pages should not come back in the same moment
+  page.failures += 1;
+  page.retryAt = Date.now() + wait;
+  page.retryTimer = setTimeout(connect, wait);
+  showConnection("waiting", "Not connected");
+  showNotice(`${why} ${asOf()}`);
+  countDown();
+}
+
+function stop(why) {
+  leaveConnection();
+  showConnection("stopped", "Not connected");
+  showNotice(`${why} ${asOf()}`, { words: "Try again", run: readFromTheStart });
+}
+
+function askForToken(why) {
+  leaveConnection();
+  forgetToken();
+  showConnection("stopped", "Not connected");
+  if (page.revision !== null) showNotice(asOf());
+  openForm(why);
+}
+
+function readFromTheStart() {
+  page.revision = null;
+  page.failures = 0;
+  connect();
+}
+
+function reconnectNow() {
+  if (page.retryAt !== null) connect();
+}
+
+/** A connection may die without a word. So look, now and then, whether there is more than was heard. */
+async function feelPulse() {
+  if (at("connection").dataset.state !== "live") return;
+  const { attempt, revision } = page;
+  try {
+    const { body } = await ask("task-tags/changes", { query: ofExecution({ after: revision, limit: 1 }) });
+    if (body.length === 0) return;
+    await new Promise((resolve) => setTimeout(resolve, 2_000)); // it may just be on its way
+    if (attempt === page.attempt && revision === page.revision) retryLater("The connection had fallen silent.");
+  } catch (refusal) {
+    if (attempt === page.attempt) onRefusal(refusal);
+  }
+}
+
+// --- Tasks and tags ------------------------------------------------------------------------------
+
+/** Bring what is shown to a state that was read. Nodes of what stays are kept, and with them the focus. */
+function showTasks(read) {
+  const names = new Set(read.map((task) => task.task_name));
+  for (const name of [...tasks.keys()]) if (!names.has(name)) dropTask(name);
+  for (const task of read) {
+    showState(task);
+    const shown = taskOf(task.task_name);
+    const ids = new Set(task.tags.map((tag) => tag.id));
+    for (const { tag } of [...shown.tags.values()]) if (!ids.has(tag.id)) dropTag(tag);
+    for (const tag of task.tags) showTag(tag);
+  }
+}
+
+function applyChange({ change, tag, task }) {
+  if (change === "added") flash(showTag(tag));
+  else if (change === "removed") dropTag(tag);
+  else if (change === "state") flash(showState(task));
+}
+
+function taskOf(name) {
+  if (!tasks.has(name)) {
+    const node = copyOf("task-template");
+    within(node, ".task-name bdi").textContent = name;
+    within(node, ".tags").setAttribute("aria-label", `Tags of ${name}`);
+    const next = [...tasks.keys()].filter((other) => other > name).sort()[0];
+    at("tasks").insertBefore(node, next === undefined ? null : tasks.get(next).node);
+    tasks.set(name, { node, tags: new Map() });
+    addOption("known-tasks", name);
+  }
+  return tasks.get(name);
+}
+
+function showState({ task_name, state, state_changed_at, state_changed_by }) {
+  const { node } = taskOf(task_name);
+  const badge = within(node, ".state");
+  badge.textContent = state ?? "no state";
+  badge.dataset.state = state ?? "none";
+  const by = within(node, ".state-by");
+  by.replaceChildren();
+  if (state) by.append("by ", isolated(state_changed_by), ", ", timeOf(state_changed_at));
+  return node.firstElementChild;
+}
+
+function showTag(tag) {
+  const { node: taskNode, tags } = taskOf(tag.task_name);
+  if (tags.has(tag.id)) return tags.get(tag.id).node;
+  const node = copyOf("tag-template");
+  fillChip(within(node, ".chip"), tag);
+  within(node, ".metadata").append(...metadataOf(tag));
+  within(node, ".by-who").textContent = tag.created_by;
+  within(node, "time").replaceWith(timeOf(tag.created_at));
+  const button = within(node, ".remove");
+  button.setAttribute("aria-label", `Remove ${nameOf(tag)} from ${tag.task_name}`);
+  button.addEventListener("click", () => removeTag(tag, node));
+  within(taskNode, ".tags").append(node);
+  within(taskNode, ".no-tags").hidden = true;
+  tags.set(tag.id, { node, tag });
+  addOption("known-types", tag.tag_type);
+  return node;
+}
+
+function dropTag({ id, task_name }) {
+  const { node: taskNode, tags } = taskOf(task_name);
+  const shown = tags.get(id);
+  if (!shown) return;
+  const neighbour = shown.node.nextElementSibling ?? shown.node.previousElementSibling;
+  passFocusOn(shown.node, neighbour ? within(neighbour, ".remove") : within(taskNode, ".task-name"));
+  shown.node.remove();
+  tags.delete(id);
+  within(taskNode, ".no-tags").hidden = tags.size > 0;
+}
+
+function dropTask(name) {
+  const { node } = tasks.get(name);
+  passFocusOn(node, at("tasks-title"));
+  node.remove();
+  tasks.delete(name);
+}
+
+/** Who works with the keyboard must not be thrown back to the top when the focused thing goes away. */
+function passFocusOn(from, to) {
+  if (from.contains(document.activeElement)) to.focus();
+}
+
+function nameOf({ tag_type, tag, tag_metadata }) {
+  const metadata = tag_metadata === null ? "" : ` ${JSON.stringify(tag_metadata)}`;
+  return `${tag_type}: ${tag}${metadata.length > SHOWN_METADATA ? " with metadata" : metadata}`;
+}
+
+function fillChip(chip, { tag_type, tag }) {
+  chip.dataset.hue = hueOf(tag_type);
+  within(chip, ".chip-type").textContent = tag_type;
+  within(chip, ".chip-tag").textContent = tag;
+}
+
+/** One of six colours for each type, the same on every page; they are a help for the eye and mean nothing. */
+function hueOf(type) {
+  let sum = 0;
+  for (const character of type) sum = (sum * 33 + character.codePointAt(0)) % 9973;
+  return sum % 6;
+}
+
+function metadataOf({ tag_metadata }) {
+  if (tag_metadata === null) return [];
+  const text = JSON.stringify(tag_metadata);
+  if (text.length <= SHOWN_METADATA) return [textNode("code", text)];
+  return [folded(`metadata, ${text.length.toLocaleString()} characters`, textNode("code", text))];
+}
+
+function addOption(list, value) {
+  if ([...at(list).options].some((option) => option.value === value)) return;
+  const option = document.createElement("option");
+  option.value = value;
+  at(list).append(option);
+}
+
+function showCounts() {
+  let tags = 0;
+  for (const task of tasks.values()) tags += task.tags.size;
+  at("counts").textContent = [count(tasks.size, "task"), count(tags, "tag"), `revision ${page.revision}`].join(" · ");
+  at("execution").dataset.read = "yes";
+  at("no-tasks").hidden = tasks.size > 0;
+  at("no-batches").hidden = rows.size > 0;
+  at("stream-end").hidden = at("stream-end").textContent === "";
+}
+
+// --- The stream of batches -----------------------------------------------------------------------
+
+/** Show a change event as the newest row. `seenAt`: when it came, unless it was read as a part of the past. */
+function showEvent(event, seenAt = null) {
+  const row = rows.get(event.batch_id) ?? newRow(event.batch_id);
+  row.event = event;
+  row.seenAfter = seenAt === null ? null : seenAt - Date.parse(event.changed_at);
+  fillRow(row);
+  addToStream(row.node); // also if it was there for its answer: the rows are in the order of the revisions
+}
+
+/** Show what became of a batch that was sent from here: its statuses, and how long the answer took. */
+function showSent(batchId, sent) {
+  ownBatches.add(batchId);
+  const row = rows.get(batchId) ?? newRow(batchId);
+  row.sent = { ...row.sent, ...sent };
+  fillRow(row);
+  if (!row.node.isConnected) addToStream(row.node);
+  showCounts();
+}
+
+function newRow(batchId) {
+  const row = { node: copyOf("batch-template"), event: null, sent: null, seenAfter: null };
+  const id = within(row.node, ".batch-id");
+  id.textContent = `…${batchId.slice(-8)}`; // the beginning of a UUIDv7 is the time, and the same for minutes
+  id.title = `batch ${batchId}`;
+  row.node.dataset.batch = batchId;
+  rows.set(batchId, row);
+  return row;
+}
+
+function addToStream(node) {
+  at("stream").prepend(node);
+  while (at("stream").children.length > STREAM_ROWS) {
+    const last = at("stream").lastElementChild;
+    rows.delete(last.dataset.batch);
+    last.remove();
+    at("stream-end").textContent = "Earlier batches are not shown.";
+  }
+}
+
+function noteOf(words) {
+  const node = textNode("li", words);
+  node.className = "batch note";
+  return node;
+}
+
+function fillRow({ node, event, sent, seenAfter }) {
+  const changes = event?.changes ?? [];
+  if (event) node.dataset.revision = event.revision;
+  within(node, ".revision").textContent = event ? `#${event.revision}` : "–";
+  within(node, ".batch-who").textContent = event?.changed_by ?? actorOf(page.token)?.sub ?? "you";
+  within(node, ".batch-counts").textContent = sent?.statuses ? "" : countsOf(changes);
+  within(node, "time").replaceWith(timeOf(event?.changed_at ?? sent.at, "quiet"));
+  const asked = sent && { change: sent.operation.operation, tag: sent.operation };
+  const lines = (event ? changes : [asked]).map(lineOf); // what has no effect is shown as it was asked for
+  const list = within(node, ".changes");
+  list.replaceChildren(...lines.slice(0, SHOWN_CHANGES));
+  if (lines.length > SHOWN_CHANGES) list.append(restOf(lines.slice(SHOWN_CHANGES)));
+  within(node, ".statuses").replaceChildren(...(sent?.statuses ?? []).map(statusOf));
+  within(node, ".latency").textContent = latencyOf(sent, seenAfter);
+}
+
+function restOf(lines) {
+  const list = document.createElement("ul");
+  list.append(...lines);
+  const item = document.createElement("li");
+  item.append(folded(`and ${lines.length} more`, list));
+  return item;
+}
+
+function lineOf({ change, tag, task }) {
+  const node = copyOf("change-template");
+  const sign = within(node, ".sign");
+  node.dataset.change = change;
+  sign.textContent = { added: "+", removed: "−", state: "→", add: "+", remove: "−" }[change] ?? "?";
+  sign.setAttribute("role", "img");
+  sign.setAttribute("aria-label", change);
+  within(node, ".change-task").textContent = (tag ?? task)?.task_name ?? "";
+  const what = within(node, ".change-what");
+  if (tag) {
+    const chip = within(at("tag-template").content, ".chip").cloneNode(true);
+    fillChip(chip, tag);
+    what.append(chip);
+    const metadata = JSON.stringify(tag.tag_metadata ?? null);
+    if (metadata !== "null") what.append(" ", textNode("code", metadata.length > 60 ? `${metadata.slice(0, 60)}…` : metadata));
+  } else if (task) {
+    const badge = textNode("span", task.state ?? "no state");
+    badge.className = "state";
+    badge.dataset.state = task.state ?? "none";
+    what.append(badge);
+  }
+  return node;
+}
+
+function statusOf(status) {
+  const node = textNode("span", status.replaceAll("_", " "));
+  node.className = "status";
+  node.dataset.status = status;
+  return node;
+}
+
+/** Ours: from sending to the answer. Another's: from its transaction to this page, if the two clocks allow it. */
+function latencyOf(sent, seenAfter) {
+  if (sent?.gaveUp) return "no result yet: it is still in its queue, or was refused";
+  if (sent?.waiting) return "accepted, waiting for its result…";
+  if (sent) return `answered in ${duration(sent.latency)}`;
+  if (seenAfter === null) return "";
+  return `seen after ${seenAfter < 0 ? "–" : duration(seenAfter)}`;
+}
+
+function countsOf(changes) {
+  const counts = {};
+  for (const { change } of changes) counts[change] = (counts[change] ?? 0) + 1;
+  return wordsOfCounts(counts);
+}
+
+function wordsOfCounts({ added = 0, removed = 0, state = 0 }) {
+  const words = [];
+  if (added) words.push(`${added} added`);
+  if (removed) words.push(`${removed} removed`);
+  if (state) words.push(count(state, "state"));
+  return words.join(", ");
+}
+
+// --- Changing tags by hand -----------------------------------------------------------------------
+
+/** Send one operation. `place` is where a problem is told; `onDone` gets the status and the milliseconds. */
+async function change(operation, place, onDone, key = newKey()) {
+  hideProblem(place);
+  const body = JSON.stringify({ tags: [{ ...operation, flow_execution_id: page.execution }] });
+  const headers = { "Content-Type": "application/json", "Idempotency-Key": key };
+  const sentAt = performance.now();
+  const sent = { operation, at: new Date().toISOString() };
+  try {
+    const { response, body: answer } = await ask("task-tags", { method: "PATCH", headers, body });
+    const latency = performance.now() - sentAt;
+    const batchId = response.headers.get("Location").split("/").at(-1);
+    if (response.status === 202) {
+      showSent(batchId, { ...sent, waiting: true });
+      awaitResult(batchId, sentAt);
+      onDone("accepted", latency);
+    } else {
+      const statuses = answer.tags.map(({ status }) => status);
+      showSent(batchId, { ...sent, statuses, latency });
+      onDone(statuses[0], latency);
+    }
+  } catch (refusal) {
+    if (!(refusal instanceof Refusal)) throw refusal;
+    // The same key makes it the same batch, so it can't take effect twice.
+    const again = () => change(operation, place, onDone, key);
+    showProblem(place, refusal, passes(refusal.status) ? again : null);
+  }
+}
+
+/** Ask for the stored result of a batch that was accepted but not applied in time. */
+async function awaitResult(batchId, sentAt) {
+  for (let wait = 1_000; wait < 60_000; wait *= 1.5) {
+    await new Promise((resolve) => setTimeout(resolve, wait));
+    try {
+      const { body } = await ask(`task-tags/batches/${batchId}`);
+      const statuses = body.tags.map(({ status }) => status);
+      showSent(batchId, { waiting: false, statuses, latency: performance.now() - sentAt });
+      return;
+    } catch {
+      // Not yet, or the endpoint is away.
+    }
+  }
+  showSent(batchId, { gaveUp: true });
+}
+
+/** A name for one batch; crypto.randomUUID is there on https and localhost alone. */
+function newKey() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return `page-${Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("")}`;
+}
+
+async function addTag(event) {
+  event.preventDefault();
+  const form = at("add-form");
+  const button = within(form, "button");
+  if (button.getAttribute("aria-disabled")) return;
+  const { task_name, tag_type, tag, tag_metadata } = Object.fromEntries(new FormData(form));
+  const operation = { operation: "add", task_name, tag_type, tag };
+  at("add-said").textContent = "";
+  markFields([]);
+  try {
+    if (tag_metadata.trim()) operation.tag_metadata = parseExactly(tag_metadata);
+  } catch (error) {
+    const details = [{ field: "tag_metadata", message: `must be JSON (${error.message})` }];
+    showProblem(at("add-problem"), new Refusal(400, "the metadata can’t be read", { details }));
+    at("metadata-field").focus();
+    return;
+  }
+  button.setAttribute("aria-disabled", "true");
+  await change(operation, at("add-problem"), onAdded);
+  button.removeAttribute("aria-disabled");
+}
+
+function onAdded(status, latency) {
+  at("add-said").textContent = `${wordsOf(status)} (${duration(latency)})`;
+  if (status !== "added") return;
+  at("tag-field").value = at("metadata-field").value = ""; // the next tag is often of the same task and type
+  if (at("add-form").contains(document.activeElement)) at("tag-field").focus();
+}
+
+function wordsOf(status) {
+  const words = {
+    added: "Added",
+    already_exists: "It was there already",
+    removed: "Removed",
+    not_found: "It was gone already",
+    accepted: "Accepted: the result will be in the stream of batches",
+  };
+  return words[status] ?? status;
+}
+
+async function removeTag({ task_name, tag_type, tag, tag_metadata }, node) {
+  const button = within(node, ".remove");
+  if (button.getAttribute("aria-disabled")) return;
+  // Disabled for real, it would lose the focus.
+  button.setAttribute("aria-disabled", "true");
+  const place = within(node, ".problem") ?? node.appendChild(problemPlace());
+  // With the metadata, also if that is null: else every tag of this name would go.
+  await change({ operation: "remove", task_name, tag_type, tag, tag_metadata }, place, (status) => {
+    at("announcer").textContent = wordsOf(status);
+  });
+  button.removeAttribute("aria-disabled");
+}
+
+// --- Problems ------------------------------------------------------------------------------------
+
+const PROBLEMS = {
+  0: "No answer",
+  400: "Not valid",
+  401: "The token was refused",
+  403: "Not allowed",
+  404: "Not found",
+  409: "Conflict",
+  429: "Too much is waiting",
+  503: "Not available now",
+};
+
+function problemPlace() {
+  const place = document.createElement("div");
+  place.className = "problem";
+  place.setAttribute("role", "alert");
+  return place;
+}
+
+function hideProblem(place) {
+  hide(place, place.id === "add-problem" ? at("tag-field") : within(place.parentNode, ".remove"));
+  place.replaceChildren();
+}
+
+/** Tell in words what went wrong, with all details, and offer to send it again where that is of use. */
+function showProblem(place, { status, message, details, retryAfter }, again = null) {
+  const words = document.createElement("p");
+  words.append(textNode("strong", PROBLEMS[status] ?? `Failed (${status})`), `: ${sentence(message)}`);
+  if (retryAfter) words.append(` Try again in ${retryAfter} s.`);
+  if (status === 0) words.append(" It may have been applied or not; sending it again is safe.");
+  const list = document.createElement("ul");
+  list.append(...details.map(({ field, message }) => textNode("li", field ? `${field}: ${message}` : message)));
+  place.replaceChildren(words, ...(details.length ? [list] : []));
+  if (again) place.append(buttonFor("Send again", again));
+  if (status === 401) place.append(buttonFor("Give another token", () => openForm("")));
+  place.hidden = false;
+  if (place.id === "add-problem") markFields(details.map(({ field }) => field));
+}
+
+/** Mark the fields of the form that the details name. */
+function markFields(names) {
+  for (const input of at("add-form").querySelectorAll("input")) {
+    input.ariaInvalid = names.includes(input.name) ? "true" : null;
+  }
+}
+
+// --- Connection state and announcements ----------------------------------------------------------
+
+function showConnection(state, words) {
+  at("connection").dataset.state = state;
+  const shown = at("connection-state");
+  if (shown.textContent !== words) shown.textContent = words; // or it would be read out at each attempt
+  at("countdown").textContent = "";
+  if (state === "waiting") at("reconnect").hidden = false;
+  else hide(at("reconnect"));
+  if (state === "live" || state === "connecting") hide(at("notice"));
+}
+
+function hide(node, next = at("execution-title")) {
+  passFocusOn(node, next);
+  node.hidden = true;
+}
+
+function showNotice(words, action = null) {
+  const shown = at("notice-words");
+  if (shown.textContent !== words) shown.textContent = words;
+  const button = at("notice-action");
+  button.hidden = action === null;
+  button.textContent = action?.words ?? "";
+  button.onclick = action?.run ?? null;
+  at("notice").hidden = false;
+}
+
+function asOf() {
+  return page.revision === null ? "" : `What you see is as of revision ${page.revision}.`;
+}
+
+function countDown() {
+  if (page.retryAt === null) return;
+  const seconds = Math.max(1, Math.ceil((page.retryAt - Date.now()) / 1000));
+  at("countdown").textContent = `trying again in ${seconds} s`;
+}
+
+/** Sum up what others changed; each row by itself would drown a screen reader. */
+function announceLater(event) {
+  if (unannounced.length === 0) setTimeout(announce, ANNOUNCE_MS);
+  unannounced.push(event);
+}
+
+function announce() {
+  const others = unannounced.splice(0).filter(({ batch_id }) => !ownBatches.has(batch_id));
+  if (others.length === 0) return;
+  const names = [...new Set(others.map(({ changed_by }) => changed_by))];
+  const who = names.length > 3 ? `${names.length} actors` : names.join(", ");
+  const what = countsOf(others.flatMap(({ changes }) => changes));
+  at("announcer").textContent = `${count(others.length, "batch", "batches")} by ${who}: ${what}`;
+}
+
+// --- Opening and forgetting ----------------------------------------------------------------------
+
+/** Take execution and token from the fragment. The token leaves the address bar at once. */
+function readFragment() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  const token = given.get("token");
+  const execution = given.get("execution");
+  if (token !== null) {
+    given.delete("token");
+    history.replaceState(null, "", `#${given}`);
+  }
+  return { execution, token };
+}
+
+function begin() {
+  const { execution, token } = readFragment();
+  if (token) rememberToken(cleaned(token));
+  else page.token = sessionStorage.getItem(TOKEN_KEY);
+  if (execution && page.token) openExecution(execution);
+  else openForm("", execution);
+}
+
+function openExecution(execution) {
+  const problem = problemWith(execution, page.token);
+  if (problem) {
+    openForm(problem, execution);
+    return;
+  }
+  const same = execution.toLowerCase() === page.execution;
+  if (!same) forgetState();
+  page.execution = execution.toLowerCase();
+  page.failures = 0;
+  history.replaceState(null, "", `#execution=${page.execution}`);
+  document.title = `${page.execution.slice(0, 8)} – task tags`;
+  at("execution-id").textContent = page.execution;
+  showActor();
+  at("opening").hidden = true;
+  at("execution").hidden = false;
+  connect();
+}
+
+function problemWith(execution, token) {
+  if (!UUID.test(execution)) return "The flow execution must be a UUID.";
+  if (!token) return "A token is needed.";
+  if (!/^[\x21-\x7e]+$/.test(token)) return "This is no token: it has characters that no token has.";
+  return null;
+}
+
+function onOpen(event) {
+  event.preventDefault();
+  const { flow_execution_id, token } = Object.fromEntries(new FormData(at("open-form")));
+  const given = cleaned(token) || page.token;
+  const problem = problemWith(flow_execution_id.trim(), given);
+  if (problem) {
+    tellOpenProblem(problem);
+    at(UUID.test(flow_execution_id.trim()) ? "token-field" : "execution-field").focus();
+    return;
+  }
+  rememberToken(given);
+  at("token-field").value = "";
+  openExecution(flow_execution_id.trim());
+  at("execution-title").focus();
+}
+
+/** Show the form; what is shown of an execution stays. */
+function openForm(problem, execution = page.execution) {
+  at("opening").hidden = false;
+  at("execution-field").value = execution ?? "";
+  at("token-field").placeholder = page.token ? "the one you gave before" : "";
+  at("keep").hidden = page.execution === null;
+  tellOpenProblem(problem);
+  const busy = document.activeElement?.matches("#add-form input"); // a token may expire while somebody types
+  if (!busy) at(execution ? "token-field" : "execution-field").focus();
+}
+
+function openAnother() {
+  openForm("");
+  at("execution-field").select();
+}
+
+function tellOpenProblem(words) {
+  at("open-problem").textContent = words;
+  at("open-problem").hidden = words === "";
+}
+
+function closeForm() {
+  at("opening").hidden = true;
+  at("execution-title").focus();
+}
+
+function cleaned(token) {
+  return token.trim().replace(/^bearer\s+/i, "");
+}
+
+function rememberToken(token) {
+  page.token = token;
+  sessionStorage.setItem(TOKEN_KEY, token);
+}
+
+function forgetToken() {
+  page.token = null;
+  sessionStorage.removeItem(TOKEN_KEY);
+  showActor();
+}
+
+/** Forget the token and all that was read with it. */
+function forget() {
+  const { execution } = page;
+  leaveConnection();
+  forgetToken();
+  forgetState();
+  page.execution = null;
+  at("execution").hidden = true;
+  showConnection("idle", "Not connected");
+  openForm("", execution);
+}
+
+function forgetState() {
+  page.revision = null;
+  at("execution").dataset.read = "no";
+  for (const name of [...tasks.keys()]) dropTask(name);
+  rows.clear();
+  ownBatches.clear();
+  for (const id of ["stream", "known-tasks", "known-types"]) at(id).replaceChildren();
+  for (const id of ["counts", "stream-end", "add-said", "announcer"]) at(id).textContent = "";
+  for (const id of ["no-tasks", "no-batches", "notice"]) at(id).hidden = true;
+  at("add-form").reset();
+  hideProblem(at("add-problem"));
+}
+
+/** Show whom the token makes us. It is only read here; whether it is true is the endpoint's to say. */
+function showActor() {
+  const claims = page.token && actorOf(page.token);
+  const place = at("actor");
+  place.replaceChildren();
+  if (claims) place.append("as ", isolated(claims.sub), ", until ", timeOf(new Date(claims.exp * 1000).toISOString()));
+}
+
+function actorOf(token) {
+  try {
+    const base64 = token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/");
+    const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+    const claims = JSON.parse(new TextDecoder().decode(bytes));
+    return typeof claims.sub === "string" && Number.isFinite(claims.exp) ? claims : null;
+  } catch {
+    return null;
+  }
+}
+
+// --- Small things --------------------------------------------------------------------------------
+
+function textNode(name, text) {
+  const node = document.createElement(name);
+  node.textContent = text;
+  return node;
+}
+
+/** A name that others gave: its direction of writing must not turn the words around it. */
+const isolated = (text) => textNode("bdi", text);
+
+function timeOf(iso, className = "") {
+  const moment = new Date(iso);
+  const today = moment.toDateString() === new Date().toDateString();
+  const style = today ? { timeStyle: "medium" } : { dateStyle: "medium", timeStyle: "short" };
+  const node = textNode("time", new Intl.DateTimeFormat(undefined, style).format(moment));
+  node.dateTime = node.title = iso;
+  node.className = className;
+  return node;
+}
+
+function duration(milliseconds) {
+  if (milliseconds < 1_000) return `${Math.round(milliseconds)} ms`;
+  if (milliseconds < 60_000) return `${(milliseconds / 1_000).toFixed(1)} s`;
+  return count(Math.round(milliseconds / 60_000), "minute");
+}
+
+function count(number, one, more = `${one}s`) {
+  return `${number.toLocaleString()} ${number === 1 ? one : more}`;
+}
+
+function sentence(words) {
+  return /[.!?]$/.test(words) ? words : `${words}.`;
+}
+
+function folded(words, content) {
+  const node = document.createElement("details");
+  node.append(textNode("summary", words), content);
+  return node;
+}
+
+function buttonFor(words, run) {
+  const button = textNode("button", words);
+  button.type = "button";
+  button.className = "small";
+  button.addEventListener("click", run);
+  return button;
+}
+
+/** Let the eye find what changed; the style sheet leaves it out for those who want no motion. */
+function flash(node) {
+  node.classList.add("changed");
+  node.addEventListener("animationend", () => node.classList.remove("changed"), { once: true });
+}
+
+// --- Beginning -----------------------------------------------------------------------------------
+
+at("open-form").addEventListener("submit", onOpen);
+at("add-form").addEventListener("submit", addTag);
+at("keep").addEventListener("click", closeForm);
+at("change").addEventListener("click", openAnother);
+at("forget").addEventListener("click", forget);
+at("reconnect").addEventListener("click", connect);
+addEventListener("hashchange", begin);
+addEventListener("online", reconnectNow);
+addEventListener("offline", () => at("connection").dataset.state === "live" && retryLater("This device is offline."));
+document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && reconnectNow());
+setInterval(countDown, 500);
+setInterval(feelPulse, PULSE_MS);
+begin();
