@@ -22,10 +22,7 @@ from pydantic import BaseModel
 from redis import asyncio as async_redis
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
-from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.routing import request_response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from producers.messages import TagOperation
 from producers.sender import Sender
@@ -140,9 +137,6 @@ class Endpoint:
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
-        handlers: Any = app.exception_handlers
-        read = ExceptionMiddleware(request_response(reading.read_tags), handlers)
-        self._read_tags: ASGIApp = ServerErrorMiddleware(read, on_fault)
 
     def end_streams(self) -> None:
         """End what would go on for ever."""
@@ -171,9 +165,20 @@ class Endpoint:
             return
         if scope["path"] == "/task-tags" and scope["method"] == "GET":
             scope["app"] = self._app
-            await self._read_tags(scope, receive, send_with_id)
+            response = await self._read_tags(Request(scope, receive))
+            await response(scope, receive, send_with_id)
         else:
             await self._app(scope, receive, send_with_id)
+
+    async def _read_tags(self, request: Request) -> Response:
+        """Answer as FastAPI would."""
+        try:
+            return await reading.read_tags(request)
+        except Exception as error:
+            handlers: Any = self._app.exception_handlers
+            kinds = (kind for kind in type(error).__mro__ if kind in handlers)
+            response: Response = await handlers[next(kinds)](request, error)
+            return response
 
 
 class Server(uvicorn.Server):

@@ -54,7 +54,11 @@ def main() -> int:
 
 
 def measure(opened: Servers, rounds: int, smoke: bool) -> dict[str, Any]:
-    say = _say
+    begin = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
+
     batches = 200 if smoke else LIMIT_BATCHES
     return {
         **write.run(opened, rounds, plan=write.SMOKE if smoke else write.FULL, say=say),
@@ -90,10 +94,6 @@ def _processor() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":
