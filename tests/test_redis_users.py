@@ -24,10 +24,10 @@ PLACEHOLDER = str(UUID(int=0))
 
 @pytest.fixture
 def urls(servers: Servers, redis: Any, organization: UUID) -> Iterator[dict[str, str]]:
-    """URLs of the organization's producer and subscriber, made as the file says."""
+    """URLs of the organization's producer and subscriber, and of an endpoint, made as the file says."""
     made = {}
     for line in FILE.read_text().splitlines():
-        if match := re.match(r"user ((producer|subscriber)-\S+) (.*)", line):
+        if match := re.match(r"user ((producer|subscriber|endpoint)\S*) (.*)", line):
             user, kind, rules = (
                 part.replace(PLACEHOLDER, str(organization)) for part in match.groups()
             )
@@ -36,7 +36,7 @@ def urls(servers: Servers, redis: Any, organization: UUID) -> Iterator[dict[str,
             made[kind] = servers.stack.redis_url.replace("unix://", f"unix://{user}:{password}@")
     yield made
     for kind in made:
-        redis.acl_deluser(f"{kind}-{organization}")
+        redis.acl_deluser(f"{kind}-{organization}", kind)
 
 
 def test_a_confined_producer_can_do_its_work(
@@ -75,6 +75,27 @@ def test_it_can_do_nothing_to_another_organization(
         ):
             with pytest.raises(NoPermissionError):
                 client.execute_command(*command)
+
+
+def test_an_endpoint_can_write_to_all_and_listen_to_all(
+    urls: dict[str, str], token: str, organization: UUID, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it enqueues is applied, and it hears the result; it can't read what waits, nor pretend to be a worker."""
+    with TagProducer(redis_url=urls["endpoint"], organization_id=organization, token=token) as it:
+        assert it.apply(registration(uuid4())).statuses == ["registered"]
+    assert "late" not in caplog.text
+    with open_redis(urls["endpoint"]) as client:
+        confined: Any = client
+        confined.execute_command("XLEN", inbox_key(uuid4()))
+        for command in (
+            ("XRANGE", inbox_key(organization), "-", "+"),
+            ("XRANGE", rejected_key(organization), "-", "+"),
+            ("PUBLISH", results_channel(organization, "x"), "{}"),
+            ("KEYS", "*"),
+            ("FLUSHALL",),
+        ):
+            with pytest.raises(NoPermissionError):
+                confined.execute_command(*command)
 
 
 def test_a_subscriber_can_only_listen(
