@@ -69,7 +69,7 @@ class Durations:
     warm_up: float
 
 
-FULL: Final = Durations(round=0.8, tuning=0.5, warm_up=0.15)
+FULL: Final = Durations(round=0.6, tuning=0.3, warm_up=0.15)
 SMOKE: Final = Durations(round=0.3, tuning=0.0, warm_up=0.05)
 
 

@@ -36,7 +36,8 @@ class Plan:
     """More loads, that only the product runs."""
     seconds: float | None
     wide_seconds: float
-    """The same for the loads that only the product runs."""
+    """The same for the loads that only the product runs; with many organizations four times as long, for each of them to
+    have several groups of batches."""
     tuning: Mapping[bool, int]
     """Batches of ten operations that each setting is tried with: the product's (True) and a peer's. Empty: none."""
     warm_up: int
@@ -55,13 +56,13 @@ FULL: Final = Plan(
         for operations in (1, 10, 100)
         if (prefilled, organizations, operations) not in {(0, 8, 1), (0, 8, 10)}
     ],
-    seconds=1.5,
-    wide_seconds=1.0,
-    tuning={True: 3000, False: 250},
+    seconds=1.0,
+    wide_seconds=0.7,
+    tuning={True: 3000, False: 200},
     warm_up=100,
     enqueued=2000,
     latency_seconds=1.0,
-    latency_samples=60,
+    latency_samples=40,
 )
 SMOKE: Final = Plan(
     peers=[Load(1, 8, 48), Load(10, 8, 48)],
@@ -183,6 +184,8 @@ class Run:
         rate = {1: rates.one, 10: rates.ten, 100: rates.ten / 6}[load.operations]
         if load.organizations == 1:
             rate *= 0.7
+        if load.organizations > 100:
+            seconds *= 4
         return replace(load, batches=max(round(rate * seconds / 100) * 100, 200))
 
     def keep(

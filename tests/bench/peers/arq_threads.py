@@ -67,7 +67,6 @@ class Sender(LoopSender):
 CONTENDER = Contender(
     name="arq",
     settings=[
-        {"processes": 2, "threads": 4, "poll": "0.01"},
         {"processes": 2, "threads": 8, "poll": "0.01"},
         {"processes": 4, "threads": 4, "poll": "0.02"},
     ],

@@ -380,7 +380,6 @@ class Connection:
 CONTENDER = Contender(
     name="direct (FastAPI, ORM)",
     settings=[
-        {"processes": 2, "threads": 4},
         {"processes": 2, "threads": 8},
         {"processes": 3, "threads": 4},
     ],

@@ -57,7 +57,6 @@ CONTENDER = Contender(
     settings=[
         {"processes": 2, "threads": 4},
         {"processes": 2, "threads": 8},
-        {"processes": 4, "threads": 2},
     ],
     commands=commands,
     sender=Sender,

@@ -80,7 +80,6 @@ CONTENDER = Contender(
     name="Celery",
     settings=[
         {"nodes": 1, "pool": "prefork", "concurrency": 4, "prefetch": 16},
-        {"nodes": 1, "pool": "prefork", "concurrency": 8, "prefetch": 16},
         {"nodes": 2, "pool": "threads", "concurrency": 4, "prefetch": 4},
     ],
     commands=commands,

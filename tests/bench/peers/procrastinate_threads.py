@@ -74,7 +74,6 @@ CONTENDER = Contender(
     settings=[
         {"processes": 2, "concurrency": 4},
         {"processes": 2, "concurrency": 6},
-        {"processes": 4, "concurrency": 2},
     ],
     commands=commands,
     sender=Sender,

@@ -55,7 +55,7 @@ def _arguments(item: Item) -> tuple[Any, ...]:
 
 CONTENDER = Contender(
     name="RQ",
-    settings=[{"processes": 4}, {"processes": 2}, {"processes": 3}],
+    settings=[{"processes": 2}, {"processes": 3}],
     commands=commands,
     sender=Sender,
 )

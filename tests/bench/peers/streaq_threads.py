@@ -61,7 +61,6 @@ CONTENDER = Contender(
     settings=[
         {"processes": 2, "threads": 4, "prefetch": 4},
         {"processes": 2, "threads": 8, "prefetch": 8},
-        {"processes": 4, "threads": 4, "prefetch": 16},
     ],
     commands=commands,
     sender=Sender,

@@ -55,7 +55,6 @@ CONTENDER = Contender(
     settings=[
         {"processes": 2, "threads": 8, "fetch": 100},
         {"processes": 4, "threads": 4, "fetch": 100},
-        {"processes": 4, "threads": 4, "fetch": 20},
     ],
     commands=commands,
     sender=Sender,
