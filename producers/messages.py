@@ -662,13 +662,13 @@ def read_body(kind: str, raw: bytes, **rest: Any) -> Message:
     fields, model = _fields(raw), _MESSAGES[kind]
     own = model.model_fields.keys() - _Message.model_fields.keys() - {"kind"} - rest.keys()
     known = {name: value for name, value in fields.items() if name in own}
-    details = [_fault((name,), "extra_forbidden", {}) for name in fields.keys() - known.keys()]
+    details = [_fault((name,), "extra_forbidden", {}) for name in fields if name not in known]
     try:
         message = model.model_validate({"kind": kind, **rest, **known})
     except ValidationError as error:
-        raise InvalidMessage(details + faults(error)) from None
+        raise _invalid(rest, details + faults(error)) from None
     if details:
-        raise InvalidMessage(details)
+        raise _invalid(rest, details)
     return cast(Message, message)
 
 

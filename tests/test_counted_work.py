@@ -13,7 +13,7 @@ from tests.conftest import Servers
 from tests.tenant import EXECUTION, Tenant
 from tests.waiting import eventually
 
-CONNECTED = "select pid from pg_stat_activity where usename = 'task_tags_worker'"
+CONNECTED = "select pid from pg_stat_activity where pid = %s"
 ROWS_READ = """
     select sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))
       from pg_stat_user_tables where relname = any('{flow_executions, task_tags, tag_batches, tag_changes}')
@@ -103,9 +103,11 @@ def test_a_drain_reads_no_more_rows_when_more_is_stored(
 
     def rows_read() -> int:
         """What a connection did is told when it ends, at the latest; the drain makes a new one."""
+        with tenant.store._connection() as connected:
+            pid = connected.info.backend_pid
         tenant.store.close()
         with servers.owner() as connection:
-            eventually(lambda: not connection.execute(CONNECTED).fetchall())
+            eventually(lambda: not connection.execute(CONNECTED, [pid]).fetchall())
             ((total,),) = connection.execute(ROWS_READ).fetchall()
         return int(total)
 

@@ -79,7 +79,7 @@ async def on_invalid(request: Request, error: Exception) -> Response:
 def parameter_faults(faults: Iterable[Any]) -> list[Detail]:
     return [
         Detail(
-            field=str(fault["loc"][-1])[:64],
+            field=next(step for step in reversed(fault["loc"]) if isinstance(step, str))[:64],
             message=_PARAMETER_WORDS.get(fault["type"], "is not valid"),
         )
         for fault in faults

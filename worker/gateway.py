@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID, uuid4, uuid5
 
@@ -59,60 +60,50 @@ _STATUS_OF: Final = {
 }
 
 
-class Answers(Listener):
-    """Hears the results of one organization for those who wait here."""
+class Answer(Listener):
+    """Hears the one result that is published for a request."""
 
     def __init__(self) -> None:
         self.subscribed = asyncio.Event()
-        self.awaited: dict[UUID, asyncio.Future[ResultRecord]] = {}
+        self.record: asyncio.Future[ResultRecord] = asyncio.get_running_loop().create_future()
 
     def begin(self) -> None:
         self.subscribed.set()
 
     def hear(self, payload: bytes) -> None:
-        record = ResultRecord.decode(payload)
-        future = self.awaited.get(record.batch_id)
-        if future is not None and not future.done():
-            future.set_result(record)
+        if not self.record.done():
+            self.record.set_result(ResultRecord.decode(payload))
 
 
+@dataclass(frozen=True)
 class Gateway:
     """Enqueues messages and waits for their results."""
 
-    def __init__(self, sender: Sender, channels: Channels, reader: Reader) -> None:
-        self.reply_to = f"endpoint-{uuid4()}"
-        self._sender = sender
-        self._channels = channels
-        self._reader = reader
-        self._answers: dict[UUID, Answers] = {}
+    sender: Sender
+    channels: Channels
+    reader: Reader
 
     async def apply(
         self, organization_id: UUID, message: Message, token: str, seconds: float
     ) -> ResultRecord | None:
-        """Enqueue a message and return its result; None if there is none in time. Raises a `Problem`: 400, 429 or 503."""
-        encoded = _encoded(message)
-        if not seconds:
-            await self._enqueue(organization_id, encoded, token)
-            return None
-        answers = self._answers.setdefault(organization_id, Answers())
-        future = answers.awaited.get(message.batch_id)
-        if future is None:
-            future = answers.awaited[message.batch_id] = asyncio.get_running_loop().create_future()
-        try:
-            channel = results_channel(organization_id, self.reply_to)
-            with self._channels.listening(channel, answers):
-                await _within(_SUBSCRIBE_SECONDS, answers.subscribed.wait())
-                await self._enqueue(organization_id, encoded, token)
-                return await self._result(organization_id, message.batch_id, future, seconds)
-        finally:
-            if answers.awaited.get(message.batch_id) is future:
-                del answers.awaited[message.batch_id]
-            if not answers.awaited:
-                self._answers.pop(organization_id, None)
+        """Enqueue a message and return its result; None if there is none in time. Raises a `Problem`: 400, 429 or 503.
 
-    async def _enqueue(self, organization_id: UUID, encoded: bytes, token: str) -> None:
+        Each request hears a channel of its own: two that use one batch id for different things have different results.
+        """
+        if not seconds:
+            await self._enqueue(organization_id, message, token)
+            return None
+        answer, reply_to = Answer(), f"endpoint-{uuid4()}"
+        with self.channels.listening(results_channel(organization_id, reply_to), answer):
+            await _within(_SUBSCRIBE_SECONDS, answer.subscribed.wait())
+            named = message.model_copy(update={"reply_to": reply_to})
+            await self._enqueue(organization_id, named, token)
+            return await self._result(organization_id, message, answer.record, seconds)
+
+    async def _enqueue(self, organization_id: UUID, message: Message, token: str) -> None:
+        encoded = _encoded(message)
         try:
-            accepted = await run_in_threadpool(self._sender.send, organization_id, [encoded], token)
+            accepted = await run_in_threadpool(self.sender.send, organization_id, [encoded], token)
         except Unavailable as error:
             raise Problem(503, "unavailable", "Redis can't be used; try again later") from error
         if not accepted:
@@ -121,23 +112,25 @@ class Gateway:
     async def _result(
         self,
         organization_id: UUID,
-        batch_id: UUID,
-        future: asyncio.Future[ResultRecord],
+        message: Message,
+        published: asyncio.Future[ResultRecord],
         seconds: float,
     ) -> ResultRecord | None:
         """Wait for what is published, and look now and then at what is stored, for pub/sub may lose it."""
         clock = asyncio.get_running_loop().time
         end = clock() + seconds
         while (left := end - clock()) > 0:
-            await _within(min(left, _LOOK_SECONDS), asyncio.shield(future))
-            if future.done():
-                return future.result()
+            await _within(min(left, _LOOK_SECONDS), asyncio.shield(published))
+            if published.done():
+                return published.result()
             try:
-                record = await self._reader.record(organization_id, batch_id)
+                stored = await self.reader.record(organization_id, message.batch_id)
             except (psycopg.Error, UnsafeRole, TimeoutError):
                 continue
-            if record is not None:
-                return ResultRecord.decode(record)
+            if stored is not None and stored.digest == message.digest():
+                return ResultRecord.decode(stored.record)
+            if stored is not None:
+                raise Problem(409, "conflict", "this batch id was used for another request")
         return None
 
 
@@ -201,9 +194,7 @@ async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Respon
     gateway: Gateway = request.app.state.gateway
     patience, batch_id = _patience(request), _batch_id(request, grant)
     try:
-        message = read_body(
-            kind, await _body(request), batch_id=batch_id, reply_to=gateway.reply_to, **rest
-        )
+        message = read_body(kind, await _body(request), batch_id=batch_id, **rest)
     except InvalidMessage as error:
         raise _invalid(error) from None
     record = await gateway.apply(grant.organization_id, message, token_of(request), patience)

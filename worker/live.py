@@ -96,7 +96,7 @@ class Channels:
             await asyncio.sleep(min(0.05 * 2 ** min(failures, 10), _LAST_BACKOFF_SECONDS))
 
     async def _listen(self, pubsub: Any) -> None:
-        """Hear for as long as somebody listens. A server that does not answer a ping in time is as good as gone."""
+        """Hear until the connection is lost. A server that does not answer a ping in time is as good as gone."""
         self._changed.clear()
         if not self._listeners:
             return
@@ -123,8 +123,8 @@ class Channels:
             await asyncio.gather(subscribing, return_exceptions=True)
 
     async def _subscribe(self, pubsub: Any, subscribed: set[bytes]) -> None:
-        """Keep what is subscribed to what is wanted, until nothing is."""
-        while self._listeners:
+        """Keep what is subscribed to what is wanted."""
+        while True:
             await self._changed.wait()
             self._changed.clear()
             wanted = set(self._listeners)

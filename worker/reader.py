@@ -45,7 +45,7 @@ READ_TAGS: Final = """
 # at most $8 of them; and when the last one was created and its id, if there are more.
 _READ_PAGE: Final = """
     with page as materialized (
-           select row_number() over (order by created_at, id) as place, created_at as at, t.id as last,
+           select row_number() over (order by t.created_at, t.id) as place, t.created_at || ' ' || t.id as last,
                   row_to_json(t) as tag
              from (select id, flow_execution_id, task_name, tag_type, tag, tag_metadata, organization_id, status,
                           to_char(created_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as created_at,
@@ -60,7 +60,7 @@ _READ_PAGE: Final = """
                     limit $8 + 1) t)
     select e.revision,
            (select coalesce(json_agg(tag order by place), '[]')::text from page where $8 is null or place <= $8),
-           (select at || ' ' || last from page where place = $8 and exists (select from page where place > $8))
+           (select last from page where place = $8 and exists (select from page where place > $8))
       from flow_executions e
      where e.organization_id = $1 and e.flow_execution_id = $2
 """
@@ -73,13 +73,13 @@ _READ_TASKS: Final = """
                           to_char(s.state_changed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
                                as state_changed_at,
                           s.state_changed_by, coalesce(n.tags, '[]') as tags
-                     from (select task_name collate "C" as task_name, json_agg(tag) filter (where tag is not null) as tags
-                             from (select jsonb_array_elements_text(e.task_names) as task_name, null::json as tag
+                     from (select task_name collate "C" as task_name, json_agg(tag order by place) filter (where tag is not null) as tags
+                             from (select jsonb_array_elements_text(e.task_names) as task_name, null::json as tag, 0 as place
                                    union all
-                                   select task_name, null from task_executions
+                                   select task_name, null, 0 from task_executions
                                     where organization_id = $1 and flow_execution_id = $2
                                    union all
-                                   select task_name, row_to_json(g)
+                                   select task_name, row_to_json(g), row_number() over (order by g.created_at, g.id)
                                      from (select id, flow_execution_id, task_name, tag_type, tag, tag_metadata,
                                                   organization_id, status,
                                                   to_char(created_at at time zone 'UTC',
@@ -87,8 +87,7 @@ _READ_TASKS: Final = """
                                                   created_by, null as updated_at, null as modified_by
                                              from task_tags
                                             where organization_id = $1 and flow_execution_id = $2
-                                              and ($3 is null or task_name = $3) and status = 'active'
-                                            order by task_tags.created_at, id) g) as named
+                                              and ($3 is null or task_name = $3) and status = 'active') g) as named
                             where $3 is null or task_name = $3
                             group by 1) n
                      left join task_executions s on s.organization_id = $1 and s.flow_execution_id = $2
@@ -121,7 +120,7 @@ _READ_REVISIONS: Final = """
 """
 
 _READ_RECORD: Final = """
-    select result_record::text from tag_batches where organization_id = $1 and batch_id = $2
+    select result_record::text, digest from tag_batches where organization_id = $1 and batch_id = $2
 """
 
 _PREPARED: Final = {
@@ -144,6 +143,15 @@ class Changes(NamedTuple):
     """The revision of the first of the events; None if there are none."""
     events: list[bytes]
     """As they were published."""
+
+
+class Stored(NamedTuple):
+    """A batch that was applied."""
+
+    record: bytes
+    """Its result record, as it was published."""
+    digest: bytes
+    """The message's."""
 
 
 class Wanted(NamedTuple):
@@ -275,10 +283,10 @@ class Reader:
         ids, numbers = map(elements, found)
         return {UUID(bytes=id): _integer(number) for id, number in zip(ids, numbers, strict=True)}
 
-    async def record(self, organization_id: UUID, batch_id: UUID) -> bytes | None:
-        """Return the stored result record as JSON; None while it is unknown."""
+    async def record(self, organization_id: UUID, batch_id: UUID) -> Stored | None:
+        """Return what is stored of a batch; None while it is unknown."""
         found = await self._ask(organization_id, b"record", [batch_id.bytes])
-        return None if found is None else found[0]
+        return None if found is None else Stored(found[0] or b"", found[1] or b"")
 
     def close(self) -> None:
         for line in self._lines:

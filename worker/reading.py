@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
+from contextlib import suppress
+from datetime import datetime
 from typing import Annotated, Any, Final
 from uuid import UUID
 
@@ -41,13 +43,15 @@ def _cursor(value: Any) -> tuple[str, str]:
     """Read a cursor: when the last tag of the page before was created, and its id."""
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{8,200}", value):
         text = base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode("ascii", "replace")
-        if found := _CURSOR.fullmatch(text):
-            return found[1], found[2]
+        with suppress(ValueError):
+            if found := _CURSOR.fullmatch(text):
+                datetime.fromisoformat(found[1])  # there are no thirteen months
+                return found[1], found[2]
     raise PydanticCustomError("cursor", "must be the next_cursor of an earlier answer")
 
 
 _CURSOR: Final = re.compile(
-    r"(\d{4,5}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d{1,6})?\+00) ([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+    r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z) ([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 )
 
 
@@ -347,7 +351,7 @@ async def read_batch(request: Request, batch_id: UUID) -> Response:
     """404 while the batch is not applied, and for one that was refused: nothing is stored of that."""
     grant = await granted(request, READ)
     parameters(request, NoQuery)
-    record = await reader_of(request).record(grant.organization_id, batch_id)
-    if record is None:
+    stored = await reader_of(request).record(grant.organization_id, batch_id)
+    if stored is None:
         raise NOT_FOUND
-    return _json(record)
+    return _json(stored.record)
