@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test faults fairness soak bench check format lock clean
+.PHONY: help run demo test faults fairness soak watchers bench check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ fairness: .venv/ready  ## Measure how long one organization waits while another 
 
 soak: .venv/ready  ## Run BATCHES=1000000 through one worker; its memory must not grow
 	$(BIN)/python -m tests.soak --batches $(or $(BATCHES),1000000)
+
+watchers: .venv/ready  ## Measure CLIENTS=1000 WebSockets on one endpoint; nothing may stay behind when they leave
+	$(BIN)/python -m tests.watchers --clients $(or $(CLIENTS),1000)
 
 bench: .venv/bench  ## Compare with other queues and the limits of this machine; writes docs/bench.md; SMOKE=1
 	$(BIN)/python -m tests.bench $(if $(SMOKE),--smoke)

@@ -36,6 +36,7 @@ from producers.errors import TaskTagsError
 SCHEMA_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
 MAX_OPERATIONS: Final = 100
+MAX_TASK_NAMES: Final = 10_000
 MAX_METADATA_BYTES: Final = 8 * 1024
 MAX_METADATA_DEPTH: Final = 32
 MAX_DETAILS: Final = 1_000
@@ -349,7 +350,7 @@ class FlowExecution(_Message):
 
     kind: Literal["flow_execution"] = "flow_execution"
     flow_execution_id: Id
-    task_names: list[TaskName] | None = None
+    task_names: Annotated[list[TaskName], Field(max_length=MAX_TASK_NAMES)] | None = None
 
 
 TaskState = Literal["queued", "running", "completed", "failed"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 from uuid import UUID, uuid4
 
 from kombu.exceptions import OperationalError
@@ -21,13 +22,17 @@ logger = logging.getLogger(__name__)
 class Sender:
     """A way to the inboxes of all organizations. Safe to share between threads; connects at first use.
 
-    `limit`: how many messages an inbox may hold. `lease_ms`: see `Inbox`.
+    `limit`: how many messages an inbox may hold. `lease_ms`: see `Inbox`. `options`: of the Redis client.
     """
 
     def __init__(
-        self, redis_url: str, limit: int = DEFAULT_LIMIT, lease_ms: int = LEASE_MS
+        self,
+        redis_url: str,
+        limit: int = DEFAULT_LIMIT,
+        lease_ms: int = LEASE_MS,
+        **options: Any,
     ) -> None:
-        self.redis: Redis = open_redis(redis_url)
+        self.redis: Redis = open_redis(redis_url, **options)
         self._celery = App("producers", redis_url)
         self._limit = limit
         self._lease_ms = lease_ms

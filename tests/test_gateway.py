@@ -7,11 +7,13 @@ that no worker looks at: the test drains by hand, and the endpoint's inboxes hol
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -851,18 +853,42 @@ def test_who_did_not_wait_may_ask_again_with_the_key(http: httpx.Client, executi
     assert statuses(patch(http, adding(execution, "a"), **headers)) == ["added"]
 
 
-@pytest.fixture(scope="module")
-def quiet_url(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@dataclass(frozen=True)
+class QuietEndpoint:
     """An endpoint on the Redis database that no worker looks at, as a user of its own, with small inboxes."""
-    port, directory = free_port(0), tmp_path_factory.mktemp("quiet")
-    url = f"http://127.0.0.1:{port}"
+
+    url: str
+    supervisor: Supervisor
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        ((_, process),) = self.supervisor.running
+        return process
+
+    @property
+    def log(self) -> str:
+        return self.supervisor.log("quiet endpoint").read_text()
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/healthz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def quiet_endpoint(
+    servers: Servers, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[QuietEndpoint]:
+    port = free_port(0)
     redis_url = servers.stack.redis_url.replace("?db=0", "?db=1")
     assert servers.settings.jwt_secret is not None
-    with Supervisor(directory) as supervisor:
+    with Supervisor(tmp_path_factory.mktemp("quiet")) as supervisor:
+        endpoint = QuietEndpoint(f"http://127.0.0.1:{port}", supervisor)
         child = Child(
             name="quiet endpoint",
             argv=[*command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
-            ready=lambda: "running on" in supervisor.log("quiet endpoint").read_text(),
+            ready=endpoint.answers,
             environment={
                 "TASK_TAGS_REDIS_URL": redis_url.replace("unix://", f"unix://{REDIS_USER}:x@"),
                 "TASK_TAGS_DATABASE_URL": servers.endpoint_url,
@@ -873,16 +899,16 @@ def quiet_url(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Ite
         with open_redis(redis_url) as redis:
             grant_all(redis)
             supervisor.start(child)
-            yield url
+            yield endpoint
             redis.acl_deluser(REDIS_USER)
 
 
 @pytest.fixture
-def quiet(quiet_url: str, tenant: Tenant) -> Iterator[httpx.Client]:
+def quiet(quiet_endpoint: QuietEndpoint, tenant: Tenant) -> Iterator[httpx.Client]:
     """A client of that endpoint, in whose organization nothing is applied until the test drains."""
     grant_all(tenant.redis)
     headers = {"Authorization": f"Bearer {tenant.token}"}
-    with httpx.Client(base_url=quiet_url, headers=headers, timeout=30) as client:
+    with httpx.Client(base_url=quiet_endpoint.url, headers=headers, timeout=30) as client:
         yield client
 
 
@@ -1042,3 +1068,19 @@ def test_a_redis_without_memory_is_503(quiet: httpx.Client, tenant: Tenant) -> N
         tenant.redis.config_set("maxmemory", 0)
     assert refused(response, 503, "unavailable") == []
     assert waiting(tenant) == 0
+
+
+def test_an_endpoint_that_is_told_to_end_answers_first(
+    quiet_endpoint: QuietEndpoint, quiet: httpx.Client, tenant: Tenant
+) -> None:
+    """It takes no more, but who waits still gets the result; then it ends, without a complaint."""
+    with sending(quiet, (adding(EXECUTION, "a"), {})) as (future,):
+        eventually(lambda: waiting(tenant))
+        quiet_endpoint.process.terminate()
+        eventually(lambda: not quiet_endpoint.answers())
+        tenant.drain()
+        assert statuses(future.result()) == ["added"]
+    quiet_endpoint.process.wait(10)
+    assert "Traceback" not in quiet_endpoint.log
+    quiet_endpoint.supervisor.restart_ended(lambda _: None)
+    eventually(quiet_endpoint.answers)

@@ -22,6 +22,7 @@ from producers.messages import (
     describe,
     json_schemas,
     parse_message,
+    read_body,
     remove,
 )
 
@@ -326,3 +327,11 @@ def test_a_reader_skips_what_a_newer_worker_says() -> None:
     }
     newer = {**event, "invented_later": True}
     assert json.loads(ChangeEvent.decode(json.dumps(newer)).encode()) == event
+
+
+def test_too_many_task_names_are_one_fault() -> None:
+    """A mebibyte of wrong names is refused at once, and not name by name."""
+    body = json.dumps({"task_names": [""] * 300_000}).encode()
+    with pytest.raises(InvalidMessage) as refused:
+        read_body("flow_execution", body, flow_execution_id=uuid4())
+    assert [detail.message for detail in refused.value.details] == ["must have at most 10000 items"]

@@ -13,6 +13,8 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from producers.client import TagProducer, registration
 from producers.messages import ChangeEvent, TagBatch, add
@@ -203,3 +205,38 @@ def test_a_worker_and_an_endpoint_may_start_before_their_servers(
 def _says(supervisor: Supervisor, name: str, words: str) -> bool:
     log = supervisor.log(name)
     return log.exists() and words in log.read_text()
+
+
+def test_an_endpoint_that_ends_lets_go_of_all_who_watch(
+    fragile: Fragile, producer: TagProducer, execution: UUID
+) -> None:
+    """A close code for a WebSocket, an end for a stream, at once. They go on with another process."""
+    url = f"{fragile.stack.endpoint_url}/task-tags/changes"
+    query = f"?flow_execution_id={execution}"
+    headers = {"Authorization": f"Bearer {fragile.stack.token}"}
+    producer.apply(tagging(execution, "x"))
+    with (
+        connect((url + query).replace("http", "ws"), additional_headers=headers) as watching,
+        httpx.stream("GET", f"{url}/events{query}", headers=headers, timeout=20) as stream,
+    ):
+        lines = stream.iter_lines()
+        assert '"revision":1' in watching.recv(20)
+        assert any(line.startswith("data: ") for line in lines)
+        process = next(
+            process
+            for child, process in fragile.stack.supervisor.running
+            if child.name == "endpoint"
+        )
+        process.terminate()
+        with pytest.raises(ConnectionClosed) as closed:
+            watching.recv(20)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1012
+        assert not [line for line in lines if line.startswith("data: ")]
+        assert process.wait(5) == -signal.SIGTERM  # and not an error
+    fragile.restart()
+    producer.apply(tagging(execution, "y"))
+    with connect(
+        f"{url}{query}&after=1".replace("http", "ws"), additional_headers=headers
+    ) as again:
+        assert '"revision":2' in again.recv(20)

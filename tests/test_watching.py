@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -435,14 +435,97 @@ def test_a_frame_that_is_too_large_is_not_read(world: World, execution: UUID) ->
             assert closed.value.rcvd.code == 1009
 
 
+def test_who_sends_pings_and_does_not_read_is_let_go(world: World) -> None:
+    """Nor is there memory for the answers to it, before any token."""
+    pid = endpoint_of(world)
+    before = resident_kb(pid)
+    with raw_watcher(world, uuid4(), token="") as flooding:
+        ping = bytes([0x89, 0x80 + 125, 0, 0, 0, 0]) + bytes(125)
+        flooding.settimeout(SECONDS)
+        with suppress(OSError):
+            while True:
+                flooding.sendall(ping * 1000)
+    assert resident_kb(pid) - before < 40_000
+
+
+@pytest.mark.parametrize(
+    "header", ["Content-Length: 5", "Transfer-Encoding: chunked", f"X-Long: {'x' * 9000}"]
+)
+def test_a_handshake_that_is_none_is_refused(world: World, header: str) -> None:
+    """At once, and its connection is closed."""
+    with raw_watcher(world, uuid4(), header) as refused:
+        answer = b""
+        while chunk := refused.recv(65536):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 4")
+
+
+def test_what_is_no_result_disturbs_nobody(
+    world: World, servers: Servers, producer: TagProducer
+) -> None:
+    """Whatever is published on whichever channel, and however often connections are lost: answers come at once."""
+    execution = uuid4()
+    producer.apply(registration(execution))
+    headers = {"Authorization": f"Bearer {world.token}"}
+    with httpx.Client(base_url=servers.stack.endpoint_url, headers=headers) as http:
+
+        def disturb() -> None:
+            for channel in world.redis.pubsub_channels("task-tags:*:results:endpoint-*"):
+                world.redis.publish(channel, b"no result")
+
+        disturbing = Repeated(disturb)
+        with disturbing:
+            for number in range(10):
+                fields = {"task_name": "t", "tag_type": "t", "tag": f"{number}"}
+                operation = {"operation": "add", "flow_execution_id": str(execution), **fields}
+                assert http.patch("/task-tags", json={"tags": [operation]}).status_code == 200
+        assert disturbing.count
+    with world.watch(execution, after=10) as watching:
+        producer.enqueue(batch(execution, "more"))
+        assert take(watching, 1) == [11]
+
+
+class Repeated:
+    """Does something again and again beside the test."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.count = 0
+        self._act = act
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._done.wait(0.001):
+            self._act()
+            self.count += 1
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def test_watchers_may_come_and_go_while_connections_are_lost(world: World, execution: UUID) -> None:
+    """Who is there in the end is subscribed, and nobody else is."""
+    others = [world.execution() for _ in range(5)]
+    with Repeated(lambda: cut(world)):
+        for _ in range(10):
+            with ExitStack() as stack:
+                for each in others:
+                    stack.enter_context(world.watch(each))
+    with world.watch(execution) as watching:
+        eventually(lambda: subscribers(world, execution) == 1)
+        world.change(execution)
+        assert take(watching, 1) == [1]
+        eventually(lambda: not any(subscribers(world, each) for each in others))
+
+
 def test_who_does_not_read_is_let_go(world: World, execution: UUID) -> None:
     """Nothing is kept for it beyond what its connection takes: it is told so behind that, and may come again."""
     large = {"text": "x" * 8000}
-    endpoint = next(
-        process.pid
-        for child, process in world.servers.stack.supervisor.running
-        if child.name == "endpoint"
-    )
+    endpoint = endpoint_of(world)
     before = resident_kb(endpoint)
     for _ in range(20):
         tags = [add(execution, "task", "type", f"{uuid4()}", large) for _ in range(50)]
@@ -465,13 +548,21 @@ def test_who_does_not_read_is_let_go(world: World, execution: UUID) -> None:
         assert take(again, 1) == [60]
 
 
-def raw_watcher(world: World, execution: UUID) -> socket.socket:
+def endpoint_of(world: World) -> int:
+    running = world.servers.stack.supervisor.running
+    return next(process.pid for child, process in running if child.name == "endpoint")
+
+
+def raw_watcher(
+    world: World, execution: UUID, *headers: str, token: str | None = None
+) -> socket.socket:
     """One that asks to watch, and then reads nothing."""
     url = httpx.URL(world.url(execution))
     head = [
         f"GET {url.raw_path.decode()} HTTP/1.1",
         f"Host: {url.host}",
-        f"Authorization: Bearer {world.token}",
+        *([] if token == "" else [f"Authorization: Bearer {world.token}"]),
+        *headers,
         *("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"),
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
     ]
@@ -492,3 +583,7 @@ def subscribers(world: World, execution: UUID) -> int:
     channel = changes_channel(world.organization, execution)
     ((_, count),) = world.redis.pubsub_numsub(channel)
     return int(count)
+
+
+def cut(world: World) -> None:
+    world.redis.client_kill_filter(_type="pubsub")

@@ -117,6 +117,11 @@ async def on_unavailable(request: Request, error: Exception) -> Response:
     return response_to(request, UNAVAILABLE)
 
 
+async def on_gone(request: Request, error: Exception) -> Response:
+    """Nobody is there any more to be told."""
+    return Response(status_code=400)
+
+
 async def on_fault(request: Request, error: Exception) -> Response:
     logger.error("a request failed", exc_info=error, extra=_request_fields(request))
     problem = Problem(500, "internal_error", "the endpoint failed at this request")

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from redis import asyncio as async_redis
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from producers.messages import TagOperation
@@ -32,6 +33,7 @@ from worker.answers import (
     Problem,
     documented_error,
     on_fault,
+    on_gone,
     on_http_error,
     on_invalid,
     on_problem,
@@ -184,15 +186,20 @@ class Endpoint:
 class Server(uvicorn.Server):
     """Ends streams when it is told to end: it would wait for them."""
 
+    def __init__(self, config: uvicorn.Config, endpoint: Endpoint) -> None:
+        super().__init__(config)
+        self._endpoint = endpoint
+
     async def shutdown(self, sockets: Any = None) -> None:
-        self.config.loaded_app.end_streams()
+        self._endpoint.end_streams()
         await super().shutdown(sockets)
 
 
 def serve(settings: Settings, host: str, port: int) -> None:
     """Serve the endpoint until the process is told to end."""
+    endpoint = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        endpoint,
         host=host,
         port=port,
         loop="uvloop",
@@ -205,7 +212,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         server_header=False,
         timeout_graceful_shutdown=10,
     )
-    Server(config).run()
+    Server(config, endpoint).run()
 
 
 def create_app(settings: Settings) -> Endpoint:
@@ -219,10 +226,10 @@ def create_app(settings: Settings) -> Endpoint:
             settings.database_url.get_secret_value(), settings.endpoint_connections
         )
         state.redis = async_redis.Redis.from_url(
-            redis_url, socket_timeout=2, socket_connect_timeout=2
+            redis_url, socket_timeout=2, socket_connect_timeout=2, protocol=2
         )
         channels = Channels(state.redis)
-        sender = Sender(redis_url, settings.inbox_limit, settings.lease_ms)
+        sender = Sender(redis_url, settings.inbox_limit, settings.lease_ms, socket_timeout=2)
         state.live = Live(channels, state.reader)
         state.gateway = gateway.Gateway(sender, channels, state.reader)
         jobs = [asyncio.create_task(job) for job in (channels.run(), state.live.run())]
@@ -256,6 +263,7 @@ def create_app(settings: Settings) -> Endpoint:
     app.add_exception_handler(HTTPException, on_http_error)
     for unavailable in (psycopg.Error, TimeoutError, UnsafeRole):
         app.add_exception_handler(unavailable, on_unavailable)
+    app.add_exception_handler(ClientDisconnect, on_gone)
     app.add_exception_handler(Exception, on_fault)
     document = app.openapi
     app.openapi = lambda: _exact(document())  # type: ignore[method-assign]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any, Final
 from uuid import UUID, uuid4, uuid5
 
 import psycopg
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
@@ -20,6 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from producers.errors import Unavailable
 from producers.messages import (
     MAX_MESSAGE_BYTES,
+    MAX_TASK_NAMES,
     Detail,
     InvalidMessage,
     Message,
@@ -48,6 +51,8 @@ WAIT_SECONDS: Final = 10.0
 MOST_WAIT_SECONDS: Final = 60
 _SUBSCRIBE_SECONDS: Final = 1.0
 _LOOK_SECONDS: Final = 1.0
+_THREADS: Final = 40
+_LARGE_BYTES: Final = 64 * 1024
 _KEYS: Final = UUID("0b6c2b55-7f0c-5d0e-8a39-5f2a4c9d6e10")
 """The name space of the batch ids that are made of Idempotency-Keys."""
 _STATUS_OF: Final = {
@@ -82,6 +87,8 @@ class Gateway:
     sender: Sender
     channels: Channels
     reader: Reader
+    threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
+    """Those that wait for Redis; reads must not wait for one."""
 
     async def apply(
         self, organization_id: UUID, message: Message, token: str, seconds: float
@@ -103,7 +110,9 @@ class Gateway:
     async def _enqueue(self, organization_id: UUID, message: Message, token: str) -> None:
         encoded = _encoded(message)
         try:
-            accepted = await run_in_threadpool(self.sender.send, organization_id, [encoded], token)
+            accepted = await to_thread.run_sync(
+                self.sender.send, organization_id, [encoded], token, limiter=self.threads
+            )
         except Unavailable as error:
             raise Problem(503, "unavailable", "Redis can't be used; try again later") from error
         if not accepted:
@@ -180,10 +189,11 @@ def _batch_id(request: Request, grant: Grant) -> UUID:
 
 def _patience(request: Request) -> float:
     """Return how many seconds the caller wants to wait (RFC 7240: `respond-async`, `wait`)."""
-    wanted = [each.strip().lower() for each in request.headers.get("prefer", "").split(",")]
+    headers = ",".join(request.headers.getlist("prefer"))
+    wanted = [each.strip().lower() for each in headers.split(",")]
     if "respond-async" in wanted:
         return 0
-    waits = [found[1] for each in wanted if (found := re.fullmatch(r"wait\s*=\s*(\d{1,4})", each))]
+    waits = [found[1] for each in wanted if (found := re.fullmatch(r"wait\s*=\s*(\d{1,9})", each))]
     return min(int(waits[0]), MOST_WAIT_SECONDS) if waits else WAIT_SECONDS
 
 
@@ -194,7 +204,10 @@ async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Respon
     gateway: Gateway = request.app.state.gateway
     patience, batch_id = _patience(request), _batch_id(request, grant)
     try:
-        message = read_body(kind, await _body(request), batch_id=batch_id, **rest)
+        raw = await _body(request)
+        read = partial(read_body, kind, raw, batch_id=batch_id, **rest)
+        # A large one may take a second to tell what is wrong with it.
+        message = read() if len(raw) < _LARGE_BYTES else await run_in_threadpool(read)
     except InvalidMessage as error:
         raise _invalid(error) from None
     record = await gateway.apply(grant.organization_id, message, token_of(request), patience)
@@ -232,7 +245,7 @@ class RegistrationBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    task_names: list[TaskName] | None = None
+    task_names: Annotated[list[TaskName], Field(max_length=MAX_TASK_NAMES)] | None = None
 
 
 class RegistrationResult(BaseModel):

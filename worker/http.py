@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any, Final
 from uuid import uuid4
 
@@ -19,6 +20,9 @@ MAX_FRAME_BYTES: Final = 64 * 1024
 REQUEST_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 5.0
 """A closed connection is cut if the rest is not taken in this time."""
+STALL_SECONDS: Final = 5.0
+"""A connection that takes nothing of what is to be sent for so long is given up."""
+TOO_SLOW: Final = 1013
 QUIET_SECONDS: Final = 0.25
 """Nothing more seems to come of what is not read."""
 
@@ -29,9 +33,35 @@ def error_body(code: str, message: str, details: list[Any], request_id: str) -> 
     return json.dumps({"error": error, "request_id": request_id}, ensure_ascii=False).encode()
 
 
-class LimitedProtocol(HttpToolsProtocol):
-    """Closes a connection whose request is not complete in 10 s, or whose head is over 32 KiB."""
+class Stall:
+    """Watches a connection whose other end takes nothing: once it is paused, its buffer must get smaller."""
 
+    def __init__(self, transport: asyncio.Transport, give_up: Callable[[], None]) -> None:
+        self._transport = transport
+        self._give_up = give_up
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        size = self._transport.get_write_buffer_size()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(STALL_SECONDS, self._look, size)
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self, before: int) -> None:
+        if self._transport.get_write_buffer_size() < before:
+            self.begin()
+        else:
+            self._give_up()
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """Closes a connection whose request is not complete in 10 s, or whose head is over 32 KiB, or which takes no answer."""
+
+    _stall: Stall
     _deadline: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _in_head = True
@@ -39,11 +69,21 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._stall = Stall(transport, transport.abort)
         self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_deadline()
+        self._stall.end()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall.begin()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stall.end()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -66,7 +106,6 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(431, "Request Header Fields Too Large", "headers_too_large")
             return
         super().on_headers_complete()
-        self.scope["give_up"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
 
     def on_body(self, body: bytes) -> None:
         if not self._refused:
@@ -80,6 +119,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         self._stop_deadline()
+        self._stall.end()
         super().handle_websocket_upgrade()
 
     def send_400_response(self, msg: str) -> None:
@@ -103,34 +143,56 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
-        request_id = str(uuid4())
-        body = error_body(code, reason.lower(), [], request_id)
-        head = (
-            f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
+        self.transport.write(_refusal(status, reason, code))
         self.transport.close()
 
 
+def _refusal(status: int, reason: str, code: str) -> bytes:
+    """Return a whole answer, for a request that never reaches the application."""
+    request_id = str(uuid4())
+    body = error_body(code, reason.lower(), [], request_id)
+    head = (
+        f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
 class LimitedWebSocket(WebSocketsSansIOProtocol):
-    """Cuts a connection that was closed, if its other end does not take the rest."""
+    """Gives up a connection that takes nothing, or that was closed and is not let go by its other end."""
 
+    _stall: Stall
     _cutting: asyncio.TimerHandle | None = None
-    _refused = False
-    _refused_at = 0.0
+    _refused_at: float | None = None
 
-    def handle_connect(self, event: Any) -> None:
-        super().handle_connect(event)
-        if self.response.status_code == 101:
-            self.scope["give_up"] = self.give_up  # type: ignore[typeddict-unknown-key]
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._stall = Stall(transport, self._too_slow)
 
-    def give_up(self, code: int, reason: str) -> None:
+    def pause_writing(self) -> None:
+        """Read nothing either: each ping would be answered into the buffer."""
+        super().pause_writing()
+        self.transport.pause_reading()
+        self._stall.begin()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stall.end()
+        if not self.read_paused:
+            self.transport.resume_reading()
+
+    def _too_slow(self) -> None:
         """Say goodbye behind what is not taken, without waiting for its turn."""
         if not self.close_sent and not self.disconnected:
-            self.conn.send_close(code, reason)
+            self.conn.send_close(TOO_SLOW, "too slow: connect again with after")
             self.transport.write(b"".join(self.conn.data_to_send()))
             self.close_sent = True
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": TOO_SLOW})
+        self._cut_soon()
+
+    def _cut_soon(self) -> None:
+        if not self.disconnected and self._cutting is None:
+            self._cutting = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
 
     def handle_parser_exception(self) -> None:
         """Say what is wrong, and let the rest of it come, unread: a connection that is closed before loses what was said."""
@@ -138,24 +200,29 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
         code, reason = self.conn.close_sent.code, self.conn.close_sent.reason
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
         self.transport.write(b"".join(self.conn.data_to_send()))
-        self.close_sent = self._refused = True
-        self.transport.resume_reading()
+        self.close_sent = True
         self._refused_at = self.loop.time()
+        self.transport.resume_reading()
         self.close_timer = self.loop.call_later(QUIET_SECONDS, self.transport.close)
+        self._cut_soon()
 
     def data_received(self, data: bytes) -> None:
-        if not self._refused:
+        if self._refused_at is None:
             super().data_received(data)
+            if not self.handshake_initiated:  # the head is complete, and not one of a handshake
+                self.transport.write(_refusal(400, "Bad Request", "bad_request"))
+                self.transport.close()
+                self._cut_soon()
         elif self.close_timer is not None and self.loop.time() < self._refused_at + CLOSE_SECONDS:
             self.close_timer.cancel()
             self.close_timer = self.loop.call_later(QUIET_SECONDS, self.transport.close)
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         super().on_task_complete(task)
-        if not self.disconnected:
-            self._cutting = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+        self._cut_soon()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._stall.end()
         if self._cutting is not None:
             self._cutting.cancel()
         super().connection_lost(exc)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +22,6 @@ from uuid import UUID
 import psycopg
 from pydantic_core import from_json
 from redis import asyncio as async_redis
-from redis.exceptions import RedisError
 
 from producers.messages import changes_channel
 from worker.reader import Reader
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS: Final = 2.0
 """So often the table is asked for last revisions, at least."""
 _LOOK_AGAIN_SECONDS: Final = 1.0
-_TICK_SECONDS: Final = 1.0
 _PING_SECONDS: Final = 5.0
 _SILENCE_SECONDS: Final = 15.0
 _LAST_BACKOFF_SECONDS: Final = 1.0
@@ -84,66 +83,77 @@ class Channels:
         while True:
             if not self._listeners:
                 await self._changed.wait()
+            connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
             try:
-                async with self._redis.pubsub() as pubsub:
-                    await self._listen(pubsub)
-                failures = 0
-            except (RedisError, OSError) as error:
+                await connection.connect()
+                await self._listen(connection)
+            except Exception as error:  # whatever it is, those who listen would wait for ever
                 failures += 1
-                if failures == 1:
+                if failures in (1, 10, 100):
                     name = type(error).__name__
                     logger.warning("Redis can't be listened to", extra={"error": name})
+                if self._confirmed:
+                    failures = 0
+            finally:
+                self._confirmed.clear()
+                await connection.disconnect(nowait=True)
             await asyncio.sleep(min(0.05 * 2 ** min(failures, 10), _LAST_BACKOFF_SECONDS))
 
-    async def _listen(self, pubsub: Any) -> None:
-        """Hear until the connection is lost. A server that does not answer a ping in time is as good as gone."""
-        self._changed.clear()
-        if not self._listeners:
-            return
-        await pubsub.subscribe(*self._listeners)
-        subscribing = asyncio.create_task(self._subscribe(pubsub, set(self._listeners)))
-        clock = asyncio.get_running_loop().time
-        heard_at = pinged_at = clock()
+    async def _listen(self, connection: Any) -> None:
+        """Subscribe to what is wanted and tell what comes, until the connection is lost.
+
+        It is a plain connection, not redis-py's PubSub: that makes a lost one anew by itself, also in the middle of a
+        read. A server that does not answer a ping in time is as good as gone.
+        """
+        subscribed: set[bytes] = set()
+        heard_at = asyncio.get_running_loop().time()
+        reading = changed = None
         try:
-            while not subscribing.done():
-                message = await pubsub.get_message(timeout=_TICK_SECONDS)
-                now = clock()
-                if message is not None:
+            while True:
+                self._changed.clear()
+                wanted = set(self._listeners)
+                if new := wanted - subscribed:
+                    await connection.send_command("SUBSCRIBE", *new)
+                if old := subscribed - wanted:
+                    self._confirmed -= old
+                    await connection.send_command("UNSUBSCRIBE", *old)
+                subscribed = wanted
+                reading = reading or asyncio.create_task(connection.read_response(timeout=math.inf))
+                changed = asyncio.create_task(self._changed.wait())
+                await asyncio.wait(
+                    (reading, changed), timeout=_PING_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                now = asyncio.get_running_loop().time()
+                if reading.done():
                     heard_at = now
-                    self._tell(message)
+                    self._tell(reading.result())
+                    reading = None
                 elif now - heard_at > _SILENCE_SECONDS:
                     raise ConnectionError("the server is silent")
-                elif now - max(heard_at, pinged_at) > _PING_SECONDS:
-                    pinged_at = now
-                    await pubsub.ping()
-            subscribing.result()
+                elif not changed.done():
+                    await connection.send_command("PING")
+                changed.cancel()
         finally:
-            self._confirmed.clear()
-            subscribing.cancel()
-            await asyncio.gather(subscribing, return_exceptions=True)
+            for task in (reading, changed):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.wait((task,), timeout=1)
 
-    async def _subscribe(self, pubsub: Any, subscribed: set[bytes]) -> None:
-        """Keep what is subscribed to what is wanted."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            wanted = set(self._listeners)
-            if new := wanted - subscribed:
-                await pubsub.subscribe(*new)
-            if old := subscribed - wanted:
-                self._confirmed -= old
-                await pubsub.unsubscribe(*old)
-            subscribed = wanted
-
-    def _tell(self, message: dict[str, Any]) -> None:
-        channel, kind = message["channel"], message["type"]
-        if kind == "subscribe":
+    def _tell(self, answer: Any) -> None:
+        if not isinstance(answer, list) or len(answer) != 3:
+            return  # to a ping
+        kind, channel, payload = answer
+        listeners = self._listeners.get(channel, [])
+        if kind == b"subscribe" and listeners:
             self._confirmed.add(channel)
-        for listener in list(self._listeners.get(channel or b"", ())):
-            if kind == "subscribe":
-                listener.begin()
-            elif kind == "message":
-                listener.hear(message["data"])
+        for listener in list(listeners):
+            try:
+                if kind == b"subscribe":
+                    listener.begin()
+                elif kind == b"message":
+                    listener.hear(payload)
+            except Exception:  # the others still wait for this task
+                logger.exception("what was published could not be taken in")
 
 
 Event = tuple[int, bytes]
@@ -251,7 +261,11 @@ class Live:
             self._look.clear()
             try:
                 await self._ask()
-            except (psycopg.Error, TimeoutError):
+            except (
+                Exception
+            ) as error:  # whatever it is, those who watch would miss what is not published
+                if not isinstance(error, (psycopg.Error, TimeoutError)):
+                    logger.exception("revisions can't be read")
                 self._look.set()
                 await asyncio.sleep(_LOOK_AGAIN_SECONDS)
             await asyncio.sleep(0.02)  # whoever comes at the same moment is asked for together

@@ -97,18 +97,27 @@ _READ_TASKS: Final = """
 """
 
 # $1 organization, $2 flow execution, $3 revision, $4 most events, $5 most characters, which one event may exceed: the
-# events after the revision, in order, and the revision of the first.
+# events after the revision, in order, and the revision of the first. One after the other, for they may be large.
 _READ_CHANGES: Final = """
-    select e.revision, found.first, found.events
+    with recursive found (revision, event, characters) as (
+           select revision, text, length(text)
+             from tag_changes cross join lateral (select event::text as text offset 0) t
+            where organization_id = $1 and flow_execution_id = $2 and revision = $3 + 1
+            union all
+           select c.revision, t.text, found.characters + length(t.text)
+             from found
+            cross join lateral (
+                  select revision, event from tag_changes
+                   where organization_id = $1 and flow_execution_id = $2 and revision = found.revision + 1
+                  offset 0) c
+            cross join lateral (select c.event::text as text offset 0) t
+            where found.characters < $5 and found.revision < $3 + $4)
+    select e.revision, page.first, page.events
       from flow_executions e
      cross join lateral (
            select min(revision) as first, array_agg(event order by revision) as events
-             from (select revision, event, row_number() over w as place, sum(length(event)) over w as characters
-                     from (select revision, event::text as event from tag_changes
-                            where organization_id = $1 and flow_execution_id = $2 and revision > $3
-                            order by revision limit $4) as page
-                   window w as (order by revision)) as counted
-            where place = 1 or characters <= $5) as found
+             from found
+            where revision = $3 + 1 or characters <= $5) as page
      where e.organization_id = $1 and e.flow_execution_id = $2
 """
 
@@ -123,9 +132,13 @@ _READ_RECORD: Final = """
     select result_record::text, digest from tag_batches where organization_id = $1 and batch_id = $2
 """
 
+_OF_TASK: Final = "($3 is null or task_name = $3)"
+"""A plan that is made once can't look up the task by the index as long as there may be none."""
+
 _PREPARED: Final = {
     "scope (text)": SCOPE,
     "tags (uuid, uuid, text, bigint[])": READ_TAGS,
+    "task (uuid, uuid, text, bigint[])": READ_TAGS.replace(_OF_TASK, "task_name = $3"),
     "page (uuid, uuid, text, text[], text[], text, text, bigint)": _READ_PAGE,
     "tasks (uuid, uuid, text)": _READ_TASKS,
     "changes (uuid, uuid, bigint, bigint, bigint)": _READ_CHANGES,
@@ -209,7 +222,8 @@ class Reader:
         The tags are None if the revision is one of those that are `known`.
         """
         parameters = [flow_execution_id.bytes, _text(task_name), bigints(known)]
-        found = await self._ask(organization_id, b"tags", parameters)
+        statement = b"tags" if task_name is None else b"task"
+        found = await self._ask(organization_id, statement, parameters)
         if found is None or found[0] is None:
             return None
         return _integer(found[0]), found[1]

@@ -1,7 +1,7 @@
 """Change events as they happen, over a WebSocket or as Server-Sent Events: first what is stored, then what comes.
 
 A watcher is a revision and nothing more: it takes the next events from worker/live.py or from the table, sends them, and
-only then looks for more. So nothing is kept for one that is slow; and one that takes nothing for a while is let go.
+only then looks for more. So nothing is kept for one that is slow; one that takes nothing is let go (worker/http.py).
 """
 
 from __future__ import annotations
@@ -44,20 +44,13 @@ logger = logging.getLogger(__name__)
 router = APIRouter()
 
 TOKEN_SECONDS: Final = 10.0
-SLOW_SECONDS: Final = 5.0
-"""A watcher that takes nothing for so long is let go."""
 PING_SECONDS: Final = 15.0
 _PAGE: Final = 100
 _PAGE_BYTES: Final = 64 * 1024
 _AGAIN_SECONDS: Final = 1.0
 
-TOO_SLOW: Final = 1013
 _CLOSE_CODES: Final = {400: 4400, 401: 4401, 403: 4403, 404: 4404, 408: 4408, 410: 4410, 503: 1013}
 _REASON_BYTES: Final = 123
-
-
-class TooSlow(Exception):
-    """What was sent is not taken."""
 
 
 # --- The events of one watcher -------------------------------------------------------------------
@@ -115,15 +108,6 @@ def _expires_in(grant: Grant) -> float:
 _EXPIRED: Final = Problem(401, "unauthorized", "the token has expired")
 
 
-async def _in_time(sending: Awaitable[None]) -> None:
-    """Wait until something is sent. Raises `TooSlow`."""
-    try:
-        async with asyncio.timeout(SLOW_SECONDS):
-            await sending
-    except TimeoutError:
-        raise TooSlow from None
-
-
 # --- WebSocket -----------------------------------------------------------------------------------
 
 
@@ -141,8 +125,6 @@ async def watch_changes(websocket: WebSocket) -> None:
         await _both(_send_events(websocket, watcher), _hear_tokens(websocket, grant))
     except WebSocketDisconnect:
         return
-    except TooSlow:
-        websocket.scope["give_up"](TOO_SLOW, "too slow: connect again with after")
     except Problem as problem:
         await _refuse(websocket, problem, request_id)
     except (psycopg.Error, UnsafeRole, TimeoutError):
@@ -163,7 +145,7 @@ async def _both(*jobs: Awaitable[None]) -> None:
 
 async def _send_events(websocket: WebSocket, watcher: Watcher) -> None:
     async for _, event in watcher.events():
-        await _in_time(websocket.send_text(event.decode()))
+        await websocket.send_text(event.decode())
 
 
 async def _hear_tokens(websocket: WebSocket, grant: Grant) -> None:
@@ -208,11 +190,8 @@ async def _refuse(websocket: WebSocket, problem: Problem, request_id: str) -> No
     code = _CLOSE_CODES[problem.status]
     reason = problem.message.encode()[:_REASON_BYTES].decode(errors="ignore")
     with suppress(WebSocketDisconnect, RuntimeError):
-        try:
-            await _in_time(websocket.send_text(body_of(problem, request_id).decode()))
-            await _in_time(websocket.close(code, reason))
-        except TooSlow:
-            websocket.scope["give_up"](code, reason)
+        await websocket.send_text(body_of(problem, request_id).decode())
+        await websocket.close(code, reason)
 
 
 # --- Server-Sent Events --------------------------------------------------------------------------
@@ -238,7 +217,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
         async def write(text: bytes) -> None:
-            await _in_time(send({"type": "http.response.body", "body": text, "more_body": True}))
+            await send({"type": "http.response.body", "body": text, "more_body": True})
 
         try:
             await write(b"retry: 1000\n\n")
@@ -246,9 +225,6 @@ class EventStream(Response):
                 await _both(
                     self._send_events(write), self._ping(write), _gone(receive), _end(self._ending)
                 )
-        except TooSlow:
-            scope["give_up"]()
-            return
         except Problem as problem:
             await write(self._error(problem))
         except TimeoutError:
