@@ -36,8 +36,8 @@ class Plan:
     """More loads, that only the product runs."""
     seconds: float | None
     wide_seconds: float
-    """The same for the loads that only the product runs; with many organizations four times as long, for each of them to
-    have several groups of batches."""
+    """The same for the loads that only the product runs; four times as long with ten operations and many organizations, for
+    each of them to have several groups of batches: growth is measured there."""
     tuning: Mapping[bool, int]
     """Batches of ten operations that each setting is tried with: the product's (True) and a peer's. Empty: none."""
     warm_up: int
@@ -184,7 +184,7 @@ class Run:
         rate = {1: rates.one, 10: rates.ten, 100: rates.ten / 6}[load.operations]
         if load.organizations == 1:
             rate *= 0.7
-        if load.organizations > 100:
+        if load.operations == 10 and load.organizations > 100:
             seconds *= 4
         return replace(load, batches=max(round(rate * seconds / 100) * 100, 200))
 
