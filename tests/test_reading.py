@@ -359,7 +359,7 @@ def test_a_wrong_filter_is_named(http: httpx.Client, execution: UUID, path: str)
 
 
 def pages(http: httpx.Client, execution: UUID, **query: Any) -> Iterator[list[dict[str, Any]]]:
-    """Yield the pages of tags, until there is no next cursor."""
+    """Yield the pages of tags, until there is no next cursor; none comes twice."""
     cursor: dict[str, str] = {}
     while True:
         response = read(http, "/task-tags", execution, **query, **cursor)
@@ -369,6 +369,7 @@ def pages(http: httpx.Client, execution: UUID, **query: Any) -> Iterator[list[di
         yield page["tags"]
         if page["next_cursor"] is None:
             return
+        assert page["next_cursor"] not in cursor.values()
         cursor = {"cursor": page["next_cursor"]}
 
 
@@ -592,7 +593,9 @@ def follow(http: httpx.Client, response: httpx.Response) -> Iterator[list[dict[s
         yield response.json()
         if "link" not in response.headers:
             return
-        response = http.get(response.links["next"]["url"])
+        following = response.links["next"]["url"]
+        assert not str(response.url).endswith(following)
+        response = http.get(following)
 
 
 def test_only_the_changes_that_fit_are_read(http: httpx.Client, changed: UUID) -> None:

@@ -56,7 +56,7 @@ FULL: Final = Plan(
         for operations in (1, 10, 100)
         if (prefilled, organizations, operations) not in {(0, 8, 1), (0, 8, 10)}
     ],
-    seconds=1.0,
+    seconds=1.5,
     wide_seconds=0.7,
     tuning={True: 3000, False: 200},
     warm_up=100,
