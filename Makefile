@@ -15,7 +15,7 @@ demo: .venv/ready  ## The same, but end with exit code 0 if all is as expected
 	@$(BIN)/python -m worker.cli demo --port 0
 
 test: .venv/ready  ## Run all tests, in two processes with a stack each, then `make check`
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 	@$(MAKE) --no-print-directory check
 
 faults: .venv/ready  ## Break everything at random, compare with a model; SECONDS=600 SEED= PLANT=

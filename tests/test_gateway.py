@@ -108,8 +108,12 @@ def refused(response: httpx.Response, status: int, code: str) -> list[tuple[Any,
 
 
 def as_another(servers: Servers, token: str) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {token}"}
-    return httpx.Client(base_url=servers.stack.endpoint_url, headers=headers)
+    return client_of(servers.stack.endpoint_url, {"Authorization": f"Bearer {token}"})
+
+
+def client_of(url: str, headers: dict[str, str]) -> httpx.Client:
+    """Return a client that has no use for certificates: to load them takes longer than most tests."""
+    return httpx.Client(base_url=url, headers=headers, timeout=30, verify=False)
 
 
 # --- A batch of operations -----------------------------------------------------------------------
@@ -591,7 +595,7 @@ def test_a_missing_wrong_or_expired_token_is_401(
         {"Authorization": f"Bearer {MARK.replace(' ', '-')}"},
         {"Authorization": f"Bearer {token_of_an_hour_ago(servers, organization)}"},
     ):
-        with httpx.Client(base_url=servers.stack.endpoint_url, headers=header) as client:
+        with client_of(servers.stack.endpoint_url, header) as client:
             answers = [*writes(client, execution).values(), client.patch("/task-tags", content="?")]
             for response in answers:
                 assert refused(response, 401, "unauthorized") == []
@@ -871,7 +875,7 @@ class QuietEndpoint:
 
     def answers(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/healthz").status_code == 200
+            return httpx.get(f"{self.url}/healthz", verify=False).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -907,8 +911,9 @@ def quiet_endpoint(
 def quiet(quiet_endpoint: QuietEndpoint, tenant: Tenant) -> Iterator[httpx.Client]:
     """A client of that endpoint, in whose organization nothing is applied until the test drains."""
     grant_all(tenant.redis)
-    headers = {"Authorization": f"Bearer {tenant.token}"}
-    with httpx.Client(base_url=quiet_endpoint.url, headers=headers, timeout=30) as client:
+    quiet_endpoint.supervisor.restart_ended(lambda _: None)
+    eventually(quiet_endpoint.answers)
+    with client_of(quiet_endpoint.url, {"Authorization": f"Bearer {tenant.token}"}) as client:
         yield client
 
 
@@ -1082,5 +1087,3 @@ def test_an_endpoint_that_is_told_to_end_answers_first(
         assert statuses(future.result()) == ["added"]
     quiet_endpoint.process.wait(10)
     assert "Traceback" not in quiet_endpoint.log
-    quiet_endpoint.supervisor.restart_ended(lambda _: None)
-    eventually(quiet_endpoint.answers)
