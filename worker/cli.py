@@ -60,8 +60,8 @@ Port = Annotated[
 Workers = Annotated[int, typer.Option(min=1, max=64, help="How many worker processes.")]
 
 
-SAMPLE_EXECUTION: Final = "01970000-0000-7000-8000-00000000e001"
-"""What the sample messages tag, unless a demo gives them ids of its own."""
+SAMPLE_EXECUTION: Final = UUID("01970000-0000-7000-8000-00000000e001")
+"""What the sample messages tag; a demo gives them ids of its own."""
 
 
 def main() -> None:
@@ -146,7 +146,7 @@ def demo(
             print(f"different: {difference}")
         if stay:
             print(report.summary)
-            _tell(stack)
+            _tell(stack, report.execution)
             stack.supervisor.watch(say)
     print(report.summary, flush=True)
     sys.exit(1 if report.differences else 0)
@@ -373,10 +373,10 @@ def _rejected_line(summary: dict[str, Any]) -> str:
 # --- Helpers -------------------------------------------------------------------------------------
 
 
-def _tell(stack: Stack) -> None:
-    """Print how to use the stack from another terminal."""
+def _tell(stack: Stack, execution: UUID = SAMPLE_EXECUTION) -> None:
+    """Print how to look at an execution, and how to use the stack from another terminal."""
     exports: dict[str, Any] = stack.environment
-    page = f"{stack.endpoint_url}/#execution={SAMPLE_EXECUTION}&token={stack.token}"
+    page = f"{stack.endpoint_url}/#execution={execution}&token={stack.token}"
     print(f"\n  live page  {page}\n  API        {stack.endpoint_url}/docs")
     print("\nTry in another terminal, and see it on the page:\n")
     for name, value in exports.items():

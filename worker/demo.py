@@ -35,10 +35,11 @@ Events = dict[tuple[UUID, int], ChangeEvent]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the run came to: the last line to print, and everything that is not as expected."""
+    """What the run came to: the last line to print, everything that is not as expected, and an execution to look at."""
 
     summary: str
     differences: list[str]
+    execution: UUID
 
 
 def _console() -> Console:
@@ -93,6 +94,7 @@ class Demo:
             f"demo: {len(messages)} batches, {operations} operations, {len(records)} results, "
             f"{len(events)} change events, {len(tags)} active tags",
             [*self._compare(messages, records), *_compare_replay(events, tags)],
+            executions[0],
         )
 
     def _follow(
