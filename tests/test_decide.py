@@ -143,7 +143,7 @@ def test_adding_again_makes_a_new_row() -> None:
 def test_a_tag_that_comes_and_goes_in_one_transaction_leaves_a_deleted_row() -> None:
     """Rule 4 also holds when the row is not stored yet."""
     decision = settle(registered(ONE), batch(plus("x"), minus("x")))
-    assert [tag.status for tag, _ in decision.writes.added.values()] == ["deleted"]
+    assert [new.tag.status for new in decision.writes.added.values()] == ["deleted"]
     assert not decision.writes.removed
 
 

@@ -85,8 +85,8 @@ def test_what_is_saved_is_what_is_loaded(store: Store, organization: UUID) -> No
     }
     loaded = {tag.id: (tag, digest) for tags in state.tags.values() for digest, tag in tags.items()}
     expected = {
-        tag.id: (tag, metadata.digest)
-        for tag, metadata in decision.writes.added.values()
+        tag.id: (tag, digest)
+        for tag, _, digest in decision.writes.added.values()
         if tag.status == "active"
     }
     assert loaded.keys() == expected.keys()

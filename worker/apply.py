@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -220,7 +221,7 @@ def transact(
             requests,
             transaction.load(requests),
             now=now,
-            new_id=lambda: new_id(microseconds),
+            new_id=partial(new_id, microseconds),
         )
         transaction.save(decision.writes)
     return decision.outcomes

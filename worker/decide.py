@@ -49,24 +49,21 @@ def tag_key(named: TagOperation | Tag) -> TagKey:
     return named.flow_execution_id.int, named.task_name, named.tag_type, named.tag
 
 
-class Metadata(NamedTuple):
-    """A tag's metadata as it is stored: two are the same JSON if and only if they are equal (rule 2)."""
+def stored_metadata(tag_metadata: Any) -> tuple[bytes | None, bytes]:
+    """Return a tag's metadata as it is stored: JSON in its one spelling, and 16 bytes, the digest of that.
 
-    text: bytes | None
-    """JSON in its one spelling; None for null."""
-    digest: bytes
-    """16 bytes; empty for null."""
-
-
-NO_METADATA: Final = Metadata(None, b"")
-
-
-def stored_metadata(tag_metadata: Any) -> Metadata:
-    """Spell metadata out. `tag_metadata` is as `producers.messages` validated it."""
+    For null: None, and no bytes. Two digests are equal if and only if the metadata are the same JSON (rule 2).
+    `tag_metadata` is as `producers.messages` validated it.
+    """
     if tag_metadata is None:
-        return NO_METADATA
+        return None, b""
     text = canonical_json(tag_metadata)
-    return Metadata(text, hashlib.blake2b(text, digest_size=16).digest())
+    hasher = _NEW_HASHER()  # a copy costs less than the options of a new one
+    hasher.update(text)
+    return text, hasher.digest()
+
+
+_NEW_HASHER: Final = hashlib.blake2b(digest_size=16).copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,8 @@ class State:
 
 class NewTag(NamedTuple):
     tag: Tag
-    metadata: Metadata
+    metadata: bytes | None
+    metadata_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,23 +292,22 @@ class _Ledger:
         changes: Changes = {}
         for operation in batch.tags:
             step = self._add if operation.operation == "add" else self._remove
-            status, changed = step(operation, actor)
-            statuses.append(status)
-            if changed:
-                changes.setdefault(operation.flow_execution_id.int, []).extend(changed)
+            statuses.append(step(operation, actor, changes))
         return statuses, changes
 
-    def _add(self, operation: TagOperation, actor: str) -> tuple[OperationStatus, list[Change]]:
-        metadata = stored_metadata(operation.tag_metadata)
-        active = self.state.tags.setdefault(tag_key(operation), {})
-        if metadata.digest in active:
-            return "already_exists", []
+    def _add(self, operation: TagOperation, actor: str, changes: Changes) -> OperationStatus:
+        metadata, digest = stored_metadata(operation.tag_metadata)
+        key = tag_key(operation)
+        active = self.state.tags.setdefault(key, {})
+        if digest in active:
+            return "already_exists"
+        flow_execution_key, task_name, tag_type, name = key
         tag = Tag(  # in their order: names cost half of the time
             self.new_id(),
             operation.flow_execution_id,
-            operation.task_name,
-            operation.tag_type,
-            operation.tag,
+            task_name,
+            tag_type,
+            name,
             operation.tag_metadata,
             self.organization_id,
             "active",
@@ -319,15 +316,15 @@ class _Ledger:
             None,
             None,
         )
-        active[metadata.digest] = tag
-        self.writes.added[tag.id.int] = NewTag(tag, metadata)
-        return "added", [Change("added", tag)]
+        active[digest] = tag
+        self.writes.added[tag.id.int] = NewTag(tag, metadata, digest)
+        changes.setdefault(flow_execution_key, []).append(Change("added", tag))
+        return "added"
 
-    def _remove(self, operation: TagOperation, actor: str) -> tuple[OperationStatus, list[Change]]:
+    def _remove(self, operation: TagOperation, actor: str, changes: Changes) -> OperationStatus:
         active = self.state.tags.get(tag_key(operation), {})
-        digest = stored_metadata(operation.tag_metadata).digest
+        _, digest = stored_metadata(operation.tag_metadata)
         digests = list(active) if operation.any_metadata else [digest] if digest in active else []
-        changes = []
         for digest in digests:
             tag = replace(
                 active.pop(digest), status="deleted", updated_at=self.now, modified_by=actor
@@ -336,9 +333,9 @@ class _Ledger:
             if new is None:
                 self.writes.removed[tag.id.int] = tag
             else:
-                self.writes.added[tag.id.int] = NewTag(tag, new.metadata)
-            changes.append(Change("removed", tag))
-        return ("removed" if changes else "not_found"), changes
+                self.writes.added[tag.id.int] = new._replace(tag=tag)
+            changes.setdefault(tag.flow_execution_id.int, []).append(Change("removed", tag))
+        return "removed" if digests else "not_found"
 
     def _advance(self, changes: Changes) -> dict[UUID, int]:
         """Count each execution that really changed one revision on."""

@@ -16,7 +16,14 @@ import psycopg
 from psycopg import pq
 
 from worker.arrays import bigints, elements, texts, uuids
-from worker.store import CONNECT_ARGUMENTS, OWN_ROLE, driver_url, refuse_unsafe
+from worker.store import (
+    CONNECT_ARGUMENTS,
+    DISCARD_PLANS,
+    OWN_ROLE,
+    driver_url,
+    plans_are_due,
+    refuse_unsafe,
+)
 
 READ_SECONDS: Final = 10.0
 """A read that takes longer ends with `TimeoutError`."""
@@ -328,6 +335,7 @@ class _Line:
     def __init__(self, database_url: str) -> None:
         self._url = driver_url(database_url).set(drivername="postgresql")
         self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._uses = 0
         self._socket = -1  # libpq does not tell it any more once the connection is lost
         self._connecting = asyncio.Lock()
         self._answers: deque[asyncio.Future[Row | None]] = deque()
@@ -349,7 +357,10 @@ class _Line:
         answer: asyncio.Future[Row | None] = asyncio.get_running_loop().create_future()
         connection = self._connection.pgconn
         values = [organization_id.bytes, *parameters]
+        self._uses += 1
         try:
+            if plans_are_due(self._uses):
+                connection.send_query_params(DISCARD_PLANS.encode(), [])
             connection.send_query_prepared(b"scope", [str(organization_id).encode()])
             connection.send_query_prepared(statement, values, [pq.Format.BINARY] * len(values), 1)
             connection.pipeline_sync()
@@ -372,6 +383,7 @@ class _Line:
         except BaseException:
             await connection.close()
             raise
+        self._uses = 0
         connection.pgconn.nonblocking = 1
         connection.pgconn.enter_pipeline_mode()
         self._socket = connection.pgconn.socket
@@ -437,7 +449,7 @@ class _Line:
                 answer.set_exception(error)
             else:
                 answer.set_result(row)
-        elif result.status != pq.ExecStatus.PIPELINE_ABORTED:
+        elif result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.PIPELINE_ABORTED):
             self._error = _error(result)
 
 

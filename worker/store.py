@@ -45,6 +45,8 @@ _BEGIN: Final = """
                    pg_advisory_xact_lock(hashtextextended(%(organization_id)s::text, 0)) offset 0) as locked
 """
 
+# Arrays that stand side by side in a select list become rows one by one; in `from unnest(a, b)` all would be copied first.
+#
 # `offset 0`, here and below, keeps the planner from turning look-ups by key into scans of a whole table, as it would
 # while it has no statistics of one that was just made: and a prepared plan stays as it is while the table grows.
 _LOAD_BATCHES: Final = """
@@ -73,8 +75,8 @@ _LOAD_EXECUTIONS: Final = """
 _LOAD_TAGS: Final = """
     select t.metadata_digest, t.id, t.flow_execution_id, t.task_name, t.tag_type, t.tag, t.tag_metadata,
            %(organization_id)s, t.status, t.created_at, t.created_by, t.updated_at, t.modified_by
-      from unnest(%(flow_execution_ids)s, %(task_names)s, %(tag_types)s, %(tags)s)
-           as k (flow_execution_id, task_name, tag_type, tag)
+      from (select unnest(%(flow_execution_ids)s) as flow_execution_id, unnest(%(task_names)s) as task_name,
+                   unnest(%(tag_types)s) as tag_type, unnest(%(tags)s) as tag) as k
      cross join lateral (
            select metadata_digest, id, flow_execution_id, task_name, tag_type, tag, tag_metadata, status,
                   created_at, created_by, updated_at, modified_by
@@ -88,7 +90,7 @@ _LOAD_TAGS: Final = """
 
 _LOAD_TASKS: Final = """
     select t.*
-      from unnest(%(flow_execution_ids)s, %(task_names)s) as k (flow_execution_id, task_name)
+      from (select unnest(%(flow_execution_ids)s) as flow_execution_id, unnest(%(task_names)s) as task_name) as k
      cross join lateral (
            select flow_execution_id, task_name, state, state_changed_at, state_changed_by
              from task_executions
@@ -100,15 +102,14 @@ _LOAD_TASKS: Final = """
 _SAVE_BATCHES: Final = """
     insert into tag_batches (organization_id, batch_id, digest, result_record, revisions, applied_at)
     select %(organization_id)s, batch_id, digest, record::json, revisions::jsonb, %(now)s
-      from unnest(%(batch_ids)s, %(digests)s, %(records)s, %(revisions)s)
-           as b (batch_id, digest, record, revisions)
+      from (select unnest(%(batch_ids)s) as batch_id, unnest(%(digests)s) as digest,
+                   unnest(%(records)s) as record, unnest(%(revisions)s) as revisions) as b
 """
 
 _SAVE_REGISTRATIONS: Final = """
     insert into flow_executions (organization_id, flow_execution_id, task_names, revision, created_at)
     select %(organization_id)s, flow_execution_id, task_names::jsonb, 0, %(now)s
-      from unnest(%(flow_execution_ids)s, %(task_names)s)
-           as e (flow_execution_id, task_names)
+      from (select unnest(%(flow_execution_ids)s) as flow_execution_id, unnest(%(task_names)s) as task_names) as e
         on conflict (organization_id, flow_execution_id) do update set task_names = excluded.task_names
 """
 
@@ -132,10 +133,10 @@ _SAVE_ADDED: Final = """
                            metadata_digest, status, created_at, created_by)
     select %(organization_id)s, id, flow_execution_id, task_name, tag_type, tag, tag_metadata::json,
            metadata_digest, 'active', %(now)s, created_by
-      from unnest(%(ids)s, %(flow_execution_ids)s, %(task_names)s, %(tag_types)s, %(tags)s,
-                  %(tag_metadata)s, %(metadata_digests)s, %(created_by)s)
-           as t (id, flow_execution_id, task_name, tag_type, tag, tag_metadata, metadata_digest,
-                 created_by)
+      from (select unnest(%(ids)s) as id, unnest(%(flow_execution_ids)s) as flow_execution_id,
+                   unnest(%(task_names)s) as task_name, unnest(%(tag_types)s) as tag_type, unnest(%(tags)s) as tag,
+                   unnest(%(tag_metadata)s) as tag_metadata, unnest(%(metadata_digests)s) as metadata_digest,
+                   unnest(%(created_by)s) as created_by) as t
 """
 
 # Tags that were removed in the very transaction that added them: rows all the same (rule 4).
@@ -144,18 +145,18 @@ _SAVE_ADDED_AND_REMOVED: Final = """
                            metadata_digest, status, created_at, created_by, updated_at, modified_by)
     select %(organization_id)s, id, flow_execution_id, task_name, tag_type, tag, tag_metadata::json,
            metadata_digest, 'deleted', %(now)s, created_by, %(now)s, modified_by
-      from unnest(%(ids)s, %(flow_execution_ids)s, %(task_names)s, %(tag_types)s, %(tags)s,
-                  %(tag_metadata)s, %(metadata_digests)s, %(created_by)s, %(modified_by)s)
-           as t (id, flow_execution_id, task_name, tag_type, tag, tag_metadata, metadata_digest,
-                 created_by, modified_by)
+      from (select unnest(%(ids)s) as id, unnest(%(flow_execution_ids)s) as flow_execution_id,
+                   unnest(%(task_names)s) as task_name, unnest(%(tag_types)s) as tag_type, unnest(%(tags)s) as tag,
+                   unnest(%(tag_metadata)s) as tag_metadata, unnest(%(metadata_digests)s) as metadata_digest,
+                   unnest(%(created_by)s) as created_by, unnest(%(modified_by)s) as modified_by) as t
 """
 
 _SAVE_TASKS: Final = """
     insert into task_executions (organization_id, flow_execution_id, task_name, state, state_changed_at,
                                  state_changed_by)
     select %(organization_id)s, flow_execution_id, task_name, state, %(now)s, state_changed_by
-      from unnest(%(flow_execution_ids)s, %(task_names)s, %(states)s, %(state_changed_by)s)
-           as t (flow_execution_id, task_name, state, state_changed_by)
+      from (select unnest(%(flow_execution_ids)s) as flow_execution_id, unnest(%(task_names)s) as task_name,
+                   unnest(%(states)s) as state, unnest(%(state_changed_by)s) as state_changed_by) as t
         on conflict (organization_id, flow_execution_id, task_name) do update
        set state = excluded.state, state_changed_at = excluded.state_changed_at,
            state_changed_by = excluded.state_changed_by
@@ -164,8 +165,8 @@ _SAVE_TASKS: Final = """
 _SAVE_CHANGES: Final = """
     insert into tag_changes (organization_id, flow_execution_id, revision, batch_id, event, changed_at)
     select %(organization_id)s, flow_execution_id, revision, batch_id, event::json, %(now)s
-      from unnest(%(flow_execution_ids)s, %(revisions)s, %(batch_ids)s, %(events)s)
-           as c (flow_execution_id, revision, batch_id, event)
+      from (select unnest(%(flow_execution_ids)s) as flow_execution_id, unnest(%(revisions)s) as revision,
+                   unnest(%(batch_ids)s) as batch_id, unnest(%(events)s) as event) as c
 """
 
 _PURGE_RESULTS: Final = """
@@ -216,6 +217,18 @@ _TRANSIENT_STATES: Final = (
     "55P03",  # a lock was held too long
 )
 
+DISCARD_PLANS: Final = "discard plans"
+
+
+def plans_are_due(uses: int) -> bool:
+    """Whether plans should be made anew at this use of a connection, of so many: the 2nd, 4th, 8th, 16th and so on.
+
+    A prepared plan is kept until the table is analyzed, a minute later or so. One that was made while an organization had
+    a few hundred rows may read all of them for each look-up, whose cost then grows with what the organization stores.
+    """
+    return uses > 1 and uses & (uses - 1) == 0
+
+
 # A server that says nothing is noticed: in 5 s while connecting, in about 20 s on a connection.
 CONNECT_ARGUMENTS: Final[dict[str, Any]] = {
     "connect_timeout": 5,
@@ -250,7 +263,8 @@ class Store:
             hide_parameters=True,
             connect_args=CONNECT_ARGUMENTS,
         )
-        event.listen(self._engine, "connect", _prepare)
+        event.listen(self._engine, "connect", self._prepare)
+        self._uses = 0
 
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
@@ -265,6 +279,9 @@ class Store:
         Its statements are sent in two pieces: all that is looked up, then all that is written and the commit.
         """
         with self._connection() as connection, connection.pipeline():
+            self._uses += 1
+            if plans_are_due(self._uses):
+                connection.execute(DISCARD_PLANS)
             yield Transaction(connection, organization_id)
             connection.execute("commit")  # not commit(): see _connection
 
@@ -301,6 +318,11 @@ class Store:
     def close(self) -> None:
         self._engine.dispose()
 
+    def _prepare(self, connection: psycopg.Connection, _: Any) -> None:
+        arrays.register(connection)
+        connection.prepare_threshold = 0
+        self._uses = 0
+
     @contextmanager
     def _connection(self) -> Iterator[psycopg.Connection]:
         """Lend the connection as psycopg's own: SQLAlchemy knows no pipelines. One that broke is made anew.
@@ -318,11 +340,6 @@ class Store:
             raise
         finally:
             lent.close()
-
-
-def _prepare(connection: psycopg.Connection, _: Any) -> None:
-    arrays.register(connection)
-    connection.prepare_threshold = 0
 
 
 def driver_url(database_url: str) -> Any:
@@ -514,8 +531,8 @@ def _added_columns(added: Sequence[NewTag]) -> dict[str, Any]:
         "task_names": arrays.texts([tag.task_name for tag in tags]),
         "tag_types": arrays.texts([tag.tag_type for tag in tags]),
         "tags": arrays.texts([tag.tag for tag in tags]),
-        "tag_metadata": arrays.encoded_texts([each.metadata.text for each in added]),
-        "metadata_digests": arrays.byteas([each.metadata.digest for each in added]),
+        "tag_metadata": arrays.encoded_texts([each.metadata for each in added]),
+        "metadata_digests": arrays.byteas([each.metadata_digest for each in added]),
         "created_by": arrays.texts([tag.created_by for tag in tags]),
     }
 

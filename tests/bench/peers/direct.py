@@ -246,7 +246,7 @@ def _save(
         removed = writes.removed.get(row.id.int)
         if removed is not None:
             row.status, row.updated_at, row.modified_by = "deleted", now, removed.modified_by
-    session.add_all(_tag_row(tag, metadata.digest) for tag, metadata in writes.added.values())
+    session.add_all(_tag_row(tag, digest) for tag, _, digest in writes.added.values())
     session.add_all(
         ChangeRow(
             organization_id=organization_id,
