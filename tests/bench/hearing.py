@@ -13,6 +13,8 @@ from producers.messages import results_channel
 from producers.subscriber import Signal, listen
 from tests.bench.load import REPLY_TO
 
+_END = b""
+
 
 class Missing(Exception):
     """Results did not come in time, or were refusals."""
@@ -45,6 +47,7 @@ class Results:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        self._redis.publish(self._channels[0], _END)  # the thread looks up when it hears something
         self._thread.join()
         self._redis.close()
 
@@ -64,6 +67,8 @@ class Results:
     def _hear(self) -> None:
         waiting = len(self._channels)
         for heard in listen(self._redis, self._channels, self._stop):
+            if heard == _END:
+                break
             if isinstance(heard, bytes):
                 self._take(heard)
             elif heard is Signal.SUBSCRIBED:
