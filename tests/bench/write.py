@@ -35,6 +35,9 @@ class Plan:
     ours: Sequence[Load]
     """More loads, that only the product runs."""
     seconds: float | None
+    our_seconds: float
+    """The same for the product, with the loads that all run. It takes organizations in turns of a quarter of a second, so at
+    the end of a load the last one may be alone with one worker: that must not be a tenth of the load."""
     wide_seconds: float
     """The same for the loads that only the product runs; four times as long with ten operations and many organizations, for
     each of them to have several groups of batches: growth is measured there."""
@@ -57,6 +60,7 @@ FULL: Final = Plan(
         if (prefilled, organizations, operations) not in {(0, 8, 1), (0, 8, 10)}
     ],
     seconds=1.5,
+    our_seconds=3.0,
     wide_seconds=0.7,
     tuning={True: 3000, False: 200},
     warm_up=100,
@@ -68,6 +72,7 @@ SMOKE: Final = Plan(
     peers=[Load(1, 8, 48), Load(10, 8, 48)],
     ours=[Load(10, 1, 48), Load(100, 8, 16), Load(1, 200, 200)],
     seconds=None,
+    our_seconds=0,
     wide_seconds=0,
     tuning={},
     warm_up=16,
@@ -179,7 +184,9 @@ class Run:
         """Return the load with as many batches as this contender applies in the plan's seconds."""
         if self.plan.seconds is None:
             return load
-        seconds = self.plan.wide_seconds if load in self.plan.ours else self.plan.seconds
+        seconds = self.plan.our_seconds if contender.ours else self.plan.seconds
+        if load in self.plan.ours:
+            seconds = self.plan.wide_seconds
         rates = self.rates[contender.name]
         rate = {1: rates.one, 10: rates.ten, 100: rates.ten / 6}[load.operations]
         if load.organizations == 1:
