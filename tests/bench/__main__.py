@@ -59,10 +59,11 @@ def measure(opened: Servers, rounds: int, smoke: bool) -> dict[str, Any]:
     def say(line: str) -> None:
         print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
 
-    batches = 200 if smoke else LIMIT_BATCHES
+    written = limit.Limit(opened, 200 if smoke else LIMIT_BATCHES, operations=10, say=say)
+    plan = write.SMOKE if smoke else write.FULL
     return {
-        **write.run(opened, rounds, plan=write.SMOKE if smoke else write.FULL, say=say),
-        **limit.run(opened, rounds, batches, operations=10, say=say),
+        **write.run(opened, rounds, plan=plan, say=say, first=written.round),
+        **written.result(),
         **read.run(opened, rounds, say),
     }
 

@@ -19,8 +19,8 @@ from producers.client import TagProducer
 from tests.bench.contenders import Item
 from tests.bench.load import Batches, Load, register
 from tests.bench.read import spread
+from tests.bench.servers import EMPTY, Servers
 from tests.bench.servers import WORKER as WORKER_ROLE
-from tests.bench.servers import Servers
 from worker.stack import WORKER, command
 from worker.supervisor import Child, Supervisor
 
@@ -29,6 +29,7 @@ ROWS: Final = 1000
 """Rows of task_tags in one transaction."""
 TABLES: Final = ("task_tags", "tag_batches", "tag_changes")
 APPLIED_SECONDS: Final = 300.0
+DATABASE: Final = "written"
 
 Say = Callable[[str], None]
 
@@ -42,33 +43,47 @@ class Chunk:
     revisions: dict[UUID, int]
 
 
-def run(servers: Servers, rounds: int, batches: int, operations: int, say: Say) -> dict[str, Any]:
-    """Let the product apply the batches once, and time how fast the same rows can be written."""
-    items = Batches(servers).take(Load(operations, ORGANIZATIONS, batches))
-    servers.fresh()
-    with servers.owner() as connection:
-        register(connection)
-        _apply(servers, connection, items)
-        chunks = [_chunk(connection, group) for group in _groups(items, operations)]
-        expected = _counts(connection)
-        assert expected["task_tags"] == batches * operations
-        seconds, wal = [], []
-        for number in range(rounds):
+class Limit:
+    """The rows of these batches, in a database of their own, and how fast they are written there."""
+
+    def __init__(self, servers: Servers, batches: int, operations: int, say: Say) -> None:
+        """Let the product apply the batches once, and keep what it leaves behind."""
+        self._servers, self._say = servers, say
+        self._batches, self._operations = batches, operations
+        self._seconds: list[float] = []
+        self._wal: list[float] = []
+        items = Batches(servers).take(Load(operations, ORGANIZATIONS, batches))
+        servers.fresh()
+        with servers.owner() as connection:
+            register(connection)
+            _apply(servers, connection, items)
+            self._chunks = [_chunk(connection, group) for group in _groups(items, operations)]
+            self._expected = _counts(connection)
+        assert self._expected["task_tags"] == batches * operations
+        servers.copy(EMPTY, DATABASE)
+        with servers.owner(DATABASE) as connection:
+            register(connection)
+
+    def round(self) -> None:
+        with self._servers.owner(DATABASE) as connection:
             _empty(connection)
             before = _wal_position(connection)
-            seconds.append(_write(connection, chunks))
-            wal.append((_wal_position(connection) - before) / batches)
-            assert _counts(connection) == expected
-            say(f"limit, round {number + 1}: {batches / seconds[-1]:,.0f} batches/s")
-    return {
-        "limit": {
-            "operations": operations,
-            "batches": batches,
-            "batches_per_second": spread([batches / each for each in seconds]),
-            "rows_per_second": spread([batches * operations / each for each in seconds]),
-            "wal_bytes_per_batch": spread(wal),
+            self._seconds.append(_write(connection, self._chunks))
+            self._wal.append((_wal_position(connection) - before) / self._batches)
+            assert _counts(connection) == self._expected
+        self._say(f"limit: {self._batches / self._seconds[-1]:,.0f} batches/s")
+
+    def result(self) -> dict[str, Any]:
+        rates = [self._batches / each for each in self._seconds]
+        return {
+            "limit": {
+                "operations": self._operations,
+                "batches": self._batches,
+                "batches_per_second": spread(rates),
+                "rows_per_second": spread([rate * self._operations for rate in rates]),
+                "wal_bytes_per_batch": spread(self._wal),
+            }
         }
-    }
 
 
 # --- The rows ------------------------------------------------------------------------------------

@@ -230,8 +230,9 @@ def run(
     names: Iterable[str] = NAMES,
     plan: Plan = FULL,
     say: Say = print,
+    first: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Tune every contender, then run whole rounds of all of them; return the figures."""
+    """Tune every contender, then run whole rounds of all of them; return the figures. `first`: done in each round."""
     _prepare_this_process(opened)
     contenders, absent = contest.find(names)
     for name, reason in absent.items():
@@ -244,6 +245,7 @@ def run(
     going.each(going.tune)
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
+        first()
         going.each(going.round)
     return going.result()
 
