@@ -308,9 +308,6 @@ class _Message(_Contract):
     batch_id: Id = Field(default_factory=uuid7)
     reply_to: ReplyTo | None = None
 
-    def model_post_init(self, context: Any, /) -> None:
-        self.model_fields_set.update(type(self).model_fields)
-
     @property
     def reply_channel_name(self) -> str:
         """The last part of the results channel: `reply_to`, or the batch id if there is none."""
@@ -325,7 +322,7 @@ class _Message(_Contract):
 
     def spelled(self) -> bytes:
         """Return the message in its one spelling, however long it is."""
-        return self.model_dump_json(exclude_unset=True).encode()
+        return self.model_dump_json().encode()
 
     def digest(self) -> bytes:
         """Return 32 bytes that are the same for two messages that ask for the same.
@@ -350,11 +347,14 @@ class TagBatch(_Message):
     kind: Literal["tag_batch"] = "tag_batch"
     tags: Annotated[list[TagOperation], Field(min_length=1, max_length=MAX_OPERATIONS)]
 
-    def model_post_init(self, context: Any, /) -> None:
-        super().model_post_init(context)
-        for operation in self.tags:
-            if operation.operation == "add":  # null and absent are the same there (rule 2)
-                operation.model_fields_set.add("tag_metadata")
+    def spelled(self) -> bytes:
+        """Return the message in its one spelling: metadata are left out where that is not the same as null (rule 3)."""
+        left_out = {
+            index: {"tag_metadata"}
+            for index, operation in enumerate(self.tags)
+            if operation.operation == "remove" and operation.any_metadata
+        }
+        return self.model_dump_json(exclude={"tags": left_out} if left_out else None).encode()
 
 
 class FlowExecution(_Message):

@@ -17,7 +17,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from producers.client import TagProducer, registration
-from producers.messages import ChangeEvent, TagBatch, add
+from producers.connect import open_redis
+from producers.messages import ChangeEvent, TagBatch, add, changes_channel
 from producers.subscriber import Subscriber
 from tests.waiting import eventually
 from worker.embedded import Postgres, Valkey, find_home, secret
@@ -127,6 +128,9 @@ def test_valkey_may_be_killed_and_nothing_accepted_is_lost(
     fragile.restart()
     applying.join()
     assert [result.status for result in results[0].tags] == ["added"]
+    with open_redis(fragile.stack.redis_url) as redis:
+        channel = changes_channel(fragile.stack.organization_id, execution)
+        eventually(lambda: dict(redis.pubsub_numsub(channel))[channel.encode()])
     producer.apply(tagging(execution, "after"))
     eventually(lambda: [e for e in events if e.revision == 3])
     subscriber.close()

@@ -61,7 +61,7 @@ class Producers:
 
 CONTENDER = Contender(
     name=OURS,
-    settings=[{"processes": 2}, {"processes": 3}],
+    settings=[{"processes": 2}, {"processes": 4}],
     commands=commands,
     sender=Producers,
     ours=True,
