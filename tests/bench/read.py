@@ -69,7 +69,7 @@ class Durations:
     warm_up: float
 
 
-FULL: Final = Durations(round=0.6, tuning=0.3, warm_up=0.15)
+FULL: Final = Durations(round=0.5, tuning=0.25, warm_up=0.1)
 SMOKE: Final = Durations(round=0.3, tuning=0.0, warm_up=0.05)
 
 
