@@ -214,8 +214,8 @@ def transact(
 ) -> list[Outcome]:
     """Load, decide and save, in one transaction; return the outcomes, in the order of the requests."""
     with store.transaction(organization_id) as transaction:
-        state = transaction.load(requests)
         now = transaction.now
+        state = transaction.load(requests)
         microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
         decision = decide(
             organization_id,
