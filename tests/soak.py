@@ -17,6 +17,7 @@ import psycopg
 
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, Uuid7, add, inbox_key, remove
+from tests.memory import resident
 from tests.own_stack import stack_of_its_own, tokens
 from tests.waiting import eventually
 from worker.embedded import Postgres, find_home, secret
@@ -70,7 +71,7 @@ def soak(
         if (start + PIECE) % tenth == 0:
             eventually(lambda: redis.xlen(inbox_key(organization)) == 0, 120)
             now = time.monotonic()
-            sizes.append(resident(stack))
+            sizes.append(worker_memory(stack))
             speed, last = tenth / (now - last), now
             print(
                 f"{start + PIECE:>10,}  {speed:7.0f} batches/s  worker {sizes[-1]:.1f} MB",
@@ -80,10 +81,9 @@ def soak(
     return sizes
 
 
-def resident(stack: Stack) -> float:
+def worker_memory(stack: Stack) -> float:
     pid = next(p.pid for child, p in stack.supervisor.running if child.name == "worker-1")
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    return resident(pid)
 
 
 def left_behind(directory: Path, stack: Stack, organization: UUID, batches: int) -> Any:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -21,6 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 from producers.client import TagProducer, registration
 from producers.messages import TagBatch, TaskExecution, add, changes_channel
 from tests.conftest import Servers
+from tests.memory import resident
 from tests.tenant import applied
 from tests.waiting import eventually
 from worker.authorize import SCOPES, mint
@@ -438,14 +438,14 @@ def test_a_frame_that_is_too_large_is_not_read(world: World, execution: UUID) ->
 def test_who_sends_pings_and_does_not_read_is_let_go(world: World) -> None:
     """Nor is there memory for the answers to it, before any token."""
     pid = endpoint_of(world)
-    before = resident_kb(pid)
+    before = resident(pid)
     with raw_watcher(world, uuid4(), token="") as flooding:
         ping = bytes([0x89, 0x80 + 125, 0, 0, 0, 0]) + bytes(125)
         flooding.settimeout(SECONDS)
         with suppress(OSError):
             while True:
                 flooding.sendall(ping * 1000)
-    assert resident_kb(pid) - before < 40_000
+    assert resident(pid) - before < 40
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_who_does_not_read_is_let_go(world: World, execution: UUID) -> None:
     """Nothing is kept for it beyond what its connection takes: it is told so behind that, and may come again."""
     large = {"text": "x" * 8000}
     endpoint = endpoint_of(world)
-    before = resident_kb(endpoint)
+    before = resident(endpoint)
     for _ in range(20):
         tags = [add(execution, "task", "type", f"{uuid4()}", large) for _ in range(50)]
         applied(world.store, world.organization, TagBatch(tags=tags))
@@ -538,7 +538,7 @@ def test_who_does_not_read_is_let_go(world: World, execution: UUID) -> None:
             world.publish(execution, b'{"revision": %d}' % number)
             assert take(reads, 1) == [number]
     eventually(lambda: subscribers(world, execution) == 0, 30)
-    assert resident_kb(endpoint) - before < 40_000  # 24 MB were on their way to it
+    assert resident(endpoint) - before < 40  # 24 MB were on their way to it
     with slow:
         received = b""
         while chunk := slow.recv(1024 * 1024):
@@ -572,11 +572,6 @@ def raw_watcher(
     watcher.connect((url.host, url.port))
     watcher.sendall("\r\n".join([*head, "", ""]).encode())
     return watcher
-
-
-def resident_kb(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 def subscribers(world: World, execution: UUID) -> int:

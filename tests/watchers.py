@@ -37,6 +37,7 @@ import uvloop
 from producers.client import TagProducer, registration
 from producers.connect import open_redis
 from producers.messages import TagBatch, add, changes_channel
+from tests.memory import most_resident, resident
 from tests.own_stack import stack_of_its_own
 from tests.waiting import eventually
 from worker.stack import Stack
@@ -357,16 +358,12 @@ class Process:
 
     @property
     def megabytes(self) -> float:
-        return self._status("VmRSS:")
+        return resident(self._pid)
 
     @property
     def most_megabytes(self) -> float:
         """The most that it ever had."""
-        return self._status("VmHWM:")
-
-    def _status(self, name: str) -> float:
-        status = Path(f"/proc/{self._pid}/status").read_text()
-        return int(status.partition(name)[2].split()[0]) / 1024
+        return most_resident(self._pid)
 
     @property
     def processor_seconds(self) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tests.memory import most_resident
 from worker.supervisor import Child, Supervisor
 
 STOP_SECONDS = 6.0
@@ -65,7 +66,7 @@ class Workers:
 
     def peak_memory_mb(self) -> float:
         """Return the sum of the peaks; memory that processes share is in each of them."""
-        return sum(_peak_kb(pid) for pid in tree(p.pid for p in self.running)) / 1024
+        return sum(_peak(pid) for pid in tree(p.pid for p in self.running))
 
     def stop(self) -> None:
         entries = [each for each in self._supervisor.running if each[0] in self._children]
@@ -118,8 +119,7 @@ def _stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def _peak_kb(pid: int) -> int:
-    with suppress(OSError, StopIteration):
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    return 0
+def _peak(pid: int) -> float:
+    with suppress(OSError, IndexError):  # it may have ended
+        return most_resident(pid)
+    return 0.0
