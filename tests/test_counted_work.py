@@ -20,7 +20,10 @@ from worker.migrate import migrate
 from worker.reader import Reader
 from worker.store import DISCARD_PLANS, Store
 
-CONNECTED = "select pid from pg_stat_activity where pid = %s"
+CONNECTED = """
+    select from pg_stat_activity
+     where datname = current_database() and pid <> pg_backend_pid() and pid = coalesce(%s, pid)
+"""
 ROWS_READ = """
     select sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))
       from pg_stat_user_tables where relname = any('{flow_executions, task_tags, tag_batches, tag_changes}')
@@ -44,6 +47,14 @@ def removals(of: list[TagBatch]) -> list[TagBatch]:
         )
         for batch in of
     ]
+
+
+def rows_read(servers: Servers, reader: int | None = None) -> int:
+    """Return how many rows have been read, once the connection of this pid, or else every one, is gone: then it has told."""
+    with servers.owner() as connection:
+        eventually(lambda: not connection.execute(CONNECTED, [reader]).fetchall())
+        ((total,),) = connection.execute(ROWS_READ).fetchall()
+    return int(total)
 
 
 @pytest.fixture
@@ -80,7 +91,7 @@ def counted(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_drain_is_the_same_work_for_one_operation_and_for_a_thousand(counted: Any) -> None:
-    """Eight statements and the commit, in two pieces, and two Redis calls, however many batches and operations there are."""
+    """Eight statements and the commit, in three pieces, and two Redis calls, however many batches and operations there are."""
     sizes = [(1, 1), (1, 100), (50, 1), (100, 10)]
     adding = [counted(batches(*size, name=f"{size}")) for size in sizes]
     for statements, calls in adding:
@@ -111,20 +122,17 @@ def test_a_drain_reads_no_more_rows_when_more_is_stored(
     A plan is made once for each connection, and one that suits an empty table would be kept while it grows.
     """
 
-    def rows_read() -> int:
-        """What a connection did is told when it ends, at the latest; the drain makes a new one."""
+    def rows_read_so_far() -> int:
+        """The drain makes a new connection."""
         with tenant.store._connection() as connected:
             pid = connected.info.backend_pid
         tenant.store.close()
-        with servers.owner() as connection:
-            eventually(lambda: not connection.execute(CONNECTED, [pid]).fetchall())
-            ((total,),) = connection.execute(ROWS_READ).fetchall()
-        return int(total)
+        return rows_read(servers, pid)
 
     def cost(messages: list[TagBatch]) -> int:
-        before = rows_read()
+        before = rows_read_so_far()
         counted(messages)
-        return rows_read() - before
+        return rows_read_so_far() - before
 
     few, many, last = (batches(count, 2, name=f"of {count}") for count in (5, 300, 6))
     first = [cost(few), cost(few)]
@@ -155,15 +163,6 @@ def young(servers: Servers) -> Iterator[Servers]:
         migrate(urls[0], {})
         yield Servers(servers.stack, servers.settings, *urls)
         connection.execute("drop database young with (force)")
-
-
-def rows_read(young: Servers) -> int:
-    """Return how many rows have been read, once all that did so are gone: then they have told."""
-    with young.owner() as connection:
-        others = "select from pg_stat_activity where datname = 'young' and pid <> pg_backend_pid()"
-        eventually(lambda: not connection.execute(others.encode()).fetchall())
-        ((total,),) = connection.execute(ROWS_READ).fetchall()
-    return int(total)
 
 
 def test_a_plan_from_a_misleading_moment_is_not_kept_by_a_drain(

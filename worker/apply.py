@@ -215,12 +215,11 @@ def transact(
     """Load, decide and save, in one transaction; return the outcomes, in the order of the requests."""
     with store.transaction(organization_id) as transaction:
         now = transaction.now
-        state = transaction.load(requests)
         microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
         decision = decide(
             organization_id,
             requests,
-            state,
+            transaction.load(requests),
             now=now,
             new_id=partial(new_id, microseconds),
         )
