@@ -151,10 +151,6 @@ def _metadata_fault(message: str) -> PydanticCustomError:
     return PydanticCustomError("tag_metadata", "{reason}", {"reason": message})
 
 
-def _too_deep() -> PydanticCustomError:
-    return _metadata_fault(f"must not be nested deeper than {MAX_METADATA_DEPTH} levels")
-
-
 def _normal_number(value: int | float) -> int | float:
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -178,9 +174,9 @@ def _normal_json(value: Any, depth: int = 1) -> Any:
     Keys are sorted and an integral float is the integer it equals, so that two values that are the same
     tag (section 4, rule 2) are serialized alike. Characters are looked at once it is serialized.
     """
+    if depth > MAX_METADATA_DEPTH and isinstance(value, (dict, list, tuple)):
+        raise _metadata_fault(f"must not be nested deeper than {MAX_METADATA_DEPTH} levels")
     if isinstance(value, dict):
-        if depth > MAX_METADATA_DEPTH:
-            raise _too_deep()
         normal = {}
         for key in _sorted_keys(value) if len(value) > 1 else value:
             if not isinstance(key, str):
@@ -193,8 +189,6 @@ def _normal_json(value: Any, depth: int = 1) -> Any:
     if isinstance(value, (int, float)):
         return _normal_number(value)
     if isinstance(value, (list, tuple)):
-        if depth > MAX_METADATA_DEPTH:
-            raise _too_deep()
         return [_normal_json(item, depth + 1) for item in value]
     if isinstance(value, _BeyondInt64):
         raise _metadata_fault("must not contain integers beyond 64 bits")
