@@ -36,6 +36,7 @@ def history(world: World, connection: psycopg.Connection, batch_id: UUID) -> Ite
                 yield f"  heard     {record.decode()}"
             if batch_id in tenant.gone:
                 yield "  flushed   it was in an inbox at a FLUSHALL"
+            yield from _logged(world, batch_id)
     made_at = _made_at(batch_id)
     for at, fault in world.faults:
         if abs(at - made_at) < _SECONDS:
@@ -74,6 +75,14 @@ def _stored(connection: psycopg.Connection, tenant: Tenant, batch_id: UUID) -> I
     ).fetchall()
     for execution, revision, event in events:
         yield f"  changed   {execution} #{revision}: {event}"
+
+
+def _logged(world: World, batch_id: UUID) -> Iterator[str]:
+    """Yield what workers said of a batch, errors with their tracebacks."""
+    for log in sorted(world.supervisor.log("worker").parent.glob("worker*")):
+        for line in log.read_text(errors="replace").splitlines():
+            if str(batch_id) in line:
+                yield f"  {log.stem:9} {line}"
 
 
 def _made_at(batch_id: UUID) -> float:
