@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from redis.exceptions import ConnectionError
 
@@ -246,6 +247,30 @@ def test_a_lost_database_connection_is_waited_out_in_place(
     assert cut_once.is_set()
     assert tenant.outcomes() == [["added"], ["added"]]
     assert tenant.tags() == ["a", "b"]
+
+
+def test_a_connection_that_breaks_while_it_is_made_is_waited_out_in_place(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLAlchemy asks a server questions of its own at first, and has errors of its own: they are no batch's fault."""
+    asked: list[str] = []
+    original: Any = psycopg.Cursor.execute
+
+    def cut_at_first(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+        if not asked:
+            with tenant.servers.owner() as connection:
+                pid = self.connection.info.backend_pid
+                asked.append(query)
+                connection.execute("select pg_terminate_backend(%s)", [pid])
+        return original(self, query, *arguments, **options)
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", cut_at_first)
+    store = Store(tenant.servers.worker_url)
+    tenant.send(tagging("a"))
+    assert tenant.drain(store=store) == 1
+    store.close()
+    assert asked[0].endswith("version()")
+    assert tenant.outcomes() == [["added"]]
 
 
 def test_a_lost_redis_connection_is_waited_out_in_place(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -333,12 +332,14 @@ def start_runners(opened: World) -> None:
     opened.supervisor.start(*runners)
 
 
-def stop_runners(opened: World) -> None:
-    """End the flow runners; what they could not settle is left open in their journals."""
-    for entry in [e for e in opened.supervisor.running if e[0].name.startswith("runner")]:
-        opened.supervisor.running.remove(entry)
-        os.kill(entry[1].pid, 15)
-        entry[1].wait()
+def stop(opened: World, *names: str) -> None:
+    """End the processes whose names begin so. What flow runners could not settle is left open in their journals."""
+    ending = [each for each in opened.supervisor.running if each[0].name.startswith(names)]
+    for each in ending:
+        opened.supervisor.running.remove(each)
+        each[1].terminate()
+    for _, process in ending:
+        process.wait(60)
 
 
 def settle(opened: World, verdict: Verdict) -> None:
