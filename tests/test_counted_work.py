@@ -91,7 +91,7 @@ def counted(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_drain_is_the_same_work_for_one_operation_and_for_a_thousand(counted: Any) -> None:
-    """Eight statements and the commit, in three pieces, and two Redis calls, however many batches and operations there are."""
+    """Eight statements and the commit, in two pieces, and two Redis calls, however many batches and operations there are."""
     sizes = [(1, 1), (1, 100), (50, 1), (100, 10)]
     adding = [counted(batches(*size, name=f"{size}")) for size in sizes]
     for statements, calls in adding:

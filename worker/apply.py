@@ -214,12 +214,13 @@ def transact(
 ) -> list[Outcome]:
     """Load, decide and save, in one transaction; return the outcomes, in the order of the requests."""
     with store.transaction(organization_id) as transaction:
+        state = transaction.load(requests)  # first, so that it is sent together with the lock
         now = transaction.now
         microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
         decision = decide(
             organization_id,
             requests,
-            transaction.load(requests),
+            state,
             now=now,
             new_id=partial(new_id, microseconds),
         )

@@ -278,7 +278,7 @@ class Store:
     def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
         """Run one transaction in which the organization's tags are this process's alone to change.
 
-        Its statements are sent in three pieces: the lock, all that is looked up, all that is written with the commit.
+        Its statements are sent in two pieces: the lock with all that is looked up, and all that is written with the commit.
         """
         with self._connection() as connection, connection.pipeline():
             self._uses += 1
