@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -15,11 +16,20 @@ from psycopg import sql
 
 import worker.store
 from producers.client import registration
-from producers.messages import Message, TagBatch, TaskExecution, TaskState, add, remove
+from producers.messages import (
+    Message,
+    ResultRecord,
+    TagBatch,
+    TaskExecution,
+    TaskState,
+    Uuid7,
+    add,
+    remove,
+)
 from tests.conftest import Servers
 from tests.tenant import applied, requests_of
 from tests.waiting import eventually
-from worker.decide import Execution, State
+from worker.decide import Execution, State, decide
 from worker.migrate import migrate
 from worker.store import Store, UnsafeRole, is_transient
 
@@ -252,6 +262,27 @@ def test_two_drains_of_one_organization_take_turns(store: Store, servers: Server
             pass
     with other.transaction(organization):
         pass
+    other.close()
+
+
+def test_look_ups_see_what_the_lock_waited_for(
+    store: Store, servers: Servers, organization: UUID
+) -> None:
+    """They are sent together with the lock, before it is free, and find what was committed before it was."""
+    execution, other = uuid4(), Store(servers.worker_url)
+    applied(store, organization, registration(execution))
+    first, second = (TagBatch(tags=[add(execution, "task", "type", "x")]) for _ in range(2))
+    waiting = "select from pg_locks where locktype = 'advisory' and not granted"
+    with ThreadPoolExecutor() as threads:
+        with store.transaction(organization) as transaction:
+            requests = requests_of(first)
+            now, state = transaction.now, transaction.load(requests)
+            transaction.save(decide(organization, requests, state, now=now, new_id=Uuid7()).writes)
+            behind = threads.submit(applied, other, organization, second)
+            with servers.owner() as connection:
+                eventually(lambda: connection.execute(waiting).fetchall())
+        (outcome,) = behind.result().outcomes
+    assert ResultRecord.decode(outcome.record).statuses == ["already_exists"]
     other.close()
 
 
