@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import UUID, uuid4
 
-from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
-from producers.connect import App, open_redis, send_drain
+from producers.celery_queue import send_drain
+from producers.connect import open_redis
 from producers.errors import OutOfMemory, Unavailable
 from producers.inbox import DEFAULT_LIMIT, LEASE_MS, Inbox, chunks
 
@@ -33,7 +33,6 @@ class Sender:
         **options: Any,
     ) -> None:
         self.redis: Redis = open_redis(redis_url, **options)
-        self._celery = App("producers", redis_url)
         self._limit = limit
         self._lease_ms = lease_ms
 
@@ -61,7 +60,6 @@ class Sender:
             return self._inbox(organization_id).room()
 
     def close(self) -> None:
-        self._celery.close()
         self.redis.close()
 
     def _inbox(self, organization_id: UUID) -> Inbox:
@@ -70,8 +68,8 @@ class Sender:
     def _send_drain(self, organization_id: UUID, lease_id: str) -> None:
         """Tell the workers. If that fails, the next to append, or `task_tags.wake`, tells them."""
         try:
-            send_drain(self._celery, organization_id, lease_id)
-        except (OperationalError, RedisError, OSError):
+            send_drain(self.redis, organization_id, lease_id)
+        except (RedisError, OSError):
             logger.warning("the batch is accepted, but the workers will hear of it late")
             with suppress(RedisError, OSError):
                 self._inbox(organization_id).give_back(lease_id)

@@ -9,9 +9,8 @@ import pickle
 from typing import Any, Final
 from uuid import uuid4
 
-from producers.connect import DRAIN_TASK
+from producers.celery_queue import DRAIN_TASK, QUEUE
 
-QUEUE: Final = "task-tags"
 ORGANIZATION: Final = b"01970000-0000-7000-8000-000000000404"
 HARMLESS: Final = {
     *("no properties", "properties null", "no delivery info", "an encoding that is none"),

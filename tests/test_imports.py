@@ -14,7 +14,17 @@ import pytest
 from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).parent.parent
-WORKERS_OWN = {"sqlalchemy", "psycopg", "fastapi", "uvicorn", "alembic", "jwt", "worker"}
+WORKERS_OWN = {
+    "celery",
+    "kombu",
+    "sqlalchemy",
+    "psycopg",
+    "fastapi",
+    "uvicorn",
+    "alembic",
+    "jwt",
+    "worker",
+}
 
 
 def base_install() -> Iterator[Distribution]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
+from producers.celery_queue import DRAIN_TASK, QUEUE
 from producers.client import AsyncTagProducer, TagProducer, registration
-from producers.connect import DRAIN_TASK, App, broker_url
 from producers.errors import (
     BatchIdInUse,
     Closed,
@@ -50,8 +51,9 @@ from producers.messages import (
 )
 from producers.subscriber import Signal, Subscriber, listen
 from tests.conftest import Servers
-from tests.malformed import HARMLESS, QUEUE, celery_messages
+from tests.malformed import HARMLESS, celery_messages
 from tests.waiting import eventually
+from worker.transport import App, broker_url
 
 
 @pytest.fixture
@@ -431,16 +433,16 @@ def test_waiting_long_does_not_fill_the_inbox(
     assert copies[:20].count(1) == 4
 
 
-def test_another_applications_celery_settings_are_not_ours(
-    servers: Servers, organization: UUID, token: str, space: Path
-) -> None:
-    """A flow runner is often a Celery application itself, with a broker and a `celeryconfig` of its own."""
+def test_another_applications_celery_settings_are_not_ours(servers: Servers, space: Path) -> None:
+    """Another Celery application on the machine has a broker and a `celeryconfig` of its own."""
     (space / "celeryconfig.py").write_text(
         "task_default_queue = 'mine'\nbroker_url = 'memory://'\n"
     )
     program = (
-        "from producers.client import TagProducer, registration; from uuid import uuid4\n"
-        "with TagProducer() as producer: print(producer.apply(registration(uuid4()), 10))"
+        "import os; from worker.transport import App\n"
+        "app = App('test', os.environ['TASK_TAGS_REDIS_URL'])\n"
+        "while not (pong := app.control.ping(timeout=1)): pass\n"
+        "print(app.conf.task_default_queue, pong)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -448,8 +450,6 @@ def test_another_applications_celery_settings_are_not_ours(
         env={
             **os.environ,
             **servers.stack.environment,
-            "TASK_TAGS_ORGANIZATION_ID": str(organization),
-            "TASK_TAGS_TOKEN": token,
             "CELERY_BROKER_URL": "memory://",
             "CELERY_CONFIG_MODULE": "celeryconfig",
         },
@@ -457,7 +457,7 @@ def test_another_applications_celery_settings_are_not_ours(
         text=True,
         timeout=60,
     )
-    assert "registered" in done.stdout, done.stderr
+    assert re.match(r"task-tags \[\{.*pong", done.stdout), done.stderr
 
 
 def test_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

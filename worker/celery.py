@@ -14,12 +14,12 @@ from celery import Task, signals
 from celery.worker.request import Request
 from redis.exceptions import RedisError
 
-from producers.connect import App, open_redis
+from producers.connect import open_redis
 from worker import log
 from worker.authorize import Authorizer
 from worker.settings import InvalidSettings, load_settings
 from worker.store import Store, UnsafeRole
-from worker.transport import Transport
+from worker.transport import App
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +46,7 @@ class DisposableTask(Task):  # type: ignore[misc]
     Request = DisposableRequest
 
 
-class WorkerApp(App):
-    """An app that looks at what it reads from the queue before Celery does."""
-
-    def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
-        connection = super().connection_for_read(url, **options)
-        connection.transport_cls = Transport
-        return connection
-
-
-app = WorkerApp(
+app = App(
     "worker",
     settings.redis_url.get_secret_value(),
     include=["worker.tasks"],

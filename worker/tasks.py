@@ -10,7 +10,8 @@ from uuid import UUID, uuid4
 from celery.worker import state
 from redis import Redis
 
-from producers.connect import DRAIN_TASK, open_redis, send_drain
+from producers.celery_queue import DRAIN_TASK, send_drain
+from producers.connect import open_redis
 from producers.inbox import Inbox, claim, known_inboxes
 from producers.messages import Uuid7
 from worker.apply import Drain
@@ -52,7 +53,7 @@ def drain(organization_id: str, lease_id: str) -> None:
         run_id=run,
         store=tools.store,
         authorizer=tools.authorizer,
-        hand_over=lambda: send_drain(app, organization, run),
+        hand_over=lambda: send_drain(tools.redis, organization, run),
         group_size=settings.group_size,
         budget_seconds=settings.drain_budget_seconds,
         stopping=_stopping,
@@ -67,7 +68,7 @@ def wake() -> None:
     organization_ids = list(known_inboxes(redis))
     claims = claim(redis, organization_ids, lambda: str(uuid4()), settings.lease_ms)
     for organization_id, lease_id in claims:
-        send_drain(app, organization_id, lease_id)
+        send_drain(redis, organization_id, lease_id)
     if claims:
         logger.info("woke inboxes that were waiting", extra={"inboxes": len(claims)})
 

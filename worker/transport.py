@@ -10,19 +10,25 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import runpy
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
+from celery import Celery
+from celery.app.defaults import NAMESPACES, flatten
 from kombu.transport import redis
 from redis import Redis
 
-from producers.connect import DRAIN_TASK
+from producers.celery_queue import DRAIN_TASK, task_message
 
 logger = logging.getLogger(__name__)
 
 WAKE_TASK: Final = "task_tags.wake"
 PURGE_TASK: Final = "task_tags.purge"
+_CELERY_KEYS: Final = frozenset(name for name, _ in flatten(NAMESPACES))
 _NUMBER_OF_ARGUMENTS: Final = {DRAIN_TASK: 2, WAKE_TASK: 0, PURGE_TASK: 0}
 _LONGEST: Final = 64 * 1024
 """Bytes; a drain message has about 700."""
@@ -43,6 +49,43 @@ class Transport(redis.Transport):
     Channel = Channel
 
 
+class App(Celery):  # type: ignore[misc]
+    """A Celery app whose broker is the product's Redis, whatever CELERY_BROKER_URL says.
+
+    That variable, like a module named `celeryconfig`, may well be another application's. What it reads from the queue
+    is looked at before Celery parses it.
+    """
+
+    def __init__(self, name: str, redis_url: str, **options: Any) -> None:
+        super().__init__(name, set_as_current=False, **options)
+        self.config_from_object(_settings())
+        self._broker_url = broker_url(redis_url)
+
+    def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
+        connection = super().connection_for_read(url or self._broker_url, **options)
+        connection.transport_cls = Transport
+        return connection
+
+    def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
+        return super().connection_for_write(url or self._broker_url, **options)
+
+
+def _settings() -> dict[str, Any]:
+    """Return the settings of the celeryconfig.py that was installed with this package."""
+    settings = runpy.run_path(str(Path(__file__).parent.parent / "celeryconfig.py"))
+    return {name: value for name, value in settings.items() if name in _CELERY_KEYS}
+
+
+def broker_url(redis_url: str) -> str:
+    """Return the URL as Celery spells it: a socket is `redis+socket://` there."""
+    if not redis_url.startswith("unix://"):
+        return redis_url
+    parts = urlsplit(redis_url)
+    database = parse_qs(parts.query).get("db", ["0"])[0]
+    user = f"{parts.netloc}" if parts.netloc else ""
+    return f"redis+socket://{user}{parts.path}?virtual_host={database}"
+
+
 def _screen_answer(answer: Any, **_: Any) -> Any:
     message = screened(answer[1]) if answer else None
     return None if message is None else (answer[0], message)  # None: nothing came in time
@@ -51,7 +94,8 @@ def _screen_answer(answer: Any, **_: Any) -> Any:
 def screened(received: bytes) -> bytes | None:
     """Return a task message as Celery would have sent it; None, and a line in the log, for anything else."""
     try:
-        return _made_anew(*_read(received))
+        task, id, arguments, expires = _read(received)
+        return task_message(task, id, arguments, expires=expires)
     except Exception as error:  # it may be wrong in any way
         reason = f"{type(error).__name__}: {error}"[:200]
         logger.warning("dropped a malformed Celery message", extra={"reason": reason})
@@ -73,20 +117,3 @@ def _read(received: bytes) -> tuple[str, str, list[str], str | None]:
     if expires is not None:
         expires = datetime.fromisoformat(expires).astimezone(timezone.utc).isoformat()
     return task, id, [str(UUID(each)) for each in arguments], expires
-
-
-def _made_anew(task: str, id: str, arguments: list[str], expires: str | None) -> bytes:
-    body = json.dumps([arguments, {}, {}]).encode()
-    message = {
-        "body": base64.b64encode(body).decode(),
-        "content-type": "application/json",
-        "content-encoding": "utf-8",
-        "headers": {"lang": "py", "task": task, "id": id, "root_id": id, "expires": expires},
-        "properties": {
-            "correlation_id": id,
-            "delivery_tag": id,
-            "body_encoding": "base64",
-            "delivery_info": {"exchange": "", "routing_key": "task-tags"},
-        },
-    }
-    return json.dumps(message).encode()

@@ -21,13 +21,13 @@ from uuid import UUID, uuid4
 import psycopg
 from redis.exceptions import RedisError
 
+from producers.celery_queue import QUEUE
 from producers.client import TagProducer, registration
 from producers.connect import open_redis
 from producers.messages import Message, inbox_key, lease_key
 from tests.faults.check import Sent, Verdict, check_presence
 from tests.faults.producer import Journal, call_file
 from tests.faults.proxy import Proxy
-from tests.malformed import QUEUE
 from tests.waiting import eventually
 from worker.authorize import SCOPES, mint
 from worker.embedded import Postgres, Valkey, exclusive, find_home, secret

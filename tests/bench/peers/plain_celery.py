@@ -9,9 +9,9 @@ from uuid import UUID
 
 from celery import Celery
 
-from producers.connect import broker_url
 from tests.bench.contenders import Contender, Item, Setting, python
 from tests.bench.job import apply_batch
+from worker.transport import broker_url
 
 
 def apply(message: str, token: str, organization_id: str) -> None:
