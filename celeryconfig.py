@@ -1,4 +1,4 @@
-"""Celery settings only, shared by workers, beat and producers. The broker's URL is a setting of the process.
+"""Celery settings only, shared by workers and beat. The broker's URL is a setting of the process.
 
 A drain message is disposable: the inbox is the truth. So nothing is acknowledged, kept or restored.
 """

@@ -26,7 +26,8 @@ from producers.messages import (
 from tests.malformed import stream_entries
 from tests.tenant import EXECUTION, Tenant, broken_for, killed, tagging
 from worker.authorize import REGISTER, WRITE
-from worker.store import Store
+from worker.decide import Writes
+from worker.store import Store, Transaction
 
 
 def test_a_group_is_answered_in_order_and_leaves_nothing_behind(tenant: Tenant) -> None:
@@ -306,6 +307,24 @@ def test_one_batch_that_fails_for_good_does_not_take_its_group_along(tenant: Ten
     tenant.drain()
     assert tenant.outcomes()[-1] == "internal_error"
     assert tenant.tags() == ["before", "after"]
+
+
+def test_an_error_that_does_not_come_again_is_not_blamed_on_a_batch(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However lasting it looks, and also if nothing else was applied with it."""
+    original, errors = Transaction.save, iter([psycopg.errors.InternalError_("once")])
+
+    def fail_once(self: Transaction, writes: Writes) -> None:
+        if error := next(errors, None):
+            raise error
+        original(self, writes)
+
+    monkeypatch.setattr(Transaction, "save", fail_once)
+    tenant.send(tagging("a"))
+    assert tenant.drain() == 1
+    assert tenant.outcomes() == [["added"]]
+    assert not tenant.redis.exists(rejected_key(tenant.organization))
 
 
 def test_two_drains_at_once_apply_each_batch_once(tenant: Tenant) -> None:

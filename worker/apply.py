@@ -137,7 +137,10 @@ class Drain:
             return received
 
     def _apply(self, received: Sequence[Received]) -> None:
-        """Apply messages in one transaction; if that fails for a lasting reason, each one by itself."""
+        """Apply messages in one transaction; if that fails for a lasting reason, each one by itself, a lone one too.
+
+        Only at the second time is a message to blame: what an error says of itself may be wrong.
+        """
         if not received:
             return
         for message in received:
@@ -148,11 +151,15 @@ class Drain:
         except Exception as error:
             if may_pass(error):
                 raise
-            if len(received) == 1:
+            if received[0].attempts > 1:
                 self._fail(received[0], error)
-            else:
-                for message in received:
-                    self._apply([message])
+                return
+            logger.warning(
+                "a transaction failed: applying its messages one by one",
+                extra={"error": type(error).__name__, "messages": len(received)},
+            )
+            for message in received:
+                self._apply([message])
             return
         for message, outcome in zip(received, outcomes, strict=True):
             message.outcome = outcome
@@ -164,12 +171,15 @@ class Drain:
         """
         assert message.request is not None
         batch_id = message.request.message.batch_id
-        reason = type(getattr(error, "orig", None) or error).__name__
         logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
         text = "the worker failed at this batch; nothing of it took effect"
         outcome, writes = record_failure(self.organization_id, message.request, text)
         rejection = _rejection(
-            message.entry, f"internal_error: {reason}", self.now(), message.attempts, batch_id
+            message.entry,
+            f"internal_error: {type(error).__name__}",
+            self.now(),
+            message.attempts,
+            batch_id,
         )
         with self.store.transaction(self.organization_id) as transaction:
             known = transaction.batches([batch_id]).get(batch_id)
