@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import time
@@ -15,7 +14,7 @@ from celery.worker.request import Request
 from redis.exceptions import RedisError
 
 from producers.connect import open_redis
-from worker import log
+from worker import collector, log
 from worker.authorize import Authorizer
 from worker.settings import InvalidSettings, load_settings
 from worker.store import Store, UnsafeRole
@@ -95,11 +94,7 @@ def _wait_for(what: str, reach: Callable[[], Any], away: type[Exception]) -> Non
 
 @signals.worker_ready.connect
 def _say_that_the_worker_is_ready(**_: Any) -> None:
-    # A drain makes many objects and no cycles; looking through all modules for some, again and again, cost a
-    # fifth of its time.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    collector.freeze()
     logger.info("ready")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from uuid import UUID
 
 from producers.messages import TagBatch
+from tests.bench.names import CELERY, OURS
 
 Setting = dict[str, int | str]
 """One choice of concurrency. A worker reads it from the environment, as in BENCH_THREADS."""
@@ -63,10 +64,9 @@ class Contender:
     ours: bool = False
 
 
-OURS: Final = "task tags"
 _MODULES: Final = {
     OURS: "tests.bench.ours",
-    "Celery": "tests.bench.peers.plain_celery",
+    CELERY: "tests.bench.peers.plain_celery",
     "Dramatiq": "tests.bench.peers.dramatiq_redis",
     "RQ": "tests.bench.peers.rq_simple",
     "arq": "tests.bench.peers.arq_threads",

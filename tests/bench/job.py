@@ -5,7 +5,6 @@ Each thread has its own connections, made at its first job, so never before a fo
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from datetime import datetime, timezone
@@ -16,6 +15,7 @@ from redis import Redis
 from producers.connect import open_redis
 from producers.inbox import Entry
 from producers.messages import Uuid7
+from worker import collector
 from worker.apply import FIRST_BACKOFF_SECONDS, may_pass, receive, transact
 from worker.authorize import Authorizer
 from worker.decide import Outcome, Request
@@ -41,9 +41,7 @@ class Tools:
 def freeze() -> None:
     """Spare the garbage collector what was made at the start, once in each process, as the product does."""
     if _freeze.acquire(blocking=False):  # it is never released
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
+        collector.freeze()
 
 
 class _Lazy(threading.local):

@@ -8,7 +8,8 @@ from uuid import UUID
 
 from producers.client import TagProducer
 from producers.messages import TagBatch
-from tests.bench.contenders import OURS, Contender, Item, Setting
+from tests.bench.contenders import Contender, Item, Setting
+from tests.bench.names import OURS
 from worker.stack import BEAT, WORKER, command
 
 CHUNK = 100

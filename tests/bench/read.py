@@ -24,6 +24,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import TypeAdapter
 
 from producers.messages import Tag
+from tests.bench.names import NAIVE, OURS, PGBENCH
 from tests.bench.servers import ENDPOINT as ENDPOINT_ROLE
 from tests.bench.servers import RUN, Servers
 from worker.embedded import Postgres
@@ -219,10 +220,6 @@ def _contenders(servers: Servers, data: Data) -> Iterator[list[Contender]]:
         two = [Http(f"{name}, 2 processes", data, ports[name], both) for name in (OURS, NAIVE)]
         yield [one[0], Pgbench(servers, data), one[1], *two]
 
-
-OURS: Final = "task tags"
-NAIVE: Final = "FastAPI + ORM"
-PGBENCH: Final = "pgbench"
 
 _ARGV: Final = {
     OURS: command(ENDPOINT),

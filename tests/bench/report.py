@@ -12,14 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.bench.chart import Bar, Kind, Panel, draw
+from tests.bench.names import CELERY, LIMIT, NAIVE, OURS, OWN_LOAD, PGBENCH, SAME_RATE
 
-OURS: Final = "task tags"
-CELERY: Final = "Celery"
-NAIVE: Final = "FastAPI + ORM"
-PGBENCH: Final = "pgbench"
-LIMIT: Final = "COPY (limit)"
-SAME_RATE: Final = "same rate"
-OWN_LOAD: Final = "10 % of its own"
 PEER_OPERATIONS: Final = (1, 10)
 READ_TAGS: Final = 50
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.bench import contenders as contest
-from tests.bench.contenders import NAMES, OURS, Contender, Setting
+from tests.bench.contenders import NAMES, Contender, Setting
 from tests.bench.load import MILLION, PREFILLED, Batches, Load, prefill
+from tests.bench.names import OURS, OWN_LOAD, SAME_RATE
 from tests.bench.read import spread
 from tests.bench.servers import EMPTY, Servers, servers
 from tests.bench.session import Session, enqueue
 
-SAME_RATE: Final = "same rate"
-OWN_RATE: Final = "10 % of its own"
 TUNED_ON: Final = Load(10, 8, 0)
 Say = Callable[[str], None]
 
@@ -171,8 +170,8 @@ class Run:
     def _latencies(self, contender: Contender, begun: Session) -> None:
         peers = [rates.one for name, rates in self.rates.items() if name != OURS]
         own = self.rates.get(contender.name, Rates(200, 200)).one
-        for load, of in ((SAME_RATE, max(peers, default=own)), (OWN_RATE, own)):
-            if load == OWN_RATE and contender.name not in self.rates:
+        for load, of in ((SAME_RATE, max(peers, default=own)), (OWN_LOAD, own)):
+            if load == OWN_LOAD and contender.name not in self.rates:
                 continue  # it was not tuned: a smoke run
             rate, least = of / 10, self.plan.latency_samples
             count = round(min(max(rate * self.plan.latency_seconds, least), least * 4))

@@ -1,0 +1,13 @@
+"""What is compared, by the names that stand in results and reports."""
+
+from __future__ import annotations
+
+from typing import Final
+
+OURS: Final = "task tags"
+CELERY: Final = "Celery"
+NAIVE: Final = "FastAPI + ORM"
+PGBENCH: Final = "pgbench"
+LIMIT: Final = "COPY (limit)"
+SAME_RATE: Final = "same rate"
+OWN_LOAD: Final = "10 % of its own"
