@@ -188,13 +188,13 @@ def _batch_id(request: Request, grant: Grant) -> UUID:
 
 
 def _patience(request: Request) -> float:
-    """Return how many seconds the caller wants to wait (RFC 7240: `respond-async`, `wait`)."""
+    """Return how many seconds the caller wants to wait (RFC 7240: `wait`, and `respond-async` after that or at once)."""
     headers = ",".join(request.headers.getlist("prefer"))
     wanted = [each.strip().lower() for each in headers.split(",")]
-    if "respond-async" in wanted:
-        return 0
     waits = [found[1] for each in wanted if (found := re.fullmatch(r"wait\s*=\s*(\d{1,9})", each))]
-    return min(int(waits[0]), MOST_WAIT_SECONDS) if waits else WAIT_SECONDS
+    if waits:
+        return min(int(waits[0]), MOST_WAIT_SECONDS)
+    return 0 if "respond-async" in wanted else WAIT_SECONDS
 
 
 async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Response:
