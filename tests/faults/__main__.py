@@ -22,7 +22,7 @@ from tests.faults.world import World, settle, start_runners, stop, world
 
 FULL_SECONDS = 600.0
 OFTEN = 20
-CALM_SECONDS = 6.0
+CALM_SECONDS = 10.0
 KINDS = ("lost", "doubled", "reordered", "gaps", "missing_results", "stuck")
 
 
