@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, OutOfMemoryError
 
 from producers.client import registration
 from producers.inbox import Entry, Inbox
@@ -65,6 +66,24 @@ def test_a_drain_hands_over_when_its_time_is_used_up(tenant: Tenant) -> None:
     assert tenant.handed_over == ["run"]
     assert tenant.redis.get(lease_key(tenant.organization)) == b"queued run"
     assert tenant.drain() == 2
+
+
+def test_a_drain_that_can_not_be_handed_over_goes_on(tenant: Tenant) -> None:
+    """Redis without memory takes no message for the Celery queue, but it lets go of what was applied."""
+    end = time.monotonic() + 20
+    failures = 0
+
+    def refuse() -> None:
+        nonlocal failures
+        failures += 1
+        raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'")
+
+    tenant.send(*[tagging(f"{number}") for number in range(40)])
+    options: dict[str, Any] = {"budget_seconds": 0.02, "group_size": 1, "hand_over": refuse}
+    tenant.drain(stopping=lambda: time.monotonic() > end, **options)
+    assert failures > 1
+    assert len(tenant.tags()) == 40
+    assert not tenant.redis.exists(lease_key(tenant.organization))
 
 
 def test_a_drain_hands_over_when_the_process_is_to_end(tenant: Tenant) -> None:

@@ -28,6 +28,7 @@ ROWS_READ = """
     select sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))
       from pg_stat_user_tables where relname = any('{flow_executions, task_tags, tag_batches, tag_changes}')
 """
+WAIT = "(wait for what was found)"
 Work = tuple[list[str], list[str]]
 
 
@@ -59,18 +60,28 @@ def rows_read(servers: Servers, reader: int | None = None) -> int:
 
 @pytest.fixture
 def counted(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Drain what is sent; return the SQL statements, and the Redis calls, which are a round trip each.
+    """Drain what is sent; return the SQL statements, with the waits between them, and the Redis calls, a round trip each.
 
     That plans are made anew is left out: it is done at the 2nd, 4th, 8th … transaction of a connection.
     """
     statements: list[str] = []
     calls: list[str] = []
     execute: Any = psycopg.Cursor.execute
+    fetch_all: Any = psycopg.Cursor.fetchall
+    iterate: Any = psycopg.Cursor.__iter__
     call: Any = Redis.execute_command
 
     def execute_counted(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
         statements.append(str(query))
         return execute(self, query, *arguments, **options)
+
+    def waited_for(look: Any) -> Any:
+        def counted(self: Any) -> Any:
+            if self.pgresult is None:
+                statements.append(WAIT)
+            return look(self)
+
+        return counted
 
     def call_counted(self: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(str(arguments[0]))
@@ -80,6 +91,8 @@ def counted(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
         tenant.send(*messages)
         with monkeypatch.context() as patch:
             patch.setattr(psycopg.Cursor, "execute", execute_counted)
+            patch.setattr(psycopg.Cursor, "fetchall", waited_for(fetch_all))
+            patch.setattr(psycopg.Cursor, "__iter__", waited_for(iterate))
             patch.setattr(Redis, "execute_command", call_counted)
             statements.clear()
             calls.clear()
@@ -97,12 +110,12 @@ def test_a_drain_is_the_same_work_for_one_operation_and_for_a_thousand(counted: 
     for statements, calls in adding:
         assert statements == adding[0][0]
         assert calls == ["EVALSHA", "EVALSHA"]
-    assert len(adding[0][0]) == 9
+        assert [each == WAIT for each in statements] == [*[False] * 4, True, *[False] * 5]
     removing = [counted(removals(batches(*size, name=f"{size}"))) for size in sizes]
     for statements, calls in removing:
         assert statements == removing[0][0]
         assert calls == ["EVALSHA", "EVALSHA"]
-    assert len(removing[0][0]) == 9
+        assert [each == WAIT for each in statements] == [*[False] * 4, True, *[False] * 5]
 
 
 def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:
@@ -111,7 +124,7 @@ def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:
     counted(sent)
     (one, _), (many, _) = counted(sent[:1]), counted(sent)
     assert one == many
-    assert len(one) == 5
+    assert len(one) == 6
 
 
 def test_a_drain_reads_no_more_rows_when_more_is_stored(

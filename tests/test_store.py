@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from psycopg import sql
+from sqlalchemy import make_url
 
 import worker.store
 from producers.client import registration
@@ -29,6 +30,7 @@ from producers.messages import (
 from tests.conftest import Servers
 from tests.tenant import applied, requests_of
 from tests.waiting import eventually
+from worker.apply import transact
 from worker.decide import Execution, State, decide
 from worker.migrate import migrate
 from worker.store import Store, UnsafeRole, is_transient
@@ -278,10 +280,10 @@ def test_look_ups_see_what_the_lock_waited_for(
             requests = requests_of(first)
             now, state = transaction.now, transaction.load(requests)
             transaction.save(decide(organization, requests, state, now=now, new_id=Uuid7()).writes)
-            behind = threads.submit(applied, other, organization, second)
+            behind = threads.submit(transact, other, organization, requests_of(second), Uuid7())
             with servers.owner() as connection:
                 eventually(lambda: connection.execute(waiting).fetchall())
-        (outcome,) = behind.result().outcomes
+        (outcome,) = behind.result()
     assert ResultRecord.decode(outcome.record).statuses == ["already_exists"]
     other.close()
 
@@ -317,6 +319,16 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_transient(caught.value)
 
 
+def test_a_wrong_password_is_waited_out(servers: Servers) -> None:
+    """It is no batch's fault, and may be set right; an option that does not exist is not waited for."""
+    url = make_url(servers.worker_url)
+    for wrong, passes in ((url.set(password="x"), True), (url.set(query={"sslmod": "x"}), False)):
+        refused = Store(wrong.render_as_string(hide_password=False))
+        with pytest.raises(psycopg.Error) as caught:
+            refused.check()
+        assert is_transient(caught.value) == passes
+
+
 @pytest.mark.parametrize(
     ("state", "passes"),
     [
@@ -332,6 +344,7 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ("22P02", False),
         ("42501", True),
         ("42P01", True),
+        ("42601", False),
         ("0A000", True),
         ("54000", False),
         ("XX000", False),

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from redis import exceptions as redis_errors
@@ -96,6 +96,8 @@ class Drain:
                     entries = self.inbox.take(self.run_id, most=self.group_size)
                 while entries:
                     if time.monotonic() > deadline or self.stopping():
+                        # If Redis has no memory for that, another turn follows: draining is what frees some.
+                        deadline = time.monotonic() + FIRST_BACKOFF_SECONDS + self.budget_seconds
                         self._to_the_end_of_the_queue()
                         return answered
                     count = len(entries)
@@ -156,8 +158,9 @@ class Drain:
                 return
             logger.warning(
                 "a transaction failed: applying its messages one by one",
-                extra={"error": type(error).__name__, "messages": len(received)},
+                extra={**self._what_failed(error), "messages": len(received)},
             )
+            time.sleep(FIRST_BACKOFF_SECONDS)
             for message in received:
                 self._apply([message])
             return
@@ -213,10 +216,15 @@ class Drain:
     def _back_off(self, failures: int, error: Exception) -> None:
         seconds = min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), LAST_BACKOFF_SECONDS)
         if failures in (1, 10, 100):
-            logger.warning(
-                "trying again", extra={"error": type(error).__name__, "failures": failures}
-            )
+            extra = {**self._what_failed(error), "failures": failures}
+            logger.warning("trying again", extra=extra)
         time.sleep(seconds)
+
+    def _what_failed(self, error: Exception) -> dict[str, Any]:
+        """Return what a log says of an error: of its text the first line, which has no values of rows."""
+        cause = str(error).partition("\n")[0][:200]
+        organization = str(self.organization_id)
+        return {"organization": organization, "error": type(error).__name__, "cause": cause}
 
 
 def transact(

@@ -17,7 +17,7 @@ from producers.connect import open_redis
 from worker import collector, log
 from worker.authorize import Authorizer
 from worker.settings import InvalidSettings, load_settings
-from worker.store import Store, UnsafeRole
+from worker.store import Store
 from worker.transport import App
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def _check(**_: Any) -> None:
         _wait_for("the database", store.check, psycopg.OperationalError)
         with open_redis(settings.redis_url.get_secret_value()) as redis:
             _wait_for("Redis", redis.ping, RedisError)
-    except (InvalidSettings, UnsafeRole) as error:
+    except Exception as error:  # Celery would log it, and go on
         logger.critical(str(error))
         raise SystemExit(1) from None
     finally:
@@ -85,7 +85,7 @@ def _wait_for(what: str, reach: Callable[[], Any], away: type[Exception]) -> Non
             reach()
         except away as error:
             if seconds == 0.05:
-                logger.warning(f"waiting for {what}", extra={"error": type(error).__name__})
+                logger.warning(f"waiting for {what}: {error}")
             time.sleep(seconds)
             seconds = min(seconds * 2, 1.0)
         else:

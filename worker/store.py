@@ -210,8 +210,14 @@ class UnsafeRole(Exception):
     """The database role sees through row-level security: connect as the role that `migrate` made."""
 
 
-_TRANSIENT_CLASSES: Final = ("08", "0A", "40", "42", "53", "57", "58")
+_TRANSIENT_CLASSES: Final = ("08", "0A", "40", "53", "57", "58")
 _TRANSIENT_STATES: Final = (
+    *(
+        "42P01",
+        "42703",
+        "42883",
+        "42501",
+    ),  # a migration is missing: no table, column, function or right
     "25006",  # a standby, after a failover
     "25P03",  # the session was idle too long: this process stood still in a transaction
     "25P04",  # so did the transaction
@@ -244,7 +250,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same transaction may succeed later: lost connections, deadlocks, resources, shutdowns.
 
     So may one that finds a table or a right missing, or its plan out of date, once the database is migrated: statements
-    are the same for all batches. Source: PostgreSQL's table of error codes, classes 08, 0A, 40, 42, 53, 57 and 58.
+    are the same for all batches. Source: PostgreSQL's table of error codes.
     """
     if isinstance(error, psycopg.Error) and (state := error.sqlstate):
         return state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES
@@ -329,15 +335,15 @@ class Store:
     def _connection(self) -> Iterator[psycopg.Connection]:
         """Lend the connection as psycopg's own: SQLAlchemy knows no pipelines. One that broke is made anew.
 
-        Whatever keeps it from being made may pass, for it can't be a batch's fault: a wrong password, and what SQLAlchemy
-        raises, in a class of its own, if its first questions to a server fail.
+        SQLAlchemy's first questions to a server may fail, and it has errors of its own for that: they are no batch's fault,
+        and may pass like psycopg's.
 
         In a pipeline, `commit` waits for the answer while part of what was sent may still be in libpq's buffer, and then
         for ever, if that is more than the socket takes at once. The end of the pipeline sends it all before it waits.
         """
         try:
             lent = self._engine.raw_connection()
-        except (psycopg.Error, DBAPIError) as error:
+        except DBAPIError as error:
             raise psycopg.OperationalError(f"there is no connection: {error}") from error
         connection = cast(psycopg.Connection, lent.driver_connection)
         try:

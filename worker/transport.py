@@ -31,7 +31,7 @@ PURGE_TASK: Final = "task_tags.purge"
 _CELERY_KEYS: Final = frozenset(name for name, _ in flatten(NAMESPACES))
 _NUMBER_OF_ARGUMENTS: Final = {DRAIN_TASK: 2, WAKE_TASK: 0, PURGE_TASK: 0}
 _LONGEST: Final = 64 * 1024
-"""Bytes; a drain message has about 700."""
+"""Bytes; a drain message has about 600."""
 
 
 class Channel(redis.Channel):
