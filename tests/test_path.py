@@ -584,6 +584,11 @@ def test_settings_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
     ("redis_url", "expected"),
     [
         ("redis://u:p@host:6379/2", "redis://u:p@host:6379/2"),
+        ("redis://host", "redis://host"),
+        (
+            "rediss://host/?db=2&ssl_cert_reqs=required",
+            "rediss://host/2?ssl_cert_reqs=required",
+        ),
         (
             "unix:///run/a%20b/valkey.sock?db=3",
             "redis+socket:///run/a%20b/valkey.sock?virtual_host=3",

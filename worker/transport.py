@@ -14,7 +14,7 @@ import runpy
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 from uuid import UUID
 
 from celery import Celery
@@ -77,13 +77,14 @@ def _settings() -> dict[str, Any]:
 
 
 def broker_url(redis_url: str) -> str:
-    """Return the URL as Celery spells it: a socket is `redis+socket://` there."""
-    if not redis_url.startswith("unix://"):
-        return redis_url
+    """Return the URL as Celery spells it: a socket is `redis+socket://` there, and a database is a path or a virtual host."""
     parts = urlsplit(redis_url)
-    database = parse_qs(parts.query).get("db", ["0"])[0]
-    user = f"{parts.netloc}" if parts.netloc else ""
-    return f"redis+socket://{user}{parts.path}?virtual_host={database}"
+    query = parse_qs(parts.query)
+    database = query.pop("db", [""])[0]
+    if parts.scheme == "unix":
+        return f"redis+socket://{parts.netloc}{parts.path}?virtual_host={database or 0}"
+    rest = urlencode(query, doseq=True)
+    return parts._replace(path=f"/{database}" if database else parts.path, query=rest).geturl()
 
 
 def _screen_answer(answer: Any, **_: Any) -> Any:
