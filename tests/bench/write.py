@@ -58,14 +58,14 @@ FULL: Final = Plan(
         for operations in (1, 10, 100)
         if (prefilled, organizations, operations) not in {(0, 8, 1), (0, 8, 10)}
     ],
-    seconds=1.0,
+    seconds=0.8,
     our_seconds=2.5,
-    wide_seconds=0.6,
+    wide_seconds=0.5,
     tuning={True: 5000, False: 200},
     warm_up=100,
     enqueued=2000,
     latency_seconds=1.0,
-    latency_samples=30,
+    latency_samples=25,
 )
 SMOKE: Final = Plan(
     peers=[Load(1, 8, 48), Load(10, 8, 48)],
