@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import quote
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from sqlalchemy import make_url
 
 from producers.client import registration
 from producers.messages import TagBatch, add
@@ -45,6 +49,23 @@ async def names(reader: Reader, organization: UUID, execution: UUID) -> list[str
     tags = json.loads(found[1] or b"")
     assert {tag["organization_id"] for tag in tags} == {str(organization)}
     return [tag["tag"] for tag in tags]
+
+
+def test_a_socket_may_be_in_a_directory_with_a_space(servers: Servers) -> None:
+    """As in a home directory of somebody's: the endpoint takes the URL as the worker does."""
+    url = make_url(servers.endpoint_url)
+    with tempfile.TemporaryDirectory(prefix="a space ") as short:
+        Path(short, "run").symlink_to(str(url.query["host"]))
+        quoted = quote(f"{short}/run")
+        spaced = (
+            f"postgresql://{url.username}:{url.password}@/{url.database}?host={quoted}&port=5432"
+        )
+
+        async def main() -> None:
+            async with reading(spaced) as reader:
+                await reader.check()
+
+        asyncio.run(main())
 
 
 def test_many_readers_at_once_get_their_own_answers(

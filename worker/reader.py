@@ -333,7 +333,9 @@ class _Line:
     """One connection, on which any number of transactions may be under way, each of two statements."""
 
     def __init__(self, database_url: str) -> None:
-        self._url = driver_url(database_url).set(drivername="postgresql")
+        url = driver_url(database_url)
+        # As SQLAlchemy reads it, like the worker: the URL that it writes has + for a space, which libpq does not read.
+        _, self._arguments = url.get_dialect()().create_connect_args(url)
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._uses = 0
         self._socket = -1  # libpq does not tell it any more once the connection is lost
@@ -372,10 +374,8 @@ class _Line:
         return await answer
 
     async def _open(self) -> psycopg.AsyncConnection[Any]:
-        url = self._url.render_as_string(hide_password=False)
-        connection = await psycopg.AsyncConnection.connect(
-            url, autocommit=True, **CONNECT_ARGUMENTS
-        )
+        arguments = {**self._arguments, **CONNECT_ARGUMENTS}
+        connection = await psycopg.AsyncConnection.connect(autocommit=True, **arguments)
         try:
             refuse_unsafe(await (await connection.execute(OWN_ROLE)).fetchall())
             for name, statement in _PREPARED.items():
