@@ -212,12 +212,10 @@ class UnsafeRole(Exception):
 
 _TRANSIENT_CLASSES: Final = ("08", "0A", "40", "53", "57", "58")
 _TRANSIENT_STATES: Final = (
-    *(
-        "42P01",
-        "42703",
-        "42883",
-        "42501",
-    ),  # a migration is missing: no table, column, function or right
+    "42P01",  # a migration is missing: there is no such table
+    "42703",  # no such column
+    "42883",  # no such function
+    "42501",  # no such right
     "25006",  # a standby, after a failover
     "25P03",  # the session was idle too long: this process stood still in a transaction
     "25P04",  # so did the transaction

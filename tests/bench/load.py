@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Final
@@ -13,6 +12,7 @@ import psycopg
 from producers.messages import TagBatch, add
 from tests.bench.contenders import Item
 from tests.bench.servers import EMPTY, Servers
+from worker import collector
 from worker.decide import stored_metadata
 
 MILLION: Final = "million"
@@ -60,8 +60,7 @@ class Batches:
         made = self._made.setdefault((prefix, load.operations, load.organizations), [])
         if len(made) < load.batches:
             made += [self._make(load, prefix, number) for number in range(len(made), load.batches)]
-            gc.collect()
-            gc.freeze()
+            collector.freeze()
         return made[: load.batches]
 
     def _make(self, load: Load, prefix: str, number: int) -> Item:

@@ -6,7 +6,6 @@ python -m tests.bench.write [--smoke] [--only "Celery;RQ"] [--rounds 1]
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from tests.bench.names import OURS, OWN_LOAD, SAME_RATE
 from tests.bench.read import spread
 from tests.bench.servers import EMPTY, Servers, servers
 from tests.bench.session import Session, enqueue
+from worker import collector
 
 TUNED_ON: Final = Load(10, 8, 0)
 Say = Callable[[str], None]
@@ -255,7 +255,7 @@ def _prepare_this_process(opened: Servers) -> None:
     os.environ["BENCH_OWNER_URL"] = opened.database_url()
     os.environ["BENCH_SOCKET"] = str(Path(opened.directory) / "direct.sock")
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-    gc.set_threshold(50_000, 20, 20)
+    collector.freeze()
 
 
 def _row(load: Load) -> dict[str, Any]:

@@ -79,10 +79,10 @@ def _stored(connection: psycopg.Connection, tenant: Tenant, batch_id: UUID) -> I
 
 def _logged(world: World, batch_id: UUID) -> Iterator[str]:
     """Yield what workers said of a batch, errors with their tracebacks."""
-    for log in sorted(world.supervisor.log("worker").parent.glob("worker*")):
-        for line in log.read_text(errors="replace").splitlines():
+    for name, text in world.worker_logs():
+        for line in text.splitlines():
             if str(batch_id) in line:
-                yield f"  {log.stem:9} {line}"
+                yield f"  {name:9} {line}"
 
 
 def _made_at(batch_id: UUID) -> float:

@@ -115,10 +115,14 @@ class World:
 
     def woken(self) -> int:
         """How often beat had to help."""
-        logs = (self.supervisor.log(f"worker-{n}") for n in range(WORKERS))
-        return sum(
-            log.read_text(errors="replace").count("woke inboxes") for log in logs if log.exists()
-        )
+        return sum(text.count("woke inboxes") for _, text in self.worker_logs())
+
+    def worker_logs(self) -> Iterator[tuple[str, str]]:
+        """Yield what each worker has said so far, after its name."""
+        for number in range(WORKERS):
+            log = self.supervisor.log(f"worker-{number}")
+            if log.exists():
+                yield log.stem, log.read_text(errors="replace")
 
     def quiet(self) -> bool:
         """Whether nothing waits and nobody is on the way."""
