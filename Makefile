@@ -23,13 +23,13 @@ faults: .venv/ready  ## Break everything at random, compare with a model; SECOND
 		$(if $(PLANT),--plant $(PLANT))
 
 fairness: .venv/ready  ## Measure how long one organization waits while another has 50,000 batches
-	$(BIN)/python -m tests.fairness
+	$(BIN)/python -m tests.load.fairness
 
 soak: .venv/ready  ## Run BATCHES=1000000 through one worker; its memory must not grow
-	$(BIN)/python -m tests.soak --batches $(or $(BATCHES),1000000)
+	$(BIN)/python -m tests.load.soak --batches $(or $(BATCHES),1000000)
 
 watchers: .venv/ready  ## Measure CLIENTS=1000 WebSockets on one endpoint; nothing may stay behind when they leave
-	$(BIN)/python -m tests.watchers --clients $(or $(CLIENTS),1000)
+	$(BIN)/python -m tests.load.watchers --clients $(or $(CLIENTS),1000)
 
 bench: .venv/bench  ## Compare with other queues and the limits of this machine; writes docs/bench.md; SMOKE=1
 	$(BIN)/python -m tests.bench $(if $(SMOKE),--smoke)

@@ -1,7 +1,7 @@
 """The AsyncAPI document of what goes over Redis and over the WebSocket: made of the contract, and of nothing else.
 
-Channel names, schemas and examples come from producers/messages.py. Only what the endpoint adds (its query
-string, its errors) is said here again, for a flow runner has none of the worker; tests/test_documents.py holds it
+Channel names, schemas and examples come from producers/contract/messages.py. Only what the endpoint adds (its query
+string, its errors) is said here again, for a flow runner has none of the worker; tests/unit/test_documents.py holds it
 against the OpenAPI document.
 """
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
-from producers.messages import (
+from producers.contract.messages import (
     MAX_MESSAGE_BYTES,
     Change,
     ChangeEvent,

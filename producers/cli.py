@@ -26,10 +26,9 @@ from rich.progress import track
 from rich.table import Table
 
 from producers.asyncapi import asyncapi_document
+from producers.change_feed import endpoint, reason
 from producers.client import TagProducer
-from producers.errors import InboxFull, Misconfigured, NoResult, TaskTagsError, Unavailable
-from producers.feed import endpoint, reason
-from producers.messages import (
+from producers.contract.messages import (
     Change,
     ChangeEvent,
     InvalidMessage,
@@ -40,6 +39,7 @@ from producers.messages import (
     json_schemas,
     parse_message,
 )
+from producers.errors import InboxFull, Misconfigured, NoResult, TaskTagsError, Unavailable
 from producers.settings import load_settings
 from producers.subscriber import Subscriber
 

@@ -19,15 +19,7 @@ from uuid import UUID, uuid4
 
 from redis import Redis
 
-from producers.errors import (
-    BatchIdInUse,
-    Closed,
-    InboxFull,
-    NoResult,
-    Unavailable,
-    refusal,
-)
-from producers.messages import (
+from producers.contract.messages import (
     ANY_METADATA,
     FlowExecution,
     Message,
@@ -40,7 +32,15 @@ from producers.messages import (
     remove,
     results_channel,
 )
-from producers.sender import Sender
+from producers.enqueuer import Sender
+from producers.errors import (
+    BatchIdInUse,
+    Closed,
+    InboxFull,
+    NoResult,
+    Unavailable,
+    refusal,
+)
 from producers.settings import load_settings
 from producers.subscriber import Signal, listen
 

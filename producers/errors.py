@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from producers.messages import Message, ResultRecord
+    from producers.contract.messages import Message, ResultRecord
 
 
 class TaskTagsError(Exception):

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from producers.errors import Misconfigured
-from producers.inbox import DEFAULT_LIMIT, LEASE_MS
+from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS
 
 
 def check_redis_url(value: SecretStr) -> SecretStr:

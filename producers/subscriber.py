@@ -1,7 +1,7 @@
 """Results and changes as they are published, across lost connections (design, sections 1 and 4).
 
 Pub/sub keeps nothing for who is away. A lost result is asked for by enqueuing the same batch again (which
-`TagProducer.apply` does); lost changes are read from the endpoint, for who asks for all (producers/feed.py).
+`TagProducer.apply` does); lost changes are read from the endpoint, for who asks for all (producers/change_feed.py).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from redis import Redis
 from redis.exceptions import ConnectionError, RedisError
 
-from producers.connect import open_redis
+from producers.change_feed import Feed, endpoint, fetch_from
+from producers.contract.messages import ChangeEvent, ResultRecord, changes_channel, results_channel
 from producers.errors import Unavailable
-from producers.feed import Feed, endpoint, fetch_from
-from producers.messages import ChangeEvent, ResultRecord, changes_channel, results_channel
+from producers.redis_client import open_redis
 from producers.settings import ProducerSettings, load_settings
 
 logger = logging.getLogger(__name__)

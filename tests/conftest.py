@@ -20,20 +20,22 @@ import pytest
 from redis import Redis
 
 from producers.client import TagProducer, registration
-from producers.connect import open_redis
-from tests.tenant import EXECUTION, Tenant, listening
-from worker.authorize import SCOPES, Authorizer, mint
-from worker.embedded import Postgres, find_home, secret
+from producers.redis_client import open_redis
+from tests.support.tenant import EXECUTION, Tenant, listening
+from worker.auth import SCOPES, Authorizer, mint
+from worker.db.repository import Store
+from worker.local.servers import Postgres, find_home, secret
+from worker.local.stack import DATABASE, Stack, running, signing_settings
 from worker.settings import Settings
-from worker.stack import DATABASE, Stack, running, signing_settings
-from worker.store import Store
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started in the background of a script: the processes under test would ignore Ctrl-C as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:
-    if name != "TASK_TAGS_NO_BROWSER":  # says what can't be tested here; see tests/browser.py
+    if (
+        name != "TASK_TAGS_NO_BROWSER"
+    ):  # says what can't be tested here; see tests/support/browser.py
         del os.environ[name]
 
 

@@ -1,1 +1,1 @@
-"""What applies and serves tags. Deliberately empty: `import worker.decide` must not load Celery."""
+"""What applies and serves tags. Deliberately empty: `import worker.rules` must not load Celery."""

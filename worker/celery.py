@@ -13,12 +13,12 @@ from celery import Task, signals
 from celery.worker.request import Request
 from redis.exceptions import RedisError
 
-from producers.connect import open_redis
+from producers.redis_client import open_redis
 from worker import collector, log
-from worker.authorize import Authorizer
+from worker.auth import Authorizer
+from worker.broker import App
+from worker.db.repository import Store
 from worker.settings import InvalidSettings, load_settings
-from worker.store import Store
-from worker.transport import App
 
 logger = logging.getLogger(__name__)
 

@@ -26,15 +26,15 @@ from sqlalchemy.exc import DBAPIError
 
 from producers.errors import InboxFull, Misconfigured, Unavailable
 from worker import log
-from worker.authorize import SCOPES, Authorizer, KeysUnavailable, mint
+from worker.auth import SCOPES, Authorizer, KeysUnavailable, mint
+from worker.local.supervisor import Failed, Stopped
 from worker.settings import InvalidSettings, Settings, load_settings
-from worker.supervisor import Failed, Stopped
 
 if TYPE_CHECKING:  # a command loads what it needs: the endpoint's process has no use for Celery
     from redis import Redis
 
-    from worker.rejected import Operator, Rejected
-    from worker.stack import Stack
+    from worker.drain.dead_letters import Operator, Rejected
+    from worker.local.stack import Stack
 
 app = typer.Typer(
     help="Run and look after task tags.",
@@ -93,7 +93,7 @@ def say(line: str) -> None:
 @contextmanager
 def _stack(data_dir: Path, port: int, workers: int) -> Iterator[Stack]:
     """Run the stack; a signal that ends it is no error (130 tells that of Ctrl-C)."""
-    from worker.stack import running
+    from worker.local.stack import running
 
     settings = load_settings()
     try:
@@ -136,7 +136,7 @@ def demo(
     stay: Annotated[bool, typer.Option("--stay", help="Go on until Ctrl-C.")] = False,
 ) -> None:
     """Start the stack, send a sample flow through the queue, and show what becomes of it."""
-    from worker.demo import Demo
+    from worker.local.demo import Demo
 
     sample = Demo.load(file)
     print(f"task tags: starting on {data_dir}", flush=True)
@@ -163,7 +163,7 @@ def migrate_command(
     ] = None,
 ) -> None:
     """Bring TASK_TAGS_DATABASE_URL, as the tables' owner, to the current tables and roles."""
-    from worker.migrate import ROLES, migrate
+    from worker.db.migrate import ROLES, migrate
 
     passwords = dict(zip(ROLES, (worker_password, endpoint_password), strict=True))
     migrate(
@@ -203,7 +203,7 @@ def endpoint(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
 ) -> None:
     """Serve the endpoint: reading, watching, writing, and the live page."""
-    from worker.endpoint import serve
+    from worker.api.app import serve
 
     settings = load_settings()
     log.configure(settings.log_level)
@@ -213,7 +213,7 @@ def endpoint(
 @app.command()
 def openapi() -> None:
     """Print the OpenAPI document of the endpoint, which is the same whatever the settings are."""
-    from worker.endpoint import create_app
+    from worker.api.app import create_app
 
     settings = Settings.model_construct(jwt_secret=SecretStr("-" * 32))  # reads no environment
     print(json.dumps(create_app(settings)._app.openapi(), indent=2))
@@ -239,7 +239,7 @@ def list_rejected(
     A line has: organization, id, time, attempts, batch id, size in bytes, reason.
     """
     from producers.cli import out
-    from worker.rejected import organizations, rejected_messages
+    from worker.drain.dead_letters import organizations, rejected_messages
 
     with _redis() as redis:
         for organization_id in [org] if org else organizations(redis):
@@ -259,7 +259,7 @@ def show(
 ) -> None:
     """Show one rejected message whole."""
     from producers.cli import out, shown
-    from worker.rejected import NotThere, find
+    from worker.drain.dead_letters import NotThere, find
 
     with _redis() as redis:
         try:
@@ -289,7 +289,7 @@ def retry(
     effect behind all that was enqueued since, no longer in their turn. Wants the worker's settings; a message
     that the worker would refuse, or whose batch id can't be read, stays rejected (exit code 2).
     """
-    from worker.rejected import server_time
+    from worker.drain.dead_letters import server_time
 
     if not token:
         fail(2, "TASK_TAGS_TOKEN is not set")
@@ -304,12 +304,12 @@ def retry(
 @rejected_app.command()
 def drop(org: Org, ids: Ids = None, everything: All = False) -> None:
     """Forget rejected messages for good."""
-    from worker import rejected
+    from worker.drain import dead_letters
 
     with _redis() as redis:
 
         def forget(message: Rejected) -> str:
-            rejected.drop(redis, message)
+            dead_letters.drop(redis, message)
             return "dropped"
 
         _for_each(redis, org, ids, everything, forget)
@@ -323,7 +323,7 @@ def _for_each(
     What is rejected meanwhile is left alone: a retry that fails again would never come to an end.
     """
     from producers.cli import err, out, shown
-    from worker.rejected import NotRetried, NotThere, find, rejected_messages
+    from worker.drain.dead_letters import NotRetried, NotThere, find, rejected_messages
 
     if bool(ids) == everything:
         fail(2, "name the messages by their ids, or all of them by --all")
@@ -340,7 +340,7 @@ def _for_each(
 
 @contextmanager
 def _redis() -> Iterator[Redis]:
-    from producers.connect import open_redis
+    from producers.redis_client import open_redis
 
     with open_redis(load_settings().redis_url.get_secret_value()) as redis:
         yield redis
@@ -349,8 +349,8 @@ def _redis() -> Iterator[Redis]:
 @contextmanager
 def _operator(redis: Redis, org: UUID, token: str) -> Iterator[Operator]:
     from producers.client import TagProducer
-    from worker.rejected import Operator
-    from worker.store import Store
+    from worker.db.repository import Store
+    from worker.drain.dead_letters import Operator
 
     settings = load_settings()
     authorizer = Authorizer(settings)

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from producers.inbox import DEFAULT_LIMIT, LEASE_MS
+from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS
 from producers.settings import check_redis_url
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"

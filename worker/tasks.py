@@ -10,15 +10,15 @@ from uuid import UUID, uuid4
 from celery.worker import state
 from redis import Redis
 
-from producers.celery_queue import DRAIN_TASK, send_drain
-from producers.connect import open_redis
-from producers.inbox import Inbox, claim, known_inboxes
-from producers.messages import Uuid7
-from worker.apply import Drain
-from worker.authorize import Authorizer
+from producers.contract.messages import Uuid7
+from producers.inbox.drain_message import DRAIN_TASK, send_drain
+from producers.inbox.protocol import Inbox, claim, known_inboxes
+from producers.redis_client import open_redis
+from worker.auth import Authorizer
+from worker.broker import PURGE_TASK, WAKE_TASK
 from worker.celery import app, settings
-from worker.store import Store
-from worker.transport import PURGE_TASK, WAKE_TASK
+from worker.db.repository import Store
+from worker.drain.path import Drain
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from producers.connect import open_redis
+from producers.redis_client import open_redis
 from tests.bench import limit, read, report, write
 from tests.bench.servers import Servers, servers
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 from uuid import UUID
 
-from producers.messages import TagBatch
+from producers.contract.messages import TagBatch
 from tests.bench.names import CELERY, OURS
 
 Setting = dict[str, int | str]

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable
 from uuid import UUID
 
-from producers.connect import open_redis
-from producers.messages import results_channel
+from producers.contract.messages import results_channel
+from producers.redis_client import open_redis
 from producers.subscriber import Signal, listen
 from tests.bench.load import REPLY_TO
 

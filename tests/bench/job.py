@@ -12,16 +12,16 @@ from uuid import UUID
 
 from redis import Redis
 
-from producers.connect import open_redis
-from producers.inbox import Entry
-from producers.messages import Uuid7
+from producers.contract.messages import Uuid7
+from producers.inbox.protocol import Entry
+from producers.redis_client import open_redis
 from worker import collector
-from worker.apply import FIRST_BACKOFF_SECONDS, may_pass, receive, transact
-from worker.authorize import Authorizer
-from worker.decide import Outcome, Request
-from worker.publish import publications
+from worker.auth import Authorizer
+from worker.db.repository import Store
+from worker.drain.path import FIRST_BACKOFF_SECONDS, may_pass, receive, transact
+from worker.drain.publish import publications
+from worker.rules import Outcome, Request
 from worker.settings import Settings, load_settings
-from worker.store import Store
 
 _freeze = threading.Lock()
 

@@ -21,8 +21,8 @@ from tests.bench.load import Batches, Load, register
 from tests.bench.read import spread
 from tests.bench.servers import EMPTY, Servers
 from tests.bench.servers import WORKER as WORKER_ROLE
-from worker.stack import WORKER, command
-from worker.supervisor import Child, Supervisor
+from worker.local.stack import WORKER, command
+from worker.local.supervisor import Child, Supervisor
 
 ORGANIZATIONS: Final = 8
 ROWS: Final = 1000

@@ -9,11 +9,11 @@ from uuid import NAMESPACE_OID, UUID, uuid5
 
 import psycopg
 
-from producers.messages import TagBatch, add
+from producers.contract.messages import TagBatch, add
 from tests.bench.contenders import Item
 from tests.bench.servers import EMPTY, Servers
 from worker import collector
-from worker.decide import stored_metadata
+from worker.rules import stored_metadata
 
 MILLION: Final = "million"
 PREFILLED: Final = 1_000_000

@@ -1,6 +1,6 @@
 """The endpoint as one would write it first: FastAPI, SQLAlchemy's ORM, a response model. For comparison only.
 
-It reads the same tables as worker/endpoint.py as the same role, and gives the same answers to good requests.
+It reads the same tables as worker/api/app.py as the same role, and gives the same answers to good requests.
 """
 
 from __future__ import annotations

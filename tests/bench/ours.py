@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from producers.client import TagProducer
-from producers.messages import TagBatch
+from producers.contract.messages import TagBatch
 from tests.bench.contenders import Contender, Item, Setting
 from tests.bench.names import OURS
-from worker.stack import BEAT, WORKER, command
+from worker.local.stack import BEAT, WORKER, command
 
 CHUNK = 100
 """So many batches of an organization are enqueued before those of the next one."""

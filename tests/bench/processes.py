@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tests.memory import most_resident
-from worker.supervisor import Child, Supervisor
+from tests.support.memory import most_resident
+from worker.local.supervisor import Child, Supervisor
 
 STOP_SECONDS = 6.0
 SETTLE_SECONDS = 8.0

@@ -23,14 +23,14 @@ import httpx
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import TypeAdapter
 
-from producers.messages import Tag
+from producers.contract.messages import Tag
 from tests.bench.names import NAIVE, OURS, PGBENCH
 from tests.bench.servers import ENDPOINT as ENDPOINT_ROLE
 from tests.bench.servers import RUN, Servers
-from worker.embedded import Postgres
-from worker.reader import READ_TAGS, SCOPE
-from worker.stack import ENDPOINT, command, free_port
-from worker.supervisor import Child, Supervisor
+from worker.api.queries import READ_TAGS, SCOPE
+from worker.local.servers import Postgres
+from worker.local.stack import ENDPOINT, command, free_port
+from worker.local.supervisor import Child, Supervisor
 
 TAGS: Final = (5, 50, 1000)
 USUAL: Final = 50

@@ -14,12 +14,12 @@ from uuid import UUID
 import psycopg
 from psycopg import sql
 
-from producers.connect import open_redis
-from worker.authorize import SCOPES, mint
-from worker.embedded import Postgres, Valkey, exclusive, find_home, secret
-from worker.migrate import ROLES, migrate
-from worker.stack import signing_settings
-from worker.supervisor import Supervisor
+from producers.redis_client import open_redis
+from worker.auth import SCOPES, mint
+from worker.db.migrate import ROLES, migrate
+from worker.local.servers import Postgres, Valkey, exclusive, find_home, secret
+from worker.local.stack import signing_settings
+from worker.local.supervisor import Supervisor
 
 WORKER: Final = ROLES[0]
 ENDPOINT: Final = ROLES[1]

@@ -9,8 +9,8 @@ from uuid import UUID
 
 import psycopg
 
-from producers.messages import Message, ResultRecord, TagBatch
-from tests.test_decide import Naive, _same
+from producers.contract.messages import Message, ResultRecord, TagBatch
+from tests.unit.test_rules import Naive, _same
 
 MOST_STORIES: Final = 20
 

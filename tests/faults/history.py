@@ -9,7 +9,7 @@ from uuid import UUID
 
 import psycopg
 
-from producers.messages import Message
+from producers.contract.messages import Message
 from tests.faults.check import Sent
 from tests.faults.world import Tenant, World
 

@@ -15,13 +15,13 @@ from uuid import UUID
 
 from redis.exceptions import RedisError
 
-from producers.celery_queue import QUEUE
+from producers.contract.messages import inbox_key, lease_key
 from producers.errors import TaskTagsError
-from producers.messages import inbox_key, lease_key
+from producers.inbox.drain_message import QUEUE
 from tests.faults.planted import FAILPOINTS
 from tests.faults.producer import CALLS, Journal
 from tests.faults.world import LEASE_SECONDS, World
-from tests.malformed import celery_messages, stream_entries
+from tests.support.malformed import celery_messages, stream_entries
 
 Injection = Callable[[World, random.Random], None]
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import worker.store
-from producers.inbox import Entry, Inbox
-from worker.apply import Drain
+import worker.db.repository
+from producers.inbox.protocol import Entry, Inbox
 from worker.celery import app
-from worker.decide import decide
-from worker.store import Store, Transaction
+from worker.db.repository import Store, Transaction
+from worker.drain.path import Drain
+from worker.rules import decide
 
 FAILPOINTS = ("after_read", "after_lock", "before_commit", "before_publish", "amid_publish")
 PLANTS = ("remove_before_commit", "release_blindly", "no_batch_id_check", "publish_before_commit")
@@ -116,8 +116,8 @@ def _remove_and_release_blindly(self: Inbox, *arguments: Any, **bounds: Any) -> 
 
 def _ignore_batch_ids() -> None:
     Transaction._find_batches = lambda self, batch_ids: []  # type: ignore[method-assign]
-    statement = worker.store._SAVE_BATCHES
-    worker.store._SAVE_BATCHES = statement + " on conflict do nothing"  # type: ignore[misc]
+    statement = worker.db.repository._SAVE_BATCHES
+    worker.db.repository._SAVE_BATCHES = statement + " on conflict do nothing"  # type: ignore[misc]
 
 
 _plants: dict[str, Callable[[], Any]] = {

@@ -15,8 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from producers.client import TagProducer
-from producers.errors import BatchRefused, InboxFull, NoResult, Unavailable
-from producers.messages import (
+from producers.contract.messages import (
     ANY_METADATA,
     Message,
     TagBatch,
@@ -27,6 +26,7 @@ from producers.messages import (
     parse_message,
     remove,
 )
+from producers.errors import BatchRefused, InboxFull, NoResult, Unavailable
 
 UNKNOWN = UUID(int=404)
 CALLS = ("enqueue", "enqueue_many", "apply")

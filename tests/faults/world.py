@@ -21,22 +21,22 @@ from uuid import UUID, uuid4
 import psycopg
 from redis.exceptions import RedisError
 
-from producers.celery_queue import QUEUE
 from producers.client import TagProducer, registration
-from producers.connect import open_redis
-from producers.messages import Message, inbox_key, lease_key
+from producers.contract.messages import Message, inbox_key, lease_key
+from producers.inbox.drain_message import QUEUE
+from producers.redis_client import open_redis
 from tests.faults.check import Sent, Verdict, check_presence
 from tests.faults.producer import Journal, call_file
 from tests.faults.proxy import Proxy
-from tests.waiting import eventually
-from worker.authorize import SCOPES, mint
-from worker.embedded import Postgres, Valkey, exclusive, find_home, secret
-from worker.migrate import ROLES, migrate
+from tests.support.waiting import eventually
+from worker.auth import SCOPES, mint
+from worker.db.migrate import ROLES, migrate
+from worker.local.servers import Postgres, Valkey, exclusive, find_home, secret
+from worker.local.stack import DATABASE, signing_settings
+from worker.local.supervisor import Child, Supervisor
 from worker.settings import Settings
-from worker.stack import DATABASE, signing_settings
-from worker.supervisor import Child, Supervisor
 
-REPOSITORY = Path(__file__).parent.parent.parent
+REPOSITORY = Path(__file__).parents[2]
 WORKERS = 3
 ORGANIZATIONS = 3
 RUNNERS = 2

@@ -25,17 +25,17 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.types import JSON, UserDefinedType
 
-from producers.connect import open_redis
-from producers.inbox import Entry
-from producers.messages import Message, Tag, TagBatch, Uuid7
+from producers.contract.messages import Message, Tag, TagBatch, Uuid7
+from producers.inbox.protocol import Entry
+from producers.redis_client import open_redis
 from tests.bench.contenders import Contender, Item, Setting, python
 from tests.bench.job import freeze, publish
 from tests.bench.peers.loop import Loop
-from worker import decide as rules
-from worker.apply import may_pass, receive
-from worker.authorize import Authorizer
+from worker import rules
+from worker.auth import Authorizer
+from worker.db.repository import driver_url
+from worker.drain.path import may_pass, receive
 from worker.settings import load_settings
-from worker.store import driver_url
 
 TAG_FIELDS = dataclasses.fields(Tag)
 

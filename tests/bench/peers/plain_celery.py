@@ -11,7 +11,7 @@ from celery import Celery
 
 from tests.bench.contenders import Contender, Item, Setting, python
 from tests.bench.job import apply_batch
-from worker.transport import broker_url
+from worker.broker import broker_url
 
 
 def apply(message: str, token: str, organization_id: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rq import Queue
 
-from producers.connect import open_redis
+from producers.redis_client import open_redis
 from tests.bench.contenders import Contender, Item, Setting, python
 from tests.bench.job import apply_batch
 from tests.bench.peers.loop import chunks

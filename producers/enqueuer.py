@@ -1,0 +1,86 @@
+"""Hands messages over: appends them to an inbox, and tells the workers. Every producer does it here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+from uuid import UUID, uuid4
+
+from redis import Redis
+from redis.exceptions import OutOfMemoryError, RedisError
+
+from producers.errors import OutOfMemory, Unavailable
+from producers.inbox.drain_message import send_drain
+from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, Inbox, chunks
+from producers.redis_client import open_redis
+
+logger = logging.getLogger(__name__)
+
+
+class Sender:
+    """A way to the inboxes of all organizations. Safe to share between threads; connects at first use.
+
+    `limit`: how many messages an inbox may hold. `lease_ms`: see `Inbox`. `options`: of the Redis client.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        limit: int = DEFAULT_LIMIT,
+        lease_ms: int = LEASE_MS,
+        **options: Any,
+    ) -> None:
+        self.redis: Redis = open_redis(redis_url, **options)
+        self._limit = limit
+        self._lease_ms = lease_ms
+
+    def send(self, organization_id: UUID, encoded: Sequence[bytes], token: str) -> int:
+        """Append serialized messages, in their order, and return how many of them were accepted: the first ones.
+
+        Raises `OutOfMemory` or `Unavailable`.
+        """
+        accepted = 0
+        with redis_errors():
+            inbox = self._inbox(organization_id)
+            for chunk in chunks(encoded):
+                lease_id = str(uuid4())
+                appended = inbox.append(chunk, token, lease_id)
+                accepted += appended.count
+                if appended.lease_taken:
+                    self._send_drain(organization_id, lease_id)
+                if appended.count < len(chunk):
+                    break
+        return accepted
+
+    def room(self, organization_id: UUID) -> int:
+        """Return how many messages the inbox would accept now. Raises `Unavailable`."""
+        with redis_errors():
+            return self._inbox(organization_id).room()
+
+    def close(self) -> None:
+        self.redis.close()
+
+    def _inbox(self, organization_id: UUID) -> Inbox:
+        return Inbox(self.redis, organization_id, limit=self._limit, lease_ms=self._lease_ms)
+
+    def _send_drain(self, organization_id: UUID, lease_id: str) -> None:
+        """Tell the workers. If that fails, the next to append, or `task_tags.wake`, tells them."""
+        try:
+            send_drain(self.redis, organization_id, lease_id)
+        except (RedisError, OSError):
+            logger.warning("the batch is accepted, but the workers will hear of it late")
+            with suppress(RedisError, OSError):
+                self._inbox(organization_id).give_back(lease_id)
+
+
+@contextmanager
+def redis_errors() -> Iterator[None]:
+    """Turn what Redis raises into what the SDK raises."""
+    try:
+        yield
+    except OutOfMemoryError as error:
+        raise OutOfMemory("Redis has no memory left: nothing more is accepted") from error
+    except (RedisError, OSError) as error:
+        raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error

@@ -1,0 +1,264 @@
+"""The commands as a person runs them: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from producers.cli import shown
+from producers.client import TagProducer, registration
+from producers.contract.messages import TagBatch, add
+from tests.conftest import Servers
+from tests.support.waiting import eventually
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def environment(servers: Servers | None, **values: str) -> dict[str, str]:
+    given = dict(servers.stack.environment) if servers else {}
+    return {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **given, **values}
+
+
+def run(
+    servers: Servers | None,
+    *arguments: str,
+    module: str = "producers.cli",
+    stdin: str = "",
+    **values: str,
+) -> subprocess.CompletedProcess[str]:
+    code = f"from {module} import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(servers, **values),
+    )
+
+
+@pytest.fixture
+def mine(servers: Servers, organization: UUID, token: str) -> dict[str, str]:
+    """Settings of the test's own organization."""
+    return {"TASK_TAGS_ORGANIZATION_ID": str(organization), "TASK_TAGS_TOKEN": token}
+
+
+def lines(*messages: Any) -> str:
+    return "".join(message.encode().decode() + "\n" for message in messages)
+
+
+def test_batches_are_enqueued_and_awaited(servers: Servers, mine: dict[str, str]) -> None:
+    """From standard input, results in order, as JSON for programs and as lines for people."""
+    execution = uuid4()
+    batch = TagBatch(tags=[add(execution, "t", "t", "é"), add(execution, "t", "t", "é")])
+    sent = lines(registration(execution), batch)
+    done = run(servers, "enqueue", "-", "--wait", "--json", stdin=sent, **mine)
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert records[0]["flow_execution"] == {"status": "registered"}
+    assert [result["status"] for result in records[1]["tags"]] == ["added", "already_exists"]
+    again = run(servers, "enqueue", "-", "--wait", stdin=sent, **mine)
+    assert f"{batch.batch_id}  added, already_exists" in again.stdout
+    listed = run(servers, "list", str(execution), **mine)
+    assert (listed.returncode, "é" in listed.stdout) == (0, True)
+    as_json = run(servers, "list", str(execution), "--task", "t", "--json", **mine)
+    assert json.loads(as_json.stdout)["tag"] == "é"
+
+
+def test_a_refused_batch_is_exit_code_1(servers: Servers, mine: dict[str, str]) -> None:
+    """And the reason is shown."""
+    sent = lines(TagBatch(tags=[add(uuid4(), "t", "t", "x")]))
+    done = run(servers, "enqueue", "-", "--wait", stdin=sent, **mine)
+    assert done.returncode == 1
+    assert "not_found" in done.stdout
+    assert "operation 0, flow_execution_id: is unknown" in done.stdout
+
+
+def test_nothing_is_sent_if_a_line_is_wrong(servers: Servers, mine: dict[str, str]) -> None:
+    """Each fault with its line; exit code 2."""
+    sent = lines(registration(uuid4())) + 'hello\n{"kind": "x"}\n'
+    done = run(servers, "enqueue", "-", stdin=sent, **mine)
+    assert done.returncode == 2
+    assert "line 2: the message must be JSON" in done.stderr
+    assert (
+        "line 3: kind: must be 'tag_batch' or 'flow_execution' or 'task_execution'" in done.stderr
+    )
+    assert "nothing was enqueued: 2 of 3 lines are wrong" in done.stderr
+
+
+def test_a_file_is_enqueued_without_waiting(
+    servers: Servers, mine: dict[str, str], space: Path
+) -> None:
+    """The sample, as it is: the worker answers what is wrong with a line."""
+    done = run(servers, "enqueue", "--unchecked", str(EXAMPLES / "document-review.jsonl"), **mine)
+    assert (done.returncode, done.stdout) == (0, "42 batches enqueued\n")
+    assert run(servers, "enqueue", str(space / "none.jsonl"), **mine).returncode == 2
+
+
+@pytest.mark.parametrize("wait", [(), ("--wait", "--json"), ("--unchecked",)])
+def test_a_full_inbox_is_waited_for_as_long_as_one_says(
+    servers: Servers, mine: dict[str, str], wait: tuple[str, ...]
+) -> None:
+    """Four batches through an inbox for one: with --block the workers make room, else the exit code is 4."""
+    limited = {**mine, "TASK_TAGS_INBOX_LIMIT": "1"}
+    sent = lines(*[registration(uuid4()) for _ in range(4)])
+    done = run(servers, "enqueue", "-", "--block", "20", *wait, stdin=sent, **limited)
+    assert (done.returncode, done.stderr) == (0, "")
+    limited["TASK_TAGS_REDIS_URL"] = servers.stack.redis_url.replace("db=0", "db=1")
+    full = run(servers, "enqueue", "-", "--block", "0.1", *wait, stdin=sent, **limited)
+    assert full.returncode == 4
+    assert "the inbox is full" in full.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values", "code", "said"),
+    [
+        (("enqueue", "-"), {"TASK_TAGS_TOKEN": ""}, 2, "TASK_TAGS_TOKEN is not set"),
+        (("enqueue", "-"), {"TASK_TAGS_ORGANIZATION_ID": "x"}, 2, "TASK_TAGS_ORGANIZATION_ID"),
+        (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
+        (("list", "{id}"), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, "refused"),
+        (("list", "{id}"), {"TASK_TAGS_TOKEN": "garbage"}, 1, "the token is not valid"),
+        (("list", "{id}"), {}, 1, "there is no such thing here"),
+        (("list", "{id}"), {"TASK_TAGS_ENDPOINT_URL": "nonsense"}, 3, "protocol"),
+        (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "garbage"}, 2, "TASK_TAGS_REDIS_URL"),
+        (("watch", "{id}"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
+        (("results", "r"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
+        (("list", "not-a-uuid"), {}, 2, "Invalid value for 'execution'"),
+        (
+            ("enqueue", "-", "--wait", "--timeout", "0.2"),
+            {"TASK_TAGS_REDIS_URL": "quiet"},
+            5,
+            "no result",
+        ),
+        (("nonsense",), {}, 2, "No such command"),
+        (("enqueue", "-", "--block", "-1"), {}, 2, "--block"),
+    ],
+)
+def test_an_error_is_one_clear_line(
+    servers: Servers,
+    mine: dict[str, str],
+    arguments: tuple[str, ...],
+    values: dict[str, str],
+    code: int,
+    said: str,
+) -> None:
+    """No traceback, and the exit code that the help promises."""
+    if values.get("TASK_TAGS_REDIS_URL") == "quiet":
+        values = {"TASK_TAGS_REDIS_URL": servers.stack.redis_url.replace("db=0", "db=1")}
+    words = [word.format(id=uuid4()) for word in arguments]
+    done = run(servers, *words, stdin=lines(registration(uuid4())), **{**mine, **values})
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["watch", "results"])
+def test_changes_and_results_are_followed_until_interrupted(
+    servers: Servers, mine: dict[str, str], producer: TagProducer, organization: UUID, command: str
+) -> None:
+    """Printed as they are published; Ctrl-C ends it with 130 and no traceback."""
+    execution = uuid4()
+    producer.register(execution)
+    subject = str(execution) if command == "watch" else "runner-7"
+    code = "from producers.cli import main; main()"
+    follower = subprocess.Popen(
+        [sys.executable, "-c", code, command, subject, "--json"],
+        env=environment(servers, **mine),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    kind = "changes" if command == "watch" else "results"
+    channel = f"task-tags:{{{organization}}}:{kind}:{subject}"
+    redis: Any = producer._sender.redis
+    eventually(lambda: redis.pubsub_numsub(channel)[0][1])
+    batch = TagBatch(reply_to="runner-7", tags=[add(execution, "t", "t", "x")])
+    producer.enqueue(batch)
+    assert follower.stdout is not None
+    heard = json.loads(follower.stdout.readline())
+    assert heard["batch_id"] == str(batch.batch_id)
+    follower.send_signal(signal.SIGINT)
+    _, stderr = follower.communicate(timeout=20)
+    assert (follower.returncode, stderr) == (130, "")
+
+
+def test_a_terminal_is_shown_escapes_and_does_not_obey_them() -> None:
+    """A tag's text can't clear the screen, set the title or forge a line."""
+    assert shown("\x1b]0;owned\x07\nfake \u202e ok é 🎉") == (
+        r"\x1b]0;owned\x07\nfake \u202e ok é 🎉"
+    )
+
+
+def test_the_schemas_are_printed() -> None:
+    """For code generators; no settings are needed."""
+    done = run(None, "schema")
+    assert set(json.loads(done.stdout)) == {"message", "result", "change_event"}
+
+
+def test_a_token_is_minted_for_development(servers: Servers, organization: UUID) -> None:
+    """What the administrator's command signs is taken by the endpoint."""
+    secret = servers.settings.jwt_secret
+    assert secret is not None
+    done = run(
+        None,
+        "token",
+        "--org",
+        str(organization),
+        "--sub",
+        "ada",
+        "--scope",
+        "task-tags:read",
+        module="worker.cli",
+        TASK_TAGS_JWT_SECRET=secret.get_secret_value(),
+    )
+    listed = run(
+        servers,
+        "list",
+        str(uuid4()),
+        TASK_TAGS_TOKEN=done.stdout.strip(),
+        TASK_TAGS_ORGANIZATION_ID=str(organization),
+    )
+    assert "there is no such thing here" in listed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values", "code", "said"),
+    [
+        (("token", "--org", str(uuid4())), {}, 2, "TASK_TAGS_JWT_SECRET"),
+        (("token", "--org", "x"), {}, 2, "x"),
+        (("token", "--org", str(uuid4()), "--scope", "all"), {}, 2, "there is no scope all"),
+        (("migrate",), {"TASK_TAGS_DATABASE_URL": "postgresql://127.0.0.1:1/x"}, 3, "refused"),
+        (("endpoint",), {"TASK_TAGS_GROUP_SIZE": "many"}, 2, "TASK_TAGS_GROUP_SIZE"),
+        (("demo", "/nowhere.jsonl"), {}, 3, "the sample can't be read"),
+        (("migrate",), {"TASK_TAGS_DATABASE_URL": "garbage"}, 2, "TASK_TAGS_DATABASE_URL"),
+        (("endpoint",), {"TASK_TAGS_LOG_LEVEL": "loud"}, 2, "TASK_TAGS_LOG_LEVEL"),
+        (("up", "--data-dir", "/proc/nowhere"), {}, 3, "/proc/nowhere"),
+        (("token", "--org", str(uuid4()), "--days", "1e12"), {}, 2, "--days"),
+    ],
+)
+def test_an_administrators_error_is_one_clear_line(
+    arguments: tuple[str, ...], values: dict[str, str], code: int, said: str
+) -> None:
+    """As for users."""
+    done = run(None, *arguments, module="worker.cli", **values)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_progress_bar_is_for_terminals_alone(servers: Servers, mine: dict[str, str]) -> None:
+    """In a pipe there is nothing but the result."""
+    begin = time.monotonic()
+    sent = lines(*[registration(uuid4()) for _ in range(1200)])
+    done = run(servers, "enqueue", "-", "--json", stdin=sent, **mine)
+    assert (done.stdout, done.stderr) == ('{"enqueued": 1200}\n', "")
+    assert time.monotonic() > begin

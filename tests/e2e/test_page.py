@@ -1,0 +1,385 @@
+"""The live page in a real browser: what one page changes, the others show, whatever happens in between."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Locator, Page, Route, expect
+
+from producers.client import TagProducer
+from producers.contract.messages import TagBatch, TagOperation, add, remove
+from tests.conftest import Servers
+from tests.support.browser import address, open_browser
+from tests.support.waiting import eventually
+from worker.auth import READ, SCOPES, mint
+
+Open = Callable[..., Page]
+
+if os.environ.get("TASK_TAGS_NO_BROWSER") == "1":
+    pytest.skip("TASK_TAGS_NO_BROWSER=1: the live page is not tested", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One for the whole file; the pages of a test have contexts, and so tokens, of their own."""
+    expect.set_options(timeout=15_000)
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def complaints() -> list[str]:
+    """What browsers complain about in their consoles: errors of the script, refusals of the security policy."""
+    return []
+
+
+@pytest.fixture
+def open_page(browser: Browser, servers: Servers, complaints: list[str]) -> Iterator[Open]:
+    """Open the live page of an execution in a context of its own, and wait until it is live."""
+    contexts = []
+
+    def open_page(execution: UUID, token: str, *, live: bool = True, **options: Any) -> Page:
+        context = browser.new_context(reduced_motion="reduce", **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "console",
+            lambda said: complaints.append(said.text) if said.type == "error" else None,
+        )
+        page.goto(address(servers.stack.endpoint_url, execution, token))
+        if live:
+            expect(connection(page)).to_have_text("Live")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def execution(producer: TagProducer) -> UUID:
+    """One that knows two tasks and allows no others."""
+    execution = uuid4()
+    producer.register(execution, ["extract_data", "review"])
+    applied(producer, add(execution, "extract_data", "source", "scanner-3"))
+    return execution
+
+
+def applied(producer: TagProducer, *operations: TagOperation) -> None:
+    producer.apply(TagBatch(tags=list(operations)))
+
+
+# --- What a person sees of the page ---------------------------------------------------------------
+
+
+def connection(page: Page) -> Locator:
+    return page.get_by_role("status", name="Connection")
+
+
+def tags_of(page: Page, task: str) -> Locator:
+    return page.get_by_role("list", name=f"Tags of {task}", exact=True).get_by_role("listitem")
+
+
+def batches(page: Page) -> Locator:
+    return page.get_by_role("region", name="Batches").locator("ol > li")
+
+
+def remove_button(page: Page, name: str) -> Locator:
+    return page.get_by_role("button", name=f"Remove {name}", exact=True)
+
+
+def add_by_hand(page: Page, task: str, tag_type: str, tag: str, metadata: str = "") -> None:
+    page.get_by_label("Task", exact=True).fill(task)
+    page.get_by_label("Type", exact=True).fill(tag_type)
+    page.get_by_label("Tag", exact=True).fill(tag)
+    page.get_by_role("textbox", name="Metadata").fill(metadata)
+    page.get_by_role("button", name="Add tag").click()
+
+
+def shown_tags(page: Page) -> list[tuple[str, ...]]:
+    """Return task, type, tag, metadata and actor of each tag on the page."""
+    rows = page.locator("li.tag").evaluate_all(
+        """rows => rows.map(row => [
+            row.closest('.task').querySelector('.task-name'),
+            ...['.chip-type', '.chip-tag', '.metadata', '.by-who'].map(part => row.querySelector(part)),
+        ].map(part => part.textContent))"""
+    )
+    return sorted(tuple(row) for row in rows)
+
+
+def stored_tags(http: httpx.Client, execution: UUID) -> list[tuple[str, ...]]:
+    """Return the same of each tag that the endpoint gives; none of them has metadata."""
+    tags = http.get("/task-tags", params={"flow_execution_id": str(execution)}).json()
+    return sorted(
+        (tag["task_name"], tag["tag_type"], tag["tag"], "", tag["created_by"]) for tag in tags
+    )
+
+
+def shown_revisions(page: Page) -> list[int]:
+    found: list[int] = page.locator("[data-revision]").evaluate_all(
+        "rows => rows.map(row => Number(row.dataset.revision))"
+    )
+    return found
+
+
+@contextmanager
+def endpoint_stopped(servers: Servers) -> Iterator[None]:
+    """Stop the endpoint's process for the length of the block; then it is there again, on the same port."""
+    supervisor = servers.stack.supervisor
+    child, process = next(each for each in supervisor.running if each[0].name == "endpoint")
+    process.terminate()
+    process.wait(30)
+    try:
+        yield
+    finally:
+        supervisor.restart_ended(lambda _: None)
+        eventually(child.ready)
+
+
+# --- Facts ---------------------------------------------------------------------------------------
+
+
+def test_what_one_page_changes_the_other_shows_in_place(
+    servers: Servers,
+    http: httpx.Client,
+    organization: UUID,
+    execution: UUID,
+    open_page: Open,
+    complaints: list[str],
+) -> None:
+    """With who did it, and no one loses the focus; the sender sees the status and how long the answer took."""
+    adas = open_page(execution, servers.token(organization, sub="ada"))
+    graces = open_page(execution, servers.token(organization, sub="grace"))
+    old = remove_button(graces, "source: scanner-3 from extract_data")
+    old.focus()
+
+    add_by_hand(adas, "review", "review_status", "reviewed", '{"reviewer": "ada"}')
+    expect(tags_of(graces, "review")).to_contain_text("review_status: reviewed")
+    expect(tags_of(graces, "review")).to_contain_text('{"reviewer":"ada"} ada')
+    expect(old).to_be_focused()
+    expect(batches(graces).first).to_contain_text(
+        re.compile(r"#2 ada.*1 added.*seen after \d", re.DOTALL)
+    )
+    sent = batches(adas).first
+    expect(sent).to_contain_text(
+        re.compile(r"#2 ada.*review.*added.*answered in \d+ ms", re.DOTALL)
+    )
+
+    add_by_hand(adas, "review", "review_status", "reviewed")
+    expect(tags_of(graces, "review")).to_have_count(2)
+    add_by_hand(adas, "review", "review_status", "reviewed")
+    expect(batches(adas).first).to_contain_text("already exists")
+
+    # Of two tags of one name, exactly the one without metadata goes.
+    remove_button(graces, "review_status: reviewed from review").click()
+    expect(tags_of(adas, "review")).to_have_count(1)
+    expect(tags_of(adas, "review")).to_contain_text('{"reviewer":"ada"}')
+    expect(batches(adas).first).to_contain_text(re.compile("#4 grace.*1 removed", re.DOTALL))
+    expect(batches(graces).first).to_contain_text(
+        re.compile(r"#4 grace.*removed.*answered in", re.DOTALL)
+    )
+
+    state = {"flow_execution_id": str(execution), "task_name": "review", "state": "running"}
+    http.put("/task-executions", json=state).raise_for_status()
+    for page in (adas, graces):
+        review = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name="review"))
+        expect(review).to_contain_text("running by ada")
+        expect(batches(page).first).to_contain_text(
+            re.compile("#5 ada.*review.*running", re.DOTALL)
+        )
+    assert complaints == []
+
+
+def test_pages_catch_up_by_themselves_after_the_endpoint_was_away(
+    servers: Servers,
+    producer: TagProducer,
+    http: httpx.Client,
+    execution: UUID,
+    open_page: Open,
+    token: str,
+) -> None:
+    """They say that they are not connected; then they show what is stored, and each revision once."""
+    pages = [open_page(execution, token) for _ in range(2)]
+    add_by_hand(pages[0], "review", "review_status", "pending")
+    expect(tags_of(pages[1], "review")).to_have_count(1)
+    with endpoint_stopped(servers):
+        for page in pages:
+            expect(connection(page)).to_have_text("Not connected")
+            expect(page.get_by_role("button", name="Reconnect now")).to_be_visible()
+            expect(page.get_by_role("alert")).to_contain_text("What you see is as of revision 2.")
+        add_by_hand(pages[0], "review", "review_status", "lost?")
+        expect(pages[0].get_by_role("alert").filter(has_text="No answer")).to_be_visible()
+        for number in range(20):
+            applied(producer, add(execution, "review", "number", f"{number}"))
+        applied(
+            producer,
+            remove(execution, "review", "review_status", "pending"),
+            remove(execution, "review", "number", "7"),
+        )
+    for page in pages:
+        expect(connection(page)).to_have_text("Live")
+        expect(page.get_by_text("revision 23", exact=False)).to_be_visible()
+        assert shown_tags(page) == stored_tags(http, execution)
+        assert shown_revisions(page) == list(range(23, 0, -1))
+    pages[0].get_by_role("button", name="Send again").click()
+    for page in pages:
+        expect(tags_of(page, "review").filter(has_text="lost?")).to_be_visible()
+        assert shown_tags(page) == stored_tags(http, execution)
+
+
+HOSTILE = """<img src=x onerror="window.ran = 1"><script>window.ran = 1</script>"""
+
+
+def test_html_in_tags_is_shown_as_text(
+    producer: TagProducer, open_page: Open, token: str, complaints: list[str]
+) -> None:
+    """In names of tasks, types, tags and in metadata, whether read, heard or typed by hand; it runs nothing."""
+    execution = uuid4()
+    producer.register(execution)
+    hostile = add(execution, HOSTILE, HOSTILE[:99], HOSTILE, {HOSTILE: HOSTILE})
+    applied(producer, hostile)
+    page = open_page(execution, token)
+    applied(producer, add(execution, HOSTILE, "heard", HOSTILE, HOSTILE))
+    add_by_hand(page, HOSTILE, "typed", HOSTILE, '"<b>bold</b>"')
+    expect(tags_of(page, HOSTILE)).to_have_count(3)
+    for row in tags_of(page, HOSTILE).all():
+        expect(row).to_contain_text(HOSTILE)
+    expect(tags_of(page, HOSTILE).last).to_contain_text('"<b>bold</b>"')
+    expect(batches(page).first).to_contain_text(HOSTILE)
+    assert page.locator(":is(main, #announcer) :is(img, script, b)").count() == 0
+    assert page.evaluate("window.ran") is None
+    assert complaints == []
+
+
+def test_tokens_and_executions_that_are_refused_are_told_in_words(
+    servers: Servers, organization: UUID, execution: UUID, open_page: Open, token: str
+) -> None:
+    """A wrong or expired token, an unknown execution, a missing scope; and a good token afterwards helps."""
+    page = open_page(execution, "wrong", live=False)
+    expect(page.get_by_role("alert")).to_have_text("The token was refused: the token is not valid.")
+    expect(connection(page)).to_have_text("Not connected")
+    expect(page.get_by_label("Token")).to_be_focused()
+
+    expired = mint(
+        servers.settings,
+        organization_id=organization,
+        actor="ada",
+        scopes=SCOPES,
+        lifetime=timedelta(hours=-1),
+    )
+    page.get_by_label("Token").fill(expired)
+    page.get_by_role("button", name="Open", exact=True).click()
+    expect(page.get_by_role("alert")).to_have_text("The token was refused: the token has expired.")
+
+    page.get_by_label("Token").fill(servers.token(organization, READ))
+    page.get_by_role("button", name="Open", exact=True).click()
+    expect(connection(page)).to_have_text("Live")
+    add_by_hand(page, "review", "review_status", "reviewed")
+    expect(page.get_by_role("alert")).to_contain_text(
+        "Not allowed: the token lacks the scope task-tags:write."
+    )
+
+    unknown = open_page(uuid4(), token, live=False)
+    expect(unknown.get_by_role("alert")).to_contain_text("There is no such execution here")
+    expect(connection(unknown)).to_have_text("Not connected")
+
+
+def test_a_batch_that_is_refused_is_told_beside_the_form(
+    execution: UUID, open_page: Open, token: str
+) -> None:
+    """Metadata that is no JSON is not sent; a task that the execution doesn't know is the endpoint's to refuse."""
+    page = open_page(execution, token)
+    add_by_hand(page, "review", "review_status", "reviewed", "{reviewer}")
+    expect(page.get_by_role("alert")).to_contain_text("tag_metadata: must be JSON")
+    expect(page.get_by_role("textbox", name="Metadata")).to_be_focused()
+    add_by_hand(page, "unknown", "review_status", "reviewed")
+    expect(page.get_by_role("alert")).to_contain_text("task_name")
+    expect(batches(page)).to_have_count(1)
+    # Beyond what a JavaScript number can hold: added and removed as it was written.
+    add_by_hand(page, "review", "number", "large", "9007199254740993")
+    expect(tags_of(page, "review")).to_contain_text("9007199254740993")
+    remove_button(page, "number: large 9007199254740993 from review").click()
+    expect(tags_of(page, "review")).to_have_count(0)
+
+
+def test_a_batch_whose_answer_was_lost_is_sent_again_safely(
+    execution: UUID, open_page: Open, token: str
+) -> None:
+    """It is the same batch to the endpoint, which gives the answer that was lost; nothing takes effect twice."""
+    page = open_page(execution, token)
+
+    def lose_the_answer(route: Route) -> None:
+        route.fetch()
+        route.abort()
+
+    page.route("**/task-tags", lose_the_answer, times=1)
+    add_by_hand(page, "review", "review_status", "reviewed")
+    expect(page.get_by_role("alert")).to_contain_text("No answer")
+    expect(tags_of(page, "review")).to_have_count(1)
+    page.get_by_role("button", name="Send again").click()
+    expect(page.get_by_text("Added (")).to_be_visible()
+    expect(batches(page).first).to_contain_text("answered in")
+    assert shown_revisions(page) == [2, 1]
+
+
+def test_the_token_stays_in_the_tab_until_it_is_forgotten(
+    execution: UUID, open_page: Open, token: str
+) -> None:
+    """It leaves the address bar at once; a reload works; who forgets it is asked for it again."""
+    page = open_page(execution, token)
+    assert page.url.endswith(f"/#execution={execution}")
+    page.reload()
+    expect(connection(page)).to_have_text("Live")
+    page.get_by_role("button", name="Forget token").click()
+    expect(page.locator("li.tag")).to_have_count(0)
+    expect(page.get_by_label("Token")).to_be_focused()
+    page.reload()
+    expect(page.get_by_role("textbox", name="Flow execution")).to_have_value(str(execution))
+    expect(connection(page)).to_have_text("Not connected")
+    assert (
+        page.evaluate("sessionStorage.length + localStorage.length + document.cookie.length") == 0
+    )
+
+
+def test_it_is_readable_on_a_phone_and_works_by_keyboard_alone(
+    producer: TagProducer, execution: UUID, open_page: Open, token: str, complaints: list[str]
+) -> None:
+    """No scrolling sideways at 360 px, however long a name is; tab, type, enter; the focus goes to the neighbour."""
+    applied(producer, add(execution, "review", "t" * 100, "x" * 200, {"y" * 1000: ["z" * 1000]}))
+    page = open_page(execution, token, viewport={"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+    tab_to(page, page.get_by_label("Task", exact=True))
+    for word in ("extract_data", "review_status", "reviewed"):
+        page.keyboard.type(word)
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(tags_of(page, "extract_data")).to_have_count(2)
+    expect(page.get_by_label("Tag", exact=True)).to_have_value("")
+
+    tab_to(page, remove_button(page, "source: scanner-3 from extract_data"))
+    page.keyboard.press("Enter")
+    expect(tags_of(page, "extract_data")).to_have_count(1)
+    expect(remove_button(page, "review_status: reviewed from extract_data")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(tags_of(page, "extract_data")).to_have_count(0)
+    expect(page.get_by_role("heading", name="extract_data")).to_be_focused()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert complaints == []
+
+
+def tab_to(page: Page, place: Locator) -> None:
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if place.evaluate("node => node === document.activeElement"):
+            return
+    raise AssertionError("it can't be reached by the tab key")

@@ -1,0 +1,238 @@
+"""The local stack as a person runs it: starting, stopping, being killed, being started twice."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+
+from tests.conftest import Servers
+from tests.support.waiting import eventually
+from worker.local.servers import Postgres, find_home, secret, wait_for_orphan
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def admin(*words: str, **values: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "worker.cli", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **values},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@contextmanager
+def up(directory: Path, *words: str, **values: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run `up` until the block ends; yields the process and what it said."""
+    process = admin("up", "--data-dir", str(directory), "--port", "0", *words, **values)
+    said = ""
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            said += line
+            if "Ctrl-C stops everything" in line:
+                break
+        assert "Ctrl-C" in said, said
+        yield process, said
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def processes_of(directory: Path) -> list[str]:
+    """Command lines of processes that have to do with a state directory, from their environment or arguments."""
+    found = []
+    needles = {str(directory).encode(), str(find_home(directory).sockets).encode()}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        if state != "Z" and entry.name != str(os.getpid()) and any(n in text for n in needles):
+            found.append(text[:120].replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
+def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path) -> None:
+    """A line for each part as it becomes ready, the URLs, a token, a command; then nothing is left running."""
+    with up(space) as (process, said):
+        for name in ("postgresql", "valkey", "worker-1", "beat", "endpoint"):
+            assert re.search(rf"{name} +ready in \d", said)
+        settings = dict(re.findall(r"export (\w+)='?([^\s']+|[^']+)'?\n", said))
+        assert set(settings) == {
+            "TASK_TAGS_REDIS_URL",
+            "TASK_TAGS_ENDPOINT_URL",
+            "TASK_TAGS_ORGANIZATION_ID",
+            "TASK_TAGS_TOKEN",
+        }
+        response = httpx.get(
+            f"{settings['TASK_TAGS_ENDPOINT_URL']}/task-tags?flow_execution_id={'0' * 32}",
+            headers={"Authorization": f"Bearer {settings['TASK_TAGS_TOKEN']}"},
+        )
+        assert response.status_code == 404
+        second = admin("up", "--data-dir", str(space), "--port", "0")
+        output, _ = second.communicate(timeout=30)
+        assert second.returncode == 3
+        assert f"error: a stack runs already on {space}" in output
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in output
+        assert time.monotonic() - begin < 15
+    assert processes_of(space) == []
+
+
+def test_data_survives_and_a_killed_supervisor_leaves_nothing_running(space: Path) -> None:
+    """After SIGKILL its children end by themselves, and the next start finds everything as it was."""
+    with up(space) as (process, _):
+        database = Postgres(find_home(space), secret(space, "postgres")).url(database="task_tags")
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute("create table survivor (a int)")
+        process.kill()
+        process.wait()
+        eventually(lambda: not processes_of(space), 20)
+    with up(space), psycopg.connect(database) as connection:
+        assert connection.execute("select count(*) from survivor").fetchone() == (0,)
+
+
+def test_a_part_that_dies_is_started_again(space: Path) -> None:
+    """The supervisor says so, and the stack works on."""
+    with up(space) as (process, said):
+        url = next(iter(re.findall(r"TASK_TAGS_ENDPOINT_URL=(\S+)", said))).strip("'")
+        pid = next(
+            entry.name
+            for entry in Path("/proc").glob("[0-9]*")
+            if b"worker.cli\0endpoint" in _command_line(entry)
+            and url.rpartition(":")[2].encode() in _command_line(entry)
+        )
+        os.kill(int(pid), signal.SIGKILL)
+        assert process.stdout is not None
+        assert "endpoint ended with -9: starting it again" in process.stdout.readline()
+        eventually(lambda: _is_ready(url))
+
+
+def _command_line(entry: Path) -> bytes:
+    try:
+        return (entry / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_servers_of_ones_own_are_used_instead(servers: Servers, space: Path) -> None:
+    """With both URLs set nothing embedded is started, and the roles get passwords that fit."""
+    name = "own_servers"
+    with servers.owner() as connection:
+        connection.execute(f"create database {name}".encode())
+    own = {
+        "TASK_TAGS_DATABASE_URL": servers.owner_url.replace("/task_tags?", f"/{name}?"),
+        "TASK_TAGS_REDIS_URL": servers.stack.redis_url.replace("db=0", "db=2"),
+    }
+    with up(space, **own) as (_, said):
+        assert "postgresql  ready" not in said
+        assert "valkey" not in said.partition("Try in another")[0]
+        assert "endpoint" in said
+    assert not (space / "postgresql").exists()
+    _restore_passwords(servers)
+
+
+def _restore_passwords(servers: Servers) -> None:
+    """Roles belong to the whole server, so the test above has changed those of the running stack."""
+    from worker.db.migrate import migrate
+
+    urls = {
+        "task_tags_worker": servers.worker_url,
+        "task_tags_endpoint": servers.endpoint_url,
+    }
+    parsed = {role: re.search(r"://[^:]+:([^@]+)@", url) for role, url in urls.items()}
+    migrate(servers.owner_url, {role: match.group(1) for role, match in parsed.items() if match})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_than_root_can_run_it() -> None:
+    """With a directory of its own; the demonstration ends well."""
+    as_nobody: dict[str, Any] = {
+        "user": "nobody",
+        "group": "nogroup",
+        "extra_groups": [],
+        "cwd": "/",
+    }
+    try:
+        subprocess.run([sys.executable, "-c", "import worker.cli"], check=True, **as_nobody)
+    except (PermissionError, subprocess.CalledProcessError):
+        pytest.skip("this virtual environment can't be reached by another user")
+    directory = Path(tempfile.mkdtemp(prefix="task-tags "))
+    shutil.chown(directory, "nobody")
+    sample = shutil.copytree(REPOSITORY / "examples", directory / "examples")
+    try:
+        done = subprocess.run(
+            [
+                *[sys.executable, "-m", "worker.cli", "demo", "--port", "0"],
+                *["--data-dir", str(directory / "data"), str(sample / "document-review.jsonl")],
+            ],
+            env={**os.environ, "HOME": str(directory)},
+            capture_output=True,
+            text=True,
+            timeout=90,
+            **as_nobody,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_the_demonstration_ends_with_its_summary(space: Path) -> None:
+    """`make demo`: exit code 0, the promised last line, each result as expected."""
+    process = admin("demo", "--data-dir", str(space), "--port", "0")
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    last = output.strip().splitlines()[-1]
+    assert last == "demo: 42 batches, 77 operations, 42 results, 32 change events, 39 active tags"
+    assert "different:" not in output
+
+
+def test_the_demonstration_notices_a_difference(space: Path) -> None:
+    """Exit code 1 if a status is not the expected one."""
+    sample = REPOSITORY / "examples" / "document-review.jsonl"
+    shutil.copy(sample, space / "sample.jsonl")
+    expected = sample.with_suffix(".expected.jsonl").read_text()
+    (space / "sample.expected.jsonl").write_text(expected.replace("not_found", "conflict", 1))
+    process = admin("demo", str(space / "sample.jsonl"), "--data-dir", str(space), "--port", "0")
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "different: batch" in output
+
+
+def test_a_stale_pid_file_does_not_stop_a_start(space: Path) -> None:
+    """A file that was cut off, or names a process that is something else, is cleared."""
+    for content in ("", "garbage", f"{os.getpid()}\n/elsewhere\n", "999999999\n"):
+        pid_file = space / "postmaster.pid"
+        pid_file.write_text(content)
+        wait_for_orphan(pid_file, space, seconds=0.1)
+        assert not pid_file.exists()

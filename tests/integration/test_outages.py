@@ -1,0 +1,246 @@
+"""PostgreSQL and Valkey are killed while the product is used: clear errors, then everything goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from producers.client import TagProducer, registration
+from producers.contract.messages import ChangeEvent, TagBatch, add, changes_channel
+from producers.redis_client import open_redis
+from producers.subscriber import Subscriber
+from tests.support.waiting import eventually
+from worker.db.migrate import migrate
+from worker.local.servers import Postgres, Valkey, find_home, secret
+from worker.local.stack import DATABASE, ENDPOINT, WORKER, Stack, command, free_port, running
+from worker.local.supervisor import Child, Supervisor
+
+
+@dataclass(frozen=True)
+class Fragile:
+    """A stack of its own whose supervisor restarts what a test kills."""
+
+    stack: Stack
+    directory: Path
+
+    def pid(self, name: str) -> int:
+        return next(p.pid for child, p in self.stack.supervisor.running if child.name == name)
+
+    def kill(self, name: str) -> None:
+        os.kill(self.pid(name), signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Let the supervisor see what has ended, until all of it runs."""
+        eventually(lambda: any(p.poll() is not None for _, p in self.stack.supervisor.running))
+        self.stack.supervisor.restart_ended(lambda _: None)
+        eventually(lambda: all(child.ready() for child, _ in self.stack.supervisor.running))
+
+
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fragile]:
+    directory = tmp_path_factory.mktemp("fragile")
+    with running(directory, port=0, workers=1, say=lambda _: None) as stack:
+        yield Fragile(stack, find_home(directory).data)
+
+
+@pytest.fixture
+def producer(fragile: Fragile) -> Iterator[TagProducer]:
+    stack = fragile.stack
+    with TagProducer(
+        redis_url=stack.redis_url, organization_id=stack.organization_id, token=stack.token
+    ) as producer:
+        yield producer
+
+
+@pytest.fixture
+def execution(producer: TagProducer) -> UUID:
+    execution = uuid4()
+    producer.apply(registration(execution))
+    return execution
+
+
+def tagging(execution: UUID, tag: str) -> TagBatch:
+    return TagBatch(tags=[add(execution, "t", "t", tag)])
+
+
+def read(fragile: Fragile, execution: UUID) -> httpx.Response:
+    return httpx.get(
+        f"{fragile.stack.endpoint_url}/task-tags",
+        params={"flow_execution_id": str(execution)},
+        headers={"Authorization": f"Bearer {fragile.stack.token}"},
+        timeout=20,
+    )
+
+
+def test_batches_wait_while_postgresql_is_down_and_then_take_effect_in_order(
+    fragile: Fragile, producer: TagProducer, execution: UUID
+) -> None:
+    """Enqueuing goes on; reading is 503, never an empty list; nothing is lost or reordered."""
+    fragile.kill("postgresql")
+    futures = [producer.submit(tagging(execution, f"{number}")) for number in range(20)]
+    response = read(fragile, execution)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "unavailable"
+    assert response.headers["retry-after"]
+    assert httpx.get(f"{fragile.stack.endpoint_url}/readyz").status_code == 503
+    assert httpx.get(f"{fragile.stack.endpoint_url}/healthz").status_code == 200
+    assert not any(future.done() for future in futures)
+    fragile.restart()
+    for future in futures:
+        assert [result.status for result in future.result(30).tags or []] == ["added"]
+    tags = eventually(lambda: read(fragile, execution).json())
+    assert [tag["tag"] for tag in tags] == [f"{number}" for number in range(20)]
+
+
+def test_valkey_may_be_killed_and_nothing_accepted_is_lost(
+    fragile: Fragile, producer: TagProducer, execution: UUID
+) -> None:
+    """`apply` goes on by itself, a subscriber hears what comes after, the worker finds its way back."""
+    events: list[ChangeEvent] = []
+    subscriber = Subscriber(
+        redis_url=fragile.stack.redis_url, organization_id=fragile.stack.organization_id
+    )
+
+    def collect() -> None:
+        for event in subscriber.changes(execution):
+            events.append(event)
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    producer.apply(tagging(execution, "before"))
+    results: list[Any] = []
+    applying = threading.Thread(
+        target=lambda: results.append(producer.apply(tagging(execution, "during"), 60))
+    )
+    fragile.kill("valkey")
+    applying.start()
+    fragile.restart()
+    applying.join()
+    assert [result.status for result in results[0].tags] == ["added"]
+    with open_redis(fragile.stack.redis_url) as redis:
+        channel = changes_channel(fragile.stack.organization_id, execution)
+        eventually(lambda: dict(redis.pubsub_numsub(channel))[channel.encode()])
+    producer.apply(tagging(execution, "after"))
+    eventually(lambda: [e for e in events if e.revision == 3])
+    subscriber.close()
+    thread.join()
+    assert [tag["tag"] for tag in read(fragile, execution).json()] == ["before", "during", "after"]
+
+
+def test_a_killed_worker_is_replaced_and_its_drain_goes_on(
+    fragile: Fragile, producer: TagProducer, execution: UUID
+) -> None:
+    """SIGKILL in the middle of the work: the lease runs out, and the rest is applied, once and in order."""
+    names = [f"{number:03d}" for number in range(500)]
+    producer.enqueue_many(tagging(execution, name) for name in names)
+    fragile.kill("worker-1")
+    fragile.restart()
+    eventually(lambda: read(fragile, execution).headers["etag"] == '"500"', 40)
+    assert [tag["tag"] for tag in read(fragile, execution).json()] == names
+
+
+def test_a_worker_ends_in_time_when_it_is_told_to(
+    fragile: Fragile, producer: TagProducer, execution: UUID
+) -> None:
+    """SIGTERM under load: the transaction in hand is finished, the rest is handed over."""
+    names = [f"{number:04d}" for number in range(2000)]
+    producer.enqueue_many(tagging(execution, name) for name in names)
+    process = next(p for child, p in fragile.stack.supervisor.running if child.name == "worker-1")
+    process.terminate()
+    assert process.wait(10) == 0
+    fragile.restart()
+    eventually(lambda: read(fragile, execution).headers["etag"] == '"2000"', 40)
+    assert [tag["tag"] for tag in read(fragile, execution).json()] == names
+
+
+def test_a_worker_and_an_endpoint_may_start_before_their_servers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """They wait, say so once, and work as soon as PostgreSQL and Valkey are there."""
+    directory = tmp_path_factory.mktemp("early")
+    with Supervisor(directory / "logs") as supervisor:
+        home = find_home(directory)
+        valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
+        environment = {
+            "TASK_TAGS_REDIS_URL": valkey.url,
+            "TASK_TAGS_JWT_SECRET": secret(directory, "jwt"),
+        }
+        port = free_port(0)
+        commands = {
+            "task_tags_worker": WORKER,
+            "task_tags_endpoint": [*ENDPOINT, "--port", str(port)],
+        }
+        for role, words in commands.items():
+            url = postgres.url(role, secret(directory, role), DATABASE)
+            supervisor.start(
+                Child(
+                    name=role,
+                    argv=command(words),
+                    ready=lambda role=role: _says(supervisor, role, "database"),  # type: ignore[misc]
+                    environment={**environment, "TASK_TAGS_DATABASE_URL": url},
+                )
+            )
+        ready_url = f"http://127.0.0.1:{port}/readyz"
+        assert httpx.get(ready_url).status_code == 503
+        supervisor.start(postgres.child())
+        postgres.create_database(DATABASE)
+        passwords = {role: secret(directory, role) for role in commands}
+        migrate(postgres.url(database=DATABASE), passwords)
+        eventually(lambda: _says(supervisor, "task_tags_worker", "waiting for Redis"))
+        supervisor.start(valkey.child())
+        eventually(lambda: _says(supervisor, "task_tags_worker", '"message": "ready"'))
+        eventually(lambda: httpx.get(ready_url).status_code == 200)
+        log = supervisor.log("task_tags_worker").read_text()
+        assert log.count("waiting for the database") == log.count("waiting for Redis") == 1
+        assert all(process.poll() is None for _, process in supervisor.running)
+
+
+def _says(supervisor: Supervisor, name: str, words: str) -> bool:
+    log = supervisor.log(name)
+    return log.exists() and words in log.read_text()
+
+
+def test_an_endpoint_that_ends_lets_go_of_all_who_watch(
+    fragile: Fragile, producer: TagProducer, execution: UUID
+) -> None:
+    """A close code for a WebSocket, an end for a stream, at once. They go on with another process."""
+    url = f"{fragile.stack.endpoint_url}/task-tags/changes"
+    query = f"?flow_execution_id={execution}"
+    headers = {"Authorization": f"Bearer {fragile.stack.token}"}
+    producer.apply(tagging(execution, "x"))
+    with (
+        connect((url + query).replace("http", "ws"), additional_headers=headers) as watching,
+        httpx.stream("GET", f"{url}/events{query}", headers=headers, timeout=20) as stream,
+    ):
+        lines = stream.iter_lines()
+        assert '"revision":1' in watching.recv(20)
+        assert any(line.startswith("data: ") for line in lines)
+        process = next(
+            process
+            for child, process in fragile.stack.supervisor.running
+            if child.name == "endpoint"
+        )
+        process.terminate()
+        with pytest.raises(ConnectionClosed) as closed:
+            watching.recv(20)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1012
+        assert not [line for line in lines if line.startswith("data: ")]
+        assert process.wait(5) == -signal.SIGTERM  # and not an error
+    fragile.restart()
+    producer.apply(tagging(execution, "y"))
+    with connect(
+        f"{url}{query}&after=1".replace("http", "ws"), additional_headers=headers
+    ) as again:
+        assert '"revision":2' in again.recv(20)

@@ -1,0 +1,170 @@
+"""Reading on shared connections: everybody gets their own answer, whatever happens to others and to the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import quote
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from sqlalchemy import make_url
+
+from producers.client import registration
+from producers.contract.messages import TagBatch, add
+from tests.conftest import Servers
+from tests.support.tenant import applied
+from worker.api.queries import Reader
+from worker.db.repository import Store, UnsafeRole
+
+
+@asynccontextmanager
+async def reading(url: str, connections: int = 2) -> AsyncIterator[Reader]:
+    reader = Reader(url, connections)
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def tagged(store: Store) -> list[tuple[UUID, UUID]]:
+    """Organizations with an execution each; the first has one tag, the second two, …"""
+    found = []
+    for number in range(1, 6):
+        organization, execution = uuid4(), uuid4()
+        tags = [add(execution, "task", "type", f"{n}") for n in range(number)]
+        applied(store, organization, registration(execution), TagBatch(tags=tags))
+        found.append((organization, execution))
+    return found
+
+
+async def names(reader: Reader, organization: UUID, execution: UUID) -> list[str] | None:
+    found = await reader.tags(organization, execution, None)
+    if found is None:
+        return None
+    tags = json.loads(found[1] or b"")
+    assert {tag["organization_id"] for tag in tags} == {str(organization)}
+    return [tag["tag"] for tag in tags]
+
+
+def test_a_socket_may_be_in_a_directory_with_a_space(servers: Servers) -> None:
+    """As in a home directory of somebody's: the endpoint takes the URL as the worker does."""
+    url = make_url(servers.endpoint_url)
+    with tempfile.TemporaryDirectory(prefix="a space ") as short:
+        Path(short, "run").symlink_to(str(url.query["host"]))
+        quoted = quote(f"{short}/run")
+        spaced = (
+            f"postgresql://{url.username}:{url.password}@/{url.database}?host={quoted}&port=5432"
+        )
+
+        async def main() -> None:
+            async with reading(spaced) as reader:
+                await reader.check()
+
+        asyncio.run(main())
+
+
+def test_many_readers_at_once_get_their_own_answers(
+    servers: Servers, tagged: list[tuple[UUID, UUID]]
+) -> None:
+    """A thousand questions of five organizations on two connections; another's execution is not there."""
+
+    async def main() -> None:
+        async with reading(servers.endpoint_url) as reader:
+            asked = [(a, b) for a in range(5) for b in range(5)] * 40
+            answers = await asyncio.gather(
+                *(names(reader, tagged[a][0], tagged[b][1]) for a, b in asked)
+            )
+            for (a, b), answer in zip(asked, answers, strict=True):
+                assert answer == ([f"{n}" for n in range(a + 1)] if a == b else None)
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_nobody_waits_for_is_not_given_to_another(
+    servers: Servers, tagged: list[tuple[UUID, UUID]]
+) -> None:
+    """Questions are taken back at any moment; those that stay get their own answers."""
+
+    async def main() -> None:
+        async with reading(servers.endpoint_url, 1) as reader:
+            tasks = [
+                asyncio.create_task(names(reader, *tagged[number % 5])) for number in range(200)
+            ]
+            await names(reader, *tagged[0])
+            tasks += [
+                asyncio.create_task(names(reader, *tagged[number % 5])) for number in range(200)
+            ]
+            await asyncio.sleep(0)
+            for task in tasks[1::2]:
+                task.cancel()
+            for number, task in list(enumerate(tasks))[::2]:
+                assert await task == [f"{n}" for n in range(number % 200 % 5 + 1)]
+
+    asyncio.run(main())
+
+
+def test_connections_that_were_lost_are_made_anew(
+    servers: Servers, tagged: list[tuple[UUID, UUID]]
+) -> None:
+    """After a restart of the server nobody gets an error for a connection of the time before."""
+
+    async def main() -> None:
+        async with reading(servers.endpoint_url) as reader:
+            await asyncio.gather(*(names(reader, *each) for each in tagged))
+            with servers.owner() as connection:
+                connection.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity "
+                    "where usename = 'task_tags_endpoint'"
+                )
+            answers = await asyncio.gather(*(names(reader, *each) for each in tagged))
+            assert [len(answer or []) for answer in answers] == [1, 2, 3, 4, 5]
+
+    asyncio.run(main())
+
+
+def test_a_read_that_fails_or_takes_too_long_ends_with_an_error_and_the_next_is_answered(
+    servers: Servers, tagged: list[tuple[UUID, UUID]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the table is locked: after the server's time-out for locks, or the reader's own, whichever is first."""
+
+    async def main() -> None:
+        async with reading(servers.endpoint_url, 1) as reader:
+            await names(reader, *tagged[0])
+            with servers.owner() as connection, connection.transaction():
+                connection.execute("lock table task_tags in access exclusive mode")
+                with pytest.raises(psycopg.errors.LockNotAvailable):
+                    await names(reader, *tagged[0])
+                monkeypatch.setattr("worker.api.queries.READ_SECONDS", 0.2)
+                with pytest.raises(TimeoutError):
+                    await names(reader, *tagged[0])
+            monkeypatch.undo()
+            assert await names(reader, *tagged[1]) == ["0", "1"]
+
+    asyncio.run(main())
+
+
+def test_a_role_that_sees_through_row_level_security_is_refused(servers: Servers) -> None:
+    """As at the start of the endpoint, also when it connects later."""
+
+    async def main() -> None:
+        async with reading(servers.owner_url) as reader:
+            with pytest.raises(UnsafeRole):
+                await reader.check()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_is_away_is_an_error() -> None:
+    """Not an empty answer."""
+
+    async def main() -> None:
+        async with reading("postgresql://nobody@localhost:1/none") as reader:
+            with pytest.raises(psycopg.OperationalError):
+                await names(reader, uuid4(), uuid4())
+
+    asyncio.run(main())

@@ -1,0 +1,662 @@
+"""Reading over HTTP: tasks with their states and tags, filters, pages of tags, and pages of filtered changes."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from jsonschema import Draft202012Validator
+
+from producers.client import registration
+from producers.contract.messages import Message, TagBatch, TagOperation, TaskExecution, add, remove
+from tests.conftest import Servers
+from tests.integration.test_api import problem
+from tests.support.tenant import applied
+from worker.auth import REGISTER, WRITE
+from worker.db.repository import Store
+
+NAMES = ("z", "A", "Z", "a", "é", "\ufffd", "\U0001f600", "a b", "10", "9", "", "a\u0301")
+"""Task names whose order by code point is none of a language, and not UTF-16's either; "" is not used."""
+
+Apply = Callable[..., Any]
+
+
+@pytest.fixture
+def apply(store: Store, organization: UUID) -> Apply:
+    """Apply messages in one transaction, as a worker would."""
+    return lambda *messages: applied(store, organization, *messages)
+
+
+@pytest.fixture
+def execution(apply: Apply) -> UUID:
+    execution = uuid4()
+    apply(registration(execution))
+    return execution
+
+
+def tagging(*operations: TagOperation) -> TagBatch:
+    return TagBatch(tags=list(operations))
+
+
+def state(execution: UUID, task_name: str, word: Any) -> Message:
+    return TaskExecution(flow_execution_id=execution, task_name=task_name, state=word)
+
+
+def read(http: httpx.Client, path: str, execution: UUID | str, **query: Any) -> httpx.Response:
+    return http.get(path, params={"flow_execution_id": str(execution), **query})
+
+
+def tags(http: httpx.Client, execution: UUID, **query: Any) -> list[dict[str, Any]]:
+    """Return the bare array of tags."""
+    response = read(http, "/task-tags", execution, **query)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert isinstance(found, list)
+    return found
+
+
+def tasks(http: httpx.Client, execution: UUID, **query: Any) -> list[dict[str, Any]]:
+    response = read(http, "/task-executions", execution, **query)
+    assert response.status_code == 200, response.text
+    found: list[dict[str, Any]] = response.json()
+    return found
+
+
+def named(found: list[dict[str, Any]], field: str = "tag") -> list[str]:
+    return [each[field] for each in found]
+
+
+def etag(http: httpx.Client, path: str, execution: UUID, **query: Any) -> str:
+    header: str = read(http, path, execution, **query).headers["etag"]
+    return header
+
+
+def refused(response: httpx.Response, field: str) -> None:
+    """Check that a parameter is refused by its name."""
+    assert response.status_code == 400, response.text
+    error = problem(response)
+    assert error["code"] == "bad_request"
+    assert [(each["index"], each["field"]) for each in error["details"]] == [(None, field)]
+
+
+# --- Tasks ---------------------------------------------------------------------------------------
+
+
+def test_a_task_is_there_if_it_is_registered_tagged_or_has_a_state(
+    http: httpx.Client, apply: Apply, organization: UUID
+) -> None:
+    """Each for itself and all together: one object for a task, with every field."""
+    execution = uuid4()
+    names = ["registered", "tagged", "with a state", "with both"]
+    apply(registration(execution, names))
+    apply(tagging(*(add(execution, name, "type", "tag", {"n": 1}) for name in names[1::2])))
+    apply(state(execution, "with a state", "queued"), state(execution, "with both", "running"))
+    apply(state(execution, "with a state", "failed"))
+    found = {task["task_name"]: task for task in tasks(http, execution)}
+    assert list(found) == names
+    nothing = dict.fromkeys(("state", "state_changed_at", "state_changed_by"))
+    assert found["registered"] == {
+        "flow_execution_id": str(execution),
+        "task_name": "registered",
+        **nothing,
+        "tags": [],
+    }
+    assert {**found["tagged"], "tags": []} == {**found["registered"], "task_name": "tagged"}
+    events = read(http, "/task-tags/changes", execution).json()
+    assert {**found["with a state"], "tags": None} == {
+        **events[-1]["changes"][0]["task"],
+        "tags": None,
+    }
+    assert (found["with both"]["state"], found["with a state"]["state"]) == ("running", "failed")
+    assert found["with both"]["state_changed_by"] == "ada"
+    assert found["with both"]["state_changed_at"] == events[-2]["changed_at"]
+    assert [tag for task in found.values() for tag in task["tags"]] == tags(http, execution)
+    assert found["with both"]["tags"][0]["organization_id"] == str(organization)
+
+
+def test_without_registered_names_only_what_is_known_is_there(
+    http: httpx.Client, apply: Apply, execution: UUID
+) -> None:
+    """An execution that takes every task name has those with a tag or a state; at first none."""
+    assert tasks(http, execution) == []
+    apply(tagging(add(execution, "tagged", "type", "tag")), state(execution, "stated", "queued"))
+    found = tasks(http, execution)
+    assert named(found, "task_name") == ["stated", "tagged"]
+    assert [(task["state"], len(task["tags"])) for task in found] == [("queued", 0), (None, 1)]
+
+
+def test_a_task_goes_with_its_last_tag_unless_it_is_registered_or_has_a_state(
+    http: httpx.Client, apply: Apply, execution: UUID
+) -> None:
+    """A removed tag is of no task; what keeps a task is its name or its state."""
+    apply(state(execution, "stated", "completed"))
+    for name in ("stated", "unregistered"):
+        apply(tagging(add(execution, name, "type", "1"), add(execution, name, "type", "2")))
+        apply(tagging(remove(execution, name, "type", "1")))
+    assert named(tasks(http, execution), "task_name") == ["stated", "unregistered"]
+    apply(tagging(*(remove(execution, name, "type", "2") for name in ("stated", "unregistered"))))
+    (left,) = tasks(http, execution)
+    assert (left["task_name"], left["state"], left["tags"]) == ("stated", "completed", [])
+    registered = uuid4()
+    apply(registration(registered, ["task"]), tagging(add(registered, "task", "type", "1")))
+    apply(tagging(remove(registered, "task", "type", "1")))
+    assert named(tasks(http, registered), "task_name") == ["task"]
+
+
+def test_tasks_are_in_the_order_of_code_points(http: httpx.Client, apply: Apply) -> None:
+    """Wherever their names come from."""
+    execution = uuid4()
+    names = [name for name in NAMES if name]
+    apply(registration(execution, names[:4]), registration(execution, names))
+    apply(tagging(*(add(execution, name, "type", "tag") for name in names[2:8])))
+    apply(*(state(execution, name, "queued") for name in names[6:]))
+    assert named(tasks(http, execution), "task_name") == sorted(names)
+    execution = uuid4()
+    apply(registration(execution))
+    apply(tagging(*(add(execution, name, "type", "tag") for name in names)))
+    assert named(tasks(http, execution), "task_name") == sorted(names)
+
+
+def test_the_tags_of_a_task_are_in_the_order_in_which_they_are_read(
+    http: httpx.Client, apply: Apply, execution: UUID
+) -> None:
+    """By time of creation, as in `GET /task-tags`, however many there are."""
+    names = ["c", "a", "b"]
+    for batch in range(6):
+        operations = [add(execution, names[n % 3], f"{n % 7}", f"{batch} {n}") for n in range(100)]
+        apply(tagging(*operations))
+    bare = tags(http, execution)
+    assert len(bare) == 600
+    for task in tasks(http, execution):
+        own = [tag for tag in bare if tag["task_name"] == task["task_name"]]
+        assert named(task["tags"]) == named(own)
+
+
+def test_one_task_is_read(http: httpx.Client, apply: Apply) -> None:
+    """By its exact name; an unknown one is not there, and that is no error."""
+    execution = uuid4()
+    apply(registration(execution, ["a", "b", "é", "never tagged"]))
+    apply(tagging(add(execution, "a", "type", "x"), add(execution, "b", "type", "y")))
+    apply(state(execution, "é", "queued"))
+    everything = {task["task_name"]: task for task in tasks(http, execution)}
+    for name, task in everything.items():
+        assert tasks(http, execution, task_name=name) == [task]
+    for unknown in ("A", "a ", "%", "e\u0301", "'"):
+        assert tasks(http, execution, task_name=unknown) == []
+
+
+def test_the_etag_of_tasks_counts_changes_and_registered_names(
+    http: httpx.Client, apply: Apply
+) -> None:
+    """`"<revision>.<names>"`: it is another one whenever the answer is."""
+    execution = uuid4()
+    seen = []
+
+    def step(*messages: Message) -> str:
+        apply(*messages)
+        header = etag(http, "/task-executions", execution)
+        assert etag(http, "/task-executions", execution, task_name="a") == header
+        seen.append(header)
+        return header
+
+    assert step(registration(execution, ["a"])) == '"0.1"'
+    assert step(registration(execution, ["a", "b"])) == '"0.2"'
+    assert step(tagging(add(execution, "a", "type", "x"))) == '"1.2"'
+    assert step(state(execution, "a", "queued")) == '"2.2"'
+    assert step(registration(execution, ["c"])) == '"2.3"'
+    assert step(registration(execution)) == '"2.0"'
+    assert len(set(seen)) == len(seen)
+    assert step(state(execution, "a", "queued")) == seen[-1]
+    assert etag(http, "/task-tags", execution) == '"2"'
+
+
+def test_tasks_of_unknown_and_foreign_executions_are_404(
+    servers: Servers, http: httpx.Client, apply: Apply, execution: UUID
+) -> None:
+    """Alike, but for the request id; with a filter of tasks as well."""
+    apply(state(execution, "task", "queued"))
+    assert tasks(http, execution)
+    headers = {"Authorization": f"Bearer {servers.token(uuid4())}"}
+    for path, name, value in (
+        ("/task-executions", "task_name", "task"),
+        ("/task-tags", "tag_type", "type"),
+        ("/task-tags", "limit", "1"),
+    ):
+        for query in ({}, {name: value}):
+            parameters = {"flow_execution_id": str(execution), **query}
+            foreign = http.get(path, params=parameters, headers=headers)
+            unknown = read(http, path, uuid4(), **query)
+            assert foreign.status_code == unknown.status_code == 404
+            assert problem(foreign) == problem(unknown)
+            assert problem(foreign)["code"] == "not_found"
+
+
+def test_reading_tasks_needs_a_token_with_the_scope(
+    servers: Servers, organization: UUID, execution: UUID
+) -> None:
+    """401 without one, 403 if it may only write."""
+    url = f"{servers.stack.endpoint_url}/task-executions?flow_execution_id={execution}"
+    assert httpx.get(url).status_code == 401
+    token = servers.token(organization, WRITE, REGISTER)
+    response = httpx.get(url, headers={"Authorization": f"Bearer {token}"})
+    assert (response.status_code, problem(response)["code"]) == (403, "forbidden")
+
+
+def test_wrong_parameters_of_tasks_are_named(http: httpx.Client, execution: UUID) -> None:
+    """Also those that other paths know."""
+    for field, value in {
+        "task_name": "",
+        "limit": "5",
+        "cursor": "x",
+        "tag_type": "x",
+        "after": "1",
+    }.items():
+        refused(read(http, "/task-executions", execution, **{field: value}), field)
+    refused(read(http, "/task-executions", "x"), "flow_execution_id")
+    refused(http.get("/task-executions"), "flow_execution_id")
+
+
+# --- Filters -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(apply: Apply, execution: UUID) -> UUID:
+    """Tags of two tasks, three types and four names, one of them removed."""
+    for name in ("one", "two"):
+        apply(
+            tagging(
+                add(execution, name, "status", "reviewed", {"by": "ada"}),
+                add(execution, name, "status", "reviewed"),
+                add(execution, name, "status", "approved"),
+                add(execution, name, "quality", "reviewed"),
+                add(execution, name, "é", "a, b&c"),
+                add(execution, name, "status", "gone"),
+            )
+        )
+        apply(tagging(remove(execution, name, "status", "gone")))
+    return execution
+
+
+FILTERS: list[dict[str, Any]] = [
+    {"tag_type": "status"},
+    {"tag_type": ["quality", "é"]},
+    {"tag_type": ["status", "status", "none"]},
+    {"tag": "reviewed"},
+    {"tag": ["approved", "a, b&c"]},
+    {"tag_type": ["status", "quality"], "tag": ["reviewed"]},
+    {"tag_type": "é", "tag": "reviewed"},
+    {"tag": "gone"},
+    {"tag_type": "Status"},
+    {"tag_type": "%"},
+    {"task_name": "two", "tag": "reviewed"},
+    {"task_name": "two", "tag_type": ["quality", "é"]},
+    {"task_name": "three", "tag": "reviewed"},
+    {"tag_type": [f"{number}" for number in range(99)] + ["status"]},
+]
+
+
+def fits(tag: dict[str, Any], query: dict[str, Any]) -> bool:
+    """Say whether a tag is wanted, in the plainest way."""
+    return all(
+        tag[name] in (value if isinstance(value, list) else [value])
+        for name, value in query.items()
+    )
+
+
+def test_only_the_tags_that_fit_are_read(http: httpx.Client, mixed: UUID) -> None:
+    """One value, several, none that fits, and with a task's name; what is left is as it was, in its order."""
+    everything = tags(http, mixed)
+    assert len(everything) == 10
+    lengths = []
+    for query in FILTERS:
+        wanted = [tag for tag in everything if fits(tag, query)]
+        assert tags(http, mixed, **query) == wanted, query
+        assert etag(http, "/task-tags", mixed, **query) == '"4"'
+        lengths.append(len(wanted))
+    assert lengths == [6, 4, 6, 6, 4, 6, 0, 0, 0, 0, 3, 2, 0, 6]
+
+
+def test_a_reader_who_knows_the_revision_gets_304_with_filters_too(
+    http: httpx.Client, apply: Apply, mixed: UUID
+) -> None:
+    """Also of a page; after a change it is read again, even if what fits is the same."""
+    queries: list[dict[str, Any]] = [{"tag": "approved"}, {"tag": "none"}, {"limit": 2}]
+    page = read(http, "/task-tags", mixed, limit=2).json()
+    queries += [{"limit": 2, "cursor": page["next_cursor"]}, {"cursor": page["next_cursor"]}]
+    for query in queries:
+        parameters = {"flow_execution_id": str(mixed), **query}
+        for header, status in (('"4"', 304), ('W/"4"', 304), ('"3", "4"', 304), ('"3"', 200)):
+            response = http.get("/task-tags", params=parameters, headers={"If-None-Match": header})
+            assert response.status_code == status, (query, header)
+            assert response.headers["etag"] == '"4"'
+            assert (response.content == b"") == (status == 304)
+    apply(tagging(add(mixed, "three", "status", "new")))
+    for query in queries:
+        parameters = {"flow_execution_id": str(mixed), **query}
+        response = http.get("/task-tags", params=parameters, headers={"If-None-Match": '"4"'})
+        assert (response.status_code, response.headers["etag"]) == (200, '"5"')
+
+
+@pytest.mark.parametrize("path", ["/task-tags", "/task-tags/changes"])
+def test_a_wrong_filter_is_named(http: httpx.Client, execution: UUID, path: str) -> None:
+    """By its own name, also if it is one of several; and without what was given."""
+    for name, longest in (("tag_type", 100), ("tag", 200)):
+        for value in ("", ["good", ""], "a\x00b", "unwanted" * 30, ["good"] * 101):
+            response = read(http, path, execution, **{name: value})
+            refused(response, name)
+            assert "unwanted" not in response.text
+        assert read(http, path, execution, **{name: "x" * longest}).status_code == 200
+    refused(read(http, path, execution, task_name=["a", "b"]), "task_name")
+    refused(read(http, path, execution, tags="a"), "tags")
+
+
+# --- Pages of tags -------------------------------------------------------------------------------
+
+
+def pages(http: httpx.Client, execution: UUID, **query: Any) -> Iterator[list[dict[str, Any]]]:
+    """Yield the pages of tags, until there is no next cursor; none comes twice."""
+    cursor: dict[str, str] = {}
+    while True:
+        response = read(http, "/task-tags", execution, **query, **cursor)
+        assert response.status_code == 200, response.text
+        page = response.json()
+        assert set(page) == {"tags", "next_cursor"}
+        yield page["tags"]
+        if page["next_cursor"] is None:
+            return
+        assert page["next_cursor"] not in cursor.values()
+        cursor = {"cursor": page["next_cursor"]}
+
+
+@pytest.fixture
+def many(apply: Apply, execution: UUID) -> UUID:
+    """25 tags of five batches in four transactions; so many have the same time of creation."""
+
+    def some(*numbers: int) -> TagBatch:
+        return tagging(
+            *(add(execution, f"{n % 2}", f"{n % 3}", f"{n:02}", {"n": n}) for n in numbers)
+        )
+
+    apply(some(*range(11)), some(11, 12))
+    apply(some(13))
+    apply(some(*range(14, 24)))
+    apply(some(24))
+    return execution
+
+
+def test_pages_have_every_tag_once_in_the_order_of_the_whole(
+    http: httpx.Client, many: UUID
+) -> None:
+    """However long the pages are; a page that ends with the last tag has no next one."""
+    everything = tags(http, many)
+    assert named(everything) == [f"{n:02}" for n in range(25)]
+    for limit in (1, 5, 7, 24, 25, 26, 1000):
+        found = list(pages(http, many, limit=limit))
+        assert [tag for page in found for tag in page] == everything
+        assert [len(page) for page in found[:-1]] == [limit] * (len(found) - 1)
+        assert 0 < len(found[-1]) <= limit
+    first = read(http, "/task-tags", many, limit=20)
+    assert first.headers["etag"] == '"5"'
+    rest = read(http, "/task-tags", many, cursor=first.json()["next_cursor"])
+    assert rest.json() == {"tags": everything[20:], "next_cursor": None}
+
+
+def test_pages_of_what_fits(http: httpx.Client, many: UUID) -> None:
+    """With filters, a page is full of what fits."""
+    everything = tags(http, many)
+    for query in (
+        {"tag_type": ["0", "2"]},
+        {"task_name": "1"},
+        {"task_name": "0", "tag_type": "1"},
+        {"tag": [f"{n:02}" for n in range(3, 22)]},
+    ):
+        wanted = [tag for tag in everything if fits(tag, query)]
+        found = list(pages(http, many, limit=3, **query))
+        assert [tag for page in found for tag in page] == wanted
+        assert [len(page) for page in found[:-1]] == [3] * (len(found) - 1)
+    assert list(pages(http, many, limit=3, tag="none")) == [[]]
+
+
+def test_what_changes_between_pages_neither_hides_nor_doubles_a_tag(
+    http: httpx.Client, apply: Apply, many: UUID
+) -> None:
+    """Tags are added, and others removed, also the one at which the page before ended: all that stayed come once."""
+    everything = named(tags(http, many))
+    seen: list[str] = []
+    removed: list[str] = []
+    for number, page in enumerate(pages(http, many, limit=7)):
+        seen += named(page)
+        if number < 3:
+            removed.append(seen[-1])
+            last = int(seen[-1])
+            apply(
+                tagging(
+                    remove(many, f"{last % 2}", f"{last % 3}", seen[-1]),
+                    add(many, "0", "0", f"new {number}"),
+                    add(many, "0", "0", f"{number:02}", "the same name"),
+                )
+            )
+    assert len(removed) == 3
+    assert seen[:25] == everything
+    assert sorted(seen[25:]) == ["00", "01", "02", "new 0", "new 1", "new 2"]
+
+
+def test_an_execution_without_tags_has_one_empty_page(http: httpx.Client, execution: UUID) -> None:
+    """With the same ETag as the bare array."""
+    assert list(pages(http, execution, limit=7)) == [[]]
+    assert etag(http, "/task-tags", execution, limit=7) == '"0"'
+
+
+def cursor_of(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def text_of(cursor: str) -> str:
+    return base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+
+
+def test_a_wrong_cursor_is_named(http: httpx.Client, many: UUID) -> None:
+    """Garbage, one that was cut off or changed, or one of another text: 400, and never an answer from elsewhere."""
+    cursor = read(http, "/task-tags", many, limit=7).json()["next_cursor"]
+    text = text_of(cursor)
+    wrong = {
+        *("", "x", "null", "0", "%00", "é" * 20, "x" * 12, "x" * 13, "x" * 5000, " " + cursor),
+        *(cursor[:end] for end in range(1, len(cursor), 5)),
+        *(cursor[:-1], cursor[1:], cursor + "A", cursor * 2, cursor + "=", cursor.swapcase()),
+        cursor_of("select 1"),
+        cursor_of(text[:-1]),
+        cursor_of(text + "\n"),
+        cursor_of(text + "x"),
+        cursor_of(text.upper()),
+        cursor_of(text.replace("+00", "+01")),
+        cursor_of(text.replace(" ", "T", 1)),
+        cursor_of(text[::-1]),
+        cursor_of(str(uuid4())),
+    }
+    for each in wrong - {cursor}:
+        refused(read(http, "/task-tags", many, cursor=each), "cursor")
+        refused(read(http, "/task-tags", many, limit=7, cursor=each), "cursor")
+    refused(read(http, "/task-tags", many, cursor=[cursor, cursor]), "cursor")
+
+
+def test_a_cursor_of_no_moment_is_wrong_as_well(http: httpx.Client, many: UUID) -> None:
+    """It looks like one, but there is no such time: 400, not what is said when the database is away."""
+    text = text_of(read(http, "/task-tags", many, limit=7).json()["next_cursor"])
+    for part, wrong in (
+        (r"-\d\d-", "-13-"),
+        (r"-\d\d-\d\d", "-02-30"),
+        (r"\d\d:\d\d:", "25:00:"),
+        (r":\d\d:", ":60:"),
+        (r"^\d{4}", "0000"),
+        (r"^\d{4}", "99999"),
+    ):
+        forged = re.sub(part, wrong, text, count=1)
+        assert forged != text
+        refused(read(http, "/task-tags", many, cursor=cursor_of(forged)), "cursor")
+
+
+def test_a_cursor_of_another_execution_gives_nothing_of_it(
+    http: httpx.Client, apply: Apply, many: UUID
+) -> None:
+    """It only says behind which tag to go on."""
+    other = uuid4()
+    apply(registration(other), tagging(add(other, "task", "type", "other")))
+    cursor = read(http, "/task-tags", many, limit=7).json()["next_cursor"]
+    found = read(http, "/task-tags", other, cursor=cursor).json()
+    assert named(found["tags"]) == ["other"]
+
+
+def test_a_wrong_limit_is_named(http: httpx.Client, many: UUID) -> None:
+    """From 1 to 1000, in digits."""
+    for limit in ("0", "1001", "x", "-1", "", "1.0", "+1", " 1", "1e2", "１", "9" * 30, ["1", "2"]):
+        refused(read(http, "/task-tags", many, limit=limit), "limit")
+
+
+def test_pages_are_in_the_document(servers: Servers, http: httpx.Client, many: UUID) -> None:
+    """Real answers, held against the OpenAPI document; its parameters are those that are taken."""
+    document = httpx.get(f"{servers.stack.endpoint_url}/openapi.json").json()
+    for path, query in (
+        ("/task-tags", {}),
+        ("/task-tags", {"limit": 7}),
+        ("/task-tags", {"limit": 1000}),
+        ("/task-executions", {}),
+        ("/task-tags/changes", {"tag_type": "1"}),
+    ):
+        described = document["paths"][path]["get"]
+        schema = described["responses"]["200"]["content"]["application/json"]["schema"]
+        answer = read(http, path, many, **query).json()
+        assert answer
+        Draft202012Validator({**schema, "components": document["components"]}).validate(answer)
+        assert query.keys() <= {each["name"] for each in described["parameters"]}
+
+
+# --- Filtered changes ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changed(apply: Apply, execution: UUID) -> UUID:
+    """Fourteen changes: tags of two tasks and several types, added and removed, and states between them."""
+    metadata = {"b": 1e300, "a": "é", "c": [0.1, -(2**63)]}
+    apply(
+        tagging(add(execution, "one", "status", "reviewed", metadata)),
+        state(execution, "one", "running"),
+        tagging(add(execution, "two", "status", "reviewed"), add(execution, "one", "quality", "a")),
+        state(execution, "two", "queued"),
+        *(tagging(add(execution, "one", "rest", f"{number}")) for number in range(5)),
+        tagging(remove(execution, "two", "status", "reviewed"), add(execution, "two", "rest", "0")),
+        state(execution, "one", "completed"),
+        tagging(*(remove(execution, "one", "rest", f"{number}") for number in range(5))),
+        tagging(add(execution, "two", "quality", "é&=")),
+        tagging(add(execution, "one", "rest", "last")),
+    )
+    return execution
+
+
+CHANGE_FILTERS: list[dict[str, Any]] = [
+    {"tag_type": "status"},
+    {"tag_type": ["status", "quality"]},
+    {"tag": ["reviewed", "é&="]},
+    {"tag": "last"},
+    {"tag": "none"},
+    {"task_name": "one"},
+    {"task_name": "two"},
+    {"task_name": "two", "tag_type": ["rest", "quality"]},
+    {"task_name": "one", "tag_type": "rest", "tag": ["1", "3"]},
+    {},
+]
+
+
+def wanted_of(events: list[dict[str, Any]], query: dict[str, Any]) -> list[dict[str, Any]]:
+    """Filter events in the plainest way; a state has no type and no tag."""
+    reduced = []
+    for event in events:
+        changes = [
+            change
+            for change in event["changes"]
+            if ("tag" in change and fits(change["tag"], query))
+            or ("task" in change and query.keys() <= {"task_name"} and fits(change["task"], query))
+        ]
+        if changes:
+            reduced.append({**event, "changes": changes})
+    return reduced
+
+
+def follow(http: httpx.Client, response: httpx.Response) -> Iterator[list[dict[str, Any]]]:
+    """Yield pages of events, each by the Link of the one before, until there is no Link."""
+    while True:
+        assert response.status_code == 200, response.text
+        yield response.json()
+        if "link" not in response.headers:
+            return
+        following = response.links["next"]["url"]
+        assert not str(response.url).endswith(following)
+        response = http.get(following)
+
+
+def test_only_the_changes_that_fit_are_read(http: httpx.Client, changed: UUID) -> None:
+    """Events without any are left out, the others are as they were, but for the changes that do not fit."""
+    everything = read(http, "/task-tags/changes", changed).json()
+    assert [event["revision"] for event in everything] == list(range(1, 15))
+    lengths = []
+    for query in CHANGE_FILTERS:
+        response = read(http, "/task-tags/changes", changed, **query)
+        assert response.json() == wanted_of(everything, query), query
+        assert "link" not in response.headers
+        lengths.append(len(response.json()))
+    assert lengths == [3, 4, 4, 1, 0, 11, 4, 2, 3, 14]
+
+
+def test_states_are_changes_of_their_task(http: httpx.Client, changed: UUID) -> None:
+    """A filter of the task keeps them; a filter of tags leaves them out."""
+
+    def states(**query: Any) -> list[str]:
+        events = read(http, "/task-tags/changes", changed, **query).json()
+        changes = [change for event in events for change in event["changes"]]
+        return [change["task"]["state"] for change in changes if change["change"] == "state"]
+
+    assert states() == ["running", "queued", "completed"]
+    assert states(task_name="one") == ["running", "completed"]
+    assert states(task_name="two") == ["queued"]
+    assert states(task_name="one", tag_type="status") == states(tag="reviewed") == []
+
+
+def test_links_lead_through_all_changes_that_fit(http: httpx.Client, changed: UUID) -> None:
+    """With the same filters and limit, over pages on which nothing fits, to the end, and there they stop."""
+    everything = read(http, "/task-tags/changes", changed).json()
+    for query in CHANGE_FILTERS:
+        for limit, after in ((1, 0), (3, 0), (3, 5), (13, 0), (14, 0), (1000, 13), (5, 14)):
+            first = read(http, "/task-tags/changes", changed, limit=limit, after=after, **query)
+            found = list(follow(http, first))
+            wanted = wanted_of(everything[after:], query)
+            assert [event for page in found for event in page] == wanted
+            assert len(found) == max(1, -(-(14 - after) // limit))
+
+
+def test_a_link_keeps_what_was_asked(http: httpx.Client, changed: UUID) -> None:
+    """It is relative to the endpoint, and every parameter is in it once, or as often as it was given."""
+    query = {"tag": ["é&=", "a b"], "task_name": "ü/?#", "limit": "2", "after": "3"}
+    response = read(http, "/task-tags/changes", changed, **query)
+    link = httpx.URL(response.links["next"]["url"])
+    assert (link.host, link.path) == ("", "/task-tags/changes")
+    assert response.links["next"]["rel"] == "next"
+    asked = {"flow_execution_id": [str(changed)], **query, "after": ["5"]}
+    given = {name: link.params.get_list(name) for name in link.params}
+    assert given == {
+        name: value if isinstance(value, list) else [value] for name, value in asked.items()
+    }
+
+
+def test_without_a_limit_a_link_goes_on_after_a_hundred(
+    http: httpx.Client, apply: Apply, execution: UUID
+) -> None:
+    """What fits comes from the second page alone; the first one is empty, and not the end."""
+    apply(*(tagging(add(execution, "task", "type", f"{number}")) for number in range(101)))
+    response = read(http, "/task-tags/changes", execution, tag="100")
+    assert response.json() == []
+    found = list(follow(http, response))
+    assert [[event["revision"] for event in page] for page in found] == [[], [101]]

@@ -1,0 +1,118 @@
+"""docker/redis-users.acl on a real server: the SDK works with those rights, and with nothing more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from redis.exceptions import NoPermissionError
+
+from producers.client import TagProducer, registration
+from producers.contract.messages import inbox_key, rejected_key, results_channel
+from producers.errors import Unavailable
+from producers.redis_client import open_redis
+from producers.subscriber import Signal, listen
+from tests.conftest import Servers
+
+FILE = Path(__file__).parents[2] / "docker" / "redis-users.acl"
+PLACEHOLDER = str(UUID(int=0))
+
+
+@pytest.fixture
+def urls(servers: Servers, redis: Any, organization: UUID) -> Iterator[dict[str, str]]:
+    """URLs of the organization's producer and subscriber, and of an endpoint, made as the file says."""
+    made = {}
+    for line in FILE.read_text().splitlines():
+        if match := re.match(r"user ((producer|subscriber|endpoint)\S*) (.*)", line):
+            user, kind, rules = (
+                part.replace(PLACEHOLDER, str(organization)) for part in match.groups()
+            )
+            redis.execute_command("ACL", "SETUSER", user, "reset", *rules.split())
+            password = f"{kind.upper()}_PASSWORD"
+            made[kind] = servers.stack.redis_url.replace("unix://", f"unix://{user}:{password}@")
+    yield made
+    for kind in made:
+        redis.acl_deluser(f"{kind}-{organization}", kind)
+
+
+def test_a_confined_producer_can_do_its_work(
+    urls: dict[str, str], organization: UUID, token: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Enqueue, send the drain, and hear the result."""
+    with TagProducer(redis_url=urls["producer"], organization_id=organization, token=token) as it:
+        assert it.apply(registration(uuid4())).flow_execution is not None
+    assert "late" not in caplog.text  # the drain was sent, and beat did not have to help
+
+
+def test_it_can_do_nothing_to_another_organization(
+    urls: dict[str, str], organization: UUID, token: str, redis: Any
+) -> None:
+    """Neither write to its inbox, nor listen, nor read what it has written itself."""
+    other = uuid4()
+    with TagProducer(redis_url=urls["producer"], organization_id=other, token=token) as it:
+        with pytest.raises(Unavailable, match="NoPermissionError"):
+            it.enqueue(registration(uuid4()))
+    assert not redis.exists(inbox_key(other))
+    with open_redis(urls["producer"]) as confined:
+        client: Any = confined
+        for command in (
+            ("SUBSCRIBE", results_channel(other, "x")),
+            ("PSUBSCRIBE", "*"),
+            ("XRANGE", inbox_key(organization), "-", "+"),
+            ("XREAD", "STREAMS", inbox_key(organization), "0"),
+            ("XRANGE", rejected_key(organization), "-", "+"),
+            ("DEL", "_kombu.binding.celery.pidbox"),
+            ("PUBLISH", "/0.celery.pidbox", "{}"),
+            ("PUBLISH", results_channel(organization, "x"), "{}"),
+            ("LRANGE", "task-tags", "0", "-1"),
+            ("KEYS", "*"),
+            ("FLUSHALL",),
+            ("CONFIG", "GET", "*"),
+        ):
+            with pytest.raises(NoPermissionError):
+                client.execute_command(*command)
+
+
+def test_an_endpoint_can_write_to_all_and_listen_to_all(
+    urls: dict[str, str], token: str, organization: UUID, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it enqueues is applied, and it hears the result; it can't read what waits, nor pretend to be a worker."""
+    with TagProducer(redis_url=urls["endpoint"], organization_id=organization, token=token) as it:
+        assert it.apply(registration(uuid4())).statuses == ["registered"]
+    assert "late" not in caplog.text
+    with open_redis(urls["endpoint"]) as client:
+        confined: Any = client
+        confined.execute_command("XLEN", inbox_key(uuid4()))
+        for command in (
+            ("XRANGE", inbox_key(organization), "-", "+"),
+            ("XRANGE", rejected_key(organization), "-", "+"),
+            ("PUBLISH", results_channel(organization, "x"), "{}"),
+            ("KEYS", "*"),
+            ("FLUSHALL",),
+        ):
+            with pytest.raises(NoPermissionError):
+                confined.execute_command(*command)
+
+
+def test_a_subscriber_can_only_listen(
+    urls: dict[str, str], organization: UUID, producer: TagProducer
+) -> None:
+    """To its own organization's channels."""
+    import threading
+
+    stop = threading.Event()
+    with open_redis(urls["subscriber"]) as client:
+        heard = listen(client, [results_channel(organization, "r")], stop)
+        assert next(heard) is Signal.SUBSCRIBED
+        producer.enqueue(registration(uuid4()).model_copy(update={"reply_to": "r"}))
+        assert isinstance(next(each for each in heard if isinstance(each, bytes)), bytes)
+        stop.set()
+        assert list(heard) in ([], [Signal.QUIET])
+        confined: Any = client
+        for command in (("XLEN", inbox_key(organization)), ("LPUSH", "task-tags", "x")):
+            with pytest.raises(NoPermissionError):
+                confined.execute_command(*command)

@@ -1,0 +1,366 @@
+"""Storage on real PostgreSQL: isolation of organizations, roles, and what goes in comes out (section 5)."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from psycopg import sql
+from sqlalchemy import make_url
+
+import worker.db.repository
+from producers.client import registration
+from producers.contract.messages import (
+    Message,
+    ResultRecord,
+    TagBatch,
+    TaskExecution,
+    TaskState,
+    Uuid7,
+    add,
+    remove,
+)
+from tests.conftest import Servers
+from tests.support.tenant import applied, requests_of
+from tests.support.waiting import eventually
+from worker.db.migrate import migrate
+from worker.db.repository import Store, UnsafeRole, is_transient
+from worker.drain.path import transact
+from worker.rules import Execution, State, decide
+
+TABLES = ("flow_executions", "task_tags", "tag_batches", "tag_changes", "task_executions")
+
+
+def load(store: Store, organization: UUID, *messages: Message) -> State:
+    with store.transaction(organization) as transaction:
+        return transaction.load(requests_of(*messages))
+
+
+@contextmanager
+def as_role(url: str, organization: UUID | str | None) -> Iterator[psycopg.Connection]:
+    """A plain connection of a role, with the organization set as the product sets it."""
+    with psycopg.connect(url) as connection:
+        if organization is not None:
+            connection.execute(
+                "select set_config('app.organization_id', %s, true)", [str(organization)]
+            )
+        yield connection
+        connection.rollback()
+
+
+def count(connection: psycopg.Connection, table: str) -> int:
+    query = sql.SQL("select count(*) from {}").format(sql.Identifier(table))
+    row = connection.execute(query).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_what_is_saved_is_what_is_loaded(store: Store, organization: UUID) -> None:
+    """The state after a transaction is the state that the next one finds, metadata's every form included."""
+    one, two = uuid4(), uuid4()
+    values: list[Any] = [
+        None,
+        0,
+        -1.5,
+        1e19,
+        1e300,
+        5e-324,
+        1e15,
+        0.1,
+        "é\u0301 '\"\\ \t 🎉",
+        True,
+        [],
+        {},
+        {"b": [1, {"a": None}], "a": ""},
+    ]
+    batch = TagBatch(
+        tags=[add(one, "task", "type", "x", value) for value in values]
+        + [add(two, "other", "type", '\\N {a,b} "q" \'', None), remove(one, "task", "type", "x", 0)]
+    )
+    decision = applied(
+        store, organization, registration(one), registration(two, ["other", "b"]), batch
+    )
+    state = load(store, organization, batch, registration(one), registration(two))
+    known = state.batches[batch.batch_id]
+    assert known.record == decision.outcomes[2].record
+    assert set(known.events) == set(decision.outcomes[2].events)
+    assert state.executions == {
+        one.int: Execution(one, None, revision=1),
+        two.int: Execution(two, frozenset({"other", "b"}), revision=1),
+    }
+    loaded = {tag.id: (tag, digest) for tags in state.tags.values() for digest, tag in tags.items()}
+    expected = {
+        tag.id: (tag, digest)
+        for tag, _, digest in decision.writes.added.values()
+        if tag.status == "active"
+    }
+    assert loaded.keys() == expected.keys()
+    for id, (tag, digest) in expected.items():
+        assert loaded[id][1] == digest
+        assert loaded[id][0] == tag
+
+
+def test_removed_tags_keep_their_rows(servers: Servers, store: Store, organization: UUID) -> None:
+    """Rule 4, as it is stored: status, updated_at and modified_by change; a new row has a new id."""
+    execution = uuid4()
+    applied(store, organization, registration(execution))
+    applied(store, organization, TagBatch(tags=[add(execution, "a", "t", "x")]))
+    applied(
+        store,
+        organization,
+        TagBatch(tags=[remove(execution, "a", "t", "x"), add(execution, "a", "t", "x")]),
+    )
+    with as_role(servers.worker_url, organization) as connection:
+        rows = connection.execute(
+            "select status, created_at < now(), updated_at is null, modified_by from task_tags "
+            "order by created_at, id"
+        ).fetchall()
+    assert rows == [("deleted", True, False, "ada"), ("active", True, True, None)]
+
+
+def test_the_last_state_of_a_task_is_kept(store: Store, organization: UUID) -> None:
+    """A state that is recorded is the one that the next transaction finds; each task and execution has its own."""
+    one, two = uuid4(), uuid4()
+    states: list[TaskState] = ["queued", "running", "failed"]
+    asked = [
+        TaskExecution(flow_execution_id=execution, task_name=name, state=state)
+        for state in states
+        for execution, name in ((one, "a"), (one, "b"), (two, "a"))
+    ]
+    applied(store, organization, registration(one), registration(two), *asked[:-1])
+    found = load(store, organization, *asked).tasks
+    assert {key: task.state for key, task in found.items()} == {
+        (one, "a"): "failed",
+        (one, "b"): "failed",
+        (two, "a"): "running",
+    }
+    assert {task.state_changed_by for task in found.values()} == {"ada"}
+    again = applied(store, organization, asked[-1], asked[-1])
+    assert [len(outcome.events) for outcome in again.outcomes] == [
+        1,
+        1,
+    ]  # the same, published again
+    assert again.writes.tasks == load(store, organization, asked[-1]).tasks
+
+
+@pytest.mark.parametrize("unset", [None, ""])
+@pytest.mark.parametrize("table", TABLES)
+def test_without_an_organization_there_are_no_rows(
+    servers: Servers, store: Store, organization: UUID, table: str, unset: str | None
+) -> None:
+    """Forgetting to say whose rows shows none: unset, or left empty by an earlier transaction."""
+    execution = uuid4()
+    applied(
+        store,
+        organization,
+        registration(execution),
+        TagBatch(tags=[add(execution, "a", "t", "x")]),
+        TaskExecution(flow_execution_id=execution, task_name="a", state="queued"),
+    )
+    for url in (servers.worker_url, servers.endpoint_url):
+        with as_role(url, organization) as connection:
+            assert count(connection, table) > 0
+        with as_role(url, unset) as connection:
+            assert count(connection, table) == 0
+        with as_role(url, uuid4()) as connection:
+            assert count(connection, table) == 0
+
+
+def test_no_row_can_be_written_for_another_organization(
+    servers: Servers, store: Store, organization: UUID
+) -> None:
+    """The policy holds for writing as well as for reading."""
+    with as_role(servers.worker_url, organization) as connection:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"):
+            connection.execute(
+                "insert into flow_executions values (%s, %s, null, 0, now())", [uuid4(), uuid4()]
+            )
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "insert into flow_executions values (gen_random_uuid(), gen_random_uuid(), null, 0, now())",
+        "update task_tags set tag = 'x'",
+        "delete from tag_batches",
+        "truncate task_tags",
+        "create table mine (a int)",
+        "alter table task_tags disable row level security",
+    ],
+)
+def test_the_endpoint_can_only_read(servers: Servers, statement: str) -> None:
+    """Its role has no right to anything else."""
+    with as_role(servers.endpoint_url, uuid4()) as connection:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute(statement.encode())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "truncate tag_batches",
+        "delete from task_tags",
+        "update tag_changes set revision = 1",
+        "update tag_batches set digest = ''",
+        "alter table task_tags owner to task_tags_worker",
+    ],
+)
+def test_the_worker_can_not_rewrite_history(servers: Servers, statement: str) -> None:
+    """It can delete nothing but what has a retention, and change neither results nor change events."""
+    with as_role(servers.worker_url, uuid4()) as connection:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute(statement.encode())
+
+
+def test_a_role_that_sees_through_the_policies_is_refused(servers: Servers) -> None:
+    """The worker and the endpoint don't run as a superuser or as the tables' owner."""
+    store = Store(servers.owner_url)
+    with pytest.raises(UnsafeRole, match="task_tags_worker"):
+        store.check()
+    store.close()
+
+
+def test_security_is_enabled_and_forced_and_every_key_begins_with_the_organization(
+    servers: Servers,
+) -> None:
+    """The schema itself, read from the catalogue."""
+    with servers.owner() as connection:
+        flags = connection.execute(
+            "select relname, relrowsecurity, relforcerowsecurity from pg_class "
+            "where relkind = 'r' and relname = any(%s)",
+            [list(TABLES)],
+        ).fetchall()
+        keys = connection.execute(
+            "select c.relname, a.attname from pg_index i join pg_class c on c.oid = i.indexrelid "
+            "join pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0] "
+            "where i.indrelid::regclass::text = any(%s)",
+            [list(TABLES)],
+        ).fetchall()
+        roles = connection.execute(
+            "select rolsuper or rolbypassrls or rolcreaterole or rolcreatedb from pg_roles "
+            "where rolname like 'task_tags_%'"
+        ).fetchall()
+    assert sorted(flags) == sorted((table, True, True) for table in TABLES)
+    assert len(keys) == 7
+    assert {column for _, column in keys} == {"organization_id"}
+    assert roles == [(False,), (False,)]
+
+
+def test_two_drains_of_one_organization_take_turns(store: Store, servers: Servers) -> None:
+    """The lock makes the second wait until the first has committed; others are not held up."""
+    organization = uuid4()
+    other = Store(servers.worker_url)
+    with store.transaction(organization):
+        with other.transaction(uuid4()):
+            pass
+        with pytest.raises(Exception, match="lock timeout"), other.transaction(organization):
+            pass
+    with other.transaction(organization):
+        pass
+    other.close()
+
+
+def test_look_ups_see_what_the_lock_waited_for(
+    store: Store, servers: Servers, organization: UUID
+) -> None:
+    """They are sent together with the lock, before it is free, and find what was committed before it was."""
+    execution, other = uuid4(), Store(servers.worker_url)
+    applied(store, organization, registration(execution))
+    first, second = (TagBatch(tags=[add(execution, "task", "type", "x")]) for _ in range(2))
+    waiting = "select from pg_locks where locktype = 'advisory' and not granted"
+    with ThreadPoolExecutor() as threads:
+        with store.transaction(organization) as transaction:
+            requests = requests_of(first)
+            now, state = transaction.now, transaction.load(requests)
+            transaction.save(decide(organization, requests, state, now=now, new_id=Uuid7()).writes)
+            behind = threads.submit(transact, other, organization, requests_of(second), Uuid7())
+            with servers.owner() as connection:
+                eventually(lambda: connection.execute(waiting).fetchall())
+        (outcome,) = behind.result()
+    assert ResultRecord.decode(outcome.record).statuses == ["already_exists"]
+    other.close()
+
+
+def test_purging_forgets_old_results_of_that_organization_alone(
+    servers: Servers, store: Store, organization: UUID
+) -> None:
+    """The retention bounds tag_batches; tags and change events stay, unless their own retention is over."""
+    execution = uuid4()
+    batch = TagBatch(tags=[add(execution, "a", "t", "x")])
+    foreign = uuid4()
+    for each in (organization, foreign):
+        applied(store, each, registration(execution), batch)
+    assert store.purge_results(organization, timedelta(hours=1)) == 0
+    eventually(lambda: store.purge_results(organization, timedelta(0)) == 2)
+    assert not load(store, organization, batch).batches
+    assert load(store, foreign, batch).batches
+    with as_role(servers.worker_url, organization) as connection:
+        assert (count(connection, "task_tags"), count(connection, "tag_changes")) == (1, 1)
+    assert store.purge_changes(organization, timedelta(hours=1)) == 0
+    eventually(lambda: store.purge_changes(organization, timedelta(0)) == 1)
+    with as_role(servers.worker_url, foreign) as connection:
+        assert count(connection, "tag_changes") == 1
+
+
+def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts the connection and says nothing: an error that may pass, not a process that hangs."""
+    monkeypatch.setitem(worker.db.repository.CONNECT_ARGUMENTS, "connect_timeout", 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = Store(f"postgresql://u:p@127.0.0.1:{server.getsockname()[1]}/x")
+        with pytest.raises(psycopg.OperationalError) as caught:
+            silent.check()
+    assert is_transient(caught.value)
+
+
+def test_a_wrong_password_is_waited_out(servers: Servers) -> None:
+    """It is no batch's fault, and may be set right; an option that does not exist is not waited for."""
+    url = make_url(servers.worker_url)
+    for wrong, passes in ((url.set(password="x"), True), (url.set(query={"sslmod": "x"}), False)):
+        refused = Store(wrong.render_as_string(hide_password=False))
+        with pytest.raises(psycopg.Error) as caught:
+            refused.check()
+        assert is_transient(caught.value) == passes
+
+
+@pytest.mark.parametrize(
+    ("state", "passes"),
+    [
+        ("08006", True),
+        ("40001", True),
+        ("40P01", True),
+        ("53100", True),
+        ("55P03", True),
+        ("57P01", True),
+        ("25P03", True),
+        ("25006", True),
+        ("23505", False),
+        ("22P02", False),
+        ("42501", True),
+        ("42P01", True),
+        ("42601", False),
+        ("0A000", True),
+        ("54000", False),
+        ("XX000", False),
+    ],
+)
+def test_errors_that_may_pass_are_told_from_those_that_last(state: str, passes: bool) -> None:
+    """Lost connections, deadlocks, serialization, a full disk, a restart, a migration: the same transaction may succeed."""
+    assert is_transient(psycopg.errors.lookup(state)("x")) == passes
+
+
+def test_migrating_again_changes_nothing_and_sets_passwords(servers: Servers) -> None:
+    """`task-tags-admin migrate` may run at every deployment."""
+    migrate(servers.owner_url, {})
+    with servers.owner() as connection:
+        stored = connection.execute(
+            "select rolpassword from pg_authid where rolname = 'task_tags_worker'"
+        ).fetchone()
+    assert stored is not None
+    assert stored[0].startswith("SCRAM-SHA-256$")

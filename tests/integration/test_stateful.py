@@ -1,0 +1,463 @@
+"""Rules, storage and inbox together, on real servers, under any sequence of messages and faults.
+
+Hypothesis sends messages and lets drains run, die and overtake one another, in an order that it makes up. The
+naive model of tests/unit/test_rules.py is told of each message once, when it is sent. Whatever happened, in the end
+answers, tags, revisions and change events must be the model's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+
+from producers.contract.messages import (
+    ANY_METADATA,
+    ChangeEvent,
+    FlowExecution,
+    Message,
+    ResultRecord,
+    StateChange,
+    TagBatch,
+    TagOperation,
+    TaskExecution,
+    add,
+    changes_channel,
+    inbox_key,
+    lease_key,
+    rejected_key,
+    remove,
+)
+from producers.inbox.protocol import Entry, Inbox
+from tests.conftest import Servers
+from tests.unit.test_rules import ONE, TWO, UNKNOWN, Naive
+from worker.auth import Authorizer
+from worker.db.repository import Store, Transaction
+from worker.drain.path import Drain
+
+REJECTED = "rejected"
+LEASE_MS = 600_000  # a lease runs out when the test says so, however slow the machine is
+
+
+class Killed(BaseException):
+    """Stands for the death of a process: nothing in the product may catch it."""
+
+
+def killed() -> None:
+    raise Killed
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass
+class Moments:
+    """What happens to a drain after each read, before a commit and before a removal."""
+
+    after_read: Callable[[], None] = nothing
+    before_commit: Callable[[], None] = nothing
+    before_remove: Callable[[], None] = nothing
+
+
+@dataclass
+class Heard:
+    """What was published and rejected, in this order."""
+
+    published: list[tuple[str, bytes]] = field(default_factory=list)
+    rejected: list[bytes] = field(default_factory=list)
+
+
+class WatchedInbox(Inbox):
+    """An inbox that keeps what it published, and lets things happen in between."""
+
+    def __init__(self, redis: Any, organization: UUID, moments: Moments, heard: Heard) -> None:
+        super().__init__(redis, organization, lease_ms=LEASE_MS)
+        self.moments, self.heard = moments, heard
+
+    def take(self, run_id: str, **bounds: Any) -> list[Entry]:
+        entries = super().take(run_id, **bounds)
+        if entries:
+            self.moments.after_read()
+        return entries
+
+    def remove(
+        self, run_id: str, entries: Any, publications: Any, rejections: Any = (), **bounds: Any
+    ) -> list[Entry]:
+        self.moments.before_remove()
+        following = super().remove(run_id, entries, publications, rejections, **bounds)
+        self.heard.published.extend(publications)
+        self.heard.rejected.extend(rejection.message for rejection in rejections)
+        if following:
+            self.moments.after_read()
+        return following
+
+
+class WatchedStore(Store):
+    """A store that lets things happen before it commits."""
+
+    moments = Moments()
+
+    @contextmanager
+    def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
+        with super().transaction(organization_id) as transaction:
+            yield transaction
+            self.moments.before_commit()
+
+
+names = st.sampled_from(["t1", "t2"])
+metadata = st.sampled_from([None, None, 1, {"k": [1.0, "v"]}])
+
+
+def operations_on(*executions: UUID) -> st.SearchStrategy[list[TagOperation]]:
+    """Few names, so that operations meet."""
+    key = (st.sampled_from(executions), names, st.just("type"), st.sampled_from("xy"))
+    adds = st.builds(add, *key, metadata)
+    removes = st.builds(remove, *key, metadata | st.just(ANY_METADATA))
+    return st.lists(adds | removes, min_size=1, max_size=5)
+
+
+operations = operations_on(ONE) | operations_on(ONE, TWO) | operations_on(ONE, TWO, UNKNOWN)
+some_batches = st.lists(st.builds(TagBatch, tags=operations), min_size=1, max_size=4)
+group_sizes = st.integers(1, 4)
+task_names = st.sampled_from([["t2"], ["t1"], ["t1", "t2"], [], None])
+NOT_A_BATCH = {"schema_version": 1, "kind": "tag_batch", "tags": []}
+
+
+class Machine(RuleBasedStateMachine):
+    """One organization: what was sent, what should become of it, and the drains that make it so."""
+
+    sent = Bundle("sent")
+
+    def __init__(self, servers: Servers, redis: Any, store: WatchedStore) -> None:
+        super().__init__()
+        self.organization = uuid4()
+        self.servers, self.redis, self.store = servers, redis, store
+        self.authorizer = Authorizer(servers.settings)
+        self.token = servers.token(self.organization)
+        self.naive = Naive()
+        self.expected: list[Any] = []
+        """What becomes of each message, in the order of the inbox: the model's answer, or an error."""
+        self.garbage: list[bytes] = []
+        self.heard = Heard()
+        self.runs = 0
+
+    # --- Messages
+
+    def append(self, raw: bytes, expected: Any, token: str | None = None) -> None:
+        inbox = Inbox(self.redis, self.organization, lease_ms=LEASE_MS)
+        inbox.append([raw], token or self.token, "lease")
+        self.expected.append(expected)
+
+    def send(self, message: Message) -> Message:
+        """Send a message whose answer will tell its place in the inbox, and tell the model of it."""
+        here = message.model_copy(update={"reply_to": self.here})
+        self.append(here.encode(), self.naive.send(here))
+        return message
+
+    @property
+    def here(self) -> str:
+        return f"place-{len(self.expected)}"
+
+    @initialize(target=sent, batches=some_batches)
+    def begin(self, batches: list[TagBatch]) -> Any:
+        one = FlowExecution(flow_execution_id=ONE)
+        two = FlowExecution(flow_execution_id=TWO, task_names=["t1"])
+        return multiple(self.send(one), self.send(two), *map(self.send, batches))
+
+    @rule(target=sent, execution=st.sampled_from([TWO, UNKNOWN]), names=task_names)
+    def register(self, execution: UUID, names: list[str] | None) -> Message:
+        return self.send(FlowExecution(flow_execution_id=execution, task_names=names))
+
+    @rule(
+        target=sent,
+        execution=st.sampled_from([ONE, TWO, UNKNOWN]),
+        name=names,
+        state=st.sampled_from(["queued", "running"]),
+    )
+    def record_state(self, execution: UUID, name: str, state: Any) -> Message:
+        return self.send(TaskExecution(flow_execution_id=execution, task_name=name, state=state))
+
+    @rule(target=sent, batches=some_batches)
+    def tag(self, batches: list[TagBatch]) -> Any:
+        return multiple(*map(self.send, batches))
+
+    @rule(message=sent)
+    def send_again(self, message: Message) -> None:
+        self.send(message)
+
+    @rule(message=sent, tags=operations)
+    def send_another_body(self, message: Message, tags: list[TagOperation]) -> None:
+        self.send(TagBatch(batch_id=message.batch_id, tags=tags))
+
+    @rule(raw=st.sampled_from([b"hello", b"", b"{}", b"\xff\xfe", b"[" * 100_000]))
+    def send_garbage(self, raw: bytes) -> None:
+        self.append(raw, REJECTED)
+        self.garbage.append(raw)
+
+    @rule(message=sent)
+    def send_a_broken_batch(self, message: Message) -> None:
+        fields = {**NOT_A_BATCH, "batch_id": str(message.batch_id), "reply_to": self.here}
+        self.append(json.dumps(fields).encode(), "bad_request")
+
+    @rule(message=sent)
+    def send_without_right(self, message: Message) -> None:
+        here = message.model_copy(update={"reply_to": self.here})
+        self.append(here.encode(), "unauthorized", token="garbage")
+
+    # --- Drains
+
+    def run_drain(
+        self, group_size: int, moments: Moments | None = None, rounds: int | None = None
+    ) -> int:
+        """Run one drain under an id of its own, to its end or for some rounds."""
+        self.runs += 1
+        self.store.moments = moments = moments or Moments()
+        turns = iter([False] * rounds + [True]) if rounds is not None else None
+        return Drain(
+            inbox=WatchedInbox(self.redis, self.organization, moments, self.heard),
+            organization_id=self.organization,
+            run_id=f"run-{self.runs}",
+            store=self.store,
+            authorizer=self.authorizer,
+            hand_over=nothing,
+            group_size=group_size,
+            budget_seconds=60.0,
+            stopping=lambda: next(turns, True) if turns else False,
+        ).run()
+
+    @rule(group_size=group_sizes)
+    def drain(self, group_size: int) -> None:
+        """Whoever gets the lease, free or queued, leaves nothing behind; nobody else does anything."""
+        runs_already, waiting = self.lease.startswith(b"running"), self.waiting
+        answered = self.run_drain(group_size)
+        if runs_already:
+            assert (answered, self.waiting) == (0, waiting)
+        else:
+            assert (answered, self.waiting, self.lease) == (waiting, 0, b"")
+
+    @rule(group_size=group_sizes, rounds=st.integers(0, 2))
+    def drain_and_hand_over(self, group_size: int, rounds: int) -> None:
+        self.run_drain(group_size, rounds=rounds)
+
+    @rule(
+        target=sent,
+        batches=some_batches,
+        group_size=group_sizes,
+        moment=st.sampled_from(["before_remove", "before_commit", "after_read"]),
+        groups=st.integers(0, 2),
+        lease_ends=st.booleans(),
+    )
+    def drain_and_die(
+        self, batches: list[TagBatch], group_size: int, moment: str, groups: int, lease_ends: bool
+    ) -> Any:
+        """A drain dies at its first group or a later one; soon after, or not so soon, the lease runs out."""
+        sent = self.tag(batches)
+        with suppress(Killed):
+            self.run_drain(group_size, Moments(**{moment: after(groups, killed)}))
+        if lease_ends:
+            self.expire()
+        return sent
+
+    @rule(
+        target=sent,
+        batches=some_batches,
+        group_size=group_sizes,
+        moment=st.sampled_from(["before_remove", "after_read"]),
+        groups=st.integers(0, 2),
+        rounds=st.none() | st.integers(0, 2),
+    )
+    def drain_and_be_overtaken(
+        self,
+        batches: list[TagBatch],
+        group_size: int,
+        moment: str,
+        groups: int,
+        rounds: int | None,
+    ) -> Any:
+        """The lease runs out under a slow drain, and another does its work, or a part of it."""
+        sent = self.tag(batches)
+
+        def overtake() -> None:
+            self.expire()
+            self.run_drain(2, rounds=rounds)
+
+        self.run_drain(group_size, Moments(**{moment: after(groups, overtake)}))
+        return sent
+
+    @rule(group_size=group_sizes)
+    def drain_while_another_is_running(self, group_size: int) -> None:
+        """A drain message that is delivered twice: the second drain ends at once."""
+
+        def second() -> None:
+            waiting = self.waiting
+            assert self.run_drain(2) == 0
+            assert self.waiting == waiting
+
+        self.run_drain(group_size, Moments(after_read=after(0, second)))
+
+    @rule(tags=operations, group_size=group_sizes)
+    def drain_while_a_message_comes(self, tags: list[TagOperation], group_size: int) -> None:
+        """It comes just after a read, also after the empty one: the drain finds it all the same."""
+        runs_already = self.lease.startswith(b"running")
+        for_each_read = iter(TagBatch(tags=tags) for _ in range(self.waiting + 1))
+
+        def come() -> None:
+            with suppress(StopIteration):
+                self.send(next(for_each_read))
+
+        self.run_drain(group_size, Moments(after_read=come))
+        assert runs_already or self.waiting == 0
+
+    @rule()
+    def expire(self) -> None:
+        self.redis.delete(lease_key(self.organization))
+
+    # --- What must be so
+
+    @property
+    def waiting(self) -> int:
+        return int(self.redis.xlen(inbox_key(self.organization)))
+
+    @property
+    def lease(self) -> bytes:
+        return bytes(self.redis.get(lease_key(self.organization)) or b"")
+
+    @invariant()
+    def what_left_the_inbox_was_answered_in_order(self) -> None:
+        """Answers come in the order of the inbox, and nothing leaves it without one."""
+        gone = len(self.expected) - self.waiting
+        answered = [place for place in range(gone) if self.expected[place] != REJECTED]
+        assert list(self.answers()) == answered
+
+    def answers(self) -> dict[int, bytes]:
+        """Return the answer to each message by its place, as they came; copies of an answer are equal."""
+        answers: dict[int, bytes] = {}
+        for channel, payload in self.heard.published:
+            if ":results:place-" in channel:
+                place = int(channel.rpartition("-")[2])
+                assert answers.setdefault(place, payload) == payload
+        return answers
+
+    def teardown(self) -> None:
+        self.expire()
+        self.run_drain(100)
+        assert self.waiting == 0
+        assert self.lease == b""
+        self.what_left_the_inbox_was_answered_in_order()
+        for place, answer in self.answers().items():
+            assert said(answer) == self.expected[place]
+        kept = self.redis.xrange(rejected_key(self.organization))
+        assert set(self.garbage) == set(self.heard.rejected)
+        assert [fields[b"message"] for _, fields in kept] == self.heard.rejected
+        self.check_stored_results()
+        self.check_executions()
+        self.check_tags(self.replay())
+        rows = self.select("flow_execution_id, task_name, state from task_executions")
+        assert {(execution, name): state for execution, name, state in rows} == self.naive.states
+
+    def check_stored_results(self) -> None:
+        """Each batch that was well formed and authorized has its first answer stored, and no other has."""
+        rows = self.select("batch_id, result_record::text from tag_batches")
+        stored = {batch_id: said(record.encode()) for batch_id, record in rows}
+        assert stored == {id: answer for id, (_, answer) in self.naive.answers.items()}
+
+    def check_executions(self) -> None:
+        rows = self.select("flow_execution_id, task_names, revision from flow_executions")
+        assert {id: None if names is None else set(names) for id, names, _ in rows} == (
+            self.naive.names
+        )
+        assert {id: revision for id, _, revision in rows if revision} == self.naive.revisions
+
+    def replay(self) -> set[UUID]:
+        """Return the tags that are left after all stored events; these were published, in their order."""
+        rows = self.select(
+            "flow_execution_id, revision, event::text from tag_changes order by revision"
+        )
+        left: set[UUID] = set()
+        for execution, count in self.naive.revisions.items():
+            stored = [(revision, text) for id, revision, text in rows if id == execution]
+            assert [revision for revision, _ in stored] == list(range(1, count + 1))
+            channel = changes_channel(self.organization, execution)
+            heard = [text.decode() for name, text in self.heard.published if name == channel]
+            assert list(dict.fromkeys(heard)) == [text for _, text in stored]
+            for revision, text in stored:
+                event = ChangeEvent.decode(text)
+                assert event.revision == revision
+                for change in event.changes:
+                    if not isinstance(change, StateChange):
+                        (left.add if change.change == "added" else left.remove)(change.tag.id)
+        assert len(rows) == sum(self.naive.revisions.values())
+        return left
+
+    def check_tags(self, replayed: set[UUID]) -> None:
+        """Active tags are the model's and those of the events, and each was added once."""
+        rows = self.select(
+            "status, id, flow_execution_id::text, task_name, tag_type, tag, tag_metadata "
+            "from task_tags"
+        )
+        active = [row[1:] for row in rows if row[0] == "active"]
+        assert {id for id, *_ in active} == replayed
+        parts = ("flow_execution_id", "task_name", "tag_type", "tag", "tag_metadata")
+        expected = [[row[part] for part in parts] for row in self.naive.rows]
+        found = [list(tag) for _, *tag in active]
+        assert sorted(map(spelled, found)) == sorted(map(spelled, expected))
+        statuses = [status for _, answer in self.naive.answers.values() for status in answer]
+        assert len(rows) == statuses.count("added")
+
+    def select(self, what: str) -> list[tuple[Any, ...]]:
+        """Read as the owner of all organizations' rows would: not through the product."""
+        table, _, rest = what.partition(" order by ")
+        query = f"select {table} where organization_id = %s" + (rest and f" order by {rest}")
+        with self.servers.owner() as connection:
+            return connection.execute(query.encode(), [self.organization]).fetchall()
+
+
+def after(times: int, act: Callable[[], None]) -> Callable[[], None]:
+    """Return what does nothing for some times, then does this, then nothing again."""
+    acts = iter([*[nothing] * times, act])
+    return lambda: next(acts, nothing)()
+
+
+def said(record: bytes) -> Any:
+    """Return a result record in the words of the naive model."""
+    result = ResultRecord.decode(record)
+    if result.error is not None:
+        return result.error.code
+    return result.statuses
+
+
+def spelled(row: list[Any]) -> str:
+    return json.dumps(row, sort_keys=True)
+
+
+@pytest.mark.timeout(600)  # a failure is made as short as can be, which takes its time
+def test_whatever_happens_the_outcome_is_the_naive_models(
+    servers: Servers, quiet_redis: Any
+) -> None:
+    """Exactly once and in order, with every kind of message, and with drains that die and overlap."""
+    with closing(WatchedStore(servers.worker_url)) as store:
+
+        class Here(Machine):
+            def __init__(self) -> None:
+                super().__init__(servers, quiet_redis, store)
+
+        run_state_machine_as_test(
+            Here, settings=settings(max_examples=40, stateful_step_count=30, deadline=None)
+        )

@@ -1,0 +1,149 @@
+"""One organization's inbox, and a drain of it that a test starts by hand, on real PostgreSQL and Valkey."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+from producers.contract.messages import ChangeEvent, Message, ResultRecord, TagBatch, Uuid7, add
+from producers.inbox.protocol import Inbox
+from tests.support.waiting import eventually
+from worker.auth import Authorizer
+from worker.db.repository import Store
+from worker.drain.path import Drain
+from worker.rules import Decision, Request, decide
+
+if TYPE_CHECKING:
+    from tests.conftest import Servers
+
+EXECUTION = uuid4()
+
+
+@dataclass
+class Tenant:
+    """An organization's inbox, and a drain of it that the test starts by hand."""
+
+    servers: Servers
+    redis: Any
+    store: Store
+    authorizer: Authorizer
+    organization: UUID
+    token: str
+    handed_over: list[str] = field(default_factory=list)
+    heard: list[tuple[str, bytes]] = field(default_factory=list)
+
+    @property
+    def inbox(self) -> Inbox:
+        return Inbox(self.redis, self.organization)
+
+    def send(self, *messages: Message | bytes, token: str | None = None) -> None:
+        raw = [each if isinstance(each, bytes) else each.encode() for each in messages]
+        self.inbox.append(raw, self.token if token is None else token, "lease")
+
+    def drain(self, **changes: Any) -> int:
+        arguments: dict[str, Any] = {
+            "inbox": self.inbox,
+            "organization_id": self.organization,
+            "run_id": "run",
+            "store": self.store,
+            "authorizer": self.authorizer,
+            "hand_over": lambda: self.handed_over.append("run"),
+            "group_size": 100,
+            "budget_seconds": 60.0,
+            "stopping": lambda: False,
+        }
+        return Drain(**(arguments | changes)).run()
+
+    def records(self) -> list[ResultRecord]:
+        return [
+            ResultRecord.decode(payload)
+            for channel, payload in self.heard
+            if ":results:" in channel
+        ]
+
+    def events(self) -> list[ChangeEvent]:
+        return [
+            ChangeEvent.decode(payload) for channel, payload in self.heard if ":changes:" in channel
+        ]
+
+    def outcomes(self) -> list[Any]:
+        """Statuses, or the code of the error, of each record that was heard."""
+        return [outcome(record) for record in self.records()]
+
+    def tags(self) -> list[str]:
+        with self.servers.owner() as connection:
+            rows = connection.execute(
+                "select tag from task_tags where organization_id = %s and status = 'active' "
+                "order by created_at, id",
+                [self.organization],
+            ).fetchall()
+        return [tag for (tag,) in rows]
+
+
+def outcome(record: ResultRecord) -> Any:
+    if record.error is not None:
+        return record.error.code
+    return record.statuses if record.flow_execution is None else record.statuses[0]
+
+
+@contextmanager
+def listening(tenant: Tenant) -> Iterator[None]:
+    """Collect what is published; at the end of a drain, all of it has been heard."""
+    original = tenant.drain
+    with tenant.redis.pubsub() as pubsub:
+        pubsub.psubscribe(f"task-tags:{{{tenant.organization}}}:*")
+        eventually(lambda: pubsub.get_message(timeout=1))
+
+        def drain(**changes: Any) -> int:
+            try:
+                return original(**changes)
+            finally:
+                tenant.redis.publish(f"task-tags:{{{tenant.organization}}}:end", b"")
+                while (each := eventually(lambda: pubsub.get_message(timeout=1)))["data"]:
+                    tenant.heard.append((each["channel"].decode(), each["data"]))
+
+        tenant.drain = drain  # type: ignore[method-assign]
+        yield
+
+
+@contextmanager
+def broken_for(tenant: Tenant, tag: str) -> Iterator[None]:
+    """Make the database refuse one tag, as a fault of ours would."""
+    with tenant.servers.owner() as connection:
+        connection.execute(
+            f"alter table task_tags add constraint broken check (tag <> '{tag}') not valid".encode()
+        )
+        try:
+            yield
+        finally:
+            connection.execute("alter table task_tags drop constraint broken")
+
+
+def tagging(tag: str, **fields: Any) -> TagBatch:
+    return TagBatch(tags=[add(EXECUTION, "task", "type", tag)], **fields)
+
+
+def killed(*_: Any, **__: Any) -> Any:
+    """Stands in for a step at which the worker dies."""
+    raise RuntimeError("killed")
+
+
+def requests_of(*messages: Message) -> list[Request]:
+    return [Request(message, "ada", message.digest()) for message in messages]
+
+
+def applied(store: Store, organization: UUID, *messages: Message) -> Decision:
+    requests = requests_of(*messages)
+    with store.transaction(organization) as transaction:
+        decision = decide(
+            organization,
+            requests,
+            transaction.load(requests),
+            now=transaction.now,
+            new_id=Uuid7(),
+        )
+        transaction.save(decision.writes)
+    return decision

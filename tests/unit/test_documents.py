@@ -1,0 +1,349 @@
+"""The AsyncAPI and OpenAPI documents: checked in as the commands print them, valid, and true to the contract.
+
+asyncapi-3.0.0.schema.json is the official JSON Schema of AsyncAPI, as it is in @asyncapi/specs 6.11.1
+(schemas/3.0.0-without-$id.json). Apache-2.0; Copyright 2016-2025 AsyncAPI Initiative. This product includes
+software developed at AsyncAPI Initiative (http://www.asyncapi.com/).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import pytest
+from jsonschema import Draft7Validator, FormatChecker
+
+from producers.asyncapi import asyncapi_document
+from producers.contract.messages import (
+    ANY_METADATA,
+    Change,
+    ChangeEvent,
+    Detail,
+    Error,
+    FlowExecution,
+    InvalidMessage,
+    OperationResult,
+    Recording,
+    Registration,
+    ResultRecord,
+    StateChange,
+    Tag,
+    TagBatch,
+    Task,
+    TaskExecution,
+    add,
+    changes_channel,
+    inbox_key,
+    json_schemas,
+    parse_message,
+    remove,
+    results_channel,
+    uuid7,
+)
+
+REPOSITORY: Final = Path(__file__).parents[2]
+DOCS: Final = REPOSITORY / "docs"
+INBOX: Final = {
+    "tag_batch": "TagBatch",
+    "flow_execution": "FlowExecution",
+    "task_execution": "TaskExecution",
+}
+HOSTILE: Final = {
+    "TASK_TAGS_REDIS_URL": "garbage",
+    "TASK_TAGS_DATABASE_URL": "garbage",
+    "TASK_TAGS_ENDPOINT_URL": "garbage",
+    "TASK_TAGS_JWT_SECRET": "short",
+    "TASK_TAGS_JWT_ALGORITHMS": "none",
+}
+
+document: Final = asyncapi_document()
+openapi: Final = json.loads((DOCS / "openapi.json").read_text())
+specification: Final = Draft7Validator(
+    json.loads((REPOSITORY / "tests" / "support" / "asyncapi-3.0.0.schema.json").read_text())
+)
+
+
+def schema(name: str) -> Draft7Validator:
+    """Return what checks against a schema of the AsyncAPI document: its dialect is draft 7, and a little more."""
+    root = {"allOf": [{"$ref": f"#/components/schemas/{name}"}], "components": components()}
+    return Draft7Validator(root, format_checker=FormatChecker())
+
+
+def components() -> Any:
+    return document["components"]
+
+
+def references(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield each object of the document that has a reference."""
+    if isinstance(node, dict):
+        if "$ref" in node:
+            yield node
+        for value in node.values():
+            yield from references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from references(value)
+
+
+def resolved(reference: dict[str, str]) -> Any:
+    """Return what a reference within the document stands for; `KeyError` if there is no such thing."""
+    node: Any = document
+    start, *steps = reference["$ref"].split("/")
+    assert start == "#"
+    for step in steps:
+        node = node[step]
+    return node
+
+
+def without_nulls(value: Any) -> Any:
+    def kept(fields: dict[str, Any]) -> dict[str, Any]:
+        return {name: each for name, each in fields.items() if each is not None}
+
+    return json.loads(json.dumps(value), object_hook=kept)
+
+
+# --- The files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "file"),
+    [
+        ("producers.cli", "task-tags schema --asyncapi", "asyncapi.json"),
+        ("worker.cli", "task-tags-admin openapi", "openapi.json"),
+    ],
+)
+def test_the_checked_in_documents_are_what_the_commands_print(
+    module: str, command: str, file: str
+) -> None:
+    """To the byte, wherever it is run: settings that no other command would take change nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {module} import main; main()", *command.split()[1:]],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, **HOSTILE},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    same = done.stdout == (DOCS / file).read_bytes()
+    assert same, f"docs/{file} is not what it should be; run: .venv/bin/{command} > docs/{file}"
+    assert done.stdout.endswith(b"\n}\n")
+
+
+# --- The AsyncAPI document -----------------------------------------------------------------------
+
+
+def test_the_asyncapi_document_is_valid() -> None:
+    """By the official JSON Schema of AsyncAPI 3.0.0, which does refuse what is wrong."""
+    assert [error.message for error in specification.iter_errors(document)] == []
+    wrong = deepcopy(document)
+    wrong["operations"]["send_result"]["action"] = "publish"
+    assert not specification.is_valid(wrong)
+    wrong = deepcopy(document)
+    wrong["components"]["schemas"]["Tag"]["type"] = "thing"
+    assert not specification.is_valid(wrong)
+
+
+def test_every_reference_leads_somewhere() -> None:
+    """And stands alone: in draft 7, what is beside a reference does not count."""
+    found = list(references(document))
+    assert len(found) > 40
+    for reference in found:
+        assert reference.keys() == {"$ref"}
+        resolved(reference)
+
+
+def test_everything_that_is_described_is_used() -> None:
+    """Each channel by an operation, each message by a channel, and by operations in the directions it goes."""
+    operations = document["operations"].values()
+    used = {operation["channel"]["$ref"] for operation in operations}
+    assert used == {f"#/channels/{name}" for name in document["channels"]}
+    for name, channel in document["channels"].items():
+        carried = {
+            message["$ref"]
+            for operation in operations
+            if operation["channel"]["$ref"] == f"#/channels/{name}"
+            for message in operation["messages"]
+        }
+        assert carried == {f"#/channels/{name}/messages/{each}" for each in channel["messages"]}
+    messages = {name for channel in document["channels"].values() for name in channel["messages"]}
+    assert messages == components()["messages"].keys()
+
+
+def test_channel_names_are_those_of_the_contract() -> None:
+    """With values for its parameters, an address is the name that producers and workers use, braces and all."""
+    organization, execution = uuid4(), uuid4()
+    values = {
+        "organization_in_braces": f"{{{organization}}}",
+        "reply_to": "runner-9",
+        "flow_execution_id": str(execution),
+    }
+    named = {}
+    for name, channel in document["channels"].items():
+        address = channel["address"]
+        for parameter in channel.get("parameters", {}):
+            assert address.count(f"{{{parameter}}}") == 1
+            address = address.replace(f"{{{parameter}}}", f"<{parameter}>")
+        assert "{" not in address
+        for parameter, value in values.items():
+            address = address.replace(f"<{parameter}>", value)
+        named[name] = address
+    assert named == {
+        "inbox": inbox_key(organization),
+        "results": results_channel(organization, "runner-9"),
+        "changes": changes_channel(organization, execution),
+        "watch": "/task-tags/changes",
+    }
+
+
+def test_schemas_are_those_that_the_models_have() -> None:
+    """What `task-tags schema` prints, and nothing else but what the endpoint adds."""
+    expected: dict[str, Any] = {}
+    for described in json_schemas().values():
+        expected.update(described.pop("$defs"))
+        if "title" in described:
+            del described["$schema"]
+            expected[described["title"]] = described
+    rewritten = json.loads(json.dumps(expected).replace("#/$defs/", "#/components/schemas/"))
+    del rewritten["ChangeEvent"]["properties"]["changes"]["items"]["discriminator"]
+    schemas = dict(components()["schemas"])
+    for added in ("Token", "ErrorAnswer", "ErrorBody"):
+        del schemas[added]
+    assert schemas == rewritten
+
+
+def test_both_documents_say_the_same_of_the_endpoint() -> None:
+    """A watcher's query string and errors are spelled out for AsyncAPI, without the worker's models."""
+    assert document["info"]["version"] == openapi["info"]["version"]
+    assert document["info"]["title"] == openapi["info"]["title"]
+    for name in ("ErrorAnswer", "ErrorBody"):
+        assert components()["schemas"][name] == openapi["components"]["schemas"][name]
+    query = document["channels"]["watch"]["bindings"]["ws"]["query"]
+    parameters = openapi["paths"]["/task-tags/changes/events"]["get"]["parameters"]
+    asked = {each["name"]: each for each in parameters if each["in"] == "query"}
+    described = {name: each["schema"] for name, each in asked.items()}
+    assert without_nulls(query["properties"]) == described  # as FastAPI leaves them out
+    assert query["required"] == [name for name, each in asked.items() if each["required"]]
+
+
+# --- What is sent --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", components()["messages"])
+def test_examples_fit_their_schemas(name: str) -> None:
+    """Each message has one or more; their headers fit too; and the parser takes those of the inbox."""
+    message = components()["messages"][name]
+    assert message["examples"]
+    for example in message["examples"]:
+        for part in ("headers", "payload"):
+            assert (part in example) == (part in message)
+            if part in message:
+                schema(message[part]["$ref"].rpartition("/")[2]).validate(example[part])
+        if name in INBOX:
+            assert parse_message(json.dumps(example["payload"]).encode()).kind == name
+
+
+EXECUTION: Final = uuid4()
+NOW: Final = datetime.now(timezone.utc)
+TAG: Final = Tag(
+    id=uuid4(),
+    flow_execution_id=EXECUTION,
+    task_name="é",
+    tag_type="t" * 100,
+    tag="🎉",
+    tag_metadata=[1.5, {"a": None}],
+    organization_id=uuid4(),
+    status="deleted",
+    created_at=NOW,
+    created_by="ada",
+    updated_at=NOW,
+    modified_by="bob",
+)
+TASK: Final = Task(EXECUTION, "é", "failed", NOW, "ada")
+OUTCOMES: Final[list[dict[str, Any]]] = [
+    {"tags": [OperationResult(status="not_found")], "applied_at": NOW},
+    {"flow_execution": Registration(status="already_exists"), "applied_at": NOW},
+    {"task_execution": Recording(status="unchanged"), "applied_at": NOW},
+    {"error": Error(code="conflict", message="no")},
+    {"error": Error(code="bad_request", message="no", details=[Detail(message="bad")])},
+]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        TagBatch(tags=[add(EXECUTION, "é", "t", "x", {"a": [1, None]})] * 100),
+        TagBatch(
+            reply_to="a.b_c:d-e",
+            tags=[remove(EXECUTION, "t", "t", "x", meta) for meta in (ANY_METADATA, None, 0)],
+        ),
+        FlowExecution(flow_execution_id=EXECUTION),
+        FlowExecution(flow_execution_id=EXECUTION, task_names=["é", "b"]),
+        TaskExecution(flow_execution_id=EXECUTION, task_name="é", state="queued"),
+        *(ResultRecord(batch_id=uuid7(), organization_id=uuid4(), **each) for each in OUTCOMES),
+        ChangeEvent(
+            organization_id=uuid4(),
+            flow_execution_id=EXECUTION,
+            revision=1,
+            batch_id=uuid7(),
+            changed_by="ada",
+            changed_at=NOW,
+            changes=[Change("removed", TAG), StateChange("state", TASK), Change("added", TAG)],
+        ),
+    ],
+    ids=lambda sent: type(sent).__name__,
+)
+def test_what_is_really_sent_fits_the_schemas(
+    sent: TagBatch | FlowExecution | TaskExecution | ResultRecord | ChangeEvent,
+) -> None:
+    """Messages, results and events as the models encode them; and not without any of the required fields."""
+    name = type(sent).__name__
+    fields = json.loads(sent.encode())
+    schema(name).validate(fields)
+    for required in components()["schemas"][name]["required"]:
+        short = {field: value for field, value in fields.items() if field != required}
+        assert not schema(name).is_valid(short)
+
+
+def test_schemas_and_parser_agree_on_the_sample_flow() -> None:
+    """Line by line: what the parser takes fits, what it refuses does not."""
+    lines = (REPOSITORY / "examples" / "document-review.jsonl").read_bytes().splitlines()
+    agreed = []
+    for line in lines:
+        fields = json.loads(line)
+        try:
+            parse_message(line)
+        except InvalidMessage:
+            taken = False
+        else:
+            taken = True
+        assert schema(INBOX[fields["kind"]]).is_valid(fields) == taken, line
+        agreed.append(taken)
+    assert agreed.count(True) > 20
+    assert False in agreed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "flow_execution"},
+        {"schema_version": 2},
+        {"batch_id": "x"},
+        {"reply_to": "a b"},
+        {"tags": []},
+        {"surplus": 1},
+    ],
+)
+def test_schemas_refuse_what_the_parser_refuses(change: dict[str, Any]) -> None:
+    """So a sender in another language learns of its mistakes before it enqueues."""
+    fields = json.loads(TagBatch(tags=[add(EXECUTION, "t", "t", "x")]).encode())
+    schema("TagBatch").validate(fields)
+    with pytest.raises(InvalidMessage):
+        parse_message(json.dumps({**fields, **change}).encode())
+    assert not schema("TagBatch").is_valid({**fields, **change})

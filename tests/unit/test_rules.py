@@ -1,0 +1,485 @@
+"""The rules of a batch (design, section 4): as tables, and against a naive model that is written anew here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from producers.client import registration
+from producers.contract.messages import (
+    ANY_METADATA,
+    Change,
+    ChangeEvent,
+    FlowExecution,
+    Message,
+    ResultRecord,
+    StateChange,
+    TagBatch,
+    TagOperation,
+    Task,
+    TaskExecution,
+    Uuid7,
+    add,
+    remove,
+)
+from worker.rules import Decision, Request, State, decide
+
+ORGANIZATION = UUID(int=1)
+ONE, TWO, UNKNOWN = UUID(int=11), UUID(int=12), UUID(int=13)
+NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def settle(state: State, *messages: Message, actor: str = "ada") -> Decision:
+    requests = [Request(message, actor, message.digest()) for message in messages]
+    return decide(ORGANIZATION, requests, state, now=NOW, new_id=Uuid7())
+
+
+def registered(*executions: UUID, names: list[str] | None = None) -> State:
+    state = State()
+    settle(state, *(registration(execution, names) for execution in executions))
+    return state
+
+
+def batch(*operations: TagOperation, batch_id: UUID | None = None) -> TagBatch:
+    if batch_id is None:
+        return TagBatch(tags=list(operations))
+    return TagBatch(tags=list(operations), batch_id=batch_id)
+
+
+def record(decision: Decision, place: int = -1) -> ResultRecord:
+    return ResultRecord.decode(decision.outcomes[place].record)
+
+
+def statuses(decision: Decision, place: int = -1) -> list[str]:
+    return record(decision, place).statuses
+
+
+def events(decision: Decision, place: int = -1) -> list[ChangeEvent]:
+    return [ChangeEvent.decode(e) for _, e in decision.outcomes[place].events]
+
+
+def plus(tag: str, *metadata: Any) -> TagOperation:
+    return add(ONE, "task", "type", tag, *metadata)
+
+
+def state_of(task_name: str, state: Any) -> TaskExecution:
+    return TaskExecution(flow_execution_id=ONE, task_name=task_name, state=state)
+
+
+def minus(tag: str, *metadata: Any) -> TagOperation:
+    return remove(ONE, "task", "type", tag, *metadata)
+
+
+@pytest.mark.parametrize(
+    ("operations", "expected"),
+    [
+        ([plus("x"), plus("x")], ["added", "already_exists"]),
+        ([plus("x"), minus("x")], ["added", "removed"]),
+        ([plus("x"), minus("x"), plus("x")], ["added", "removed", "added"]),
+        ([minus("x")], ["not_found"]),
+        ([plus("x"), minus("x"), minus("x")], ["added", "removed", "not_found"]),
+        ([plus("x"), plus("x", {"k": 1})], ["added", "added"]),
+        ([plus("x"), plus("x", None)], ["added", "already_exists"]),
+        ([plus("x", {"a": 1, "b": 2}), plus("x", {"b": 2, "a": 1})], ["added", "already_exists"]),
+        ([plus("x", 1), plus("x", 1.0)], ["added", "already_exists"]),
+        ([plus("x", 0), plus("x", -0.0)], ["added", "already_exists"]),
+        ([plus("x", [1.0, {"k": 2.0}]), plus("x", [1, {"k": 2}])], ["added", "already_exists"]),
+        ([plus("x", 0.1), plus("x", 0.10000000000000001)], ["added", "already_exists"]),
+        ([plus("x", 1), plus("x", True)], ["added", "added"]),
+        ([plus("x", "1"), plus("x", 1)], ["added", "added"]),
+        ([plus("x", [1, 2]), plus("x", [2, 1])], ["added", "added"]),
+        ([plus("x", {}), plus("x", []), plus("x", "")], ["added", "added", "added"]),
+        ([plus("x", 1), plus("x"), minus("x")], ["added", "added", "removed"]),
+        ([plus("x", 1), minus("x", None)], ["added", "not_found"]),
+        ([plus("x"), minus("x", 1)], ["added", "not_found"]),
+        ([plus("x"), minus("x", None)], ["added", "removed"]),
+        ([plus("x", 1), minus("x", 1.0)], ["added", "removed"]),
+        ([plus("x", 1), plus("x", 2), minus("x", 1), minus("x")], ["added"] * 2 + ["removed"] * 2),
+        ([plus("\u00e9"), plus("e\u0301")], ["added", "added"]),
+        ([plus("x"), plus("X"), plus(" x")], ["added"] * 3),
+    ],
+)
+def test_each_operation_sees_what_the_ones_before_it_did(
+    operations: list[TagOperation], expected: list[str]
+) -> None:
+    """Rules 1, 2 and 3: the statuses of a batch, in the order of its operations."""
+    assert statuses(settle(registered(ONE), batch(*operations))) == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        add(TWO, "task", "type", "x"),
+        add(ONE, "other", "type", "x"),
+        add(ONE, "task", "other", "x"),
+        add(ONE, "task", "type", "other"),
+    ],
+)
+def test_every_part_of_a_name_tells_tags_apart(other: TagOperation) -> None:
+    """Rule 2: execution, task, type and tag are all part of the identity."""
+    assert statuses(settle(registered(ONE, TWO), batch(plus("x"), other))) == ["added", "added"]
+
+
+def test_adding_again_makes_a_new_row() -> None:
+    """Rule 4: a removed tag keeps its row; the same tag added again has another id."""
+    state = registered(ONE)
+    first = settle(state, batch(plus("x")))
+    second = settle(state, batch(minus("x"), plus("x")), actor="grace")
+    (added,) = first.writes.added.values()
+    (removed,) = second.writes.removed.values()
+    (again,) = second.writes.added.values()
+    assert removed.id == added[0].id != again[0].id
+    assert (removed.status, removed.modified_by, removed.updated_at) == ("deleted", "grace", NOW)
+    assert (again[0].status, again[0].created_by) == ("active", "grace")
+
+
+def test_a_tag_that_comes_and_goes_in_one_transaction_leaves_a_deleted_row() -> None:
+    """Rule 4 also holds when the row is not stored yet."""
+    decision = settle(registered(ONE), batch(plus("x"), minus("x")))
+    assert [new.tag.status for new in decision.writes.added.values()] == ["deleted"]
+    assert not decision.writes.removed
+
+
+def test_one_unknown_execution_fails_the_whole_batch() -> None:
+    """Rule 5: nothing of it takes effect, and each operation at fault is named."""
+    state = registered(ONE)
+    decision = settle(
+        state,
+        batch(plus("x"), add(UNKNOWN, "t", "t", "x"), plus("y"), minus("x")),
+        batch(plus("x")),
+    )
+    error = record(decision, 0).error
+    assert error is not None
+    assert error.code == "not_found"
+    assert [(d.index, d.field) for d in error.details] == [(1, "flow_execution_id")]
+    assert not decision.outcomes[0].events
+    assert statuses(decision, 1) == ["added"]
+
+
+def test_a_batch_may_span_executions_and_counts_each_ones_revision() -> None:
+    """Rule 5 and the change events: one event for each execution that really changed."""
+    state = registered(ONE, TWO)
+    settle(state, batch(plus("x")))
+    decision = settle(
+        state, batch(plus("x"), add(TWO, "a", "b", "c"), plus("y"), add(TWO, "a", "b", "d"))
+    )
+    assert [(e.flow_execution_id, e.revision, len(e.changes)) for e in events(decision)] == [
+        (TWO, 1, 2),
+        (ONE, 2, 1),
+    ]
+
+
+def test_a_batch_that_changes_nothing_has_no_event_and_no_revision() -> None:
+    """Revisions count real changes only."""
+    state = registered(ONE)
+    settle(state, batch(plus("x")))
+    decision = settle(state, batch(plus("x"), minus("nothing")))
+    assert not events(decision)
+    assert not decision.writes.revisions
+    assert len(decision.writes.batches) == 1  # but its result is stored
+
+
+def test_removing_by_name_reports_every_tag_that_went() -> None:
+    """Rule 3: one operation, one status, as many changes as there were tags."""
+    state = registered(ONE)
+    settle(state, batch(plus("x"), plus("x", 1), plus("x", 2)))
+    decision = settle(state, batch(minus("x")))
+    assert statuses(decision) == ["removed"]
+    (event,) = events(decision)
+    assert [change.change for change in event.changes] == ["removed"] * 3
+    assert [c.tag.tag_metadata for c in event.changes if isinstance(c, Change)] == [None, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "allowed"),
+    [
+        (["a"], ["b"], {"a", "b"}),
+        (["a"], ["a"], {"a"}),
+        (["a"], None, {"a", "b", "anything"}),
+        (None, ["a"], {"a", "b", "anything"}),
+        ([], ["a"], {"a"}),
+    ],
+)
+def test_task_names_only_ever_grow(
+    first: list[str] | None, then: list[str] | None, allowed: set[str]
+) -> None:
+    """A second registration adds names; every name, once allowed, stays allowed."""
+    state = registered(ONE, names=first)
+    again = settle(state, registration(ONE, then))
+    assert record(again).flow_execution is not None
+    assert record(again).flow_execution.status == "already_exists"  # type: ignore[union-attr]
+    for name in ("a", "b", "anything"):
+        outcome = record(settle(state, batch(add(ONE, name, "t", "x"))))
+        assert (outcome.error is None) == (name in allowed)
+
+
+def test_the_same_batch_again_gets_the_stored_answer_and_changes_nothing() -> None:
+    """Exactly once: also when its copy is in the same group, and when the state has changed since."""
+    state = registered(ONE)
+    same = batch(plus("x"))
+    first = settle(state, same, batch(minus("x")), same)
+    assert first.outcomes[2] == first.outcomes[0]
+    later = settle(state, same, actor="someone else")
+    assert later.outcomes[0] == first.outcomes[0]
+    assert not later.writes.batches
+    assert not later.writes.added
+
+
+def test_the_same_id_for_something_else_is_a_conflict() -> None:
+    """The id stays with what it was first used for; the conflict itself is not stored."""
+    state = registered(ONE)
+    first = batch(plus("x"))
+    decision = settle(state, first, batch(plus("y"), batch_id=first.batch_id))
+    error = record(decision).error
+    assert error is not None
+    assert error.code == "conflict"
+    assert len(decision.writes.batches) == 1
+    assert statuses(settle(state, first)) == ["added"]
+
+
+def test_a_not_found_is_stored_too() -> None:
+    """What was decided from the tables is not decided again later, when they are others."""
+    state = State()
+    early = batch(plus("x"))
+    before = settle(state, early)
+    settle(state, registration(ONE))
+    assert settle(state, early).outcomes == before.outcomes
+
+
+def test_a_state_is_recorded_once_and_any_state_may_follow() -> None:
+    """A task's state is no tag: the last one counts, each change of it is an event, and a repetition is none."""
+    state = registered(ONE, names=["task"])
+    asked = ["queued", "queued", "running", "failed", "running", "completed"]
+    found = [settle(state, state_of("task", each), actor="runner") for each in asked]
+    assert [statuses(each) for each in found] == [
+        ["recorded"],
+        ["unchanged"],
+        *[["recorded"]] * 4,
+    ]
+    assert [len(events(each)) for each in found] == [1, 0, 1, 1, 1, 1]
+    (event,) = events(found[-1])
+    assert event.revision == 5
+    task = Task(ONE, "task", "completed", state_changed_at=NOW, state_changed_by="runner")
+    assert event.changes == [StateChange("state", task)]
+    assert found[-1].writes.tasks == {(ONE, "task"): task}
+
+
+def test_a_state_of_what_is_unknown_is_not_found() -> None:
+    """As for tags: an execution must be registered, and a task be one of its names."""
+    state = registered(ONE, names=["task"])
+    elsewhere = TaskExecution(flow_execution_id=UNKNOWN, task_name="task", state="queued")
+    for message, field_name in ((state_of("other", "queued"), "task_name"), (elsewhere, None)):
+        error = record(settle(state, message)).error
+        assert error is not None
+        assert error.code == "not_found"
+        assert error.details[0].field == (field_name or "flow_execution_id")
+
+
+# --- Against a naive model -----------------------------------------------------------------------
+
+
+@dataclass
+class Naive:
+    """A list of rows, one operation at a time: the rules in their plainest words."""
+
+    names: dict[UUID, set[str] | None] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    answers: dict[UUID, tuple[str, Any]] = field(default_factory=dict)
+    revisions: dict[UUID, int] = field(default_factory=dict)
+    states: dict[tuple[UUID, str], str] = field(default_factory=dict)
+
+    def send(self, message: Message) -> Any:
+        asked = json.loads(message.encode())
+        asked.pop("reply_to")
+        text = json.dumps(_plain(asked), sort_keys=True)
+        if message.batch_id in self.answers:
+            known, answer = self.answers[message.batch_id]
+            return answer if known == text else "conflict"
+        answer = {
+            "flow_execution": self.register,
+            "task_execution": self.record,
+            "tag_batch": self.tag,
+        }[asked["kind"]](asked)
+        self.answers[message.batch_id] = text, answer
+        return answer
+
+    def register(self, asked: dict[str, Any]) -> list[str]:
+        execution, names = UUID(asked["flow_execution_id"]), asked["task_names"]
+        if execution not in self.names:
+            self.names[execution] = None if names is None else set(names)
+            return ["registered"]
+        if names is None or self.names[execution] is None:
+            self.names[execution] = None
+        else:
+            self.names[execution] |= set(names)  # type: ignore[operator]
+        return ["already_exists"]
+
+    def knows(self, asked: dict[str, Any]) -> bool:
+        names = self.names.get(UUID(asked["flow_execution_id"]), set())
+        return names is None or asked["task_name"] in names
+
+    def record(self, asked: dict[str, Any]) -> Any:
+        if not self.knows(asked):
+            return "not_found"
+        execution = UUID(asked["flow_execution_id"])
+        if self.states.get((execution, asked["task_name"])) == asked["state"]:
+            return ["unchanged"]
+        self.states[execution, asked["task_name"]] = asked["state"]
+        self.revisions[execution] = self.revisions.get(execution, 0) + 1
+        return ["recorded"]
+
+    def tag(self, asked: dict[str, Any]) -> Any:
+        if not all(map(self.knows, asked["tags"])):
+            return "not_found"
+        changed: set[UUID] = set()
+        answer = []
+        for operation in asked["tags"]:
+            status = (
+                self.add(operation) if operation["operation"] == "add" else self.drop(operation)
+            )
+            answer.append(status)
+            if status in ("added", "removed"):
+                changed.add(UUID(operation["flow_execution_id"]))
+        for execution in changed:
+            self.revisions[execution] = self.revisions.get(execution, 0) + 1
+        return answer
+
+    def matching(self, operation: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = ("flow_execution_id", "task_name", "tag_type", "tag")
+        return [row for row in self.rows if all(row[part] == operation[part] for part in parts)]
+
+    def add(self, operation: dict[str, Any]) -> str:
+        metadata = operation.get("tag_metadata")
+        if any(_same(row["tag_metadata"], metadata) for row in self.matching(operation)):
+            return "already_exists"
+        self.rows.append({**operation, "tag_metadata": metadata})
+        return "added"
+
+    def drop(self, operation: dict[str, Any]) -> str:
+        gone = [
+            row
+            for row in self.matching(operation)
+            if "tag_metadata" not in operation
+            or _same(row["tag_metadata"], operation["tag_metadata"])
+        ]
+        self.rows = [row for row in self.rows if not any(row is other for other in gone)]
+        return "removed" if gone else "not_found"
+
+
+def _plain(value: Any) -> Any:
+    """Tell booleans from numbers, and nothing else from anything."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """JSON equality: 1 is 1.0, but not true."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return bool(one == other)
+
+
+metadata = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.sampled_from([0.0, 1.0, -0.0, 0.5, "", "1"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner),
+    max_leaves=3,
+)
+executions = st.sampled_from([ONE, TWO])
+names = st.sampled_from(["t1", "t2"])
+adds = st.builds(add, executions, names, st.just("type"), st.sampled_from("xy"), metadata)
+removes = st.builds(
+    remove,
+    executions,
+    names,
+    st.just("type"),
+    st.sampled_from("xy"),
+    metadata | st.just(ANY_METADATA),
+)
+batch_ids = st.integers(1, 12).map(lambda number: UUID(int=1000 + number))
+batches = st.builds(
+    lambda batch_id, tags: TagBatch(batch_id=batch_id, tags=tags),
+    batch_ids,
+    st.lists(adds | removes, min_size=1, max_size=6),
+)
+registrations = st.builds(
+    lambda batch_id, execution, names: FlowExecution(
+        batch_id=batch_id, flow_execution_id=execution, task_names=names
+    ),
+    batch_ids,
+    executions,
+    st.none() | st.lists(names, max_size=2),
+)
+states = st.builds(
+    lambda batch_id, execution, name, state: TaskExecution(
+        batch_id=batch_id, flow_execution_id=execution, task_name=name, state=state
+    ),
+    batch_ids,
+    executions,
+    names,
+    st.sampled_from(["queued", "running"]),
+)
+groups = st.lists(
+    st.lists(st.one_of(batches, batches, registrations, states), min_size=1, max_size=4),
+    max_size=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(groups)
+def test_any_sequence_of_messages_agrees_with_the_naive_model(
+    groups: list[list[Message]],
+) -> None:
+    """However messages are grouped, results, revisions, events and active tags are the naive model's."""
+    state, naive = State(), Naive()
+    seen: dict[UUID, list[ChangeEvent]] = {}
+    known: set[bytes] = set()
+    for group in groups:
+        decision = settle(state, *group)
+        for place, message in enumerate(group):
+            answer = naive.send(message)
+            got = record(decision, place)
+            if got.error is not None:
+                assert got.error.code == answer
+            else:
+                assert got.statuses == answer
+            for execution, event in decision.outcomes[place].events:
+                if event not in known:
+                    known.add(event)
+                    seen.setdefault(execution, []).append(ChangeEvent.decode(event))
+    assert {e.id: e.revision for e in state.executions.values() if e.revision} == naive.revisions
+    for execution, stored in seen.items():
+        assert [e.revision for e in stored] == list(range(1, naive.revisions[execution] + 1))
+    active = [tag for tags in state.tags.values() for tag in tags.values()]
+    replayed: set[UUID] = set()
+    recorded: dict[tuple[UUID, str], str] = {}
+    for stored_event in (each for stored in seen.values() for each in stored):
+        for change in stored_event.changes:
+            if isinstance(change, StateChange):
+                recorded[change.task.flow_execution_id, change.task.task_name] = change.task.state
+            else:
+                (replayed.add if change.change == "added" else replayed.remove)(change.tag.id)
+    assert recorded == naive.states
+    assert {key: task.state for key, task in state.tasks.items()} == naive.states
+    assert replayed == {tag.id for tag in active}
+    assert len(active) == len(naive.rows)
+    for tag in active:
+        row = {"flow_execution_id": str(tag.flow_execution_id), "task_name": tag.task_name}
+        row |= {"tag_type": tag.tag_type, "tag": tag.tag}
+        assert any(_same(r["tag_metadata"], tag.tag_metadata) for r in naive.matching(row))

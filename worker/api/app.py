@@ -1,0 +1,305 @@
+"""The endpoint: puts together what can be read, watched and written over HTTP, and the page that shows it.
+
+Every answer that it can give is in its OpenAPI document; the pages load nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any, Final
+from uuid import uuid4
+
+import psycopg
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel
+from redis import asyncio as async_redis
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from producers.contract.messages import TagOperation
+from producers.enqueuer import Sender
+from worker.api import feeds, reads, writes
+from worker.api.change_hub import Channels, Live
+from worker.api.errors import (
+    ERRORS,
+    Problem,
+    documented_error,
+    on_fault,
+    on_gone,
+    on_http_error,
+    on_invalid,
+    on_problem,
+    on_unavailable,
+    response_to,
+)
+from worker.api.limits import MAX_BODY_BYTES, MAX_FRAME_BYTES, LimitedProtocol, LimitedWebSocket
+from worker.api.params import NoQuery, parameters
+from worker.api.queries import Reader
+from worker.api.reads import reader_of
+from worker.auth import Authorizer
+from worker.db.repository import UnsafeRole
+from worker.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter()
+
+# --- Health --------------------------------------------------------------------------------------
+
+_READY_SECONDS: Final = 5.0
+
+
+class Health(BaseModel):
+    status: str
+
+
+_STATE: Final[dict[int | str, dict[str, Any]]] = {
+    number: ERRORS[number] for number in (400, 408, 413, 431, 500)
+}
+
+
+@router.get(
+    "/healthz",
+    summary="Whether this process is alive",
+    responses={
+        200: {"content": {"application/json": {"example": {"status": "alive"}}}},
+        **_STATE,
+    },
+)
+async def healthz(request: Request) -> Health:
+    parameters(request, NoQuery)
+    return Health(status="alive")
+
+
+@router.get(
+    "/readyz",
+    summary="Whether the database and Redis answer",
+    responses={
+        200: {"content": {"application/json": {"example": {"status": "ready"}}}},
+        **_STATE,
+        503: documented_error(
+            "unavailable", "Redis does not answer; try again later", None, "Retry-After"
+        ),
+    },
+)
+async def readyz(request: Request) -> Health:
+    parameters(request, NoQuery)
+    async with asyncio.timeout(_READY_SECONDS):
+        await reader_of(request).check()
+    try:
+        await request.app.state.redis.ping()
+    except (RedisError, OSError):
+        raise Problem(503, "unavailable", "Redis does not answer; try again later") from None
+    return Health(status="ready")
+
+
+# --- The page ------------------------------------------------------------------------------------
+
+_PAGE: Final = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page/style.css": ("style.css", "text/css; charset=utf-8"),
+    "/page/script.js": ("script.js", "text/javascript; charset=utf-8"),
+}
+_PAGE_HEADERS: Final = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+async def page(request: Request) -> Response:
+    """Send a file of the live page."""
+    name, kind = _PAGE[request.url.path]
+    content = files("worker.api").joinpath("page", name).read_bytes()
+    return Response(content, headers=_PAGE_HEADERS, media_type=kind)
+
+
+for path in _PAGE:
+    router.get(path, include_in_schema=False)(page)
+
+
+# --- The application -----------------------------------------------------------------------------
+
+
+class Endpoint:
+    """The application. It gives each request an id, and refuses a body that is declared too large.
+
+    It sends what is asked most often straight to its handler: FastAPI's routing costs more than the rest.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    def end_streams(self) -> None:
+        """End what would go on for ever."""
+        self._app.state.ending.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = str(uuid4())
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
+            problem = Problem(413, "body_too_large", f"a body has at most {MAX_BODY_BYTES} bytes")
+            await response_to(Request(scope), problem)(scope, receive, send_with_id)
+            return
+        if scope["path"] == "/task-tags" and scope["method"] == "GET":
+            scope["app"] = self._app
+            response = await self._read_tags(Request(scope, receive))
+            await response(scope, receive, send_with_id)
+        else:
+            await self._app(scope, receive, send_with_id)
+
+    async def _read_tags(self, request: Request) -> Response:
+        """Answer as FastAPI would."""
+        try:
+            return await reads.read_tags(request)
+        except Exception as error:
+            handlers: Any = self._app.exception_handlers
+            kinds = (kind for kind in type(error).__mro__ if kind in handlers)
+            response: Response = await handlers[next(kinds)](request, error)
+            return response
+
+
+class Server(uvicorn.Server):
+    """Ends streams when it is told to end: it would wait for them."""
+
+    def __init__(self, config: uvicorn.Config, endpoint: Endpoint) -> None:
+        super().__init__(config)
+        self._endpoint = endpoint
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        self._endpoint.end_streams()
+        await super().shutdown(sockets)
+
+
+def serve(settings: Settings, host: str, port: int) -> None:
+    """Serve the endpoint until the process is told to end."""
+    endpoint = create_app(settings)
+    config = uvicorn.Config(
+        endpoint,
+        host=host,
+        port=port,
+        loop="uvloop",
+        http=LimitedProtocol,
+        ws=LimitedWebSocket,
+        ws_max_size=MAX_FRAME_BYTES,
+        ws_per_message_deflate=False,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+    Server(config, endpoint).run()
+
+
+def create_app(settings: Settings) -> Endpoint:
+    """Return the application. It connects when it starts, and starts also while its servers are away."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        redis_url = settings.redis_url.get_secret_value()
+        state = app.state
+        state.reader = Reader(
+            settings.database_url.get_secret_value(), settings.endpoint_connections
+        )
+        state.redis = async_redis.Redis.from_url(
+            redis_url, socket_timeout=2, socket_connect_timeout=2, protocol=2
+        )
+        channels = Channels(state.redis)
+        sender = Sender(redis_url, settings.inbox_limit, settings.lease_ms, socket_timeout=2)
+        state.live = Live(channels, state.reader)
+        state.gateway = writes.Gateway(sender, channels, state.reader)
+        jobs = [asyncio.create_task(job) for job in (channels.run(), state.live.run())]
+        try:
+            await state.reader.check()
+        except (psycopg.Error, TimeoutError):
+            logger.warning("the database does not answer yet: requests get 503 until it does")
+        logger.info("ready")
+        yield
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        await state.redis.aclose()
+        state.reader.close()
+        sender.close()
+
+    app = FastAPIOffline(
+        title="task tags",
+        version="1.0.0",
+        description="Reads, watches and changes the tags that are on the tasks of flow executions.",
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.authorizer = Authorizer(settings)
+    app.state.ending = asyncio.Event()
+    for each in (reads.router, feeds.router, writes.router, router):
+        app.include_router(each)
+    app.add_exception_handler(Problem, on_problem)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http_error)
+    for unavailable in (psycopg.Error, TimeoutError, UnsafeRole):
+        app.add_exception_handler(unavailable, on_unavailable)
+    app.add_exception_handler(ClientDisconnect, on_gone)
+    app.add_exception_handler(Exception, on_fault)
+    document = app.openapi
+    app.openapi = lambda: _exact(document())  # type: ignore[method-assign]
+    return Endpoint(app)
+
+
+def _exact(described: dict[str, Any]) -> dict[str, Any]:
+    """Return FastAPI's document with the bearer scheme, and without what is never sent.
+
+    FastAPI makes it once and keeps it, so this may be told of one that is exact already.
+    """
+    if "securitySchemes" in described.get("components", {}):
+        return described
+    for path, item in described["paths"].items():
+        for operation in item.values():
+            operation["responses"].pop("422", None)
+            if not path.endswith("z"):
+                operation["security"] = [{"bearer": []}]
+    # FastAPI leaves nulls out of examples, and a tag has two.
+    examples = {
+        "/task-tags": reads.TAG_EXAMPLE,
+        "/task-tags/changes": reads.EVENT_EXAMPLE,
+        "/task-executions": reads.TASK_EXAMPLE,
+    }
+    for path, example in examples.items():
+        read = described["paths"][path]["get"]["responses"]["200"]
+        read["content"]["application/json"]["example"] = [example]
+    stream = described["paths"]["/task-tags/changes/events"]["get"]["responses"]["200"]
+    del stream["content"]["application/json"]  # what FastAPI takes every answer for
+    components = described.setdefault("components", {})
+    components["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+    }
+    for unused in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(unused, None)
+    # Bodies are read by hand, so FastAPI does not know what they are made of.
+    operation = TagOperation.model_json_schema(ref_template="#/components/schemas/{model}")
+    components["schemas"].setdefault("TagOperation", operation)
+    return described

@@ -1,0 +1,122 @@
+"""What a request asks, and whether it may: its bearer token and its query string, read by hand.
+
+FastAPI's dependencies would do it too, at the cost of all the rest of the endpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cache
+from typing import Annotated, Any, TypeVar, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import HTTPConnection
+
+from producers.contract.messages import Detail, Id, TagName, TagType, TaskName
+from worker.api.errors import WRONG_PARAMETER, Problem, parameter_faults
+from worker.auth import Authorizer, Grant, KeysUnavailable, Unauthorized
+
+
+async def granted(connection: HTTPConnection, scope: str) -> Grant:
+    """Return what the bearer token in the headers grants. Raises a `Problem`: 401, 403 or 503."""
+    return await verified(connection.app.state.authorizer, token_of(connection), scope)
+
+
+def token_of(connection: HTTPConnection) -> str:
+    """Return the bearer token in the headers, or an empty string."""
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    return token if scheme.lower() == "bearer" else ""
+
+
+async def verified(authorizer: Authorizer, token: str, scope: str) -> Grant:
+    """Return what a token grants now. Raises a `Problem`: 401, 403, or 503 if there are no keys."""
+    if not token:
+        raise Problem(401, "unauthorized", "a bearer token is required")
+    try:
+        if authorizer.may_block:
+            grant = await run_in_threadpool(authorizer.verify_now, token)
+        else:
+            grant = authorizer.verify_now(token)
+    except Unauthorized as error:
+        raise Problem(401, "unauthorized", str(error)) from None
+    except KeysUnavailable:
+        raise Problem(503, "unavailable", "the keys of tokens can't be fetched") from None
+    if not grant.allows(scope):
+        raise Problem(403, "forbidden", f"the token lacks the scope {scope}")
+    return grant
+
+
+Query = TypeVar("Query", bound=BaseModel)
+
+
+def parameters(connection: HTTPConnection, model: type[Query]) -> Query:
+    """Read the query string. Raises a `Problem` with what is missing, wrong, unknown or doubled."""
+    given = connection.query_params.multi_items()
+    values: dict[str, Any] = dict(given)
+    if len(values) < len(given) or not _repeatable(model).isdisjoint(values):
+        counts = Counter(name for name, _ in given)
+        for name in _repeatable(model) & counts.keys():
+            values[name] = connection.query_params.getlist(name)
+            del counts[name]
+        doubled = [name for name, count in counts.items() if count > 1]
+        if doubled:
+            details = [
+                Detail(field=name[:64], message="is given more than once") for name in doubled
+            ]
+            raise Problem(400, "bad_request", WRONG_PARAMETER, details)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        faults = parameter_faults(error.errors())
+        raise Problem(400, "bad_request", WRONG_PARAMETER, faults) from None
+
+
+@cache
+def _repeatable(model: type[BaseModel]) -> frozenset[str]:
+    """Return the names of parameters that may be given several times."""
+    fields = model.model_fields.items()
+    return frozenset(name for name, field in fields if get_origin(field.annotation) is list)
+
+
+def documented(model: type[BaseModel], *headers: dict[str, Any]) -> dict[str, Any]:
+    """Return what the OpenAPI document says of parameters that `parameters` reads."""
+    schema = model.model_json_schema()
+    required = schema.get("required", [])
+    query = [
+        {"name": name, "in": "query", "required": name in required, "schema": described}
+        for name, described in schema.get("properties", {}).items()
+    ]
+    return {"parameters": [*query, *headers]}
+
+
+def _digits(value: Any) -> Any:
+    """Take a number as its digits alone; "+1", " 1" and "1_0" would be numbers too."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
+        return int(value)
+    raise PydanticCustomError("number", "must be a whole number")
+
+
+Number = Annotated[int, BeforeValidator(_digits)]
+
+
+class NoQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ExecutionQuery(NoQuery):
+    flow_execution_id: Id = Field(description="The flow execution that is asked about.")
+    task_name: TaskName | None = Field(None, description="Only what is of this task.")
+
+
+class Filters(ExecutionQuery):
+    """Which tags are wanted; each that is given must fit, a list by one of its values."""
+
+    tag_type: list[TagType] = Field([], max_length=100, description="Only tags of these types.")
+    tag: list[TagName] = Field([], max_length=100, description="Only these tags.")
+
+
+class FeedQuery(Filters):
+    after: Number = Field(0, ge=0, description="The revision after which changes are wanted.")

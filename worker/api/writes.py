@@ -1,0 +1,394 @@
+"""What can be written over HTTP: a producer like any other. It enqueues under its caller's token, and waits for the result.
+
+So there is one way to write, and an answer of this endpoint is what the worker decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any, Final
+from uuid import UUID, uuid4, uuid5
+
+import psycopg
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
+from starlette.concurrency import run_in_threadpool
+
+from producers.contract.messages import (
+    MAX_MESSAGE_BYTES,
+    MAX_TASK_NAMES,
+    Detail,
+    InvalidMessage,
+    Message,
+    OperationResult,
+    RecordingStatus,
+    RegistrationStatus,
+    ResultRecord,
+    TagOperation,
+    TaskName,
+    TaskState,
+    read_body,
+    results_channel,
+    uuid7,
+)
+from producers.enqueuer import Sender
+from producers.errors import Unavailable
+from worker.api.change_hub import Channels, Listener
+from worker.api.errors import ERRORS, Problem, documented_error
+from worker.api.params import NoQuery, documented, granted, parameters, token_of
+from worker.api.queries import Reader
+from worker.auth import REGISTER, WRITE, Grant
+from worker.db.repository import UnsafeRole
+
+router = APIRouter()
+
+WAIT_SECONDS: Final = 10.0
+MOST_WAIT_SECONDS: Final = 60
+_SUBSCRIBE_SECONDS: Final = 1.0
+_LOOK_SECONDS: Final = 1.0
+_THREADS: Final = 40
+_LARGE_BYTES: Final = 64 * 1024
+_KEYS: Final = UUID("0b6c2b55-7f0c-5d0e-8a39-5f2a4c9d6e10")
+"""The name space of the batch ids that are made of Idempotency-Keys."""
+_STATUS_OF: Final = {
+    "bad_request": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "conflict": 409,
+    "internal_error": 500,
+}
+
+
+class Answer(Listener):
+    """Hears the one result that is published for a request."""
+
+    def __init__(self) -> None:
+        self.subscribed = asyncio.Event()
+        self.record: asyncio.Future[ResultRecord] = asyncio.get_running_loop().create_future()
+
+    def begin(self) -> None:
+        self.subscribed.set()
+
+    def hear(self, payload: bytes) -> None:
+        if not self.record.done():
+            self.record.set_result(ResultRecord.decode(payload))
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """Enqueues messages and waits for their results."""
+
+    sender: Sender
+    channels: Channels
+    reader: Reader
+    threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
+    """Those that wait for Redis; reads must not wait for one."""
+
+    async def apply(
+        self, organization_id: UUID, message: Message, token: str, seconds: float
+    ) -> ResultRecord | None:
+        """Enqueue a message and return its result; None if there is none in time. Raises a `Problem`: 400, 429 or 503.
+
+        Each request hears a channel of its own: two that use one batch id for different things have different results.
+        """
+        if not seconds:
+            await self._enqueue(organization_id, message, token)
+            return None
+        answer, reply_to = Answer(), f"endpoint-{uuid4()}"
+        with self.channels.listening(results_channel(organization_id, reply_to), answer):
+            await _within(_SUBSCRIBE_SECONDS, answer.subscribed.wait())
+            named = message.model_copy(update={"reply_to": reply_to})
+            await self._enqueue(organization_id, named, token)
+            return await self._result(organization_id, message, answer.record, seconds)
+
+    async def _enqueue(self, organization_id: UUID, message: Message, token: str) -> None:
+        encoded = _encoded(message)
+        try:
+            accepted = await to_thread.run_sync(
+                self.sender.send, organization_id, [encoded], token, limiter=self.threads
+            )
+        except Unavailable as error:
+            raise Problem(503, "unavailable", "Redis can't be used; try again later") from error
+        if not accepted:
+            raise Problem(429, "inbox_full", "the organization's inbox is full; try again later")
+
+    async def _result(
+        self,
+        organization_id: UUID,
+        message: Message,
+        published: asyncio.Future[ResultRecord],
+        seconds: float,
+    ) -> ResultRecord | None:
+        """Wait for what is published, and look now and then at what is stored, for pub/sub may lose it."""
+        clock = asyncio.get_running_loop().time
+        end = clock() + seconds
+        while (left := end - clock()) > 0:
+            await _within(min(left, _LOOK_SECONDS), asyncio.shield(published))
+            if published.done():
+                return published.result()
+            try:
+                stored = await self.reader.record(organization_id, message.batch_id)
+            except (psycopg.Error, UnsafeRole, TimeoutError):
+                continue
+            if stored is not None and stored.digest == message.digest():
+                return ResultRecord.decode(stored.record)
+            if stored is not None:
+                raise Problem(409, "conflict", "this batch id was used for another request")
+        return None
+
+
+async def _within(seconds: float, waiting: Any) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await waiting
+    except TimeoutError:
+        pass
+
+
+def _encoded(message: Message) -> bytes:
+    try:
+        return message.encode()
+    except InvalidMessage as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: InvalidMessage) -> Problem:
+    return Problem(400, "bad_request", "the body breaks the contract", error.details)
+
+
+# --- Requests ------------------------------------------------------------------------------------
+
+
+async def _body(request: Request) -> bytes:
+    """Return the body, at most as long as a message may be."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_MESSAGE_BYTES:
+            problem = f"a body has at most {MAX_MESSAGE_BYTES} bytes"
+            raise Problem(413, "body_too_large", problem)
+    return body
+
+
+def _batch_id(request: Request, grant: Grant) -> UUID:
+    """Return the batch id: a new one, or the one that this actor's Idempotency-Key stands for."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return uuid7()
+    if not re.fullmatch(r"[!-~](?:[ -~]{0,198}[!-~])?", key):
+        detail = Detail(field="Idempotency-Key", message="must have 1 to 200 ASCII characters")
+        raise Problem(400, "bad_request", "a header is wrong", [detail])
+    return uuid5(_KEYS, f"{grant.organization_id} {len(grant.actor)} {grant.actor} {key}")
+
+
+def _patience(request: Request) -> float:
+    """Return how many seconds the caller wants to wait (RFC 7240: `wait`, and `respond-async` after that or at once)."""
+    headers = ",".join(request.headers.getlist("prefer"))
+    wanted = [each.strip().lower() for each in headers.split(",")]
+    waits = [found[1] for each in wanted if (found := re.fullmatch(r"wait\s*=\s*(\d{1,9})", each))]
+    if waits:
+        return min(int(waits[0]), MOST_WAIT_SECONDS)
+    return 0 if "respond-async" in wanted else WAIT_SECONDS
+
+
+async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Response:
+    """Make a message of the request, apply it, and answer with its result."""
+    grant = await granted(request, scope)
+    parameters(request, NoQuery)
+    gateway: Gateway = request.app.state.gateway
+    patience, batch_id = _patience(request), _batch_id(request, grant)
+    try:
+        raw = await _body(request)
+        read = partial(read_body, kind, raw, batch_id=batch_id, **rest)
+        # A large one may take a second to tell what is wrong with it.
+        message = read() if len(raw) < _LARGE_BYTES else await run_in_threadpool(read)
+    except InvalidMessage as error:
+        raise _invalid(error) from None
+    record = await gateway.apply(grant.organization_id, message, token_of(request), patience)
+    headers = {"Location": f"/task-tags/batches/{batch_id}"}
+    if record is None:
+        return Response(to_json({"batch_id": batch_id}), 202, headers, "application/json")
+    if record.error is not None:
+        refused = record.error
+        raise Problem(_STATUS_OF[refused.code], refused.code, refused.message, refused.details)
+    statuses = [{"status": status} for status in record.statuses]
+    body: Any = {"tags": statuses} if kind == "tag_batch" else statuses[0]
+    status = 201 if record.statuses == ["registered"] else 200
+    return Response(to_json(body), status, headers, "application/json")
+
+
+# --- What the document says ----------------------------------------------------------------------
+
+
+class TagsBody(BaseModel):
+    """The operations of one batch: they take effect together or not at all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tags: list[TagOperation] = Field(min_length=1, max_length=100)
+
+
+class TagsResult(BaseModel):
+    """A status for each operation, in their order."""
+
+    tags: list[OperationResult]
+
+
+class RegistrationBody(BaseModel):
+    """The task names that may be tagged; null is any."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task_names: Annotated[list[TaskName], Field(max_length=MAX_TASK_NAMES)] | None = None
+
+
+class RegistrationResult(BaseModel):
+    status: RegistrationStatus
+
+
+class StateBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    flow_execution_id: UUID
+    task_name: TaskName
+    state: TaskState
+
+
+class StateResult(BaseModel):
+    status: RecordingStatus
+
+
+class Accepted(BaseModel):
+    """The batch was enqueued, and will be applied; its result is at `Location` then."""
+
+    batch_id: UUID
+
+
+_LOCATION: Final = {
+    "Location": {"description": "Where the result is stored.", "schema": {"type": "string"}},
+    "X-Request-ID": {"schema": {"type": "string"}},
+}
+_HEADERS: Final[tuple[dict[str, Any], ...]] = (
+    {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "description": "The same key of the same actor is the same batch: it takes effect once.",
+        "schema": {"type": "string", "maxLength": 200},
+    },
+    {
+        "name": "Prefer",
+        "in": "header",
+        "description": "`respond-async` does not wait for the result; `wait=5` waits 5 seconds, 60 at most.",
+        "schema": {"type": "string"},
+    },
+)
+
+
+def _describe(body: type[BaseModel], scope: str) -> dict[str, Any]:
+    """Return what the OpenAPI document says of a request that is read by hand, and of its answers."""
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    content = {"application/json": {"schema": schema}}
+    return {
+        "responses": {
+            202: _answers(
+                Accepted,
+                {"batch_id": "01970000-0000-7000-8000-00000000b001"},
+                "Enqueued; there is no result yet.",
+            ),
+            **ERRORS,
+            400: documented_error(
+                "bad_request",
+                "the body breaks the contract",
+                [{"index": 0, "field": "tag", "message": "must have at least 1 character(s)"}],
+            ),
+            403: documented_error("forbidden", f"the token lacks the scope {scope}"),
+            404: documented_error(
+                "not_found",
+                "an execution or task is unknown",
+                [{"index": 0, "field": "flow_execution_id", "message": "is unknown"}],
+            ),
+            409: documented_error("conflict", "this batch id was used for another request"),
+            429: documented_error(
+                "inbox_full",
+                "the organization's inbox is full; try again later",
+                None,
+                "Retry-After",
+            ),
+        },
+        "openapi_extra": {
+            **documented(NoQuery, *_HEADERS),
+            "requestBody": {"required": True, "content": content},
+        },
+    }
+
+
+def _answers(model: type[BaseModel], example: Any, description: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "description": description,
+        "content": {"application/json": {"example": example}},
+        "headers": _LOCATION,
+    }
+
+
+# --- Paths ---------------------------------------------------------------------------------------
+
+_TAGS: Final = _describe(TagsBody, WRITE)
+_REGISTRATION: Final = _describe(RegistrationBody, REGISTER)
+_STATE: Final = _describe(StateBody, REGISTER)
+
+
+@router.patch(
+    "/task-tags",
+    summary="Add and remove tags, all or none",
+    response_model=None,
+    responses={
+        200: _answers(
+            TagsResult,
+            {"tags": [{"status": "added"}, {"status": "already_exists"}]},
+            "Applied: a status for each operation, in their order.",
+        ),
+        **_TAGS["responses"],
+    },
+    openapi_extra=_TAGS["openapi_extra"],
+)
+async def change_tags(request: Request) -> Response:
+    return await _write(request, WRITE, "tag_batch")
+
+
+@router.put(
+    "/flow-executions/{flow_execution_id}",
+    summary="Register a flow execution, or let its task names grow",
+    response_model=None,
+    responses={
+        200: _answers(
+            RegistrationResult, {"status": "already_exists"}, "It was registered before."
+        ),
+        201: _answers(RegistrationResult, {"status": "registered"}, "It is registered now."),
+        **_REGISTRATION["responses"],
+    },
+    openapi_extra=_REGISTRATION["openapi_extra"],
+)
+async def register(request: Request, flow_execution_id: UUID) -> Response:
+    return await _write(request, REGISTER, "flow_execution", flow_execution_id=flow_execution_id)
+
+
+@router.put(
+    "/task-executions",
+    summary="Record the state of a task",
+    response_model=None,
+    responses={
+        200: _answers(StateResult, {"status": "recorded"}, "Recorded, or unchanged."),
+        **_STATE["responses"],
+    },
+    openapi_extra=_STATE["openapi_extra"],
+)
+async def record_state(request: Request) -> Response:
+    return await _write(request, REGISTER, "task_execution")

@@ -1,0 +1,235 @@
+"""Token → organization, actor, scopes (design, sections 4 and 5; rule 7). The only file that knows JWTs.
+
+Keys and algorithms come from the settings, never from a token: its header is not asked where a key is.
+Tokens are neither stored nor logged; what is remembered of one is a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any, Final
+from uuid import UUID
+
+import jwt
+from pydantic import TypeAdapter, ValidationError
+
+from producers.contract.messages import Id
+from worker.settings import InvalidSettings, Settings
+
+READ: Final = "task-tags:read"
+WRITE: Final = "task-tags:write"
+REGISTER: Final = "flow-executions:write"
+SCOPES: Final = (READ, WRITE, REGISTER)
+
+LEEWAY_SECONDS: Final = 30
+MAX_TOKEN_BYTES: Final = 8 * 1024
+_REMEMBERED: Final = 10_000
+_REMEMBERED_SECONDS: Final = 300.0
+_JWKS_SECONDS: Final = 300
+_FAMILIES: Final = {"HS": "jwt_secret", "RS": "key", "PS": "key", "ES": "key", "Ed": "key"}
+_UUID: Final[TypeAdapter[UUID]] = TypeAdapter(Id)
+
+
+class Unauthorized(Exception):
+    """The token proves nothing: missing, malformed, wrongly signed, or out of its time."""
+
+
+class KeysUnavailable(Exception):
+    """The JWK set can't be fetched now. This says nothing about the token: try again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a token proves: who acts, for which organization, with which scopes, and when."""
+
+    organization_id: UUID
+    actor: str
+    scopes: frozenset[str]
+    not_before: float
+    expires_at: float
+
+    def allows(self, scope: str) -> bool:
+        return scope in self.scopes
+
+
+class Authorizer:
+    """Verifies tokens; the signature of each distinct one once, its time at every use."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._algorithms = list(settings.jwt_algorithms)
+        self._key, self._jwks = _key_source(settings)
+        self._grants: OrderedDict[bytes, tuple[Grant, float]] = OrderedDict()
+
+    def verify(self, token: str | bytes | None, at: float) -> Grant:
+        """Return what the token grants at a time, in seconds since the epoch (leeway: 30 s).
+
+        Raises `Unauthorized`, or `KeysUnavailable` if the keys themselves can't be had.
+        """
+        if not token:
+            raise Unauthorized("a token is required")
+        if len(token) > MAX_TOKEN_BYTES:
+            raise Unauthorized("the token is too long")
+        raw = token.encode(errors="replace") if isinstance(token, str) else token
+        grant = self._remembered(hashlib.sha256(raw).digest(), raw)
+        if at > grant.expires_at + LEEWAY_SECONDS:
+            raise Unauthorized("the token has expired")
+        if at < grant.not_before - LEEWAY_SECONDS:
+            raise Unauthorized("the token is not valid yet")
+        return grant
+
+    def verify_now(self, token: str) -> Grant:
+        """Return what the token grants at this moment. Raises as `verify` does."""
+        return self.verify(token, at=time.time())
+
+    @property
+    def may_block(self) -> bool:
+        """Whether verifying may wait for a JWK set to be fetched."""
+        return self._jwks is not None
+
+    def _remembered(self, digest: bytes, raw: bytes) -> Grant:
+        """Return the grant of a token whose signature was verified in the last 5 minutes, or verify it.
+
+        So a key that is taken out of the JWK set is soon worth nothing.
+        """
+        now = time.monotonic()
+        grant, until = self._grants.get(digest, (None, now))
+        if grant is None or now >= until:
+            grant = _grant(self._claims(raw))
+            self._grants[digest] = grant, now + _REMEMBERED_SECONDS
+            if len(self._grants) > _REMEMBERED:
+                self._grants.popitem(last=False)
+        return grant
+
+    def _claims(self, raw: bytes) -> dict[str, Any]:
+        try:
+            return jwt.decode(
+                raw.decode("ascii"),
+                self._signing_key(raw),
+                algorithms=self._algorithms,
+                audience=self._settings.jwt_audience,
+                issuer=self._settings.jwt_issuer,
+                options={
+                    "require": ["exp", "sub", "org"],
+                    "verify_aud": self._settings.jwt_audience is not None,
+                    "verify_iss": self._settings.jwt_issuer is not None,
+                    # `verify` compares these with the time at which the message was accepted.
+                    "verify_exp": False,
+                    "verify_nbf": False,
+                    "verify_iat": False,
+                },
+            )
+        except jwt.MissingRequiredClaimError as error:
+            raise Unauthorized(f"the token has no {error.claim}") from None
+        except jwt.InvalidAudienceError:
+            raise Unauthorized("the token is for another audience") from None
+        except jwt.InvalidIssuerError:
+            raise Unauthorized("the token is of another issuer") from None
+        except (jwt.InvalidTokenError, ValueError, TypeError, RecursionError):
+            raise Unauthorized("the token is not valid") from None
+
+    def _signing_key(self, raw: bytes) -> Any:
+        if self._jwks is None:
+            return self._key
+        try:
+            kid = jwt.get_unverified_header(raw).get("kid")
+        except jwt.InvalidTokenError:
+            raise Unauthorized("the token is not valid") from None
+        for refresh in (False, True):
+            for key in self._fetched_keys(refresh):
+                if key.key_id == kid:
+                    return key.key
+        raise Unauthorized("the token is signed with an unknown key")
+
+    def _fetched_keys(self, refresh: bool) -> list[jwt.PyJWK]:
+        """Return the keys of the JWK set. Whatever goes wrong with that is not the token's fault."""
+        assert self._jwks is not None
+        try:
+            return self._jwks.get_signing_keys(refresh)
+        except (jwt.PyJWTError, OSError, ValueError) as error:
+            raise KeysUnavailable("the JWK set can't be fetched") from error
+
+
+def _grant(claims: dict[str, Any]) -> Grant:
+    actor = claims["sub"]
+    if not isinstance(actor, str) or not 1 <= len(actor) <= 200 or "\x00" in actor:
+        raise Unauthorized("the token's sub must have 1 to 200 characters")
+    try:
+        actor.encode()
+        organization_id = _UUID.validate_python(claims["org"])
+    except (ValidationError, UnicodeEncodeError):
+        raise Unauthorized("the token's org must be a UUID") from None
+    scope = claims.get("scope", "")
+    try:
+        not_before, expires_at = float(claims.get("nbf", 0)), float(claims["exp"])
+        scopes = frozenset(scope.split() if isinstance(scope, str) else map(str, scope))
+    except (TypeError, ValueError, OverflowError):
+        raise Unauthorized("the token's claims have wrong types") from None
+    if not (math.isfinite(not_before) and math.isfinite(expires_at)):
+        raise Unauthorized("the token's claims have wrong types")
+    return Grant(organization_id, actor, scopes, not_before, expires_at)
+
+
+def _key_source(settings: Settings) -> tuple[Any, jwt.PyJWKClient | None]:
+    """Return the one configured key, or the client for the JWK set. Raises `InvalidSettings`."""
+    families = {_FAMILIES.get(algorithm[:2]) for algorithm in settings.jwt_algorithms}
+    if None in families or len(families) != 1:
+        raise InvalidSettings(
+            "TASK_TAGS_JWT_ALGORITHMS: must be HS… algorithms alone, or RS…, PS…, ES… and EdDSA"
+        )
+    secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret else None
+    if families == {"jwt_secret"}:
+        if settings.jwt_public_key or settings.jwt_jwks_url:
+            raise InvalidSettings(
+                "TASK_TAGS_JWT_ALGORITHMS: HS… algorithms take a secret, not a key"
+            )
+        if secret is None or len(secret.encode()) < 32:
+            raise InvalidSettings("TASK_TAGS_JWT_SECRET: at least 32 bytes are required")
+        return secret, None
+    if secret is not None:
+        raise InvalidSettings("TASK_TAGS_JWT_SECRET: is for HS… algorithms alone")
+    if bool(settings.jwt_public_key) == bool(settings.jwt_jwks_url):
+        raise InvalidSettings(
+            "TASK_TAGS_JWT_PUBLIC_KEY or TASK_TAGS_JWT_JWKS_URL: one of them is required"
+        )
+    if settings.jwt_jwks_url:
+        client = jwt.PyJWKClient(settings.jwt_jwks_url, timeout=5, lifespan=_JWKS_SECONDS)
+        return None, client
+    try:
+        for algorithm in settings.jwt_algorithms:
+            jwt.get_algorithm_by_name(algorithm).prepare_key(settings.jwt_public_key)
+    except (jwt.PyJWTError, NotImplementedError, ValueError, TypeError):
+        raise InvalidSettings("TASK_TAGS_JWT_PUBLIC_KEY: is no public key in PEM") from None
+    return settings.jwt_public_key, None
+
+
+def mint(
+    settings: Settings,
+    *,
+    organization_id: UUID,
+    actor: str,
+    scopes: tuple[str, ...],
+    lifetime: timedelta,
+) -> str:
+    """Sign a token with the configured secret, for development. Raises `InvalidSettings`."""
+    key, _ = _key_source(settings)
+    if not settings.jwt_algorithms[0].startswith("HS"):
+        raise InvalidSettings(
+            "TASK_TAGS_JWT_ALGORITHMS: only a shared secret can sign a token here"
+        )
+    now = datetime.now(timezone.utc)
+    claims = {
+        "sub": actor,
+        "org": str(organization_id),
+        "scope": " ".join(scopes),
+        "iat": now,
+        "exp": now + lifetime,
+        **({"aud": settings.jwt_audience} if settings.jwt_audience else {}),
+        **({"iss": settings.jwt_issuer} if settings.jwt_issuer else {}),
+    }
+    return jwt.encode(claims, key, algorithm=settings.jwt_algorithms[0])

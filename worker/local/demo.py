@@ -1,0 +1,234 @@
+"""The demonstration: sends a sample flow through the real queue, shows all that comes back, and compares.
+
+Each run uses executions and batches of its own, made from those of the sample, so that it can be repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID, uuid4, uuid5
+
+import httpx
+from rich.console import Console
+
+from producers.cli import change_lines, result_line, tag_table
+from producers.client import TagProducer
+from producers.contract.messages import ChangeEvent, ResultRecord, changes_channel, results_channel
+from producers.redis_client import open_redis
+from producers.subscriber import Signal, listen
+from worker.local.supervisor import Failed
+
+WAIT_SECONDS: Final = 30.0
+
+Heard = ResultRecord | ChangeEvent
+Events = dict[tuple[UUID, int], ChangeEvent]
+"""By execution and revision: an event that is published again is the same event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the run came to: the last line to print, everything that is not as expected, and an execution to look at."""
+
+    summary: str
+    differences: list[str]
+    execution: UUID
+
+
+def _console() -> Console:
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=140)
+
+
+@dataclass
+class Demo:
+    """A sample: messages as they are sent, and what each is expected to come to."""
+
+    messages: list[dict[str, Any]]
+    expected: list[Any]
+    console: Console = field(default_factory=_console)
+
+    @classmethod
+    def load(cls, file: Path) -> Demo:
+        """Read FILE.jsonl and FILE.expected.jsonl: one line a message. Raises `Failed`."""
+        try:
+            messages, expected = (
+                [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                for path in (file, file.with_suffix(".expected.jsonl"))
+            )
+        except (OSError, ValueError) as error:
+            raise Failed(f"the sample can't be read: {error}") from None
+        if len(messages) != len(expected):
+            raise Failed(f"the sample has {len(messages)} messages, but {len(expected)} results")
+        return cls(messages, expected)
+
+    def run(self, redis_url: str, endpoint_url: str, organization_id: UUID, token: str) -> Report:
+        """Send the sample and print what happens, as it happens."""
+        run = uuid4()
+        messages = [_renamed(message, run) for message in self.messages]
+        executions = list(dict.fromkeys(_executions(messages)))
+        channels = [
+            results_channel(organization_id, str(run)),
+            *(changes_channel(organization_id, execution) for execution in executions),
+        ]
+        records: list[ResultRecord] = []
+        events: Events = {}
+        with _hear(redis_url, channels) as heard:
+            with TagProducer(
+                redis_url=redis_url, organization_id=organization_id, token=token
+            ) as producer:
+                producer.send([json.dumps({**m, "reply_to": str(run)}).encode() for m in messages])
+            self._follow(heard, records, events)
+            tags, revisions = self._read(endpoint_url, token, executions)
+            while len(events) < sum(revisions.values()) and (late := _next(heard, 5)):
+                self._show(late, records, events)
+        operations = sum(len(message.get("tags", [])) for message in messages)
+        return Report(
+            f"demo: {len(messages)} batches, {operations} operations, {len(records)} results, "
+            f"{len(events)} change events, {len(tags)} active tags",
+            [*self._compare(messages, records), *_compare_replay(events, tags)],
+            executions[0],
+        )
+
+    def _follow(
+        self,
+        heard: queue.Queue[Heard],
+        records: list[ResultRecord],
+        events: Events,
+    ) -> None:
+        """Show what comes until there is a result for each message, or nothing comes any more."""
+        started = time.monotonic()
+        while len(records) < len(self.messages) and (each := _next(heard, WAIT_SECONDS)):
+            if not records and isinstance(each, ResultRecord):
+                self.console.print(f"\nfirst result after {time.monotonic() - started:.3f} s\n")
+            self._show(each, records, events)
+
+    def _show(self, heard: Heard, records: list[ResultRecord], events: Events) -> None:
+        if isinstance(heard, ResultRecord):
+            records.append(heard)
+            self.console.print(f"result  {result_line(heard)}")
+        else:
+            events[heard.flow_execution_id, heard.revision] = heard
+            for line in change_lines(heard).splitlines():
+                self.console.print(f"change  {line}")
+
+    def _read(
+        self, endpoint_url: str, token: str, executions: list[UUID]
+    ) -> tuple[list[dict[str, Any]], dict[UUID, int]]:
+        """Read and show the active tags of each execution over HTTP."""
+        tags: list[dict[str, Any]] = []
+        revisions = {}
+        headers = {"Authorization": f"Bearer {token}"}
+        with httpx.Client(
+            base_url=endpoint_url, headers=headers, timeout=10, trust_env=False
+        ) as client:
+            for execution in executions:
+                response = client.get("/task-tags", params={"flow_execution_id": str(execution)})
+                if response.status_code != 200:
+                    continue  # the execution that nobody registered
+                revisions[execution] = int(response.headers["etag"].strip('"'))
+                self.console.print(f"\ntags of {execution}, revision {revisions[execution]}")
+                self.console.print(tag_table(response.json()))
+                tags += response.json()
+        self.console.print()
+        return tags, revisions
+
+    def _compare(
+        self, messages: list[dict[str, Any]], records: list[ResultRecord]
+    ) -> Iterator[str]:
+        if len(records) != len(messages):
+            yield f"{len(messages)} batches, but {len(records)} results"
+        for message, record, expected in zip(messages, records, self.expected, strict=False):
+            if str(record.batch_id) != message["batch_id"]:
+                yield f"batch {message['batch_id']} was answered out of its turn"
+            elif _outcome(record) != expected:
+                yield f"batch {record.batch_id}: {_outcome(record)} instead of {expected}"
+
+
+def _outcome(record: ResultRecord) -> Any:
+    if record.error is not None:
+        return {"error": record.error.code}
+    return record.statuses
+
+
+def _compare_replay(events: Events, tags: list[dict[str, Any]]) -> Iterator[str]:
+    """The change events, replayed, are the tags that a reader sees."""
+    replayed = {}
+    for _, event in sorted(events.items()):
+        for change in event.changes:
+            if change.change == "added":
+                replayed[change.tag.id] = change.tag
+            elif change.change == "removed":
+                replayed.pop(change.tag.id, None)
+    if {str(id) for id in replayed} != {tag["id"] for tag in tags}:
+        yield "the change events do not add up to the tags that were read"
+
+
+def _renamed(message: dict[str, Any], run: UUID) -> dict[str, Any]:
+    """Return the message with the ids of this run instead of the sample's."""
+
+    def rename(value: Any) -> Any:
+        if isinstance(value, list):
+            return [rename(item) for item in value]
+        if isinstance(value, dict):
+            return {
+                key: str(uuid5(run, item))
+                if key in ("batch_id", "flow_execution_id")
+                else rename(item)
+                for key, item in value.items()
+            }
+        return value
+
+    renamed: dict[str, Any] = rename(message)
+    return renamed
+
+
+def _executions(messages: list[dict[str, Any]]) -> Iterator[UUID]:
+    for message in messages:
+        for part in (message, *message.get("tags", [])):
+            if "flow_execution_id" in part:
+                yield UUID(part["flow_execution_id"])
+
+
+def _next(heard: queue.Queue[Heard], seconds: float) -> Heard | None:
+    try:
+        return heard.get(timeout=seconds)
+    except queue.Empty:
+        return None
+
+
+@contextmanager
+def _hear(redis_url: str, channels: list[str]) -> Iterator[queue.Queue[Heard]]:
+    """Collect what is published on the channels, in the order in which it is published."""
+    heard: queue.Queue[Heard] = queue.Queue()
+    stop, subscribed = threading.Event(), threading.Event()
+    redis = open_redis(redis_url)
+
+    def collect() -> None:
+        waiting = len(channels)
+        for payload in listen(redis, channels, stop):
+            if payload is Signal.SUBSCRIBED:
+                waiting -= 1
+                if waiting == 0:
+                    subscribed.set()
+            elif isinstance(payload, bytes):
+                model = ChangeEvent if b'"changes":' in payload else ResultRecord
+                heard.put(model.decode(payload))
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    try:
+        if not subscribed.wait(10):
+            raise Failed("Redis does not answer")
+        yield heard
+    finally:
+        stop.set()
+        thread.join()
+        redis.close()

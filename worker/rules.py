@@ -1,0 +1,381 @@
+"""The rules of a batch (design, section 4), and nothing else: no clock, no I/O, no ids of its own.
+
+State and requests go in; results, change events and writes come out. Whoever reads the state and writes
+the outcome does so in one transaction (worker/db/repository.py), so what is decided here is what happens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+from pydantic_core import to_json
+
+from producers.contract.messages import (
+    Change,
+    ChangeEvent,
+    Detail,
+    Error,
+    FlowExecution,
+    Message,
+    OperationStatus,
+    RecordingStatus,
+    RegistrationStatus,
+    ResultRecord,
+    StateChange,
+    Tag,
+    TagBatch,
+    TagOperation,
+    Task,
+    TaskExecution,
+    canonical_json,
+)
+
+TagKey = tuple[int, str, str, str]
+"""What a tag is called: flow execution, task name, tag type, tag. With its metadata it is the tag's identity (rule 2).
+
+Ids are looked up as their integers, here and below, for a UUID hashes and compares in Python.
+"""
+
+TaskKey = tuple[UUID, str]
+"""A task of an execution: the execution's id, and the task's name."""
+
+
+def tag_key(named: TagOperation | Tag) -> TagKey:
+    return named.flow_execution_id.int, named.task_name, named.tag_type, named.tag
+
+
+def stored_metadata(tag_metadata: Any) -> tuple[bytes | None, bytes]:
+    """Return a tag's metadata as it is stored: JSON in its one spelling, and 16 bytes, the digest of that.
+
+    For null: None, and no bytes. Two digests are equal if and only if the metadata are the same JSON (rule 2).
+    `tag_metadata` is as `producers.contract.messages` validated it.
+    """
+    if tag_metadata is None:
+        return None, b""
+    text = canonical_json(tag_metadata)
+    hasher = _NEW_HASHER()  # a copy costs less than the options of a new one
+    hasher.update(text)
+    return text, hasher.digest()
+
+
+_NEW_HASHER: Final = hashlib.blake2b(digest_size=16).copy
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A message that is well formed and authorized, and the actor who signed for it (rule 7)."""
+
+    message: Message
+    actor: str
+    digest: bytes
+    """The message's: the same for two that ask for the same."""
+
+
+@dataclass(slots=True)
+class Execution:
+    """A registered flow execution; `task_names` None allows every task name."""
+
+    id: UUID
+    task_names: frozenset[str] | None
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What is stored of a batch: enough to answer it again, whenever it comes again."""
+
+    digest: bytes
+    record: bytes
+    events: tuple[tuple[UUID, bytes], ...] = ()
+    """The change events, each with its execution's id, in the order in which they were made."""
+
+
+@dataclass(slots=True)
+class State:
+    """What the transaction found, of all that the requests name. `decide` carries it forward."""
+
+    batches: dict[UUID, Applied] = field(default_factory=dict)
+    executions: dict[int, Execution] = field(default_factory=dict)
+    tags: dict[TagKey, dict[bytes, Tag]] = field(default_factory=dict)
+    """The active tags, by their metadata's digest."""
+    tasks: dict[TaskKey, Task] = field(default_factory=dict)
+    """The tasks that have a state."""
+
+
+class NewTag(NamedTuple):
+    tag: Tag
+    metadata: bytes | None
+    metadata_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NewBatch:
+    batch_id: UUID
+    digest: bytes
+    record: bytes
+    revisions: dict[UUID, int]
+
+
+@dataclass(frozen=True, slots=True)
+class NewChange:
+    flow_execution_id: UUID
+    revision: int
+    batch_id: UUID
+    event: bytes
+
+
+@dataclass(slots=True)
+class Writes:
+    """What has to be stored so that the results are true. Every value is final."""
+
+    batches: list[NewBatch] = field(default_factory=list)
+    registrations: dict[UUID, Execution] = field(default_factory=dict)
+    revisions: dict[UUID, int] = field(default_factory=dict)
+    added: dict[int, NewTag] = field(default_factory=dict)
+    """New rows, by id; one that was removed again is a deleted row (rule 4)."""
+    removed: dict[int, Tag] = field(default_factory=dict)
+    tasks: dict[TaskKey, Task] = field(default_factory=dict)
+    changes: list[NewChange] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is published for a request: its result record, and its change events."""
+
+    record: bytes
+    events: tuple[tuple[UUID, bytes], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The outcomes, one for each request in the same order, and the writes that make them true."""
+
+    outcomes: list[Outcome]
+    writes: Writes
+
+
+def decide(
+    organization_id: UUID,
+    requests: Iterable[Request],
+    state: State,
+    *,
+    now: datetime,
+    new_id: Callable[[], UUID],
+) -> Decision:
+    """Apply requests one after the other to `state`, each seeing what the ones before it did.
+
+    `now`: the transaction's time, UTC. `new_id` gives the ids of new tags, each greater than the last.
+    """
+    ledger = _Ledger(organization_id, state, now, new_id)
+    return Decision([ledger.answer(request) for request in requests], ledger.writes)
+
+
+def error_record(organization_id: UUID, batch_id: UUID, error: Error) -> ResultRecord:
+    return ResultRecord(batch_id=batch_id, organization_id=organization_id, error=error)
+
+
+def record_failure(organization_id: UUID, request: Request, message: str) -> tuple[Outcome, Writes]:
+    """Decide that a request ends in `internal_error` and is never tried again under its id.
+
+    Were this not stored, a copy of the message that another drain still holds could be applied later than
+    the batches behind it.
+    """
+    batch_id = request.message.batch_id
+    error = Error(code="internal_error", message=message, details=[])
+    record = error_record(organization_id, batch_id, error).encode()
+    batch = NewBatch(batch_id, request.digest, record, {})
+    return Outcome(record), Writes(batches=[batch])
+
+
+Changes = dict[int, list[Change | StateChange]]
+"""What one message changed, by execution, in the order of its operations."""
+
+
+class _Ledger:
+    """The state as it changes from request to request, and the writes that add up."""
+
+    def __init__(
+        self, organization_id: UUID, state: State, now: datetime, new_id: Callable[[], UUID]
+    ) -> None:
+        self.organization_id = organization_id
+        self.state = state
+        self.now = now
+        self.new_id = new_id
+        self.writes = Writes()
+
+    def answer(self, request: Request) -> Outcome:
+        message = request.message
+        known = self.state.batches.get(message.batch_id)
+        if known is not None:
+            return self._repeat(message.batch_id, request.digest, known)
+        revisions: dict[UUID, int] = {}
+        events: tuple[tuple[UUID, bytes], ...] = ()
+        if isinstance(message, FlowExecution):
+            record = self._done(message, flow_execution={"status": self._register(message)})
+        elif details := self._unknown(message):
+            error = Error(
+                code="not_found", message="an execution or task is unknown", details=details
+            )
+            record = error_record(self.organization_id, message.batch_id, error).encode()
+        else:
+            if isinstance(message, TaskExecution):
+                status, changes = self._record_state(message, request.actor)
+                record = self._done(message, task_execution={"status": status})
+            else:
+                statuses, changes = self._apply(message, request.actor)
+                record = self._done(message, tags=[{"status": status} for status in statuses])
+            revisions = self._advance(changes)
+            events = self._report(message.batch_id, request.actor, changes, revisions)
+        self.writes.batches.append(NewBatch(message.batch_id, request.digest, record, revisions))
+        self.state.batches[message.batch_id] = Applied(request.digest, record, events)
+        return Outcome(record, events)
+
+    def _repeat(self, batch_id: UUID, digest: bytes, known: Applied) -> Outcome:
+        """The same batch again gets the same answer; another one under its id is a conflict (section 3)."""
+        if digest == known.digest:
+            return Outcome(known.record, known.events)
+        error = Error(
+            code="conflict", message="this batch id was used for another request", details=[]
+        )
+        return Outcome(error_record(self.organization_id, batch_id, error).encode())
+
+    def _register(self, message: FlowExecution) -> RegistrationStatus:
+        """Register an execution, or let its task names grow; null is every name, so it stays null."""
+        names = None if message.task_names is None else frozenset(message.task_names)
+        execution = self.state.executions.get(message.flow_execution_id.int)
+        if execution is None:
+            self._save_execution(Execution(message.flow_execution_id, names, revision=0))
+            return "registered"
+        if execution.task_names is not None and (
+            names is None or not names <= execution.task_names
+        ):
+            execution.task_names = None if names is None else execution.task_names | names
+            self._save_execution(execution)
+        return "already_exists"
+
+    def _save_execution(self, execution: Execution) -> None:
+        self.state.executions[execution.id.int] = execution
+        self.writes.registrations[execution.id] = execution
+
+    def _unknown(self, message: TagBatch | TaskExecution) -> list[Detail]:
+        """Return all that names an execution or task that this organization does not have (rule 5)."""
+        if isinstance(message, TaskExecution):
+            named: Iterable[tuple[int | None, TagOperation | TaskExecution]] = [(None, message)]
+        else:
+            named = enumerate(message.tags)
+        details = []
+        executions = self.state.executions
+        for index, each in named:
+            execution = executions.get(each.flow_execution_id.int)
+            if execution is None:
+                details.append(_not_found(index, "flow_execution_id", "is unknown"))
+            elif execution.task_names is not None and each.task_name not in execution.task_names:
+                details.append(_not_found(index, "task_name", "is not registered"))
+        return details
+
+    def _record_state(self, message: TaskExecution, actor: str) -> tuple[RecordingStatus, Changes]:
+        key = message.flow_execution_id, message.task_name
+        known = self.state.tasks.get(key)
+        if known is not None and known.state == message.state:
+            return "unchanged", {}
+        task = Task(*key, message.state, state_changed_at=self.now, state_changed_by=actor)
+        self.state.tasks[key] = self.writes.tasks[key] = task
+        return "recorded", {message.flow_execution_id.int: [StateChange("state", task)]}
+
+    def _apply(self, batch: TagBatch, actor: str) -> tuple[list[OperationStatus], Changes]:
+        statuses: list[OperationStatus] = []
+        changes: Changes = {}
+        for operation in batch.tags:
+            step = self._add if operation.operation == "add" else self._remove
+            statuses.append(step(operation, actor, changes))
+        return statuses, changes
+
+    def _add(self, operation: TagOperation, actor: str, changes: Changes) -> OperationStatus:
+        metadata, digest = stored_metadata(operation.tag_metadata)
+        key = tag_key(operation)
+        active = self.state.tags.setdefault(key, {})
+        if digest in active:
+            return "already_exists"
+        flow_execution_key, task_name, tag_type, name = key
+        tag = Tag(  # in their order: names cost half of the time
+            self.new_id(),
+            operation.flow_execution_id,
+            task_name,
+            tag_type,
+            name,
+            operation.tag_metadata,
+            self.organization_id,
+            "active",
+            self.now,
+            actor,
+            None,
+            None,
+        )
+        active[digest] = tag
+        self.writes.added[tag.id.int] = NewTag(tag, metadata, digest)
+        changes.setdefault(flow_execution_key, []).append(Change("added", tag))
+        return "added"
+
+    def _remove(self, operation: TagOperation, actor: str, changes: Changes) -> OperationStatus:
+        active = self.state.tags.get(tag_key(operation), {})
+        _, digest = stored_metadata(operation.tag_metadata)
+        digests = list(active) if operation.any_metadata else [digest] if digest in active else []
+        for digest in digests:
+            tag = replace(
+                active.pop(digest), status="deleted", updated_at=self.now, modified_by=actor
+            )
+            new = self.writes.added.get(tag.id.int)
+            if new is None:
+                self.writes.removed[tag.id.int] = tag
+            else:
+                self.writes.added[tag.id.int] = new._replace(tag=tag)
+            changes.setdefault(tag.flow_execution_id.int, []).append(Change("removed", tag))
+        return "removed" if digests else "not_found"
+
+    def _advance(self, changes: Changes) -> dict[UUID, int]:
+        """Count each execution that really changed one revision on."""
+        revisions = {}
+        for key in changes:
+            execution = self.state.executions[key]
+            execution.revision += 1
+            revisions[execution.id] = execution.revision
+        self.writes.revisions.update(revisions)
+        return revisions
+
+    def _report(
+        self, batch_id: UUID, actor: str, changes: Changes, revisions: dict[UUID, int]
+    ) -> tuple[tuple[UUID, bytes], ...]:
+        events = []
+        for flow_execution_id, revision in revisions.items():
+            event = ChangeEvent(
+                organization_id=self.organization_id,
+                flow_execution_id=flow_execution_id,
+                revision=revision,
+                batch_id=batch_id,
+                changed_by=actor,
+                changed_at=self.now,
+                changes=changes[flow_execution_id.int],
+            ).encode()
+            self.writes.changes.append(NewChange(flow_execution_id, revision, batch_id, event))
+            events.append((flow_execution_id, event))
+        return tuple(events)
+
+    def _done(self, message: Message, **outcome: Any) -> bytes:
+        """Encode the result record of what took effect, as `ResultRecord.encode` would."""
+        return to_json(
+            {
+                "batch_id": message.batch_id,
+                "organization_id": self.organization_id,
+                "applied_at": self.now,
+                **outcome,
+            }
+        )
+
+
+def _not_found(index: int | None, field: str, message: str) -> Detail:
+    return Detail(index=index, field=field, message=message)
