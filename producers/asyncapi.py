@@ -20,21 +20,21 @@ from producers.contract.messages import (
     MAX_MESSAGE_BYTES,
     Change,
     ChangeEvent,
-    Detail,
-    Error,
-    FlowExecution,
+    ErrorDetail,
+    ErrorInfo,
     Id,
     OperationResult,
     Recording,
+    RegisterExecution,
     Registration,
     ResultRecord,
+    SetTaskState,
     StateChange,
     Tag,
     TagBatch,
     TagName,
     TagType,
     Task,
-    TaskExecution,
     TaskName,
     add,
     changes_channel,
@@ -81,7 +81,7 @@ class FeedQuery(BaseModel):
 class ErrorBody(BaseModel):
     message: str
     code: str
-    details: list[Detail]
+    details: list[ErrorDetail]
 
 
 class ErrorAnswer(BaseModel):
@@ -320,14 +320,14 @@ def _messages() -> dict[str, Any]:
             description="Its token needs the scope `task-tags:write`.",
         ),
         "flow_execution": _message(
-            FlowExecution,
+            RegisterExecution,
             "Registers a flow execution, or lets its task names grow",
             _registrations(),
             headers=_TOKEN,
             description="Its token needs the scope `flow-executions:write`.",
         ),
         "task_execution": _message(
-            TaskExecution,
+            SetTaskState,
             "Records the state of a task",
             _states(),
             headers=_TOKEN,
@@ -392,7 +392,7 @@ def _message(
 
 
 def _encoded(
-    **examples: TagBatch | FlowExecution | TaskExecution | ResultRecord | ChangeEvent,
+    **examples: TagBatch | RegisterExecution | SetTaskState | ResultRecord | ChangeEvent,
 ) -> Any:
     """Return examples as they are sent."""
     return {name: json.loads(example.encode()) for name, example in examples.items()}
@@ -420,19 +420,19 @@ def _batches() -> Any:
 
 def _registrations() -> Any:
     return _encoded(
-        some_task_names=FlowExecution(
+        some_task_names=RegisterExecution(
             batch_id=_BATCH,
             reply_to=_REPLY_TO,
             flow_execution_id=_EXECUTION,
             task_names=[_TASK, "review"],
         ),
-        every_task_name=FlowExecution(batch_id=_BATCH, flow_execution_id=_EXECUTION),
+        every_task_name=RegisterExecution(batch_id=_BATCH, flow_execution_id=_EXECUTION),
     )
 
 
 def _states() -> Any:
     return _encoded(
-        completed=TaskExecution(
+        completed=SetTaskState(
             batch_id=_BATCH,
             reply_to=_REPLY_TO,
             flow_execution_id=_EXECUTION,
@@ -445,7 +445,7 @@ def _states() -> Any:
 def _results() -> Any:
     head: dict[str, Any] = {"batch_id": _BATCH, "organization_id": _ORGANIZATION}
     applied: dict[str, Any] = {**head, "applied_at": _TIME}
-    unknown = Detail(index=1, field="flow_execution_id", message="is unknown")
+    unknown = ErrorDetail(index=1, field="flow_execution_id", message="is unknown")
     return _encoded(
         of_a_tag_batch=ResultRecord(
             **applied, tags=[OperationResult(status="removed"), OperationResult(status="added")]
@@ -456,7 +456,7 @@ def _results() -> Any:
         of_a_task_execution=ResultRecord(**applied, task_execution=Recording(status="recorded")),
         refused=ResultRecord(
             **head,
-            error=Error(
+            error=ErrorInfo(
                 code="not_found", message="an execution or task is unknown", details=[unknown]
             ),
         ),
@@ -517,8 +517,8 @@ class _WithoutDiscriminators(GenerateJsonSchema):
 
 _MODELS: Final = (
     TagBatch,
-    FlowExecution,
-    TaskExecution,
+    RegisterExecution,
+    SetTaskState,
     ResultRecord,
     ChangeEvent,
     Token,

@@ -17,11 +17,11 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from producers.contract.messages import ChangeEvent
-from producers.errors import ChangesGone, ChangesRefused, Unavailable
+from producers.errors import ChangesRefused, RevisionExpired, Unavailable
 
 logger = logging.getLogger(__name__)
 
-QUIET_SECONDS: Final = 15.0
+IDLE_SECONDS: Final = 15.0
 """After so long without an event the endpoint is asked whether there is one."""
 _RETRY_SECONDS: Final = 1.0
 _PAGE: Final = 100
@@ -31,7 +31,7 @@ Fetch = Callable[[int], Sequence[ChangeEvent]]
 """Returns stored events after a revision, in order; none if there are no more. Raises `Unavailable`."""
 
 
-class Feed:
+class GapFiller:
     """Puts events in order. `after` is the revision of the last one that was passed on."""
 
     def __init__(self, fetch: Fetch, after: int) -> None:
@@ -40,18 +40,18 @@ class Feed:
         self._reached = False
         self._look_at = 0.0
 
-    def begin(self) -> Iterator[ChangeEvent]:
+    def on_subscribed(self) -> Iterator[ChangeEvent]:
         """The subscription has begun, for the first time or again: yield what was stored before."""
         yield from self._catch_up()
 
-    def hear(self, event: ChangeEvent) -> Iterator[ChangeEvent]:
+    def on_event(self, event: ChangeEvent) -> Iterator[ChangeEvent]:
         """Yield what a published event makes known: itself, nothing if it is an old one, or all up to it."""
         if event.revision == self.after + 1:
             yield self._passed(event)
         elif event.revision > self.after:
             yield from self._catch_up()
 
-    def wait(self) -> Iterator[ChangeEvent]:
+    def on_idle(self) -> Iterator[ChangeEvent]:
         """Nothing was heard for a moment: yield what was missed, if it is time to look."""
         if time.monotonic() >= self._look_at:
             yield from self._catch_up()
@@ -68,11 +68,11 @@ class Feed:
             self._look_at = time.monotonic() + _RETRY_SECONDS
         else:
             self._reached = True
-            self._look_at = time.monotonic() + QUIET_SECONDS
+            self._look_at = time.monotonic() + IDLE_SECONDS
 
     def _passed(self, event: ChangeEvent) -> ChangeEvent:
         self.after = event.revision
-        self._look_at = time.monotonic() + QUIET_SECONDS
+        self._look_at = time.monotonic() + IDLE_SECONDS
         return event
 
 
@@ -89,7 +89,7 @@ def endpoint(url: str, token: str) -> httpx.Client:
 def fetch_from(client: httpx.Client, flow_execution_id: UUID) -> Fetch:
     """Return what fetches an execution's events from the endpoint.
 
-    Raises `ChangesGone` and `ChangesRefused`, which asking again does not help.
+    Raises `RevisionExpired` and `ChangesRefused`, which asking again does not help.
     """
 
     def fetch(after: int) -> Sequence[ChangeEvent]:
@@ -108,15 +108,15 @@ def fetch_from(client: httpx.Client, flow_execution_id: UUID) -> Fetch:
             except ValidationError:
                 raise Unavailable("the endpoint's answer is not one of changes") from None
         if answer.status_code == 410:
-            raise ChangesGone(reason(answer))
+            raise RevisionExpired(error_summary(answer))
         if answer.status_code >= 500:
-            raise Unavailable(f"the endpoint can't be used: {reason(answer)}")
-        raise ChangesRefused(reason(answer))
+            raise Unavailable(f"the endpoint can't be used: {error_summary(answer)}")
+        raise ChangesRefused(error_summary(answer))
 
     return fetch
 
 
-def reason(answer: httpx.Response) -> str:
+def error_summary(answer: httpx.Response) -> str:
     """Return what an error of the endpoint says, in one line."""
     try:
         error = answer.json()["error"]

@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from producers.asyncapi import asyncapi_document
-from producers.change_feed import endpoint, reason
+from producers.change_feed import endpoint, error_summary
 from producers.client import TagProducer
 from producers.contract.messages import (
     Change,
@@ -39,7 +39,13 @@ from producers.contract.messages import (
     json_schemas,
     parse_message,
 )
-from producers.errors import InboxFull, Misconfigured, NoResult, TaskTagsError, Unavailable
+from producers.errors import (
+    ConfigurationError,
+    InboxFull,
+    ResultTimeout,
+    TaskTagsError,
+    Unavailable,
+)
 from producers.settings import load_settings
 from producers.subscriber import Subscriber
 
@@ -76,13 +82,13 @@ def errors_as_lines() -> Iterator[None]:
     """Turn what can go wrong for a user into one line and an exit code."""
     try:
         yield
-    except Misconfigured as error:
+    except ConfigurationError as error:
         fail(WRONG, str(error))
     except (Unavailable, httpx.TransportError, httpx.InvalidURL) as error:
         fail(UNAVAILABLE, str(error) or type(error).__name__)
     except InboxFull as error:
         fail(FULL, str(error))
-    except NoResult as error:
+    except ResultTimeout as error:
         fail(NO_RESULT, str(error))
     except TaskTagsError as error:
         fail(REFUSED, str(error))
@@ -149,7 +155,7 @@ def list_tags(
         response = client.get("/task-tags", params=query)
     if response.status_code != 200:
         code = UNAVAILABLE if response.status_code >= 500 else REFUSED
-        fail(code, reason(response))
+        fail(code, error_summary(response))
     tags: list[dict[str, Any]] = response.json()
     if as_json:
         for tag in tags:
@@ -209,7 +215,7 @@ def schema(
 # --- Showing -------------------------------------------------------------------------------------
 
 
-def shown(text: str) -> str:
+def escape_terminal(text: str) -> str:
     """Return text that a terminal shows and does not obey: what is no printable character is escaped."""
     return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
@@ -226,16 +232,16 @@ def result_line(record: ResultRecord) -> str:
 
 def change_lines(event: ChangeEvent) -> str:
     """Return a change event as lines of Rich markup, one for each change."""
-    where, who = f"{event.flow_execution_id} #{event.revision}", shown(event.changed_by)
+    where, who = f"{event.flow_execution_id} #{event.revision}", escape_terminal(event.changed_by)
     return "\n".join(f"{where}  {_changed(change)}  by {who}" for change in event.changes)
 
 
 def _changed(change: Change | StateChange) -> str:
     if isinstance(change, StateChange):
-        return f"[blue]=[/] {shown(f'{change.task.task_name}  {change.task.state}')}"
+        return f"[blue]=[/] {escape_terminal(f'{change.task.task_name}  {change.task.state}')}"
     sign = "[green]+[/]" if change.change == "added" else "[red]-[/]"
     tag = change.tag
-    return f"{sign} {shown(f'{tag.task_name}  {tag.tag_type}: {tag.tag}')}"
+    return f"{sign} {escape_terminal(f'{tag.task_name}  {tag.tag_type}: {tag.tag}')}"
 
 
 def tag_table(tags: Sequence[dict[str, Any]]) -> Table:
@@ -245,7 +251,7 @@ def tag_table(tags: Sequence[dict[str, Any]]) -> Table:
         metadata = tag["tag_metadata"]
         text = "" if metadata is None else json.dumps(metadata, ensure_ascii=False)
         cells = [tag["task_name"], tag["tag_type"], tag["tag"], text, tag["created_by"]]
-        table.add_row(*[shown(cell) for cell in cells], tag["created_at"][:19] + "Z")
+        table.add_row(*[escape_terminal(cell) for cell in cells], tag["created_at"][:19] + "Z")
     return table
 
 

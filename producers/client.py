@@ -21,12 +21,12 @@ from redis import Redis
 
 from producers.contract.messages import (
     ANY_METADATA,
-    FlowExecution,
     Message,
+    RegisterExecution,
     ResultRecord,
+    SetTaskState,
     TagBatch,
     TagOperation,
-    TaskExecution,
     TaskState,
     add,
     remove,
@@ -35,30 +35,30 @@ from producers.contract.messages import (
 from producers.enqueuer import Sender
 from producers.errors import (
     BatchIdInUse,
-    Closed,
     InboxFull,
-    NoResult,
+    ProducerClosed,
+    ResultTimeout,
     Unavailable,
     refusal,
 )
 from producers.settings import load_settings
-from producers.subscriber import Signal, listen
+from producers.subscriber import ListenEvent, listen
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_SECONDS: Final = 30.0
-ASK_AGAIN_SECONDS: Final = 5.0
-LAST_ASK_AGAIN_SECONDS: Final = 60.0
-_AGAIN_SECONDS: Final = 0.2
-_FIRST_PAUSE_SECONDS: Final = 0.01
-_LAST_PAUSE_SECONDS: Final = 0.2
+RESEND_SECONDS: Final = 5.0
+MAX_RESEND_SECONDS: Final = 60.0
+_RETRY_SECONDS: Final = 0.2
+_MIN_PAUSE_SECONDS: Final = 0.01
+_MAX_PAUSE_SECONDS: Final = 0.2
 
 
 class TagProducer:
     """Enqueues the tag batches of one organization. Safe to share between threads; connects at first use.
 
     Arguments that are left out come from the environment (`ProducerSettings`). `token` may be a function
-    that returns one, for a producer that lives longer than a token. Raises `Misconfigured`.
+    that returns one, for a producer that lives longer than a token. Raises `ConfigurationError`.
     """
 
     def __init__(
@@ -99,11 +99,13 @@ class TagProducer:
 
         The inbox is ordered, so batches for the execution may be enqueued right behind it.
         """
-        return self.enqueue(registration(flow_execution_id, task_names))
+        return self.enqueue(register_execution(flow_execution_id, task_names))
 
-    def record(self, flow_execution_id: UUID | str, task_name: str, state: TaskState) -> UUID:
+    def set_task_state(
+        self, flow_execution_id: UUID | str, task_name: str, state: TaskState
+    ) -> UUID:
         """Enqueue the state of a task: `queued`, `running`, `completed` or `failed`. Returns its batch id."""
-        return self.enqueue(task_state(flow_execution_id, task_name, state))
+        return self.enqueue(set_task_state(flow_execution_id, task_name, state))
 
     def enqueue(self, message: Message) -> UUID:
         """Hand a batch over and go on; returns its id. Raises `InboxFull` or `Unavailable`."""
@@ -113,7 +115,7 @@ class TagProducer:
         """Hand batches over in this order, many in each round trip; returns their ids.
 
         `block`: wait so many seconds, in total, for room in the inbox. Raises `InboxFull` with those that were
-        not accepted (always the last ones), `OutOfMemory`, `Unavailable`, or `Closed` if that happened meanwhile.
+        not accepted (always the last ones), `RedisOutOfMemory`, `Unavailable`, or `ProducerClosed` if that happened meanwhile.
         """
         batches = list(messages)
         accepted = self.send([batch.encode() for batch in batches], block)
@@ -134,7 +136,7 @@ class TagProducer:
     def apply(self, message: Message, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ResultRecord:
         """Enqueue a batch and wait for its result, `timeout` seconds at most, also across lost connections.
 
-        Raises `NoResult` if none came in time, the `BatchRefused` that fits if it was refused, `InboxFull`
+        Raises `ResultTimeout` if none came in time, the `BatchRefused` that fits if it was refused, `InboxFull`
         or `Unavailable`.
         """
         deadline = time.monotonic() + timeout
@@ -142,7 +144,7 @@ class TagProducer:
         try:
             return _accepted(future.result(max(0, deadline - time.monotonic())))
         except FutureTimeout:
-            raise NoResult(f"no result in {timeout:g} s") from None
+            raise ResultTimeout(f"no result in {timeout:g} s") from None
         finally:
             future.cancel()
 
@@ -152,15 +154,15 @@ class TagProducer:
             try:
                 return self.submit(message)
             except Unavailable:
-                if time.monotonic() + _AGAIN_SECONDS > deadline:
+                if time.monotonic() + _RETRY_SECONDS > deadline:
                     raise
-                time.sleep(_AGAIN_SECONDS)
+                time.sleep(_RETRY_SECONDS)
 
     def send(self, encoded: Sequence[bytes], block: float | None = None) -> int:
         """Append messages that are serialized, unchecked, and return how many of them were accepted.
 
         The worker answers what is wrong with them. `block`: wait so many seconds, in total, for room in the
-        inbox. Raises `OutOfMemory`, `Unavailable` or `Closed`.
+        inbox. Raises `RedisOutOfMemory`, `Unavailable` or `ProducerClosed`.
         """
         deadline = time.monotonic() + (block or 0)
         accepted = self._append(encoded)
@@ -170,21 +172,21 @@ class TagProducer:
 
     def _room_until(self, deadline: float) -> bool:
         """Wait for room in the inbox. False: there is none in time."""
-        pause = _FIRST_PAUSE_SECONDS
+        pause = _MIN_PAUSE_SECONDS
         while (left := deadline - time.monotonic()) > 0:
             if self._closed.wait(min(pause, left)):
-                raise Closed("the producer was closed")
+                raise ProducerClosed("the producer was closed")
             # Only a look: a refused append would have sent its messages in vain.
-            if self._sender.room(self._organization_id):
+            if self._sender.free_capacity(self._organization_id):
                 return True
-            pause = min(pause * 2, _LAST_PAUSE_SECONDS)
+            pause = min(pause * 2, _MAX_PAUSE_SECONDS)
         return False
 
     def _append(self, encoded: Sequence[bytes]) -> int:
         return self._sender.send(self._organization_id, encoded, self._token())
 
     def close(self) -> None:
-        """Let go of connections; whatever still waits fails with `Closed`."""
+        """Let go of connections; whatever still waits fails with `ProducerClosed`."""
         self._closed.set()
         self._listener.close()
         self._sender.close()
@@ -216,10 +218,12 @@ class AsyncTagProducer:
     async def register(
         self, flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
     ) -> UUID:
-        return await self.enqueue(registration(flow_execution_id, task_names))
+        return await self.enqueue(register_execution(flow_execution_id, task_names))
 
-    async def record(self, flow_execution_id: UUID | str, task_name: str, state: TaskState) -> UUID:
-        return await self.enqueue(task_state(flow_execution_id, task_name, state))
+    async def set_task_state(
+        self, flow_execution_id: UUID | str, task_name: str, state: TaskState
+    ) -> UUID:
+        return await self.enqueue(set_task_state(flow_execution_id, task_name, state))
 
     async def enqueue(self, message: Message) -> UUID:
         return await asyncio.to_thread(self._producer.enqueue, message)
@@ -239,7 +243,7 @@ class AsyncTagProducer:
             async with asyncio.timeout(max(0, deadline - time.monotonic())):
                 return _accepted(await asyncio.wrap_future(future))
         except TimeoutError:
-            raise NoResult(f"no result in {timeout:g} s") from None
+            raise ResultTimeout(f"no result in {timeout:g} s") from None
 
     async def close(self) -> None:
         await asyncio.to_thread(self._producer.close)
@@ -304,19 +308,19 @@ class BatchBuilder(Generic[Enqueued, Applied]):
         return self._apply(self.build(), timeout)
 
 
-def registration(
+def register_execution(
     flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
-) -> FlowExecution:
+) -> RegisterExecution:
     """Build the message that registers a flow execution."""
     names = None if task_names is None else list(task_names)
-    return FlowExecution.model_validate(
+    return RegisterExecution.model_validate(
         {"flow_execution_id": flow_execution_id, "task_names": names}
     )
 
 
-def task_state(flow_execution_id: UUID | str, task_name: str, state: TaskState) -> TaskExecution:
+def set_task_state(flow_execution_id: UUID | str, task_name: str, state: TaskState) -> SetTaskState:
     """Build the message that records the state of a task."""
-    return TaskExecution.model_validate(
+    return SetTaskState.model_validate(
         {"flow_execution_id": flow_execution_id, "task_name": task_name, "state": state}
     )
 
@@ -333,7 +337,7 @@ class _Waiting:
 
     message: Message
     ask_again_at: float
-    patience: float = ASK_AGAIN_SECONDS
+    patience: float = RESEND_SECONDS
     futures: list[Future[ResultRecord]] = field(default_factory=list)
 
 
@@ -363,7 +367,7 @@ class _ResultListener:
         future: Future[ResultRecord] = Future()
         with self._lock:
             waiting = self._waiting.setdefault(
-                message.batch_id, _Waiting(message, time.monotonic() + ASK_AGAIN_SECONDS)
+                message.batch_id, _Waiting(message, time.monotonic() + RESEND_SECONDS)
             )
             if waiting.message.digest() != message.digest():
                 raise BatchIdInUse(f"another batch {message.batch_id} is still awaited")
@@ -383,14 +387,14 @@ class _ResultListener:
             self._waiting.clear()
         for future in (future for each in waiting for future in each.futures):
             with suppress(InvalidStateError):
-                future.set_exception(Closed("the producer was closed"))
+                future.set_exception(ProducerClosed("the producer was closed"))
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=2)
 
     def _start(self) -> None:
         """Listen, and return once what is published will be heard. Raises `Unavailable` after 5 s."""
         if self._stop.is_set():
-            raise Closed("the producer was closed")
+            raise ProducerClosed("the producer was closed")
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(
@@ -407,13 +411,13 @@ class _ResultListener:
             except Exception:  # whatever it was, the other futures still wait for this thread
                 logger.exception("a result could not be taken in")
 
-    def _take_in(self, heard: bytes | Signal) -> None:
+    def _take_in(self, heard: bytes | ListenEvent) -> None:
         if isinstance(heard, bytes):
             self._complete(ResultRecord.decode(heard))
-        elif heard is Signal.SUBSCRIBED and not self._subscribed.is_set():
+        elif heard is ListenEvent.SUBSCRIBED and not self._subscribed.is_set():
             self._subscribed.set()
         else:
-            self._ask_again(everything=heard is Signal.SUBSCRIBED)
+            self._ask_again(everything=heard is ListenEvent.SUBSCRIBED)
 
     def _complete(self, record: ResultRecord) -> None:
         with self._lock:
@@ -431,7 +435,7 @@ class _ResultListener:
                 each for each in self._waiting.values() if everything or now >= each.ask_again_at
             ]
             for each in overdue:
-                each.patience = min(each.patience * 2, LAST_ASK_AGAIN_SECONDS)
+                each.patience = min(each.patience * 2, MAX_RESEND_SECONDS)
                 each.ask_again_at = now + each.patience
         if overdue:
             self._enqueue_again([each.message for each in overdue])

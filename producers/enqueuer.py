@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 from redis import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
-from producers.errors import OutOfMemory, Unavailable
+from producers.errors import RedisOutOfMemory, Unavailable
 from producers.inbox.drain_message import send_drain
 from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, Inbox, chunks
 from producers.redis_client import open_redis
@@ -39,7 +39,7 @@ class Sender:
     def send(self, organization_id: UUID, encoded: Sequence[bytes], token: str) -> int:
         """Append serialized messages, in their order, and return how many of them were accepted: the first ones.
 
-        Raises `OutOfMemory` or `Unavailable`.
+        Raises `RedisOutOfMemory` or `Unavailable`.
         """
         accepted = 0
         with redis_errors():
@@ -54,10 +54,10 @@ class Sender:
                     break
         return accepted
 
-    def room(self, organization_id: UUID) -> int:
+    def free_capacity(self, organization_id: UUID) -> int:
         """Return how many messages the inbox would accept now. Raises `Unavailable`."""
         with redis_errors():
-            return self._inbox(organization_id).room()
+            return self._inbox(organization_id).free_capacity()
 
     def close(self) -> None:
         self.redis.close()
@@ -72,7 +72,7 @@ class Sender:
         except (RedisError, OSError):
             logger.warning("the batch is accepted, but the workers will hear of it late")
             with suppress(RedisError, OSError):
-                self._inbox(organization_id).give_back(lease_id)
+                self._inbox(organization_id).release(lease_id)
 
 
 @contextmanager
@@ -81,6 +81,6 @@ def redis_errors() -> Iterator[None]:
     try:
         yield
     except OutOfMemoryError as error:
-        raise OutOfMemory("Redis has no memory left: nothing more is accepted") from error
+        raise RedisOutOfMemory("Redis has no memory left: nothing more is accepted") from error
     except (RedisError, OSError) as error:
         raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error

@@ -13,7 +13,7 @@ class TaskTagsError(Exception):
     """The root: catch it to catch everything that this SDK raises on purpose."""
 
 
-class Misconfigured(TaskTagsError):
+class ConfigurationError(TaskTagsError):
     """A setting is missing or wrong. Correct it; trying again as it is won't help."""
 
 
@@ -24,7 +24,7 @@ class Unavailable(TaskTagsError):
     """
 
 
-class OutOfMemory(Unavailable):
+class RedisOutOfMemory(Unavailable):
     """Redis has no memory left for messages. Give it more, or let the drains make room: they go on.
 
     Then enqueue the same batches again. Waiting for the inbox (`block`) does not help: its bound is not the
@@ -40,7 +40,7 @@ class InboxFull(TaskTagsError):
         self.unsent = list(unsent)
 
 
-class ChangesGone(TaskTagsError):
+class RevisionExpired(TaskTagsError):
     """Changes after this revision were purged. Read the tags anew, and follow from the revision that they have."""
 
 
@@ -48,11 +48,11 @@ class ChangesRefused(TaskTagsError):
     """The endpoint refused to give changes: the token, the execution or the revision is wrong, as it says."""
 
 
-class NoResult(TaskTagsError):
+class ResultTimeout(TaskTagsError):
     """No result came in time. The batch may still take effect: call `apply` with the same batch again."""
 
 
-class Closed(TaskTagsError):
+class ProducerClosed(TaskTagsError):
     """The producer was closed while it waited. Use an open one."""
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from producers.errors import Misconfigured
+from producers.errors import ConfigurationError
 from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS
 
 
@@ -55,21 +55,21 @@ class ProducerSettings(BaseSettings):
 
     @property
     def required_organization_id(self) -> UUID:
-        """Return the organization, or raise `Misconfigured`."""
+        """Return the organization, or raise `ConfigurationError`."""
         if self.organization_id is None:
-            raise Misconfigured("TASK_TAGS_ORGANIZATION_ID is not set")
+            raise ConfigurationError("TASK_TAGS_ORGANIZATION_ID is not set")
         return self.organization_id
 
     @property
     def required_token(self) -> str:
-        """Return the token, or raise `Misconfigured`."""
+        """Return the token, or raise `ConfigurationError`."""
         if self.token is None:
-            raise Misconfigured("TASK_TAGS_TOKEN is not set")
+            raise ConfigurationError("TASK_TAGS_TOKEN is not set")
         return self.token.get_secret_value()
 
 
 def load_settings(**values: Any) -> ProducerSettings:
-    """Read the environment; arguments that are not None go first. Raises `Misconfigured`."""
+    """Read the environment; arguments that are not None go first. Raises `ConfigurationError`."""
     given = {name: value for name, value in values.items() if value is not None}
     try:
         return ProducerSettings(**given)
@@ -78,4 +78,4 @@ def load_settings(**values: Any) -> ProducerSettings:
             f"TASK_TAGS_{str(fault['loc'][0]).upper()}: {fault['msg']}"
             for fault in error.errors(include_url=False, include_input=False)
         ]
-        raise Misconfigured("; ".join(faults)) from None
+        raise ConfigurationError("; ".join(faults)) from None

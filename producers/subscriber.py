@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from redis import Redis
 from redis.exceptions import ConnectionError, RedisError
 
-from producers.change_feed import Feed, endpoint, fetch_from
+from producers.change_feed import GapFiller, endpoint, fetch_from
 from producers.contract.messages import ChangeEvent, ResultRecord, changes_channel, results_channel
 from producers.errors import Unavailable
 from producers.redis_client import open_redis
@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 TICK_SECONDS: Final = 0.5
 PING_SECONDS: Final = 5.0
 SILENCE_SECONDS: Final = 15.0
-LAST_BACKOFF_SECONDS: Final = 1.0
+MAX_BACKOFF_SECONDS: Final = 1.0
 
 
-class Signal(Enum):
+class ListenEvent(Enum):
     """What `listen` tells besides payloads."""
 
     SUBSCRIBED = (
@@ -45,7 +45,7 @@ class Signal(Enum):
 
 def listen(
     redis: Redis, channels: Sequence[str], stop: threading.Event
-) -> Iterator[bytes | Signal]:
+) -> Iterator[bytes | ListenEvent]:
     """Yield what is published on channels, for ever: a lost connection is made again, with a backoff.
 
     `SUBSCRIBED` comes first, once for each channel, and again after each loss. Something is yielded at least
@@ -55,20 +55,20 @@ def listen(
     while not stop.is_set():
         try:
             for heard in _listen_once(redis, channels, stop):
-                if heard is Signal.SUBSCRIBED:
+                if heard is ListenEvent.SUBSCRIBED:
                     failures = 0
                 yield heard
         except (RedisError, OSError) as error:
             failures += 1
             if failures == 3:
                 logger.warning("can't listen, and will go on trying: %s", type(error).__name__)
-            yield Signal.QUIET
-            stop.wait(min(0.05 * 2 ** min(failures, 10), LAST_BACKOFF_SECONDS))
+            yield ListenEvent.QUIET
+            stop.wait(min(0.05 * 2 ** min(failures, 10), MAX_BACKOFF_SECONDS))
 
 
 def _listen_once(
     redis: Redis, channels: Sequence[str], stop: threading.Event
-) -> Iterator[bytes | Signal]:
+) -> Iterator[bytes | ListenEvent]:
     """Listen on one connection. A server that does not answer a ping in time is as good as gone."""
     with redis.pubsub() as pubsub:  # type: ignore[no-untyped-call]
         pubsub.subscribe(*channels)
@@ -84,21 +84,21 @@ def _listen_once(
                 pinged_at = now
                 pubsub.ping()
             if message is not None and message["type"] == "subscribe":
-                yield Signal.SUBSCRIBED
+                yield ListenEvent.SUBSCRIBED
             elif message is not None and message["type"] == "message":
                 yield message["data"]
             else:
-                yield Signal.QUIET
+                yield ListenEvent.QUIET
 
 
-Report = TypeVar("Report", ResultRecord, ChangeEvent)
+Published = TypeVar("Published", ResultRecord, ChangeEvent)
 
 
 class Subscriber:
     """Hears the results of a `reply_to`, or the changes of an execution, of one organization.
 
     Arguments that are left out come from the environment (`ProducerSettings`). Iterate with `for`, or with
-    `async for` over the methods whose names begin with `a`. Raises `Misconfigured`.
+    `async for` over the methods whose names begin with `a`. Raises `ConfigurationError`.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Subscriber:
         what is not heard is read from the endpoint, with the token.
 
         Raises `Unavailable` if Redis, or the endpoint, can't be reached at the start; later they are waited for. With
-        `after` also `Misconfigured`, `ChangesGone` and `ChangesRefused`.
+        `after` also `ConfigurationError`, `RevisionExpired` and `ChangesRefused`.
         """
         return self._now(self._changes(flow_execution_id, after, self._stop))
 
@@ -177,25 +177,25 @@ class Subscriber:
                 yield _parsed(heard, ChangeEvent)
             return
         with endpoint(self._settings.endpoint_url, self._settings.required_token) as client:
-            feed = Feed(fetch_from(client, flow_execution_id), after)
+            feed = GapFiller(fetch_from(client, flow_execution_id), after)
             for heard in listen(self._redis, [channel], stop):
-                if heard is Signal.SUBSCRIBED:
-                    yield from feed.begin()
+                if heard is ListenEvent.SUBSCRIBED:
+                    yield from feed.on_subscribed()
                 elif (event := _parsed(heard, ChangeEvent)) is not None:
-                    yield from feed.hear(event)
+                    yield from feed.on_event(event)
                 else:
-                    yield from feed.wait()
+                    yield from feed.on_idle()
                 yield None
 
-    def _now(self, reports: Iterator[Report | None]) -> Iterator[Report]:
+    def _now(self, reports: Iterator[Published | None]) -> Iterator[Published]:
         self._reach()
         for report in reports:
             if report is not None:
                 yield report
 
     async def _later(
-        self, reports: Iterator[Report | None], stop: threading.Event
-    ) -> AsyncIterator[Report]:
+        self, reports: Iterator[Published | None], stop: threading.Event
+    ) -> AsyncIterator[Published]:
         """Iterate in a thread of its own; one that is given up ends at its next tick."""
         loop = asyncio.get_running_loop()
         executor = ThreadPoolExecutor(1, thread_name_prefix="task-tags")
@@ -207,7 +207,7 @@ class Subscriber:
                 if report is ended:
                     return
                 if report is not None:
-                    yield cast(Report, report)
+                    yield cast(Published, report)
         finally:
             stop.set()
             executor.shutdown(wait=False)
@@ -219,7 +219,7 @@ class Subscriber:
             raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
 
 
-def _parsed(heard: bytes | Signal, model: type[Report]) -> Report | None:
+def _parsed(heard: bytes | ListenEvent, model: type[Published]) -> Published | None:
     if not isinstance(heard, bytes):
         return None
     try:

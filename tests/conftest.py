@@ -19,13 +19,13 @@ import psycopg
 import pytest
 from redis import Redis
 
-from producers.client import TagProducer, registration
+from producers.client import TagProducer, register_execution
 from producers.redis_client import open_redis
 from tests.support.tenant import EXECUTION, Tenant, listening
-from worker.auth import SCOPES, Authorizer, mint
-from worker.db.repository import Store
-from worker.local.servers import Postgres, find_home, secret
-from worker.local.stack import DATABASE, Stack, running, signing_settings
+from worker.auth import SCOPES, Authorizer, sign_token
+from worker.db.repository import Repository
+from worker.local.servers import Postgres, find_server_paths, load_or_create_secret
+from worker.local.stack import DATABASE, Stack, run_stack, signing_settings
 from worker.settings import Settings
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -50,7 +50,7 @@ class Servers:
     endpoint_url: str
 
     def token(self, organization_id: UUID, *scopes: str, sub: str = "ada") -> str:
-        return mint(
+        return sign_token(
             self.settings,
             organization_id=organization_id,
             actor=sub,
@@ -65,10 +65,12 @@ class Servers:
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     directory = tmp_path_factory.mktemp("a stack")  # with a space, as a user's path may have one
-    with running(directory, port=0, workers=1, say=lambda _: None) as stack:
-        postgres = Postgres(find_home(directory), secret(directory, "postgres"))
+    with run_stack(directory, port=0, workers=1, say=lambda _: None) as stack:
+        postgres = Postgres(
+            find_server_paths(directory), load_or_create_secret(directory, "postgres")
+        )
         urls = [
-            postgres.url(role, secret(directory, role), DATABASE)
+            postgres.url(role, load_or_create_secret(directory, role), DATABASE)
             for role in ("task_tags_worker", "task_tags_endpoint")
         ]
         settings = signing_settings(directory)
@@ -109,8 +111,8 @@ def quiet_redis(servers: Servers) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def store(servers: Servers) -> Iterator[Store]:
-    store = Store(servers.worker_url)
+def store(servers: Servers) -> Iterator[Repository]:
+    store = Repository(servers.worker_url)
     yield store
     store.close()
 
@@ -141,14 +143,14 @@ def space(tmp_path: Path) -> Path:
 def tenant(
     servers: Servers,
     quiet_redis: Redis,
-    store: Store,
+    store: Repository,
     authorizer: Authorizer,
     organization: UUID,
     token: str,
 ) -> Iterator[Tenant]:
     """One with one registered execution, which hears everything that is published."""
     tenant = Tenant(servers, quiet_redis, store, authorizer, organization, token)
-    tenant.send(registration(EXECUTION))
+    tenant.send(register_execution(EXECUTION))
     tenant.drain()
     with listening(tenant):
         yield tenant

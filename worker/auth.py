@@ -19,12 +19,13 @@ import jwt
 from pydantic import TypeAdapter, ValidationError
 
 from producers.contract.messages import Id
-from worker.settings import InvalidSettings, Settings
+from producers.errors import ConfigurationError
+from worker.settings import Settings
 
 READ: Final = "task-tags:read"
 WRITE: Final = "task-tags:write"
-REGISTER: Final = "flow-executions:write"
-SCOPES: Final = (READ, WRITE, REGISTER)
+EXECUTIONS_WRITE: Final = "flow-executions:write"
+SCOPES: Final = (READ, WRITE, EXECUTIONS_WRITE)
 
 LEEWAY_SECONDS: Final = 30
 MAX_TOKEN_BYTES: Final = 8 * 1024
@@ -35,16 +36,16 @@ _FAMILIES: Final = {"HS": "jwt_secret", "RS": "key", "PS": "key", "ES": "key", "
 _UUID: Final[TypeAdapter[UUID]] = TypeAdapter(Id)
 
 
-class Unauthorized(Exception):
+class InvalidToken(Exception):
     """The token proves nothing: missing, malformed, wrongly signed, or out of its time."""
 
 
-class KeysUnavailable(Exception):
+class JwksUnavailable(Exception):
     """The JWK set can't be fetched now. This says nothing about the token: try again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class Principal:
     """What a token proves: who acts, for which organization, with which scopes, and when."""
 
     organization_id: UUID
@@ -64,26 +65,26 @@ class Authorizer:
         self._settings = settings
         self._algorithms = list(settings.jwt_algorithms)
         self._key, self._jwks = _key_source(settings)
-        self._grants: OrderedDict[bytes, tuple[Grant, float]] = OrderedDict()
+        self._grants: OrderedDict[bytes, tuple[Principal, float]] = OrderedDict()
 
-    def verify(self, token: str | bytes | None, at: float) -> Grant:
+    def verify(self, token: str | bytes | None, at: float) -> Principal:
         """Return what the token grants at a time, in seconds since the epoch (leeway: 30 s).
 
-        Raises `Unauthorized`, or `KeysUnavailable` if the keys themselves can't be had.
+        Raises `InvalidToken`, or `JwksUnavailable` if the keys themselves can't be had.
         """
         if not token:
-            raise Unauthorized("a token is required")
+            raise InvalidToken("a token is required")
         if len(token) > MAX_TOKEN_BYTES:
-            raise Unauthorized("the token is too long")
+            raise InvalidToken("the token is too long")
         raw = token.encode(errors="replace") if isinstance(token, str) else token
         grant = self._remembered(hashlib.sha256(raw).digest(), raw)
         if at > grant.expires_at + LEEWAY_SECONDS:
-            raise Unauthorized("the token has expired")
+            raise InvalidToken("the token has expired")
         if at < grant.not_before - LEEWAY_SECONDS:
-            raise Unauthorized("the token is not valid yet")
+            raise InvalidToken("the token is not valid yet")
         return grant
 
-    def verify_now(self, token: str) -> Grant:
+    def verify_now(self, token: str) -> Principal:
         """Return what the token grants at this moment. Raises as `verify` does."""
         return self.verify(token, at=time.time())
 
@@ -92,7 +93,7 @@ class Authorizer:
         """Whether verifying may wait for a JWK set to be fetched."""
         return self._jwks is not None
 
-    def _remembered(self, digest: bytes, raw: bytes) -> Grant:
+    def _remembered(self, digest: bytes, raw: bytes) -> Principal:
         """Return the grant of a token whose signature was verified in the last 5 minutes, or verify it.
 
         So a key that is taken out of the JWK set is soon worth nothing.
@@ -125,13 +126,13 @@ class Authorizer:
                 },
             )
         except jwt.MissingRequiredClaimError as error:
-            raise Unauthorized(f"the token has no {error.claim}") from None
+            raise InvalidToken(f"the token has no {error.claim}") from None
         except jwt.InvalidAudienceError:
-            raise Unauthorized("the token is for another audience") from None
+            raise InvalidToken("the token is for another audience") from None
         except jwt.InvalidIssuerError:
-            raise Unauthorized("the token is of another issuer") from None
+            raise InvalidToken("the token is of another issuer") from None
         except (jwt.InvalidTokenError, ValueError, TypeError, RecursionError):
-            raise Unauthorized("the token is not valid") from None
+            raise InvalidToken("the token is not valid") from None
 
     def _signing_key(self, raw: bytes) -> Any:
         if self._jwks is None:
@@ -139,12 +140,12 @@ class Authorizer:
         try:
             kid = jwt.get_unverified_header(raw).get("kid")
         except jwt.InvalidTokenError:
-            raise Unauthorized("the token is not valid") from None
+            raise InvalidToken("the token is not valid") from None
         for refresh in (False, True):
             for key in self._fetched_keys(refresh):
                 if key.key_id == kid:
                     return key.key
-        raise Unauthorized("the token is signed with an unknown key")
+        raise InvalidToken("the token is signed with an unknown key")
 
     def _fetched_keys(self, refresh: bool) -> list[jwt.PyJWK]:
         """Return the keys of the JWK set. Whatever goes wrong with that is not the token's fault."""
@@ -152,49 +153,49 @@ class Authorizer:
         try:
             return self._jwks.get_signing_keys(refresh)
         except (jwt.PyJWTError, OSError, ValueError) as error:
-            raise KeysUnavailable("the JWK set can't be fetched") from error
+            raise JwksUnavailable("the JWK set can't be fetched") from error
 
 
-def _grant(claims: dict[str, Any]) -> Grant:
+def _grant(claims: dict[str, Any]) -> Principal:
     actor = claims["sub"]
     if not isinstance(actor, str) or not 1 <= len(actor) <= 200 or "\x00" in actor:
-        raise Unauthorized("the token's sub must have 1 to 200 characters")
+        raise InvalidToken("the token's sub must have 1 to 200 characters")
     try:
         actor.encode()
         organization_id = _UUID.validate_python(claims["org"])
     except (ValidationError, UnicodeEncodeError):
-        raise Unauthorized("the token's org must be a UUID") from None
+        raise InvalidToken("the token's org must be a UUID") from None
     scope = claims.get("scope", "")
     try:
         not_before, expires_at = float(claims.get("nbf", 0)), float(claims["exp"])
         scopes = frozenset(scope.split() if isinstance(scope, str) else map(str, scope))
     except (TypeError, ValueError, OverflowError):
-        raise Unauthorized("the token's claims have wrong types") from None
+        raise InvalidToken("the token's claims have wrong types") from None
     if not (math.isfinite(not_before) and math.isfinite(expires_at)):
-        raise Unauthorized("the token's claims have wrong types")
-    return Grant(organization_id, actor, scopes, not_before, expires_at)
+        raise InvalidToken("the token's claims have wrong types")
+    return Principal(organization_id, actor, scopes, not_before, expires_at)
 
 
 def _key_source(settings: Settings) -> tuple[Any, jwt.PyJWKClient | None]:
-    """Return the one configured key, or the client for the JWK set. Raises `InvalidSettings`."""
+    """Return the one configured key, or the client for the JWK set. Raises `ConfigurationError`."""
     families = {_FAMILIES.get(algorithm[:2]) for algorithm in settings.jwt_algorithms}
     if None in families or len(families) != 1:
-        raise InvalidSettings(
+        raise ConfigurationError(
             "TASK_TAGS_JWT_ALGORITHMS: must be HS… algorithms alone, or RS…, PS…, ES… and EdDSA"
         )
     secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret else None
     if families == {"jwt_secret"}:
         if settings.jwt_public_key or settings.jwt_jwks_url:
-            raise InvalidSettings(
+            raise ConfigurationError(
                 "TASK_TAGS_JWT_ALGORITHMS: HS… algorithms take a secret, not a key"
             )
         if secret is None or len(secret.encode()) < 32:
-            raise InvalidSettings("TASK_TAGS_JWT_SECRET: at least 32 bytes are required")
+            raise ConfigurationError("TASK_TAGS_JWT_SECRET: at least 32 bytes are required")
         return secret, None
     if secret is not None:
-        raise InvalidSettings("TASK_TAGS_JWT_SECRET: is for HS… algorithms alone")
+        raise ConfigurationError("TASK_TAGS_JWT_SECRET: is for HS… algorithms alone")
     if bool(settings.jwt_public_key) == bool(settings.jwt_jwks_url):
-        raise InvalidSettings(
+        raise ConfigurationError(
             "TASK_TAGS_JWT_PUBLIC_KEY or TASK_TAGS_JWT_JWKS_URL: one of them is required"
         )
     if settings.jwt_jwks_url:
@@ -204,11 +205,11 @@ def _key_source(settings: Settings) -> tuple[Any, jwt.PyJWKClient | None]:
         for algorithm in settings.jwt_algorithms:
             jwt.get_algorithm_by_name(algorithm).prepare_key(settings.jwt_public_key)
     except (jwt.PyJWTError, NotImplementedError, ValueError, TypeError):
-        raise InvalidSettings("TASK_TAGS_JWT_PUBLIC_KEY: is no public key in PEM") from None
+        raise ConfigurationError("TASK_TAGS_JWT_PUBLIC_KEY: is no public key in PEM") from None
     return settings.jwt_public_key, None
 
 
-def mint(
+def sign_token(
     settings: Settings,
     *,
     organization_id: UUID,
@@ -216,10 +217,10 @@ def mint(
     scopes: tuple[str, ...],
     lifetime: timedelta,
 ) -> str:
-    """Sign a token with the configured secret, for development. Raises `InvalidSettings`."""
+    """Sign a token with the configured secret, for development. Raises `ConfigurationError`."""
     key, _ = _key_source(settings)
     if not settings.jwt_algorithms[0].startswith("HS"):
-        raise InvalidSettings(
+        raise ConfigurationError(
             "TASK_TAGS_JWT_ALGORITHMS: only a shared secret can sign a token here"
         )
     now = datetime.now(timezone.utc)

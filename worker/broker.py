@@ -30,7 +30,7 @@ WAKE_TASK: Final = "task_tags.wake"
 PURGE_TASK: Final = "task_tags.purge"
 _CELERY_KEYS: Final = frozenset(name for name, _ in flatten(NAMESPACES))
 _NUMBER_OF_ARGUMENTS: Final = {DRAIN_TASK: 2, WAKE_TASK: 0, PURGE_TASK: 0}
-_LONGEST: Final = 64 * 1024
+_MAX_BYTES: Final = 64 * 1024
 """Bytes; a drain message has about 600."""
 
 
@@ -105,8 +105,8 @@ def screened(received: bytes) -> bytes | None:
 
 def _read(received: bytes) -> tuple[str, str, list[str], str | None]:
     """Return the task's name, its id, its arguments and its expiry. Raises any exception if they aren't there."""
-    if len(received) > _LONGEST:
-        raise ValueError(f"it is longer than {_LONGEST} bytes")
+    if len(received) > _MAX_BYTES:
+        raise ValueError(f"it is longer than {_MAX_BYTES} bytes")
     message = json.loads(received)
     headers, body = message["headers"], message["body"]
     task, id, expires = headers["task"], headers["id"], headers.get("expires")

@@ -13,22 +13,23 @@ from celery import Task, signals
 from celery.worker.request import Request
 from redis.exceptions import RedisError
 
+from producers.errors import ConfigurationError
 from producers.redis_client import open_redis
 from worker import collector, log
 from worker.auth import Authorizer
 from worker.broker import App
-from worker.db.repository import Store
-from worker.settings import InvalidSettings, load_settings
+from worker.db.repository import Repository
+from worker.settings import load_settings
 
 logger = logging.getLogger(__name__)
 
 try:
     settings = load_settings()
-except InvalidSettings as error:
+except ConfigurationError as error:
     sys.exit(str(error))
 
 
-class DisposableRequest(Request):  # type: ignore[misc]
+class NoAckRequest(Request):  # type: ignore[misc]
     """A request of a queue that is consumed without acknowledgement.
 
     kombu's Redis transport would send one all the same, and the worker would end if the connection broke at
@@ -39,17 +40,17 @@ class DisposableRequest(Request):  # type: ignore[misc]
         self.acknowledged = True
 
 
-class DisposableTask(Task):  # type: ignore[misc]
+class NoAckTask(Task):  # type: ignore[misc]
     """A task whose message is gone once it is received: the inbox is the truth."""
 
-    Request = DisposableRequest
+    Request = NoAckRequest
 
 
 app = App(
     "worker",
     settings.redis_url.get_secret_value(),
     include=["worker.tasks"],
-    task_cls=DisposableTask,
+    task_cls=NoAckTask,
 )
 
 
@@ -64,7 +65,7 @@ def _check(**_: Any) -> None:
 
     Servers that are away are waited for.
     """
-    store = Store(settings.database_url.get_secret_value())
+    store = Repository(settings.database_url.get_secret_value())
     try:
         Authorizer(settings)
         _wait_for("the database", store.check, psycopg.OperationalError)

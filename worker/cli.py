@@ -24,16 +24,16 @@ from pydantic import SecretStr
 from redis import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from producers.errors import InboxFull, Misconfigured, Unavailable
+from producers.errors import ConfigurationError, InboxFull, Unavailable
 from worker import log
-from worker.auth import SCOPES, Authorizer, KeysUnavailable, mint
-from worker.local.supervisor import Failed, Stopped
-from worker.settings import InvalidSettings, Settings, load_settings
+from worker.auth import SCOPES, Authorizer, JwksUnavailable, sign_token
+from worker.local.supervisor import StartupError, Stopped
+from worker.settings import Settings, load_settings
 
 if TYPE_CHECKING:  # a command loads what it needs: the endpoint's process has no use for Celery
     from redis import Redis
 
-    from worker.drain.dead_letters import Operator, Rejected
+    from worker.drain.dead_letters import DeadLetterEntry, DeadLetterRetrier
     from worker.local.stack import Stack
 
 app = typer.Typer(
@@ -67,15 +67,15 @@ SAMPLE_EXECUTION: Final = UUID("01970000-0000-7000-8000-00000000e001")
 def main() -> None:
     try:
         app()
-    except (Failed, psycopg.Error) as error:
+    except (StartupError, psycopg.Error) as error:
         fail(3, str(error))
     except DBAPIError as error:
         fail(3, str(error.orig))
-    except (InboxFull, Unavailable, KeysUnavailable) as error:
+    except (InboxFull, Unavailable, JwksUnavailable) as error:
         fail(3, str(error))
     except RedisError as error:
         fail(3, f"Redis can't be used: {error}")
-    except (InvalidSettings, Misconfigured) as error:
+    except ConfigurationError as error:
         fail(2, str(error))
     except OSError as error:
         fail(3, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
@@ -93,17 +93,17 @@ def say(line: str) -> None:
 @contextmanager
 def _stack(data_dir: Path, port: int, workers: int) -> Iterator[Stack]:
     """Run the stack; a signal that ends it is no error (130 tells that of Ctrl-C)."""
-    from worker.local.stack import running
+    from worker.local.stack import run_stack
 
     settings = load_settings()
     try:
-        with running(
+        with run_stack(
             data_dir,
             port=port,
             workers=workers,
             say=say,
-            own_database_url=_if_set(settings, "database_url"),
-            own_redis_url=_if_set(settings, "redis_url"),
+            external_database_url=_if_set(settings, "database_url"),
+            external_redis_url=_if_set(settings, "redis_url"),
         ) as stack:
             yield stack
     except Stopped as stopped:
@@ -187,7 +187,7 @@ def token(
     if unknown := set(scopes) - set(SCOPES):
         fail(2, f"there is no scope {', '.join(sorted(unknown))}: choose from {', '.join(SCOPES)}")
     print(
-        mint(
+        sign_token(
             load_settings(),
             organization_id=org,
             actor=sub,
@@ -258,20 +258,20 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show one rejected message whole."""
-    from producers.cli import out, shown
-    from worker.drain.dead_letters import NotThere, find
+    from producers.cli import escape_terminal, out
+    from worker.drain.dead_letters import DeadLetterNotFound, find
 
     with _redis() as redis:
         try:
             rejected = find(redis, org, id)
-        except NotThere as error:
+        except DeadLetterNotFound as error:
             fail(2, str(error))
     fields = {**rejected.summary(), "message": rejected.text}
     if as_json:
         print(json.dumps(fields))
     else:
         for name, value in fields.items():
-            out.print(f"{name:<15}  {'' if value is None else shown(str(value))}")
+            out.print(f"{name:<15}  {'' if value is None else escape_terminal(str(value))}")
 
 
 @rejected_app.command()
@@ -295,7 +295,7 @@ def retry(
         fail(2, "TASK_TAGS_TOKEN is not set")
     with _redis() as redis, _operator(redis, org, token) as operator:
 
-        def enqueue_again(rejected: Rejected) -> str:
+        def enqueue_again(rejected: DeadLetterEntry) -> str:
             return f"enqueued again: {operator.retry(rejected, server_time(redis))}"
 
         _for_each(redis, org, ids, everything, enqueue_again)
@@ -308,7 +308,7 @@ def drop(org: Org, ids: Ids = None, everything: All = False) -> None:
 
     with _redis() as redis:
 
-        def forget(message: Rejected) -> str:
+        def forget(message: DeadLetterEntry) -> str:
             dead_letters.drop(redis, message)
             return "dropped"
 
@@ -316,24 +316,28 @@ def drop(org: Org, ids: Ids = None, everything: All = False) -> None:
 
 
 def _for_each(
-    redis: Redis, org: UUID, ids: list[str] | None, everything: bool, do: Callable[[Rejected], str]
+    redis: Redis,
+    org: UUID,
+    ids: list[str] | None,
+    everything: bool,
+    do: Callable[[DeadLetterEntry], str],
 ) -> None:
     """Do something with each of the messages and say so; exit with 2 if it can't be done with one of them.
 
     What is rejected meanwhile is left alone: a retry that fails again would never come to an end.
     """
-    from producers.cli import err, out, shown
-    from worker.drain.dead_letters import NotRetried, NotThere, find, rejected_messages
+    from producers.cli import err, escape_terminal, out
+    from worker.drain.dead_letters import DeadLetterNotFound, RetryRefused, find, rejected_messages
 
     if bool(ids) == everything:
         fail(2, "name the messages by their ids, or all of them by --all")
     wrong = False
     for id in ids or [each.id for each in rejected_messages(redis, org)]:
         try:
-            out.print(f"{shown(id)}  {do(find(redis, org, id))}")
-        except (NotThere, NotRetried) as error:
+            out.print(f"{escape_terminal(id)}  {do(find(redis, org, id))}")
+        except (DeadLetterNotFound, RetryRefused) as error:
             wrong = True
-            err.print(f"[bold red]error:[/] {shown(id)}: {shown(str(error))}")
+            err.print(f"[bold red]error:[/] {escape_terminal(id)}: {escape_terminal(str(error))}")
     if wrong:
         sys.exit(2)
 
@@ -347,27 +351,29 @@ def _redis() -> Iterator[Redis]:
 
 
 @contextmanager
-def _operator(redis: Redis, org: UUID, token: str) -> Iterator[Operator]:
+def _operator(redis: Redis, org: UUID, token: str) -> Iterator[DeadLetterRetrier]:
     from producers.client import TagProducer
-    from worker.db.repository import Store
-    from worker.drain.dead_letters import Operator
+    from worker.db.repository import Repository
+    from worker.drain.dead_letters import DeadLetterRetrier
 
     settings = load_settings()
     authorizer = Authorizer(settings)
     redis_url = settings.redis_url.get_secret_value()
-    store = Store(settings.database_url.get_secret_value())
+    store = Repository(settings.database_url.get_secret_value())
     with TagProducer(redis_url=redis_url, organization_id=org, token=token) as producer:
         try:
-            yield Operator(redis, store, authorizer, token, producer.send)
+            yield DeadLetterRetrier(redis, store, authorizer, token, producer.send)
         finally:
             store.close()
 
 
 def _rejected_line(summary: dict[str, Any]) -> str:
     """Return one line of Rich markup; a table would cut the ids off that are to be copied."""
-    from producers.cli import shown
+    from producers.cli import escape_terminal
 
-    return "  ".join(shown("-" if each is None else str(each)) for each in summary.values())
+    return "  ".join(
+        escape_terminal("-" if each is None else str(each)) for each in summary.values()
+    )
 
 
 # --- Helpers -------------------------------------------------------------------------------------

@@ -18,20 +18,20 @@ from pydantic_core import to_json
 from producers.contract.messages import (
     Change,
     ChangeEvent,
-    Detail,
-    Error,
-    FlowExecution,
+    ErrorDetail,
+    ErrorInfo,
     Message,
     OperationStatus,
     RecordingStatus,
+    RegisterExecution,
     RegistrationStatus,
     ResultRecord,
+    SetTaskState,
     StateChange,
     Tag,
     TagBatch,
     TagOperation,
     Task,
-    TaskExecution,
     canonical_json,
 )
 
@@ -67,7 +67,7 @@ _NEW_HASHER: Final = hashlib.blake2b(digest_size=16).copy
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class AuthorizedMessage:
     """A message that is well formed and authorized, and the actor who signed for it (rule 7)."""
 
     message: Message
@@ -86,7 +86,7 @@ class Execution:
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
+class StoredResult:
     """What is stored of a batch: enough to answer it again, whenever it comes again."""
 
     digest: bytes
@@ -96,10 +96,10 @@ class Applied:
 
 
 @dataclass(slots=True)
-class State:
+class Snapshot:
     """What the transaction found, of all that the requests name. `decide` carries it forward."""
 
-    batches: dict[UUID, Applied] = field(default_factory=dict)
+    batches: dict[UUID, StoredResult] = field(default_factory=dict)
     executions: dict[int, Execution] = field(default_factory=dict)
     tags: dict[TagKey, dict[bytes, Tag]] = field(default_factory=dict)
     """The active tags, by their metadata's digest."""
@@ -130,7 +130,7 @@ class NewChange:
 
 
 @dataclass(slots=True)
-class Writes:
+class ChangeSet:
     """What has to be stored so that the results are true. Every value is final."""
 
     batches: list[NewBatch] = field(default_factory=list)
@@ -156,13 +156,13 @@ class Decision:
     """The outcomes, one for each request in the same order, and the writes that make them true."""
 
     outcomes: list[Outcome]
-    writes: Writes
+    writes: ChangeSet
 
 
 def decide(
     organization_id: UUID,
-    requests: Iterable[Request],
-    state: State,
+    requests: Iterable[AuthorizedMessage],
+    state: Snapshot,
     *,
     now: datetime,
     new_id: Callable[[], UUID],
@@ -171,59 +171,61 @@ def decide(
 
     `now`: the transaction's time, UTC. `new_id` gives the ids of new tags, each greater than the last.
     """
-    ledger = _Ledger(organization_id, state, now, new_id)
+    ledger = BatchProcessor(organization_id, state, now, new_id)
     return Decision([ledger.answer(request) for request in requests], ledger.writes)
 
 
-def error_record(organization_id: UUID, batch_id: UUID, error: Error) -> ResultRecord:
+def error_record(organization_id: UUID, batch_id: UUID, error: ErrorInfo) -> ResultRecord:
     return ResultRecord(batch_id=batch_id, organization_id=organization_id, error=error)
 
 
-def record_failure(organization_id: UUID, request: Request, message: str) -> tuple[Outcome, Writes]:
+def decide_failure(
+    organization_id: UUID, request: AuthorizedMessage, message: str
+) -> tuple[Outcome, ChangeSet]:
     """Decide that a request ends in `internal_error` and is never tried again under its id.
 
     Were this not stored, a copy of the message that another drain still holds could be applied later than
     the batches behind it.
     """
     batch_id = request.message.batch_id
-    error = Error(code="internal_error", message=message, details=[])
+    error = ErrorInfo(code="internal_error", message=message, details=[])
     record = error_record(organization_id, batch_id, error).encode()
     batch = NewBatch(batch_id, request.digest, record, {})
-    return Outcome(record), Writes(batches=[batch])
+    return Outcome(record), ChangeSet(batches=[batch])
 
 
-Changes = dict[int, list[Change | StateChange]]
+ExecutionChanges = dict[int, list[Change | StateChange]]
 """What one message changed, by execution, in the order of its operations."""
 
 
-class _Ledger:
+class BatchProcessor:
     """The state as it changes from request to request, and the writes that add up."""
 
     def __init__(
-        self, organization_id: UUID, state: State, now: datetime, new_id: Callable[[], UUID]
+        self, organization_id: UUID, state: Snapshot, now: datetime, new_id: Callable[[], UUID]
     ) -> None:
         self.organization_id = organization_id
         self.state = state
         self.now = now
         self.new_id = new_id
-        self.writes = Writes()
+        self.writes = ChangeSet()
 
-    def answer(self, request: Request) -> Outcome:
+    def answer(self, request: AuthorizedMessage) -> Outcome:
         message = request.message
         known = self.state.batches.get(message.batch_id)
         if known is not None:
             return self._repeat(message.batch_id, request.digest, known)
         revisions: dict[UUID, int] = {}
         events: tuple[tuple[UUID, bytes], ...] = ()
-        if isinstance(message, FlowExecution):
+        if isinstance(message, RegisterExecution):
             record = self._done(message, flow_execution={"status": self._register(message)})
         elif details := self._unknown(message):
-            error = Error(
+            error = ErrorInfo(
                 code="not_found", message="an execution or task is unknown", details=details
             )
             record = error_record(self.organization_id, message.batch_id, error).encode()
         else:
-            if isinstance(message, TaskExecution):
+            if isinstance(message, SetTaskState):
                 status, changes = self._record_state(message, request.actor)
                 record = self._done(message, task_execution={"status": status})
             else:
@@ -232,19 +234,19 @@ class _Ledger:
             revisions = self._advance(changes)
             events = self._report(message.batch_id, request.actor, changes, revisions)
         self.writes.batches.append(NewBatch(message.batch_id, request.digest, record, revisions))
-        self.state.batches[message.batch_id] = Applied(request.digest, record, events)
+        self.state.batches[message.batch_id] = StoredResult(request.digest, record, events)
         return Outcome(record, events)
 
-    def _repeat(self, batch_id: UUID, digest: bytes, known: Applied) -> Outcome:
+    def _repeat(self, batch_id: UUID, digest: bytes, known: StoredResult) -> Outcome:
         """The same batch again gets the same answer; another one under its id is a conflict (section 3)."""
         if digest == known.digest:
             return Outcome(known.record, known.events)
-        error = Error(
+        error = ErrorInfo(
             code="conflict", message="this batch id was used for another request", details=[]
         )
         return Outcome(error_record(self.organization_id, batch_id, error).encode())
 
-    def _register(self, message: FlowExecution) -> RegistrationStatus:
+    def _register(self, message: RegisterExecution) -> RegistrationStatus:
         """Register an execution, or let its task names grow; null is every name, so it stays null."""
         names = None if message.task_names is None else frozenset(message.task_names)
         execution = self.state.executions.get(message.flow_execution_id.int)
@@ -262,10 +264,10 @@ class _Ledger:
         self.state.executions[execution.id.int] = execution
         self.writes.registrations[execution.id] = execution
 
-    def _unknown(self, message: TagBatch | TaskExecution) -> list[Detail]:
+    def _unknown(self, message: TagBatch | SetTaskState) -> list[ErrorDetail]:
         """Return all that names an execution or task that this organization does not have (rule 5)."""
-        if isinstance(message, TaskExecution):
-            named: Iterable[tuple[int | None, TagOperation | TaskExecution]] = [(None, message)]
+        if isinstance(message, SetTaskState):
+            named: Iterable[tuple[int | None, TagOperation | SetTaskState]] = [(None, message)]
         else:
             named = enumerate(message.tags)
         details = []
@@ -278,7 +280,9 @@ class _Ledger:
                 details.append(_not_found(index, "task_name", "is not registered"))
         return details
 
-    def _record_state(self, message: TaskExecution, actor: str) -> tuple[RecordingStatus, Changes]:
+    def _record_state(
+        self, message: SetTaskState, actor: str
+    ) -> tuple[RecordingStatus, ExecutionChanges]:
         key = message.flow_execution_id, message.task_name
         known = self.state.tasks.get(key)
         if known is not None and known.state == message.state:
@@ -287,15 +291,17 @@ class _Ledger:
         self.state.tasks[key] = self.writes.tasks[key] = task
         return "recorded", {message.flow_execution_id.int: [StateChange("state", task)]}
 
-    def _apply(self, batch: TagBatch, actor: str) -> tuple[list[OperationStatus], Changes]:
+    def _apply(self, batch: TagBatch, actor: str) -> tuple[list[OperationStatus], ExecutionChanges]:
         statuses: list[OperationStatus] = []
-        changes: Changes = {}
+        changes: ExecutionChanges = {}
         for operation in batch.tags:
             step = self._add if operation.operation == "add" else self._remove
             statuses.append(step(operation, actor, changes))
         return statuses, changes
 
-    def _add(self, operation: TagOperation, actor: str, changes: Changes) -> OperationStatus:
+    def _add(
+        self, operation: TagOperation, actor: str, changes: ExecutionChanges
+    ) -> OperationStatus:
         metadata, digest = stored_metadata(operation.tag_metadata)
         key = tag_key(operation)
         active = self.state.tags.setdefault(key, {})
@@ -321,7 +327,9 @@ class _Ledger:
         changes.setdefault(flow_execution_key, []).append(Change("added", tag))
         return "added"
 
-    def _remove(self, operation: TagOperation, actor: str, changes: Changes) -> OperationStatus:
+    def _remove(
+        self, operation: TagOperation, actor: str, changes: ExecutionChanges
+    ) -> OperationStatus:
         active = self.state.tags.get(tag_key(operation), {})
         _, digest = stored_metadata(operation.tag_metadata)
         digests = list(active) if operation.any_metadata else [digest] if digest in active else []
@@ -337,7 +345,7 @@ class _Ledger:
             changes.setdefault(tag.flow_execution_id.int, []).append(Change("removed", tag))
         return "removed" if digests else "not_found"
 
-    def _advance(self, changes: Changes) -> dict[UUID, int]:
+    def _advance(self, changes: ExecutionChanges) -> dict[UUID, int]:
         """Count each execution that really changed one revision on."""
         revisions = {}
         for key in changes:
@@ -348,7 +356,7 @@ class _Ledger:
         return revisions
 
     def _report(
-        self, batch_id: UUID, actor: str, changes: Changes, revisions: dict[UUID, int]
+        self, batch_id: UUID, actor: str, changes: ExecutionChanges, revisions: dict[UUID, int]
     ) -> tuple[tuple[UUID, bytes], ...]:
         events = []
         for flow_execution_id, revision in revisions.items():
@@ -377,5 +385,5 @@ class _Ledger:
         )
 
 
-def _not_found(index: int | None, field: str, message: str) -> Detail:
-    return Detail(index=index, field=field, message=message)
+def _not_found(index: int | None, field: str, message: str) -> ErrorDetail:
+    return ErrorDetail(index=index, field=field, message=message)

@@ -12,14 +12,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from producers.errors import ConfigurationError
 from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS
 from producers.settings import check_redis_url
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
-
-
-class InvalidSettings(Exception):
-    """A TASK_TAGS_ variable is missing or wrong; the message names each one and quotes none."""
 
 
 class Settings(BaseSettings):
@@ -108,7 +105,7 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the environment. Raises `InvalidSettings`."""
+    """Read the environment. Raises `ConfigurationError`."""
     try:
         return Settings()
     except ValidationError as error:
@@ -116,4 +113,4 @@ def load_settings() -> Settings:
             f"TASK_TAGS_{str(fault['loc'][0]).upper() if fault['loc'] else ''}: {fault['msg']}"
             for fault in error.errors(include_url=False, include_input=False)
         ]
-        raise InvalidSettings("; ".join(lines)) from None
+        raise ConfigurationError("; ".join(lines)) from None

@@ -12,32 +12,32 @@ from redis import Redis
 
 from producers.contract.messages import Uuid7
 from producers.inbox.drain_message import DRAIN_TASK, send_drain
-from producers.inbox.protocol import Inbox, claim, known_inboxes
+from producers.inbox.protocol import Inbox, claim_idle, scan_inboxes
 from producers.redis_client import open_redis
 from worker.auth import Authorizer
 from worker.broker import PURGE_TASK, WAKE_TASK
 from worker.celery import app, settings
-from worker.db.repository import Store
+from worker.db.repository import Repository
 from worker.drain.path import Drain
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Tools:
+class WorkerResources:
     """What the tasks of one process share; made at the first task, so never before a fork."""
 
     redis: Redis
-    store: Store
+    store: Repository
     authorizer: Authorizer
     new_id: Uuid7
 
 
 @cache
-def _tools() -> _Tools:
+def _tools() -> WorkerResources:
     redis = open_redis(settings.redis_url.get_secret_value())
-    store = Store(settings.database_url.get_secret_value())
-    return _Tools(redis, store, Authorizer(settings), Uuid7())
+    store = Repository(settings.database_url.get_secret_value())
+    return WorkerResources(redis, store, Authorizer(settings), Uuid7())
 
 
 @app.task(name=DRAIN_TASK)
@@ -53,7 +53,7 @@ def drain(organization_id: str, lease_id: str) -> None:
         run_id=run,
         store=tools.store,
         authorizer=tools.authorizer,
-        hand_over=lambda: send_drain(tools.redis, organization, run),
+        requeue=lambda: send_drain(tools.redis, organization, run),
         group_size=settings.group_size,
         budget_seconds=settings.drain_budget_seconds,
         stopping=_stopping,
@@ -65,8 +65,8 @@ def drain(organization_id: str, lease_id: str) -> None:
 def wake() -> None:
     """Send a drain for every inbox where messages wait and nobody is on the way."""
     redis = _tools().redis
-    organization_ids = list(known_inboxes(redis))
-    claims = claim(redis, organization_ids, lambda: str(uuid4()), settings.lease_ms)
+    organization_ids = list(scan_inboxes(redis))
+    claims = claim_idle(redis, organization_ids, lambda: str(uuid4()), settings.lease_ms)
     for organization_id, lease_id in claims:
         send_drain(redis, organization_id, lease_id)
     if claims:
@@ -78,7 +78,7 @@ def purge() -> None:
     """Forget results and changes older than their retention. Organizations are those that have an inbox."""
     tools = _tools()
     results = changes = 0
-    for organization_id in known_inboxes(tools.redis):
+    for organization_id in scan_inboxes(tools.redis):
         results += tools.store.purge_results(organization_id, settings.retention)
         if settings.changes_retention is not None:
             changes += tools.store.purge_changes(organization_id, settings.changes_retention)

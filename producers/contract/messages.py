@@ -61,7 +61,7 @@ def lease_key(organization_id: UUID) -> str:
     return f"task-tags:{{{organization_id}}}:lease"
 
 
-def rejected_key(organization_id: UUID) -> str:
+def dead_letters_key(organization_id: UUID) -> str:
     return f"task-tags:{{{organization_id}}}:rejected"
 
 
@@ -125,7 +125,7 @@ uuid7: Final = Uuid7()
 # --- Building blocks -----------------------------------------------------------------------------
 
 
-class _Contract(BaseModel):
+class StrictModel(BaseModel):
     """Unknown fields, coercions and echoes of what was sent are refused everywhere."""
 
     model_config = ConfigDict(
@@ -225,7 +225,7 @@ TagMetadata = Annotated[Any, AfterValidator(_metadata)]
 # --- Messages ------------------------------------------------------------------------------------
 
 
-class TagOperation(_Contract):
+class TagOperation(StrictModel):
     """Adds or removes one tag (section 4, rules 1 to 4).
 
     `tag_metadata` is any JSON value of at most 8 KiB and 32 levels. In `remove` there is a difference
@@ -293,7 +293,7 @@ def _whole_number(value: Any) -> Any:
     return value
 
 
-class _Message(_Contract):
+class _Message(StrictModel):
     """What all messages have. A default is written out when the message is sent."""
 
     model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
@@ -309,12 +309,12 @@ class _Message(_Contract):
 
     def encode(self) -> bytes:
         """Serialize for the inbox. Raises `InvalidMessage` if that is over 1 MiB."""
-        encoded = self.spelled()
+        encoded = self.canonical_bytes()
         if len(encoded) > MAX_MESSAGE_BYTES:
             raise InvalidMessage([_TOO_LARGE], batch_id=self.batch_id)
         return encoded
 
-    def spelled(self) -> bytes:
+    def canonical_bytes(self) -> bytes:
         """Return the message in its one spelling, however long it is."""
         return self.model_dump_json().encode()
 
@@ -323,7 +323,7 @@ class _Message(_Contract):
 
         Whom to answer is no part of that, so a batch can be sent again by another sender.
         """
-        return digest(self.spelled())
+        return digest(self.canonical_bytes())
 
 
 def digest(encoded: bytes) -> bytes:
@@ -341,7 +341,7 @@ class TagBatch(_Message):
     kind: Literal["tag_batch"] = "tag_batch"
     tags: Annotated[list[TagOperation], Field(min_length=1, max_length=MAX_OPERATIONS)]
 
-    def spelled(self) -> bytes:
+    def canonical_bytes(self) -> bytes:
         """Return the message in its one spelling: metadata are left out where that is not the same as null (rule 3)."""
         left_out = {
             index: {"tag_metadata"}
@@ -351,7 +351,7 @@ class TagBatch(_Message):
         return self.model_dump_json(exclude={"tags": left_out} if left_out else None).encode()
 
 
-class FlowExecution(_Message):
+class RegisterExecution(_Message):
     """Registers a flow execution, or lets its task names grow; null allows every task name."""
 
     model_config = ConfigDict(
@@ -366,7 +366,7 @@ class FlowExecution(_Message):
 TaskState = Literal["queued", "running", "completed", "failed"]
 
 
-class TaskExecution(_Message):
+class SetTaskState(_Message):
     """Records the state of a task in one flow execution. It is no tag, and may follow any other state."""
 
     model_config = ConfigDict(
@@ -384,7 +384,7 @@ class TaskExecution(_Message):
     state: TaskState
 
 
-Message = TagBatch | FlowExecution | TaskExecution
+Message = TagBatch | RegisterExecution | SetTaskState
 
 
 # --- Results and events --------------------------------------------------------------------------
@@ -397,13 +397,13 @@ ErrorCode = Literal[
 ]
 
 
-class _Report(_Contract):
+class TolerantModel(StrictModel):
     """What a worker says. A reader that is older than the worker skips what it doesn't know."""
 
     model_config = ConfigDict(extra="ignore")
 
 
-class Detail(_Report):
+class ErrorDetail(TolerantModel):
     """One fault. `index`: the operation's (or task name's) position from 0; null for the whole message."""
 
     index: int | None = None
@@ -411,27 +411,27 @@ class Detail(_Report):
     message: str
 
 
-class Error(_Report):
+class ErrorInfo(TolerantModel):
     """Why a batch, or a request, had no effect; `details` lists all faults that were found."""
 
     code: ErrorCode
     message: str
-    details: list[Detail] = []
+    details: list[ErrorDetail] = []
 
 
-class OperationResult(_Report):
+class OperationResult(TolerantModel):
     status: OperationStatus
 
 
-class Registration(_Report):
+class Registration(TolerantModel):
     status: RegistrationStatus
 
 
-class Recording(_Report):
+class Recording(TolerantModel):
     status: RecordingStatus
 
 
-class ResultRecord(_Report):
+class ResultRecord(TolerantModel):
     """What became of a message: a status for each operation in request order, or one error (rule 6)."""
 
     batch_id: Id
@@ -440,7 +440,7 @@ class ResultRecord(_Report):
     tags: list[OperationResult] | None = None
     flow_execution: Registration | None = None
     task_execution: Recording | None = None
-    error: Error | None = None
+    error: ErrorInfo | None = None
 
     @model_validator(mode="after")
     def _one_outcome(self) -> Self:
@@ -565,7 +565,11 @@ class InvalidMessage(TaskTagsError, ValueError):
     """
 
     def __init__(
-        self, details: list[Detail], *, batch_id: UUID | None = None, reply_to: str | None = None
+        self,
+        details: list[ErrorDetail],
+        *,
+        batch_id: UUID | None = None,
+        reply_to: str | None = None,
     ) -> None:
         super().__init__("; ".join(describe(detail) for detail in details[:10]))
         self.details = details
@@ -573,22 +577,26 @@ class InvalidMessage(TaskTagsError, ValueError):
         self.reply_to = reply_to
 
 
-def describe(detail: Detail) -> str:
+def describe(detail: ErrorDetail) -> str:
     """Return a fault as a person reads it: `operation 3, tag: must have at least 1 character`."""
     where = [f"operation {detail.index}"] if detail.index is not None else []
     where += [detail.field] if detail.field is not None else []
     return f"{', '.join(where)}: {detail.message}" if where else detail.message
 
 
-_TOO_LARGE: Final = Detail(message=f"the message must not be larger than {MAX_MESSAGE_BYTES} bytes")
-_NOT_JSON: Final = Detail(message="the message must be JSON in UTF-8, less than 1,000 levels deep")
-_NOT_AN_OBJECT: Final = Detail(message="the message must be a JSON object")
-_DOUBLED_KEY: Final = Detail(message="the message has the same key twice in one object")
+_TOO_LARGE: Final = ErrorDetail(
+    message=f"the message must not be larger than {MAX_MESSAGE_BYTES} bytes"
+)
+_NOT_JSON: Final = ErrorDetail(
+    message="the message must be JSON in UTF-8, less than 1,000 levels deep"
+)
+_NOT_AN_OBJECT: Final = ErrorDetail(message="the message must be a JSON object")
+_DOUBLED_KEY: Final = ErrorDetail(message="the message has the same key twice in one object")
 
 _MESSAGES: Final[dict[str, type[_Message]]] = {
     "tag_batch": TagBatch,
-    "flow_execution": FlowExecution,
-    "task_execution": TaskExecution,
+    "flow_execution": RegisterExecution,
+    "task_execution": SetTaskState,
 }
 _TAG_BATCH: Final = TypeAdapter(TagBatch)
 _ID: Final[TypeAdapter[UUID]] = TypeAdapter(UUID)
@@ -621,10 +629,10 @@ def parse_message(raw: bytes) -> Message:
 
     Source of the rules: the limits in section 4 of the design.
     """
-    return read_message(raw)[0]
+    return parse_canonical(raw)[0]
 
 
-def read_message(raw: bytes) -> tuple[Message, bytes]:
+def parse_canonical(raw: bytes) -> tuple[Message, bytes]:
     """Return a message, and as it is spelled here: the bytes from which its digest is made.
 
     One that was spelled so by its sender, as by the SDK, is read by pydantic's own parser, and nothing in it can
@@ -634,10 +642,10 @@ def read_message(raw: bytes) -> tuple[Message, bytes]:
     if len(raw) <= MAX_MESSAGE_BYTES:
         with suppress(ValidationError):
             batch = _TAG_BATCH.validate_json(raw)
-            if batch.spelled() == raw:
+            if batch.canonical_bytes() == raw:
                 return batch, raw
     message = _read_carefully(raw)
-    return message, message.spelled()
+    return message, message.canonical_bytes()
 
 
 def _read_carefully(raw: bytes) -> Message:
@@ -648,18 +656,18 @@ def _read_carefully(raw: bytes) -> Message:
     kind = fields.get("kind")
     model = _MESSAGES.get(kind) if isinstance(kind, str) else None
     details = [
-        Detail(field=name, message="is required")
+        ErrorDetail(field=name, message="is required")
         for name in ("schema_version", "kind", "batch_id")
         if name not in fields
     ]
     if model is None:
         if "kind" in fields:
-            details.append(Detail(field="kind", message=f"must be {_either(_MESSAGES)}"))
+            details.append(ErrorDetail(field="kind", message=f"must be {_either(_MESSAGES)}"))
         raise _invalid(fields, details)
     try:
         message = model.model_validate(fields)
     except ValidationError as error:
-        raise _invalid(fields, details + faults(error)) from None
+        raise _invalid(fields, details + validation_details(error)) from None
     if details:
         raise _invalid(fields, details)
     return cast(Message, message)
@@ -677,7 +685,7 @@ def read_body(kind: str, raw: bytes, **rest: Any) -> Message:
     try:
         message = model.model_validate({"kind": kind, **rest, **known})
     except ValidationError as error:
-        raise _invalid(rest, details + faults(error)) from None
+        raise _invalid(rest, details + validation_details(error)) from None
     if details:
         raise _invalid(rest, details)
     return cast(Message, message)
@@ -712,7 +720,7 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(f"'{name}'" for name in names)
 
 
-def _invalid(fields: Any, details: list[Detail]) -> InvalidMessage:
+def _invalid(fields: Any, details: list[ErrorDetail]) -> InvalidMessage:
     """Return the error for a message that was read as `fields`, addressed as well as can be."""
 
     def get(name: str, adapter: TypeAdapter[Any]) -> Any:
@@ -722,14 +730,14 @@ def _invalid(fields: Any, details: list[Detail]) -> InvalidMessage:
             return None
 
     if len(details) > MAX_DETAILS:
-        more = Detail(message=f"{len(details) - MAX_DETAILS} more faults are not listed")
+        more = ErrorDetail(message=f"{len(details) - MAX_DETAILS} more faults are not listed")
         details = [*details[:MAX_DETAILS], more]
     return InvalidMessage(
         details, batch_id=get("batch_id", _ID), reply_to=get("reply_to", _REPLY_TO)
     )
 
 
-def faults(error: ValidationError) -> list[Detail]:
+def validation_details(error: ValidationError) -> list[ErrorDetail]:
     """Return all faults of a pydantic error, in words of our own: pydantic's may quote the value."""
     return [
         _fault(fault["loc"], fault["type"], fault.get("ctx", {}))
@@ -737,20 +745,20 @@ def faults(error: ValidationError) -> list[Detail]:
     ]
 
 
-def _fault(location: tuple[int | str, ...], kind: str, context: dict[str, Any]) -> Detail:
+def _fault(location: tuple[int | str, ...], kind: str, context: dict[str, Any]) -> ErrorDetail:
     index = next((step for step in location if isinstance(step, int)), None)
     names = [step for step in location if isinstance(step, str)]
     field = names[-1] if names and not (names == ["tags"] and index is not None) else None
     if kind == "extra_forbidden" and field is not None and not _is_plain_name(field):
         field = None
-    return Detail(index=index, field=field, message=_words(kind, field, context))
+    return ErrorDetail(index=index, field=field, message=_text(kind, field, context))
 
 
 def _is_plain_name(name: str) -> bool:
     return len(name) <= 64 and name.isascii() and name.isidentifier()
 
 
-_WORDS: Final = {
+_TEXTS: Final = {
     "missing": "is required",
     "extra_forbidden": "is not a known field",
     "string_type": "must be a string",
@@ -769,12 +777,12 @@ _WORDS: Final = {
 }
 
 
-def _words(kind: str, field: str | None, context: dict[str, Any]) -> str:
+def _text(kind: str, field: str | None, context: dict[str, Any]) -> str:
     if kind == "string_pattern_mismatch":
         if field == "reply_to":
             return "must have 1 to 200 of the characters A-Z a-z 0-9 . _ : -"
         return "must not contain U+0000"
-    return _WORDS.get(kind, "is not valid").format_map(context)
+    return _TEXTS.get(kind, "is not valid").format_map(context)
 
 
 # --- Schemas -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ drained.)
 
 Why faults do no harm: a lease that runs out (its worker died or stood still) is free, so the next append,
 or `claim` from `task_tags.wake`, sends another drain. Two may then be at work for a moment. The transaction's
-lock and the stored batch ids make that harmless, and the older one ends at its next `remove` or `hand_over`. A
+lock and the stored batch ids make that harmless, and the older one ends at its next `remove` or `requeue`. A
 step that is repeated because its answer was lost finds what it did the first time, and does no harm. `remove`
 takes messages out whoever has the lease: it names ids whose batches are committed. Ids never come again, for
 the stream is never deleted, so what was appended since can't be removed by mistake.
@@ -43,20 +43,20 @@ from redis.exceptions import NoScriptError
 
 from producers.contract.messages import (
     MAX_READABLE_BYTES,
+    dead_letters_key,
     inbox_key,
     lease_key,
-    rejected_key,
 )
 
 DEFAULT_LIMIT: Final = 10_000
 LEASE_MS: Final = 8_000
-REJECTED_LIMIT: Final = 10_000
+DEAD_LETTER_LIMIT: Final = 10_000
 _CHUNK_MESSAGES: Final = 200
 _CHUNK_BYTES: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Appended:
+class AppendResult:
     """How many of the messages were accepted (the first ones), and whether a drain is to be sent."""
 
     count: int
@@ -64,7 +64,7 @@ class Appended:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StreamEntry:
     """One stream entry as it was found; a field that is missing is None."""
 
     id: bytes
@@ -78,7 +78,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejection:
+class DeadLetter:
     """A message that is kept out of the way for an operator, without its token (worker/drain/dead_letters.py)."""
 
     message: bytes
@@ -133,11 +133,11 @@ class Inbox:
         self._redis = redis
         self._inbox = inbox_key(organization_id)
         self._lease = lease_key(organization_id)
-        self._rejected = rejected_key(organization_id)
+        self._rejected = dead_letters_key(organization_id)
         self._limit = limit
         self._lease_ms = lease_ms
 
-    def append(self, chunk: Sequence[bytes], token: str, lease_id: str) -> Appended:
+    def append(self, chunk: Sequence[bytes], token: str, lease_id: str) -> AppendResult:
         """Accept messages in their order up to the bound, and take the lease if it is free.
 
         `chunk` is one of `chunks`, and `lease_id` is used for no other. Whoever appends several stops at the first that was not accepted whole:
@@ -148,44 +148,48 @@ class Inbox:
             [self._inbox, self._lease],
             [self._limit, lease_id, self._lease_ms, token, *chunk],
         )
-        return Appended(count, bool(taken))
+        return AppendResult(count, bool(taken))
 
-    def room(self) -> int:
+    def free_capacity(self) -> int:
         """Return how many messages the inbox would accept now."""
         waiting: int = self._redis.xlen(self._inbox)
         return max(0, self._limit - waiting)
 
-    def give_back(self, lease_id: str) -> None:
+    def release(self, lease_id: str) -> None:
         """Free the lease if its drain could not be sent."""
         self._run("release", [self._lease], [lease_id])
 
-    def take(self, run_id: str, *, most: int, most_bytes: int = MAX_READABLE_BYTES) -> list[Entry]:
+    def acquire(
+        self, run_id: str, *, max_messages: int, max_bytes: int = MAX_READABLE_BYTES
+    ) -> list[StreamEntry]:
         """Begin a drain, or go on after a failure, with what is at the head of the inbox.
 
         Nothing: the run is over. The inbox was empty, and the lease is free; or another drain is running.
         """
         return self._entries(
             self._run(
-                "acquire", [self._inbox, self._lease], [run_id, self._lease_ms, most, most_bytes]
+                "acquire",
+                [self._inbox, self._lease],
+                [run_id, self._lease_ms, max_messages, max_bytes],
             )
         )
 
-    def remove(
+    def ack_and_publish(
         self,
         run_id: str,
-        entries: Sequence[Entry],
+        entries: Sequence[StreamEntry],
         publications: Sequence[tuple[str, bytes]],
-        rejections: Sequence[Rejection] = (),
+        rejections: Sequence[DeadLetter] = (),
         *,
-        most: int,
-        most_bytes: int = MAX_READABLE_BYTES,
-    ) -> list[Entry]:
+        max_messages: int,
+        max_bytes: int = MAX_READABLE_BYTES,
+    ) -> list[StreamEntry]:
         """Publish what became of these entries, take them out of the inbox, and go on with what comes next.
 
         It is one step, so a result is published if and only if its entry is gone. Nothing: the run is over, as
         for `take`.
         """
-        arguments: list[Any] = [run_id, self._lease_ms, most, most_bytes, REJECTED_LIMIT]
+        arguments: list[Any] = [run_id, self._lease_ms, max_messages, max_bytes, DEAD_LETTER_LIMIT]
         arguments.append(len(entries))
         arguments.extend([entry.id for entry in entries])
         arguments.append(len(publications))
@@ -197,17 +201,17 @@ class Inbox:
         keys = [self._inbox, self._lease, self._rejected]
         return self._entries(self._run("ack_and_publish", keys, arguments))
 
-    def reject(self, rejection: Rejection) -> None:
+    def reject(self, rejection: DeadLetter) -> None:
         """Keep a message for an operator; its entry stays in the inbox until it is removed."""
         fields = cast(Any, rejection.fields())
-        self._redis.xadd(self._rejected, fields, maxlen=REJECTED_LIMIT, approximate=True)
+        self._redis.xadd(self._rejected, fields, maxlen=DEAD_LETTER_LIMIT, approximate=True)
 
-    def hand_over(self, run_id: str) -> bool:
+    def requeue(self, run_id: str) -> bool:
         """Keep the lease for a drain that goes to the end of the queue. False: it is another's."""
         return bool(self._run("requeue", [self._lease], [run_id, self._lease_ms]))
 
     @staticmethod
-    def _entries(found: Any) -> list[Entry]:
+    def _entries(found: Any) -> list[StreamEntry]:
         return [_entry(id, fields) for id, fields in found or ()]
 
     def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
@@ -217,16 +221,16 @@ class Inbox:
             return self._redis.eval(_source(name), len(keys), *keys, *args)
 
 
-def known_inboxes(redis: Redis) -> Iterator[UUID]:
+def scan_inboxes(redis: Redis) -> Iterator[UUID]:
     """Yield every organization that ever had a message: their inboxes are found by the names of the keys.
 
     So nobody has to keep a list of them, which could be lost, or which a producer would need the right
     to write to.
     """
-    return organizations_with(redis, inbox_key)
+    return scan_organizations(redis, inbox_key)
 
 
-def organizations_with(redis: Redis, key_of: Callable[[UUID], str]) -> Iterator[UUID]:
+def scan_organizations(redis: Redis, key_of: Callable[[UUID], str]) -> Iterator[UUID]:
     """Yield every organization that has a stream of this name."""
     pattern = key_of(cast(UUID, "*"))
     for key in redis.scan_iter(match=pattern, count=1000, _type="stream"):
@@ -236,7 +240,7 @@ def organizations_with(redis: Redis, key_of: Callable[[UUID], str]) -> Iterator[
             continue  # a key that somebody else made
 
 
-def claim(
+def claim_idle(
     redis: Redis, organization_ids: Iterable[UUID], new_lease_id: Callable[[], str], lease_ms: int
 ) -> list[tuple[UUID, str]]:
     """Take the lease of every inbox where messages wait and nobody has it; a drain is to be sent for each."""
@@ -264,6 +268,6 @@ def chunks(messages: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield chunk
 
 
-def _entry(id: bytes, fields: list[bytes]) -> Entry:
+def _entry(id: bytes, fields: list[bytes]) -> StreamEntry:
     values = dict(zip(fields[::2], fields[1::2], strict=True))
-    return Entry(id, values.get(b"message"), values.get(b"token"))
+    return StreamEntry(id, values.get(b"message"), values.get(b"token"))

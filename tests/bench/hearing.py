@@ -10,7 +10,7 @@ from uuid import UUID
 
 from producers.contract.messages import results_channel
 from producers.redis_client import open_redis
-from producers.subscriber import Signal, listen
+from producers.subscriber import ListenEvent, listen
 from tests.bench.load import REPLY_TO
 
 _END = b""
@@ -71,7 +71,7 @@ class Results:
                 break
             if isinstance(heard, bytes):
                 self._take(heard)
-            elif heard is Signal.SUBSCRIBED:
+            elif heard is ListenEvent.SUBSCRIBED:
                 waiting -= 1
                 if waiting == 0:
                     self._subscribed.set()

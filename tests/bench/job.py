@@ -13,14 +13,14 @@ from uuid import UUID
 from redis import Redis
 
 from producers.contract.messages import Uuid7
-from producers.inbox.protocol import Entry
+from producers.inbox.protocol import StreamEntry
 from producers.redis_client import open_redis
 from worker import collector
 from worker.auth import Authorizer
-from worker.db.repository import Store
-from worker.drain.path import FIRST_BACKOFF_SECONDS, may_pass, receive, transact
+from worker.db.repository import Repository
+from worker.drain.path import FIRST_BACKOFF_SECONDS, admit, apply_in_transaction, is_retryable
 from worker.drain.publish import publications
-from worker.rules import Outcome, Request
+from worker.rules import AuthorizedMessage, Outcome
 from worker.settings import Settings, load_settings
 
 _freeze = threading.Lock()
@@ -32,7 +32,7 @@ class Tools:
     def __init__(self) -> None:
         settings: Settings = load_settings()
         self.redis: Redis = open_redis(settings.redis_url.get_secret_value())
-        self.store = Store(settings.database_url.get_secret_value())
+        self.store = Repository(settings.database_url.get_secret_value())
         self.authorizer = Authorizer(settings)
         self.new_id = Uuid7()
         freeze()
@@ -61,8 +61,8 @@ def apply_batch(message: bytes, token: str, organization_id: UUID) -> None:
     """Check one message, apply it in one transaction and publish what came of it."""
     tools = _tools()
     now = datetime.now(timezone.utc)
-    entry = Entry(f"{time.time_ns() // 1_000_000}-0".encode(), message, token.encode())
-    received = receive(entry, organization_id, tools.authorizer, now)
+    entry = StreamEntry(f"{time.time_ns() // 1_000_000}-0".encode(), message, token.encode())
+    received = admit(entry, organization_id, tools.authorizer, now)
     outcome = received.outcome
     if received.request is not None:
         outcome = _apply(tools, organization_id, received.request)
@@ -78,13 +78,13 @@ def publish(redis: Redis, organization_id: UUID, reply_to: str, outcome: Outcome
     pipeline.execute()
 
 
-def _apply(tools: Tools, organization_id: UUID, request: Request) -> Outcome:
+def _apply(tools: Tools, organization_id: UUID, request: AuthorizedMessage) -> Outcome:
     """Apply a request; what may pass (a lost connection) is tried again, as a drain does it."""
     while True:
         try:
-            (outcome,) = transact(tools.store, organization_id, [request], tools.new_id)
+            (outcome,) = apply_in_transaction(tools.store, organization_id, [request], tools.new_id)
         except Exception as error:
-            if not may_pass(error):
+            if not is_retryable(error):
                 raise
             time.sleep(FIRST_BACKOFF_SECONDS)
         else:

@@ -22,7 +22,7 @@ from tests.bench.read import spread
 from tests.bench.servers import EMPTY, Servers
 from tests.bench.servers import WORKER as WORKER_ROLE
 from worker.local.stack import WORKER, command
-from worker.local.supervisor import Child, Supervisor
+from worker.local.supervisor import ProcessSpec, Supervisor
 
 ORGANIZATIONS: Final = 8
 ROWS: Final = 1000
@@ -91,7 +91,7 @@ class Limit:
 
 def _apply(servers: Servers, connection: psycopg.Connection, items: Sequence[Item]) -> None:
     """Enqueue the batches, and wait until a worker has applied them all."""
-    child = Child(
+    child = ProcessSpec(
         name="limit-worker",
         argv=[*command(WORKER), "-n", "limit@%h"],
         ready=lambda: True,

@@ -30,7 +30,7 @@ class Base(DeclarativeBase):
     pass
 
 
-class FlowExecution(Base):
+class RegisterExecution(Base):
     __tablename__ = "flow_executions"
 
     organization_id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -122,7 +122,7 @@ async def read_tags(
     task_name: str | None = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Any:
-    execution = await db.get(FlowExecution, (organization_id, flow_execution_id))
+    execution = await db.get(RegisterExecution, (organization_id, flow_execution_id))
     if execution is None:
         raise HTTPException(404, "there is no such flow execution")
     etag = f'"{execution.revision}"'

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tests.support.memory import most_resident
-from worker.local.supervisor import Child, Supervisor
+from tests.support.memory import max_resident
+from worker.local.supervisor import ProcessSpec, Supervisor
 
 STOP_SECONDS = 6.0
 SETTLE_SECONDS = 8.0
@@ -26,7 +26,7 @@ class Workers:
     ) -> None:
         self._supervisor = supervisor
         self._children = [
-            Child(f"bench-{number}", argv, ready=lambda: True, environment=dict(environment))
+            ProcessSpec(f"bench-{number}", argv, ready=lambda: True, environment=dict(environment))
             for number, argv in enumerate(commands)
         ]
         supervisor.start(*self._children)
@@ -121,5 +121,5 @@ def _stat(pid: int) -> list[str]:
 
 def _peak(pid: int) -> float:
     with suppress(OSError, IndexError):  # it may have ended
-        return most_resident(pid)
+        return max_resident(pid)
     return 0.0

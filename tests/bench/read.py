@@ -30,7 +30,7 @@ from tests.bench.servers import RUN, Servers
 from worker.api.queries import READ_TAGS, SCOPE
 from worker.local.servers import Postgres
 from worker.local.stack import ENDPOINT, command, free_port
-from worker.local.supervisor import Child, Supervisor
+from worker.local.supervisor import ProcessSpec, Supervisor
 
 TAGS: Final = (5, 50, 1000)
 USUAL: Final = 50
@@ -232,8 +232,8 @@ _ARGV: Final = {
 }
 
 
-def _endpoint(name: str, argv: list[str], port: int, environment: dict[str, str]) -> Child:
-    return Child(
+def _endpoint(name: str, argv: list[str], port: int, environment: dict[str, str]) -> ProcessSpec:
+    return ProcessSpec(
         name=f"read-{name.split()[0].lower()}-{port}",
         argv=[*argv, "--host", "127.0.0.1", "--port", str(port)],
         ready=lambda: _answers(port),

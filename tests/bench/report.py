@@ -221,8 +221,8 @@ def _throughputs(results: Results) -> str:
     ]
     limit = results.get("limit")
     if limit is not None:
-        shown = {limit["operations"]: _spread(limit["batches_per_second"])}
-        by_peer.append([_LIMIT_WORDS, *(shown.get(n, "") for n in PEER_OPERATIONS)])
+        escape_terminal = {limit["operations"]: _spread(limit["batches_per_second"])}
+        by_peer.append([_LIMIT_WORDS, *(escape_terminal.get(n, "") for n in PEER_OPERATIONS)])
     loads = sorted(
         _matching(rows, contender=OURS),
         key=operator.itemgetter("prefilled", "organizations", "operations"),

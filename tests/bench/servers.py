@@ -15,9 +15,15 @@ import psycopg
 from psycopg import sql
 
 from producers.redis_client import open_redis
-from worker.auth import SCOPES, mint
+from worker.auth import SCOPES, sign_token
 from worker.db.migrate import ROLES, migrate
-from worker.local.servers import Postgres, Valkey, exclusive, find_home, secret
+from worker.local.servers import (
+    Postgres,
+    Valkey,
+    find_server_paths,
+    load_or_create_secret,
+    lock_directory,
+)
 from worker.local.stack import signing_settings
 from worker.local.supervisor import Supervisor
 
@@ -49,12 +55,12 @@ class Servers:
         return {
             "TASK_TAGS_REDIS_URL": self.redis_url,
             "TASK_TAGS_DATABASE_URL": self.database_url(role),
-            "TASK_TAGS_JWT_SECRET": secret(self.directory, "jwt"),
+            "TASK_TAGS_JWT_SECRET": load_or_create_secret(self.directory, "jwt"),
         }
 
     def token(self, organization_id: UUID) -> str:
         settings = signing_settings(self.directory)
-        return mint(
+        return sign_token(
             settings,
             organization_id=organization_id,
             actor="bench",
@@ -87,12 +93,15 @@ def servers() -> Iterator[Servers]:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
         directory.chmod(0o755)
-        with exclusive(directory), Supervisor(directory / "logs") as supervisor:
-            home = find_home(directory)
-            valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
+        with lock_directory(directory), Supervisor(directory / "logs") as supervisor:
+            home = find_server_paths(directory)
+            valkey, postgres = (
+                Valkey(home),
+                Postgres(home, load_or_create_secret(directory, "postgres")),
+            )
             supervisor.start(valkey.child(), postgres.child())
             postgres.create_database(EMPTY)
-            passwords = {role: secret(directory, role) for role in ROLES}
+            passwords = {role: load_or_create_secret(directory, role) for role in ROLES}
             migrate(postgres.url(database=EMPTY), passwords)
             opened = Servers(directory, supervisor, postgres, valkey.url, passwords)
             opened.fresh()

@@ -159,7 +159,7 @@ class Run:
         setting = self.chosen[contender.name]
         with Session(self.opened, self.batches, contender, setting, self.plan.warm_up) as begun:
             for load in loads:
-                sized = self._sized(contender, load)
+                sized = self.length_prefixed(contender, load)
                 found = begun.throughput(sized)
                 self.keep("throughput", contender, _row(sized), found)
                 speed = f"{found['batches_per_second']:.0f} batches/s"
@@ -179,7 +179,7 @@ class Run:
             self.keep("latency", contender, {"load": load, "rate": rate}, found)
             self.say(f"{contender.name}: latency at {rate:.0f}/s: p50 {found['p50_ms']:.1f} ms")
 
-    def _sized(self, contender: Contender, load: Load) -> Load:
+    def length_prefixed(self, contender: Contender, load: Load) -> Load:
         """Return the load with as many batches as this contender applies in the plan's seconds."""
         if self.plan.seconds is None:
             return load

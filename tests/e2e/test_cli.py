@@ -14,8 +14,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from producers.cli import shown
-from producers.client import TagProducer, registration
+from producers.cli import escape_terminal
+from producers.client import TagProducer, register_execution
 from producers.contract.messages import TagBatch, add
 from tests.conftest import Servers
 from tests.support.waiting import eventually
@@ -60,7 +60,7 @@ def test_batches_are_enqueued_and_awaited(servers: Servers, mine: dict[str, str]
     """From standard input, results in order, as JSON for programs and as lines for people."""
     execution = uuid4()
     batch = TagBatch(tags=[add(execution, "t", "t", "é"), add(execution, "t", "t", "é")])
-    sent = lines(registration(execution), batch)
+    sent = lines(register_execution(execution), batch)
     done = run(servers, "enqueue", "-", "--wait", "--json", stdin=sent, **mine)
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert (done.returncode, done.stderr) == (0, "")
@@ -85,7 +85,7 @@ def test_a_refused_batch_is_exit_code_1(servers: Servers, mine: dict[str, str]) 
 
 def test_nothing_is_sent_if_a_line_is_wrong(servers: Servers, mine: dict[str, str]) -> None:
     """Each fault with its line; exit code 2."""
-    sent = lines(registration(uuid4())) + 'hello\n{"kind": "x"}\n'
+    sent = lines(register_execution(uuid4())) + 'hello\n{"kind": "x"}\n'
     done = run(servers, "enqueue", "-", stdin=sent, **mine)
     assert done.returncode == 2
     assert "line 2: the message must be JSON" in done.stderr
@@ -110,7 +110,7 @@ def test_a_full_inbox_is_waited_for_as_long_as_one_says(
 ) -> None:
     """Four batches through an inbox for one: with --block the workers make room, else the exit code is 4."""
     limited = {**mine, "TASK_TAGS_INBOX_LIMIT": "1"}
-    sent = lines(*[registration(uuid4()) for _ in range(4)])
+    sent = lines(*[register_execution(uuid4()) for _ in range(4)])
     done = run(servers, "enqueue", "-", "--block", "20", *wait, stdin=sent, **limited)
     assert (done.returncode, done.stderr) == (0, "")
     limited["TASK_TAGS_REDIS_URL"] = servers.stack.redis_url.replace("db=0", "db=1")
@@ -155,7 +155,7 @@ def test_an_error_is_one_clear_line(
     if values.get("TASK_TAGS_REDIS_URL") == "quiet":
         values = {"TASK_TAGS_REDIS_URL": servers.stack.redis_url.replace("db=0", "db=1")}
     words = [word.format(id=uuid4()) for word in arguments]
-    done = run(servers, *words, stdin=lines(registration(uuid4())), **{**mine, **values})
+    done = run(servers, *words, stdin=lines(register_execution(uuid4())), **{**mine, **values})
     assert done.returncode == code
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -193,7 +193,7 @@ def test_changes_and_results_are_followed_until_interrupted(
 
 def test_a_terminal_is_shown_escapes_and_does_not_obey_them() -> None:
     """A tag's text can't clear the screen, set the title or forge a line."""
-    assert shown("\x1b]0;owned\x07\nfake \u202e ok é 🎉") == (
+    assert escape_terminal("\x1b]0;owned\x07\nfake \u202e ok é 🎉") == (
         r"\x1b]0;owned\x07\nfake \u202e ok é 🎉"
     )
 
@@ -258,7 +258,7 @@ def test_an_administrators_error_is_one_clear_line(
 def test_a_progress_bar_is_for_terminals_alone(servers: Servers, mine: dict[str, str]) -> None:
     """In a pipe there is nothing but the result."""
     begin = time.monotonic()
-    sent = lines(*[registration(uuid4()) for _ in range(1200)])
+    sent = lines(*[register_execution(uuid4()) for _ in range(1200)])
     done = run(servers, "enqueue", "-", "--json", stdin=sent, **mine)
     assert (done.stdout, done.stderr) == ('{"enqueued": 1200}\n', "")
     assert time.monotonic() > begin

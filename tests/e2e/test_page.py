@@ -19,7 +19,7 @@ from producers.contract.messages import TagBatch, TagOperation, add, remove
 from tests.conftest import Servers
 from tests.support.browser import address, open_browser
 from tests.support.waiting import eventually
-from worker.auth import READ, SCOPES, mint
+from worker.auth import READ, SCOPES, sign_token
 
 Open = Callable[..., Page]
 
@@ -269,7 +269,7 @@ def test_tokens_and_executions_that_are_refused_are_told_in_words(
     expect(connection(page)).to_have_text("Not connected")
     expect(page.get_by_label("Token")).to_be_focused()
 
-    expired = mint(
+    expired = sign_token(
         servers.settings,
         organization_id=organization,
         actor="ada",

@@ -21,7 +21,7 @@ import pytest
 
 from tests.conftest import Servers
 from tests.support.waiting import eventually
-from worker.local.servers import Postgres, find_home, secret, wait_for_orphan
+from worker.local.servers import Postgres, find_server_paths, load_or_create_secret, wait_for_orphan
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -60,7 +60,7 @@ def up(directory: Path, *words: str, **values: str) -> Iterator[tuple[subprocess
 def processes_of(directory: Path) -> list[str]:
     """Command lines of processes that have to do with a state directory, from their environment or arguments."""
     found = []
-    needles = {str(directory).encode(), str(find_home(directory).sockets).encode()}
+    needles = {str(directory).encode(), str(find_server_paths(directory).sockets).encode()}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
@@ -105,7 +105,9 @@ def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path
 def test_data_survives_and_a_killed_supervisor_leaves_nothing_running(space: Path) -> None:
     """After SIGKILL its children end by themselves, and the next start finds everything as it was."""
     with up(space) as (process, _):
-        database = Postgres(find_home(space), secret(space, "postgres")).url(database="task_tags")
+        database = Postgres(find_server_paths(space), load_or_create_secret(space, "postgres")).url(
+            database="task_tags"
+        )
         with psycopg.connect(database, autocommit=True) as connection:
             connection.execute("create table survivor (a int)")
         process.kill()

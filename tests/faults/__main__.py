@@ -46,8 +46,8 @@ def main() -> int:
                     "fill the disk: skipped, a small file system can't be mounted here", flush=True
                 )
             start_runners(opened)
-            be_calm(opened, verdict)
-            injected = be_cruel(opened, choose, arguments.seconds)
+            run_without_faults(opened, verdict)
+            injected = run_with_faults(opened, choose, arguments.seconds)
             stop(opened, "runner")
             settle(opened, verdict)
             stop(opened, "worker", "beat")  # one whose lease was taken away may still be at work
@@ -64,7 +64,7 @@ def main() -> int:
     return 1 if verdict.counts else 0
 
 
-def be_calm(opened: World, verdict: Verdict) -> None:
+def run_without_faults(opened: World, verdict: Verdict) -> None:
     """Without a fault, beat never has to help: no wake-up is lost."""
     end = time.monotonic() + CALM_SECONDS
     while time.monotonic() < end:
@@ -73,7 +73,7 @@ def be_calm(opened: World, verdict: Verdict) -> None:
         verdict.add("stuck", "messages waited with nobody on the way, although nothing was broken")
 
 
-def be_cruel(opened: World, choose: random.Random, seconds: float) -> Counter[str]:
+def run_with_faults(opened: World, choose: random.Random, seconds: float) -> Counter[str]:
     """Do all kinds of faults in turn, shuffled anew each round. A full run does each often enough."""
     injected: Counter[str] = Counter()
     deck: list[str] = []

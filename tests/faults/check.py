@@ -10,7 +10,7 @@ from uuid import UUID
 import psycopg
 
 from producers.contract.messages import Message, ResultRecord, TagBatch
-from tests.unit.test_rules import Naive, _same
+from tests.unit.test_rules import ReferenceModel, _same
 
 MOST_STORIES: Final = 20
 
@@ -32,7 +32,7 @@ class Verdict:
                 self.batch_ids[batch_id] = None
 
 
-class Model(Naive):
+class Model(ReferenceModel):
     """The naive model, in which a batch that the database refuses has no effect."""
 
     def tag(self, asked: dict[str, Any]) -> Any:

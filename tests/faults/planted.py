@@ -16,9 +16,9 @@ from typing import Any
 from uuid import UUID
 
 import worker.db.repository
-from producers.inbox.protocol import Entry, Inbox
+from producers.inbox.protocol import Inbox, StreamEntry
 from worker.celery import app
-from worker.db.repository import Store, Transaction
+from worker.db.repository import Repository, Transaction
 from worker.drain.path import Drain
 from worker.rules import decide
 
@@ -37,10 +37,15 @@ def reach(failpoint: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-_take, _remove, _transaction, _save = Inbox.take, Inbox.remove, Store.transaction, Transaction.save
+_take, _remove, _transaction, _save = (
+    Inbox.acquire,
+    Inbox.ack_and_publish,
+    Repository.transaction,
+    Transaction.save,
+)
 
 
-def take(self: Inbox, run_id: str, **bounds: Any) -> list[Entry]:
+def acquire(self: Inbox, run_id: str, **bounds: Any) -> list[StreamEntry]:
     entries = _take(self, run_id, **bounds)
     if entries:
         reach("after_read")
@@ -48,7 +53,7 @@ def take(self: Inbox, run_id: str, **bounds: Any) -> list[Entry]:
 
 
 @contextmanager
-def transaction(self: Store, organization_id: UUID) -> Iterator[Transaction]:
+def transaction(self: Repository, organization_id: UUID) -> Iterator[Transaction]:
     with _transaction(self, organization_id) as opened:
         if _armed.exists():
             assert opened.now  # it is known once the lock is held
@@ -61,9 +66,9 @@ def save(self: Transaction, writes: Any) -> None:
     reach("before_commit")
 
 
-def remove(
+def ack_and_publish(
     self: Inbox, run_id: str, entries: Any, publications: Any, *rest: Any, **bounds: Any
-) -> list[Entry]:
+) -> list[StreamEntry]:
     reach("before_publish")
     if _armed.exists() and publications:
         connection: Any = self._redis.connection_pool.get_connection()
@@ -75,22 +80,22 @@ def remove(
     return _remove(self, run_id, entries, publications, *rest, **bounds)
 
 
-Inbox.take, Inbox.remove = take, remove  # type: ignore[method-assign]
-Store.transaction, Transaction.save = transaction, save  # type: ignore[method-assign]
+Inbox.acquire, Inbox.ack_and_publish = acquire, ack_and_publish  # type: ignore[method-assign]
+Repository.transaction, Transaction.save = transaction, save  # type: ignore[method-assign]
 
 
 # --- Planted bugs --------------------------------------------------------------------------------
 
 
-def _round_that_removes_first(self: Drain, entries: Sequence[Entry]) -> list[Entry]:
-    received = [self._receive(entry) for entry in entries]
-    self.inbox.remove(self.run_id, entries, [], most=self.group_size)
+def _round_that_removes_first(self: Drain, entries: Sequence[StreamEntry]) -> list[StreamEntry]:
+    received = [self._admit(entry) for entry in entries]
+    self.inbox.ack_and_publish(self.run_id, entries, [], max_messages=self.group_size)
     self._apply([message for message in received if message.request is not None])
     return self._publish(received)
 
 
-def _round_that_publishes_first(self: Drain, entries: Sequence[Entry]) -> list[Entry]:
-    received = [self._receive(entry) for entry in entries]
+def _round_that_publishes_first(self: Drain, entries: Sequence[StreamEntry]) -> list[StreamEntry]:
+    received = [self._admit(entry) for entry in entries]
     requests = [message.request for message in received if message.request is not None]
     with _transaction(self.store, self.organization_id) as opened:
         state = opened.load(requests)
@@ -104,9 +109,9 @@ def _round_that_publishes_first(self: Drain, entries: Sequence[Entry]) -> list[E
     return following
 
 
-def _remove_and_release_blindly(self: Inbox, *arguments: Any, **bounds: Any) -> list[Entry]:
+def _ack_and_release_blindly(self: Inbox, *arguments: Any, **bounds: Any) -> list[StreamEntry]:
     """As if what comes next were looked at in a step of its own, and the lease freed in another."""
-    following = remove(self, *arguments, **bounds)
+    following = ack_and_publish(self, *arguments, **bounds)
     if len(following) < 2:
         time.sleep(0.02)
         self._redis.delete(self._lease)
@@ -123,7 +128,7 @@ def _ignore_batch_ids() -> None:
 _plants: dict[str, Callable[[], Any]] = {
     "remove_before_commit": lambda: setattr(Drain, "_round", _round_that_removes_first),
     "publish_before_commit": lambda: setattr(Drain, "_round", _round_that_publishes_first),
-    "release_blindly": lambda: setattr(Inbox, "remove", _remove_and_release_blindly),
+    "release_blindly": lambda: setattr(Inbox, "ack_and_publish", _ack_and_release_blindly),
     "no_batch_id_check": _ignore_batch_ids,
 }
 if _plant:

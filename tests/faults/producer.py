@@ -18,15 +18,15 @@ from producers.client import TagProducer
 from producers.contract.messages import (
     ANY_METADATA,
     Message,
+    SetTaskState,
     TagBatch,
     TagOperation,
-    TaskExecution,
     Uuid7,
     add,
     parse_message,
     remove,
 )
-from producers.errors import BatchRefused, InboxFull, NoResult, Unavailable
+from producers.errors import BatchRefused, InboxFull, ResultTimeout, Unavailable
 
 UNKNOWN = UUID(int=404)
 CALLS = ("enqueue", "enqueue_many", "apply")
@@ -108,7 +108,7 @@ def batches(choose: random.Random, executions: list[UUID], count: int) -> list[M
 
 def message(choose: random.Random, executions: list[UUID], batch_id: UUID) -> Message:
     if choose.random() < 0.1:
-        return TaskExecution(
+        return SetTaskState(
             batch_id=batch_id,
             reply_to="faults",
             flow_execution_id=choose.choice(executions),
@@ -139,7 +139,7 @@ def insist(producer: Marked, messages: list[Message]) -> None:
 def apply(producer: Marked, message: Message) -> None:
     try:
         producer.call("apply", message, timeout=5)
-    except (BatchRefused, NoResult, Unavailable, InboxFull):
+    except (BatchRefused, ResultTimeout, Unavailable, InboxFull):
         insist(producer, [message])
 
 

@@ -21,7 +21,7 @@ from uuid import UUID, uuid4
 import psycopg
 from redis.exceptions import RedisError
 
-from producers.client import TagProducer, registration
+from producers.client import TagProducer, register_execution
 from producers.contract.messages import Message, inbox_key, lease_key
 from producers.inbox.drain_message import QUEUE
 from producers.redis_client import open_redis
@@ -29,11 +29,17 @@ from tests.faults.check import Sent, Verdict, check_presence
 from tests.faults.producer import Journal, call_file
 from tests.faults.proxy import Proxy
 from tests.support.waiting import eventually
-from worker.auth import SCOPES, mint
+from worker.auth import SCOPES, sign_token
 from worker.db.migrate import ROLES, migrate
-from worker.local.servers import Postgres, Valkey, exclusive, find_home, secret
+from worker.local.servers import (
+    Postgres,
+    Valkey,
+    find_server_paths,
+    load_or_create_secret,
+    lock_directory,
+)
 from worker.local.stack import DATABASE, signing_settings
-from worker.local.supervisor import Child, Supervisor
+from worker.local.supervisor import ProcessSpec, Supervisor
 from worker.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -184,9 +190,12 @@ class World:
 @contextmanager
 def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
     """Start it all; flow runners are started by `start_runners`."""
-    with exclusive(directory), Supervisor(directory / "logs") as supervisor:
-        home = find_home(directory)
-        valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
+    with lock_directory(directory), Supervisor(directory / "logs") as supervisor:
+        home = find_server_paths(directory)
+        valkey, postgres = (
+            Valkey(home),
+            Postgres(home, load_or_create_secret(directory, "postgres")),
+        )
         supervisor.start(valkey.child(), postgres.child())
         disk = small_disk(directory, supervisor)
         if disk is not None:
@@ -195,7 +204,7 @@ def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
                 connection.execute(f"create tablespace small location '{disk}'".encode())
                 connection.execute(f'create database "{DATABASE}" tablespace small'.encode())
         postgres.create_database(DATABASE)
-        passwords = {role: secret(directory, role) for role in ROLES}
+        passwords = {role: load_or_create_secret(directory, role) for role in ROLES}
         owner_url = postgres.url(database=DATABASE)
         migrate(owner_url, passwords)
         with psycopg.connect(owner_url, autocommit=True) as connection:
@@ -216,7 +225,7 @@ def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
         failpoint = directory / "failpoint"
         environment = {
             "PYTHONPATH": str(REPOSITORY),
-            "TASK_TAGS_JWT_SECRET": secret(directory, "jwt"),
+            "TASK_TAGS_JWT_SECRET": load_or_create_secret(directory, "jwt"),
             "TASK_TAGS_LEASE_SECONDS": str(LEASE_SECONDS),
             "FAULTS_FAILPOINT": str(failpoint),
         }
@@ -272,7 +281,7 @@ def _unmount(disk: Path) -> None:
 
 def _tenant(directory: Path, settings: Settings, number: int) -> Tenant:
     organization = uuid4()
-    token = mint(
+    token = sign_token(
         settings,
         organization_id=organization,
         actor=f"runner-{number}",
@@ -283,7 +292,7 @@ def _tenant(directory: Path, settings: Settings, number: int) -> Tenant:
     return Tenant(organization, token, [uuid4() for _ in range(3)], journals)
 
 
-def _workers(supervisor: Supervisor, environment: dict[str, str]) -> Iterator[Child]:
+def _workers(supervisor: Supervisor, environment: dict[str, str]) -> Iterator[ProcessSpec]:
     def said_ready(name: str) -> bool:
         log = supervisor.log(name)
         return log.exists() and '"message": "ready"' in log.read_text(errors="replace")
@@ -299,7 +308,7 @@ def _workers(supervisor: Supervisor, environment: dict[str, str]) -> Iterator[Ch
     }
     commands["beat"] = [*celery, "worker", "beat"]
     for name, argv in commands.items():
-        yield Child(
+        yield ProcessSpec(
             name=name,
             argv=argv,
             ready=lambda name=name: said_ready(name),  # type: ignore[misc]
@@ -313,11 +322,11 @@ def start_runners(opened: World) -> None:
     for number, tenant in enumerate(opened.tenants):
         with opened.producer(tenant) as producer:
             for execution in tenant.executions:
-                tenant.registrations.append(registration(execution))
+                tenant.registrations.append(register_execution(execution))
                 producer.apply(tenant.registrations[-1])
         for runner, journal in enumerate(tenant.journals):
             runners.append(
-                Child(
+                ProcessSpec(
                     name=f"runner-{number}-{runner}",
                     argv=[
                         *[sys.executable, "-m", "tests.faults.producer", str(journal)],

@@ -15,7 +15,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
-from producers.client import TagProducer, registration
+from producers.client import TagProducer, register_execution
 from producers.contract.messages import TagBatch, add, remove
 from tests.conftest import Servers
 from worker.api.limits import REQUEST_SECONDS
@@ -138,7 +138,7 @@ def test_a_batchs_stored_result_is_read(
     servers: Servers, http: httpx.Client, producer: TagProducer
 ) -> None:
     """As it was published; 404 while it is unknown, and for other organizations."""
-    record = producer.apply(registration(uuid4()))
+    record = producer.apply(register_execution(uuid4()))
     path = f"/task-tags/batches/{record.batch_id}"
     assert http.get(path).content == record.encode()
     assert http.get(f"/task-tags/batches/{uuid4()}").status_code == 404

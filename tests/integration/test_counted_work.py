@@ -12,13 +12,13 @@ import pytest
 from redis import Redis
 from sqlalchemy import make_url
 
-from producers.contract.messages import FlowExecution, TagBatch, add, remove
+from producers.contract.messages import RegisterExecution, TagBatch, add, remove
 from tests.conftest import Servers
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually
 from worker.api.queries import Reader
 from worker.db.migrate import migrate
-from worker.db.repository import DISCARD_PLANS, Store
+from worker.db.repository import DISCARD_PLANS, Repository
 
 CONNECTED = """
     select from pg_stat_activity
@@ -182,8 +182,8 @@ def test_a_plan_from_a_misleading_moment_is_not_kept_by_a_drain(
     young: Servers, organization: UUID
 ) -> None:
     """A connection whose first plan reads an organization's tags one by one soon makes a better one."""
-    first, drain = Store(young.worker_url), Store(young.worker_url)
-    applied(first, organization, FlowExecution(flow_execution_id=EXECUTION))
+    first, drain = Repository(young.worker_url), Repository(young.worker_url)
+    applied(first, organization, RegisterExecution(flow_execution_id=EXECUTION))
     applied(first, organization, *batches(MISLEADING, 10, "first"))
     first.close()
     rounds, operations = 60, 20
@@ -197,9 +197,9 @@ def test_a_plan_from_a_misleading_moment_is_not_kept_by_a_drain(
 def test_a_plan_from_a_misleading_moment_is_not_kept_by_the_endpoint(
     young: Servers, organization: UUID
 ) -> None:
-    store, reader = Store(young.worker_url), Reader(young.endpoint_url, connections=1)
-    empty = FlowExecution(flow_execution_id=organization)
-    applied(store, organization, FlowExecution(flow_execution_id=EXECUTION), empty)
+    store, reader = Repository(young.worker_url), Reader(young.endpoint_url, connections=1)
+    empty = RegisterExecution(flow_execution_id=organization)
+    applied(store, organization, RegisterExecution(flow_execution_id=EXECUTION), empty)
     applied(store, organization, *batches(MISLEADING, 10, "first"))
 
     async def read() -> None:

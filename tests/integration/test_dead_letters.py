@@ -13,10 +13,10 @@ import pytest
 
 from producers.contract.messages import (
     MAX_MESSAGE_BYTES,
+    dead_letters_key,
     inbox_key,
     lease_key,
-    read_message,
-    rejected_key,
+    parse_canonical,
 )
 from producers.errors import InboxFull
 from producers.inbox.protocol import Inbox
@@ -24,21 +24,21 @@ from tests.e2e.test_cli import run
 from tests.support.tenant import Tenant, broken_for, killed, tagging
 from worker.auth import READ
 from worker.drain.dead_letters import (
-    NotRetried,
-    NotThere,
-    Operator,
-    Rejected,
+    DeadLetterEntry,
+    DeadLetterNotFound,
+    DeadLetterRetrier,
+    RetryRefused,
     find,
     rejected_messages,
     server_time,
 )
 
 
-def rejected(tenant: Tenant) -> list[Rejected]:
+def rejected(tenant: Tenant) -> list[DeadLetterEntry]:
     return list(rejected_messages(tenant.redis, tenant.organization))
 
 
-def operator(tenant: Tenant, token: str | None = None, **changes: Any) -> Operator:
+def operator(tenant: Tenant, token: str | None = None, **changes: Any) -> DeadLetterRetrier:
     token = token or tenant.servers.token(tenant.organization, sub="operator")
     arguments: dict[str, Any] = {
         "redis": tenant.redis,
@@ -47,7 +47,7 @@ def operator(tenant: Tenant, token: str | None = None, **changes: Any) -> Operat
         "token": token,
         "send": lambda messages: tenant.inbox.append(messages, token, "lease").count,
     }
-    return Operator(**(arguments | changes))
+    return DeadLetterRetrier(**(arguments | changes))
 
 
 def fail_at(tenant: Tenant, tag: str = "poison") -> Any:
@@ -90,7 +90,7 @@ def test_a_batch_that_fails_is_kept_with_all_that_an_operator_asks_for(tenant: T
     with broken_for(tenant, "poison"):
         tenant.drain(now=lambda: now)
     (kept,) = rejected(tenant)
-    assert kept == Rejected(
+    assert kept == DeadLetterEntry(
         tenant.organization,
         kept.id,
         poison.encode(),
@@ -127,7 +127,7 @@ def test_a_crash_after_the_failure_was_stored_does_not_lose_the_message(
     """The next drain only answers it, for its result is known; so it was kept before, and is kept once."""
     poison = tagging("poison")
     tenant.send(poison)
-    monkeypatch.setattr(Inbox, "remove", killed)
+    monkeypatch.setattr(Inbox, "ack_and_publish", killed)
     with broken_for(tenant, "poison"), pytest.raises(RuntimeError, match="killed"):
         tenant.drain()
     monkeypatch.undo()
@@ -147,9 +147,9 @@ def test_a_message_at_whose_reading_the_worker_fails_holds_nobody_up(
     def fail(raw: bytes) -> Any:
         if b"poison" in raw:
             raise RuntimeError("a fault of ours")
-        return read_message(raw)
+        return parse_canonical(raw)
 
-    monkeypatch.setattr("worker.drain.path.read_message", fail)
+    monkeypatch.setattr("worker.drain.path.parse_canonical", fail)
     monkeypatch.setattr("worker.drain.path.parse_message", fail)
     assert tenant.drain() == 2
     assert tenant.tags() == ["after"]
@@ -253,7 +253,7 @@ def test_what_the_worker_would_refuse_stays_rejected(tenant: Tenant) -> None:
         (tenant.servers.token(uuid4()), "forbidden"),
         (tenant.servers.token(organization, READ), "forbidden"),
     ):
-        with pytest.raises(NotRetried, match=said):
+        with pytest.raises(RetryRefused, match=said):
             operator(tenant, token).retry(kept, server_time(tenant.redis))
     assert rejected(tenant) == [kept]
     tenant.send(poison)
@@ -274,7 +274,7 @@ def test_a_message_for_which_there_is_no_room_stays_rejected(tenant: Tenant) -> 
 def test_an_id_that_is_not_there_says_so(tenant: Tenant, id: str) -> None:
     """Whatever was typed, it is never another message."""
     fail_at(tenant)
-    with pytest.raises(NotThere):
+    with pytest.raises(DeadLetterNotFound):
         find(tenant.redis, tenant.organization, id)
 
 
@@ -343,7 +343,7 @@ def test_what_is_dropped_is_gone_and_the_rest_stays(tenant: Tenant) -> None:
     assert rejected(tenant) == [kept[1], *kept[3:]]
     assert admin(tenant, "drop", "--org", org, "--all").returncode == 0
     assert not rejected(tenant)
-    assert tenant.redis.exists(rejected_key(tenant.organization))  # so no id ever comes again
+    assert tenant.redis.exists(dead_letters_key(tenant.organization))  # so no id ever comes again
 
 
 @pytest.mark.parametrize(

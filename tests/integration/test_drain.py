@@ -14,21 +14,21 @@ import psycopg
 import pytest
 from redis.exceptions import ConnectionError, OutOfMemoryError
 
-from producers.client import registration
+from producers.client import register_execution
 from producers.contract.messages import (
     TagBatch,
     add,
+    dead_letters_key,
     inbox_key,
     lease_key,
-    rejected_key,
     remove,
 )
-from producers.inbox.protocol import Entry, Inbox
+from producers.inbox.protocol import Inbox, StreamEntry
 from tests.support.malformed import stream_entries
 from tests.support.tenant import EXECUTION, Tenant, broken_for, killed, tagging
-from worker.auth import REGISTER, WRITE
-from worker.db.repository import Store, Transaction
-from worker.rules import Writes
+from worker.auth import EXECUTIONS_WRITE, WRITE
+from worker.db.repository import Repository, Transaction
+from worker.rules import ChangeSet
 
 
 def test_a_group_is_answered_in_order_and_leaves_nothing_behind(tenant: Tenant) -> None:
@@ -79,7 +79,7 @@ def test_a_drain_that_can_not_be_handed_over_goes_on(tenant: Tenant) -> None:
         raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'")
 
     tenant.send(*[tagging(f"{number}") for number in range(40)])
-    options: dict[str, Any] = {"budget_seconds": 0.02, "group_size": 1, "hand_over": refuse}
+    options: dict[str, Any] = {"budget_seconds": 0.02, "group_size": 1, "requeue": refuse}
     tenant.drain(stopping=lambda: time.monotonic() > end, **options)
     assert failures > 1
     assert len(tenant.tags()) == 40
@@ -103,7 +103,7 @@ REFUSED: list[tuple[str, Callable[[Tenant], tuple[bytes, str]], str]] = [
     ("no token", lambda b: (raw(), ""), "unauthorized"),
     ("garbage token", lambda b: (raw(), "garbage"), "unauthorized"),
     ("bad and no token", lambda b: (raw(tags=[]), ""), "unauthorized"),
-    ("no scope", lambda b: (raw(), b.servers.token(b.organization, REGISTER)), "forbidden"),
+    ("no scope", lambda b: (raw(), b.servers.token(b.organization, EXECUTIONS_WRITE)), "forbidden"),
     (
         "other scope",
         lambda b: (raw_registration(), b.servers.token(b.organization, WRITE)),
@@ -124,7 +124,7 @@ def raw(execution: UUID = EXECUTION, **fields: Any) -> bytes:
 
 
 def raw_registration() -> bytes:
-    return registration(uuid4()).encode()
+    return register_execution(uuid4()).encode()
 
 
 @pytest.mark.parametrize(("what", "make", "expected"), REFUSED, ids=[each[0] for each in REFUSED])
@@ -137,7 +137,7 @@ def test_a_refused_message_changes_nothing_and_holds_nobody_up(
     tenant.send(message, token=token)
     tenant.send(tagging("after"))
     assert tenant.drain() == 3
-    rejected = tenant.redis.xrange(rejected_key(tenant.organization))
+    rejected = tenant.redis.xrange(dead_letters_key(tenant.organization))
     if expected == "rejected":
         assert tenant.outcomes() == [["added"], ["added"]]
         ((_, kept),) = rejected
@@ -157,7 +157,7 @@ def test_entries_that_are_no_messages_at_all_are_kept_out_of_the_way(tenant: Ten
         tenant.send(tagging(name))
     assert tenant.drain() == 2 * len(entries)
     assert tenant.tags() == list(entries)
-    kept = [fields for _, fields in tenant.redis.xrange(rejected_key(tenant.organization))]
+    kept = [fields for _, fields in tenant.redis.xrange(dead_letters_key(tenant.organization))]
     refused = [record.error for record in tenant.records() if record.error is not None]
     assert len(kept) + len(refused) == len(entries)
     assert {error.code for error in refused} == {"unauthorized"}
@@ -215,7 +215,7 @@ def test_another_organizations_execution_is_answered_like_an_unknown_one(tenant:
         tenant.servers.token(other),
     )
     secret = uuid4()
-    foreign.send(registration(secret))
+    foreign.send(register_execution(secret))
     foreign.drain()
     for execution in (secret, uuid4()):
         tenant.send(TagBatch(tags=[add(execution, "task", "type", "x")], reply_to="r"))
@@ -231,7 +231,7 @@ def test_a_crash_between_commit_and_publication_only_repeats_the_publication(
 ) -> None:
     """The messages are still in the inbox; the next drain finds them applied and publishes what is stored."""
     tenant.send(tagging("a"), TagBatch(tags=[remove(EXECUTION, "task", "type", "a")]), tagging("a"))
-    monkeypatch.setattr(Inbox, "remove", killed)
+    monkeypatch.setattr(Inbox, "ack_and_publish", killed)
     with pytest.raises(RuntimeError, match="killed"):
         tenant.drain()
     monkeypatch.undo()
@@ -249,10 +249,10 @@ def test_a_lost_database_connection_is_waited_out_in_place(
 ) -> None:
     """The round is run again, with its messages in their order; nobody gets an error."""
     cut_once = threading.Event()
-    original = Store.transaction
+    original = Repository.transaction
 
     @contextmanager
-    def cut(self: Store, organization: UUID) -> Iterator[Any]:
+    def cut(self: Repository, organization: UUID) -> Iterator[Any]:
         with original(self, organization) as transaction:
             yield transaction
             if not cut_once.is_set():
@@ -261,7 +261,7 @@ def test_a_lost_database_connection_is_waited_out_in_place(
                 with tenant.servers.owner() as connection:
                     connection.execute("select pg_terminate_backend(%s)", [pid])
 
-    monkeypatch.setattr(Store, "transaction", cut)
+    monkeypatch.setattr(Repository, "transaction", cut)
     tenant.send(tagging("a"), tagging("b"))
     assert tenant.drain() == 2
     assert cut_once.is_set()
@@ -285,7 +285,7 @@ def test_a_connection_that_breaks_while_it_is_made_is_waited_out_in_place(
         return original(self, query, *arguments, **options)
 
     monkeypatch.setattr(psycopg.Cursor, "execute", cut_at_first)
-    store = Store(tenant.servers.worker_url)
+    store = Repository(tenant.servers.worker_url)
     tenant.send(tagging("a"))
     assert tenant.drain(store=store) == 1
     store.close()
@@ -298,14 +298,14 @@ def test_a_lost_redis_connection_is_waited_out_in_place(
 ) -> None:
     """Also after the commit: then only the publication is repeated."""
     failures = iter([True, False])
-    original = Inbox.remove
+    original = Inbox.ack_and_publish
 
-    def fail_once(self: Inbox, *arguments: Any, **bounds: Any) -> list[Entry]:
+    def fail_once(self: Inbox, *arguments: Any, **bounds: Any) -> list[StreamEntry]:
         if next(failures, False):
             raise ConnectionError("cut")
         return original(self, *arguments, **bounds)
 
-    monkeypatch.setattr(Inbox, "remove", fail_once)
+    monkeypatch.setattr(Inbox, "ack_and_publish", fail_once)
     tenant.send(tagging("a"), tagging("a"))
     assert tenant.drain() == 2
     assert tenant.outcomes() == [["added"], ["already_exists"]]
@@ -319,7 +319,7 @@ def test_one_batch_that_fails_for_good_does_not_take_its_group_along(tenant: Ten
         assert tenant.drain() == 3
     assert tenant.outcomes() == [["added"], "internal_error", ["added"]]
     assert tenant.tags() == ["before", "after"]
-    ((_, kept),) = tenant.redis.xrange(rejected_key(tenant.organization))
+    ((_, kept),) = tenant.redis.xrange(dead_letters_key(tenant.organization))
     assert kept[b"message"] == poison.encode()
     assert kept[b"reason"].startswith(b"internal_error")
     tenant.send(poison)
@@ -334,7 +334,7 @@ def test_an_error_that_does_not_come_again_is_not_blamed_on_a_batch(
     """However lasting it looks, and also if nothing else was applied with it."""
     original, errors = Transaction.save, iter([psycopg.errors.InternalError_("once")])
 
-    def fail_once(self: Transaction, writes: Writes) -> None:
+    def fail_once(self: Transaction, writes: ChangeSet) -> None:
         if error := next(errors, None):
             raise error
         original(self, writes)
@@ -343,24 +343,24 @@ def test_an_error_that_does_not_come_again_is_not_blamed_on_a_batch(
     tenant.send(tagging("a"))
     assert tenant.drain() == 1
     assert tenant.outcomes() == [["added"]]
-    assert not tenant.redis.exists(rejected_key(tenant.organization))
+    assert not tenant.redis.exists(dead_letters_key(tenant.organization))
 
 
 def test_two_drains_at_once_apply_each_batch_once(tenant: Tenant) -> None:
     """Were the lease to fail altogether, the lock and the batch ids would still hold the promise."""
     tenant.send(*[tagging(f"{number}") for number in range(60)])
-    stores = [Store(tenant.servers.worker_url) for _ in range(2)]
+    stores = [Repository(tenant.servers.worker_url) for _ in range(2)]
 
     class NoLease(Inbox):
         """An inbox whose lease everybody seems to have."""
 
-        def take(self, run_id: str, **bounds: Any) -> list[Entry]:
+        def acquire(self, run_id: str, **bounds: Any) -> list[StreamEntry]:
             tenant.redis.delete(lease_key(tenant.organization))
-            return super().take(run_id, **bounds)
+            return super().acquire(run_id, **bounds)
 
-        def remove(self, run_id: str, *arguments: Any, **bounds: Any) -> list[Entry]:
+        def ack_and_publish(self, run_id: str, *arguments: Any, **bounds: Any) -> list[StreamEntry]:
             tenant.redis.delete(lease_key(tenant.organization))
-            return super().remove(run_id, *arguments, **bounds)
+            return super().ack_and_publish(run_id, *arguments, **bounds)
 
     threads = [
         threading.Thread(
@@ -400,6 +400,6 @@ def test_tokens_are_nowhere_but_in_the_inbox(
             "(select string_agg(c::text, '') from tag_changes c) || "
             "(select string_agg(t::text, '') from task_tags t) from tag_batches b"
         ).fetchone()
-    kept = repr(tenant.redis.xrange(rejected_key(tenant.organization)))
+    kept = repr(tenant.redis.xrange(dead_letters_key(tenant.organization)))
     for place in (repr(stored), repr(tenant.heard), caplog.text, kept):
         assert signature not in place

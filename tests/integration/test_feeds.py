@@ -17,14 +17,14 @@ from redis import Redis
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from producers.client import TagProducer, registration
-from producers.contract.messages import TagBatch, TaskExecution, add, changes_channel
+from producers.client import TagProducer, register_execution
+from producers.contract.messages import SetTaskState, TagBatch, add, changes_channel
 from tests.conftest import Servers
 from tests.support.memory import resident
 from tests.support.tenant import applied
 from tests.support.waiting import eventually
-from worker.auth import SCOPES, mint
-from worker.db.repository import Store
+from worker.auth import SCOPES, sign_token
+from worker.db.repository import Repository
 
 SECONDS = 15.0
 
@@ -36,7 +36,9 @@ def batch(execution: UUID, tag: str, tag_type: str = "type", metadata: Any = Non
 class World:
     """An organization whose changes are stored by the test, and published only if the test says so."""
 
-    def __init__(self, servers: Servers, store: Store, redis: Redis, organization: UUID) -> None:
+    def __init__(
+        self, servers: Servers, store: Repository, redis: Redis, organization: UUID
+    ) -> None:
         self.servers = servers
         self.store = store
         self.redis = redis
@@ -46,7 +48,7 @@ class World:
 
     def execution(self) -> UUID:
         execution = uuid4()
-        applied(self.store, self.organization, registration(execution))
+        applied(self.store, self.organization, register_execution(execution))
         return execution
 
     def change(self, execution: UUID, publish: bool = True, **fields: Any) -> bytes:
@@ -94,7 +96,7 @@ class World:
 
 
 @pytest.fixture
-def world(servers: Servers, store: Store, redis: Redis, organization: UUID) -> World:
+def world(servers: Servers, store: Repository, redis: Redis, organization: UUID) -> World:
     return World(servers, store, redis, organization)
 
 
@@ -157,11 +159,11 @@ def test_through_the_whole_path(servers: Servers, world: World, producer: TagPro
     """What a flow runner enqueues is what a watcher sees, also beside watchers of other executions."""
     one, two = uuid4(), uuid4()
     for each in (one, two):
-        producer.apply(registration(each))
+        producer.apply(register_execution(each))
     with world.watch(one) as watching, world.watch(two) as other:
         producer.enqueue_many(batch(each, f"{n}") for n in range(50) for each in (one, two))
         assert take(watching, 50) == take(other, 50) == list(range(1, 51))
-        producer.enqueue(TaskExecution(flow_execution_id=one, task_name="task", state="running"))
+        producer.enqueue(SetTaskState(flow_execution_id=one, task_name="task", state="running"))
         (change,) = json.loads(watching.recv(SECONDS))["changes"]
         assert (change["change"], change["task"]["state"]) == ("state", "running")
         nothing_more(other)
@@ -320,7 +322,7 @@ def test_a_stream_that_can_not_begin_is_an_error(
 
 def short_lived(world: World, seconds: float) -> str:
     """A token that expires so many seconds from now, leeway included."""
-    return mint(
+    return sign_token(
         world.servers.settings,
         organization_id=world.organization,
         actor="ada",
@@ -465,7 +467,7 @@ def test_what_is_no_result_disturbs_nobody(
 ) -> None:
     """Whatever is published on whichever channel, and however often connections are lost: answers come at once."""
     execution = uuid4()
-    producer.apply(registration(execution))
+    producer.apply(register_execution(execution))
     headers = {"Authorization": f"Bearer {world.token}"}
     with httpx.Client(base_url=servers.stack.endpoint_url, headers=headers) as http:
 

@@ -10,8 +10,15 @@ from uuid import UUID, uuid4
 import pytest
 from redis.exceptions import OutOfMemoryError
 
-from producers.contract.messages import inbox_key, lease_key, rejected_key
-from producers.inbox.protocol import Entry, Inbox, Rejection, chunks, claim, known_inboxes
+from producers.contract.messages import dead_letters_key, inbox_key, lease_key
+from producers.inbox.protocol import (
+    DeadLetter,
+    Inbox,
+    StreamEntry,
+    chunks,
+    claim_idle,
+    scan_inboxes,
+)
 from tests.support.waiting import eventually
 
 TOKEN = "a token"
@@ -26,15 +33,17 @@ def append(inbox: Inbox, *messages: bytes, lease_id: str = "lease") -> bool:
     return inbox.append(messages, TOKEN, lease_id).lease_taken
 
 
-def take(inbox: Inbox, run_id: str, most: int = 10, **bounds: int) -> list[Entry]:
-    return inbox.take(run_id, most=most, **bounds)
+def acquire(inbox: Inbox, run_id: str, max_messages: int = 10, **bounds: int) -> list[StreamEntry]:
+    return inbox.acquire(run_id, max_messages=max_messages, **bounds)
 
 
-def remove(inbox: Inbox, run_id: str, entries: list[Entry], most: int = 10) -> list[Entry]:
-    return inbox.remove(run_id, entries, [], most=most)
+def ack_and_publish(
+    inbox: Inbox, run_id: str, entries: list[StreamEntry], max_messages: int = 10
+) -> list[StreamEntry]:
+    return inbox.ack_and_publish(run_id, entries, [], max_messages=max_messages)
 
 
-def messages(entries: list[Entry]) -> list[bytes | None]:
+def messages(entries: list[StreamEntry]) -> list[bytes | None]:
     return [entry.message for entry in entries]
 
 
@@ -42,9 +51,9 @@ def test_the_first_to_append_is_the_one_who_sends_a_drain(inbox: Inbox) -> None:
     """One drain for each busy inbox: whoever comes while one is on the way need not send another."""
     assert append(inbox, b"1", lease_id="first")
     assert not append(inbox, b"2", lease_id="second")
-    assert messages(take(inbox, "first")) == [b"1", b"2"]
+    assert messages(acquire(inbox, "first")) == [b"1", b"2"]
     assert not append(inbox, b"3", lease_id="third")
-    entries = take(inbox, "first")
+    entries = acquire(inbox, "first")
     assert messages(entries) == [b"1", b"2", b"3"]
     assert {entry.token for entry in entries} == {TOKEN.encode()}
 
@@ -52,21 +61,21 @@ def test_the_first_to_append_is_the_one_who_sends_a_drain(inbox: Inbox) -> None:
 def test_what_is_read_stays_until_it_is_removed(inbox: Inbox) -> None:
     """A drain that dies after reading has lost nothing, and a run goes on where it has come to."""
     append(inbox, b"1", b"2", b"3")
-    first = take(inbox, "run", most=2)
+    first = acquire(inbox, "run", max_messages=2)
     assert messages(first) == [b"1", b"2"]
-    assert messages(take(inbox, "run", most=2)) == [b"1", b"2"]
-    assert messages(remove(inbox, "run", first, most=2)) == [b"3"]
-    assert messages(take(inbox, "run", most=2)) == [b"3"]
+    assert messages(acquire(inbox, "run", max_messages=2)) == [b"1", b"2"]
+    assert messages(ack_and_publish(inbox, "run", first, max_messages=2)) == [b"3"]
+    assert messages(acquire(inbox, "run", max_messages=2)) == [b"3"]
 
 
 def test_an_append_while_the_last_message_is_removed_is_not_missed(inbox: Inbox) -> None:
     """The race that loses wake-ups elsewhere: append finds the lease taken, so the drain must find the message."""
     append(inbox, b"1")
-    entries = take(inbox, "run")
+    entries = acquire(inbox, "run")
     assert not append(inbox, b"2", lease_id="other")  # while the drain is at work
-    entries = remove(inbox, "run", entries)
+    entries = ack_and_publish(inbox, "run", entries)
     assert messages(entries) == [b"2"]  # so the drain goes on
-    assert remove(inbox, "run", entries) == []
+    assert ack_and_publish(inbox, "run", entries) == []
     assert append(inbox, b"3", lease_id="next")  # and after its end, the next append sends a drain
 
 
@@ -90,11 +99,11 @@ def test_two_producers_and_a_drain_never_leave_a_message_with_nobody_on_the_way(
             if not to_drain:
                 continue
             lease_id = to_drain.pop(0)
-            entries = take(inbox, lease_id, most=7)
+            entries = acquire(inbox, lease_id, max_messages=7)
             assert entries
             while entries:
                 seen.extend(entry.message or b"" for entry in entries)
-                entries = remove(inbox, lease_id, entries, most=7)
+                entries = ack_and_publish(inbox, lease_id, entries, max_messages=7)
 
     producers = [threading.Thread(target=produce, args=(name,)) for name in range(2)]
     drainer = threading.Thread(target=drain)
@@ -115,9 +124,9 @@ def test_two_producers_and_a_drain_never_leave_a_message_with_nobody_on_the_way(
 def test_a_second_drain_ends_at_once_while_one_runs(inbox: Inbox) -> None:
     """A drain message that is delivered twice, or comes late, changes nothing."""
     append(inbox, b"1")
-    assert take(inbox, "this run")
-    assert not take(inbox, "another run")
-    assert messages(take(inbox, "this run")) == [b"1"]
+    assert acquire(inbox, "this run")
+    assert not acquire(inbox, "another run")
+    assert messages(acquire(inbox, "this run")) == [b"1"]
 
 
 def test_a_drain_that_finds_nothing_leaves_no_lease(
@@ -125,8 +134,8 @@ def test_a_drain_that_finds_nothing_leaves_no_lease(
 ) -> None:
     """A drain message that comes late frees what it took, also a lease that was queued with it."""
     append(inbox, b"1")
-    remove(inbox, "run", take(inbox, "run"))
-    assert take(inbox, "late") == []
+    ack_and_publish(inbox, "run", acquire(inbox, "run"))
+    assert acquire(inbox, "late") == []
     assert not quiet_redis.exists(lease_key(organization))
 
 
@@ -134,27 +143,27 @@ def test_a_step_that_is_repeated_says_what_it_said(inbox: Inbox) -> None:
     """A client repeats a call whose answer was lost: it must not take its own doing for somebody else's."""
     assert append(inbox, b"1", lease_id="mine")
     assert append(inbox, b"1", lease_id="mine")  # so a drain is sent, and at worst another
-    assert take(inbox, "run")
-    assert take(inbox, "run")
-    assert inbox.hand_over("run")
-    assert inbox.hand_over("run")
-    entries = take(inbox, "next run", most=1)
-    following = remove(inbox, "next run", entries, most=1)
+    assert acquire(inbox, "run")
+    assert acquire(inbox, "run")
+    assert inbox.requeue("run")
+    assert inbox.requeue("run")
+    entries = acquire(inbox, "next run", max_messages=1)
+    following = ack_and_publish(inbox, "next run", entries, max_messages=1)
     assert following
-    assert remove(inbox, "next run", entries, most=1) == following
-    assert remove(inbox, "next run", following) == []
-    assert remove(inbox, "next run", following) == []
+    assert ack_and_publish(inbox, "next run", entries, max_messages=1) == following
+    assert ack_and_publish(inbox, "next run", following) == []
+    assert ack_and_publish(inbox, "next run", following) == []
 
 
 def test_a_lease_whose_drain_could_not_be_sent_is_given_back(inbox: Inbox) -> None:
     """The next to append sends one; but a drain that runs by now keeps its lease."""
     append(inbox, b"1", lease_id="mine")
-    inbox.give_back("another's")
+    inbox.release("another's")
     assert not append(inbox, b"2", lease_id="other")
-    inbox.give_back("mine")
+    inbox.release("mine")
     assert append(inbox, b"3", lease_id="next")
-    take(inbox, "run")
-    inbox.give_back("next")
+    acquire(inbox, "run")
+    inbox.release("next")
     assert not append(inbox, b"4", lease_id="other")
 
 
@@ -167,11 +176,14 @@ def test_an_inbox_is_drained_also_while_redis_has_no_memory_left(
     try:
         with pytest.raises(OutOfMemoryError):
             append(inbox, b"2")
-        (entry,) = take(inbox, "run")
-        assert inbox.hand_over("run")
-        assert take(inbox, "run") == [entry]
-        rejection = Rejection(b"1", "no id", datetime(2026, 1, 2, tzinfo=timezone.utc))
-        assert inbox.remove("run", [entry], [("channel", b"x")], [rejection], most=1) == []
+        (entry,) = acquire(inbox, "run")
+        assert inbox.requeue("run")
+        assert acquire(inbox, "run") == [entry]
+        rejection = DeadLetter(b"1", "no id", datetime(2026, 1, 2, tzinfo=timezone.utc))
+        assert (
+            inbox.ack_and_publish("run", [entry], [("channel", b"x")], [rejection], max_messages=1)
+            == []
+        )
     finally:
         quiet_redis.config_set("maxmemory", 0)
 
@@ -179,8 +191,8 @@ def test_an_inbox_is_drained_also_while_redis_has_no_memory_left(
 def test_a_lease_that_was_superseded_in_the_queue_does_not_stop_the_drain(inbox: Inbox) -> None:
     """However long the queue, the first drain message to arrive drains: else none ever would."""
     append(inbox, b"1", lease_id="superseded in the queue")
-    assert messages(take(inbox, "an earlier one")) == [b"1"]
-    assert not take(inbox, "superseded in the queue")
+    assert messages(acquire(inbox, "an earlier one")) == [b"1"]
+    assert not acquire(inbox, "superseded in the queue")
 
 
 def test_a_lease_that_runs_out_is_free_and_its_old_holder_must_stop(
@@ -189,15 +201,19 @@ def test_a_lease_that_runs_out_is_free_and_its_old_holder_must_stop(
     """After a dead or stopped worker another drain is sent, and the stopped one ends when it wakes up."""
     short = Inbox(quiet_redis, organization, lease_ms=30)
     append(short, b"1", b"2", lease_id="stopped")
-    entries = take(short, "stopped", most=1)
+    entries = acquire(short, "stopped", max_messages=1)
     eventually(lambda: quiet_redis.get(lease_key(organization)) is None)
     inbox = Inbox(quiet_redis, organization)
-    assert claim(quiet_redis, [organization], lambda: "woken", 10_000) == [(organization, "woken")]
-    assert take(inbox, "woken", most=1) == entries
-    assert not short.take("stopped", most=1)
-    assert not short.hand_over("stopped")
-    assert remove(short, "stopped", entries) == []  # over, and the other's lease is untouched
-    assert messages(take(inbox, "woken")) == [b"2"]
+    assert claim_idle(quiet_redis, [organization], lambda: "woken", 10_000) == [
+        (organization, "woken")
+    ]
+    assert acquire(inbox, "woken", max_messages=1) == entries
+    assert not short.acquire("stopped", max_messages=1)
+    assert not short.requeue("stopped")
+    assert (
+        ack_and_publish(short, "stopped", entries) == []
+    )  # over, and the other's lease is untouched
+    assert messages(acquire(inbox, "woken")) == [b"2"]
 
 
 def test_a_drain_whose_lease_ran_out_unnoticed_goes_on(
@@ -206,19 +222,19 @@ def test_a_drain_whose_lease_ran_out_unnoticed_goes_on(
     """A slow drain, or a Redis that lost its last second: if nobody took the lease, it is still the one."""
     inbox = Inbox(quiet_redis, organization)
     append(inbox, b"1", b"2")
-    entries = take(inbox, "run", most=1)
+    entries = acquire(inbox, "run", max_messages=1)
     quiet_redis.delete(lease_key(organization))
-    assert messages(remove(inbox, "run", entries)) == [b"2"]
+    assert messages(ack_and_publish(inbox, "run", entries)) == [b"2"]
     assert not append(inbox, b"3", lease_id="other")
 
 
 def test_handing_over_keeps_the_lease_in_the_queue(inbox: Inbox, quiet_redis: Any) -> None:
     """Between two turns nobody else sends a drain, and the next turn may begin."""
     append(inbox, b"1")
-    take(inbox, "run")
-    assert inbox.hand_over("run")
+    acquire(inbox, "run")
+    assert inbox.requeue("run")
     assert not append(inbox, b"2", lease_id="other")
-    assert take(inbox, "next run")
+    assert acquire(inbox, "next run")
 
 
 def test_only_inboxes_that_wait_with_nobody_on_the_way_are_claimed(quiet_redis: Any) -> None:
@@ -228,11 +244,11 @@ def test_only_inboxes_that_wait_with_nobody_on_the_way_are_claimed(quiet_redis: 
         append(Inbox(quiet_redis, organization), b"1")
     quiet_redis.delete(lease_key(waiting))
     idle = Inbox(quiet_redis, empty)
-    remove(idle, "run", take(idle, "run"))
+    ack_and_publish(idle, "run", acquire(idle, "run"))
     quiet_redis.set(inbox_key(uuid4()), "somebody else's key of another type")
     quiet_redis.xadd("task-tags:{not a uuid}:inbox", {"message": "x"})
-    assert set(known_inboxes(quiet_redis)) == {waiting, queued, empty}
-    claims = claim(quiet_redis, known_inboxes(quiet_redis), lambda: str(uuid4()), 10_000)
+    assert set(scan_inboxes(quiet_redis)) == {waiting, queued, empty}
+    claims = claim_idle(quiet_redis, scan_inboxes(quiet_redis), lambda: str(uuid4()), 10_000)
     assert [organization for organization, _ in claims] == [waiting]
 
 
@@ -245,7 +261,7 @@ def test_the_bound_holds_and_what_is_accepted_is_the_beginning(
     assert inbox.append([b"4", b"5", b"6"], TOKEN, "lease").count == 2
     refused = inbox.append([b"7"], TOKEN, "lease")
     assert (refused.count, refused.lease_taken) == (0, False)
-    assert messages(take(inbox, "run")) == [b"1", b"2", b"3", b"4", b"5"]
+    assert messages(acquire(inbox, "run")) == [b"1", b"2", b"3", b"4", b"5"]
 
 
 def test_the_bound_holds_with_fifty_producers(quiet_redis: Any, organization: UUID) -> None:
@@ -268,8 +284,8 @@ def test_the_bound_holds_with_fifty_producers(quiet_redis: Any, organization: UU
 def test_a_read_is_bounded_in_bytes_but_never_empty(inbox: Inbox) -> None:
     """A hundred messages of a mebibyte don't come at once; one that is larger than the bound still comes."""
     append(inbox, b"x" * 600, b"y" * 600, b"z" * 600)
-    assert len(take(inbox, "run", most_bytes=1300)) == 2
-    assert len(take(inbox, "run", most_bytes=10)) == 1
+    assert len(acquire(inbox, "run", max_bytes=1300)) == 2
+    assert len(acquire(inbox, "run", max_bytes=10)) == 1
 
 
 def test_removing_publishes_in_the_same_step(
@@ -278,17 +294,19 @@ def test_removing_publishes_in_the_same_step(
     """A result is published if and only if its message is gone; a rejected message is kept, without token."""
     now = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
     append(inbox, b"1", b"2")
-    entries = take(inbox, "run")
+    entries = acquire(inbox, "run")
     with quiet_redis.pubsub() as pubsub:
         pubsub.subscribe("channel")
         eventually(lambda: pubsub.get_message(timeout=1))
         publications = [("channel", b"a"), ("channel", b"b")]
-        rejection = Rejection(b"2", "no id", now)
-        assert inbox.remove("run", entries, publications, [rejection], most=2) == []
+        rejection = DeadLetter(b"2", "no id", now)
+        assert (
+            inbox.ack_and_publish("run", entries, publications, [rejection], max_messages=2) == []
+        )
         heard = [eventually(lambda: pubsub.get_message(timeout=1))["data"] for _ in range(2)]
     assert heard == [b"a", b"b"]
     assert quiet_redis.xlen(inbox_key(organization)) == 0
-    ((_, kept),) = quiet_redis.xrange(rejected_key(organization))
+    ((_, kept),) = quiet_redis.xrange(dead_letters_key(organization))
     assert kept == {
         b"message": b"2",
         b"reason": b"no id",
@@ -302,8 +320,8 @@ def test_ids_never_come_again(inbox: Inbox, quiet_redis: Any) -> None:
     ids: set[bytes] = set()
     for _ in range(50):
         append(inbox, b"x")
-        entries = take(inbox, "run")
-        remove(inbox, "run", entries)
+        entries = acquire(inbox, "run")
+        ack_and_publish(inbox, "run", entries)
         ids.update(entry.id for entry in entries)
     assert len(ids) == 50
 
@@ -311,7 +329,7 @@ def test_ids_never_come_again(inbox: Inbox, quiet_redis: Any) -> None:
 def test_an_entry_tells_when_it_was_accepted(inbox: Inbox, quiet_redis: Any) -> None:
     """The stream id is the server's time: the moment at which a token must have been valid."""
     append(inbox, b"x")
-    (entry,) = take(inbox, "run")
+    (entry,) = acquire(inbox, "run")
     seconds, _ = quiet_redis.time()
     assert abs(entry.accepted_at - seconds) < 5
 

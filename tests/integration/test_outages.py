@@ -16,15 +16,15 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from producers.client import TagProducer, registration
+from producers.client import TagProducer, register_execution
 from producers.contract.messages import ChangeEvent, TagBatch, add, changes_channel
 from producers.redis_client import open_redis
 from producers.subscriber import Subscriber
 from tests.support.waiting import eventually
 from worker.db.migrate import migrate
-from worker.local.servers import Postgres, Valkey, find_home, secret
-from worker.local.stack import DATABASE, ENDPOINT, WORKER, Stack, command, free_port, running
-from worker.local.supervisor import Child, Supervisor
+from worker.local.servers import Postgres, Valkey, find_server_paths, load_or_create_secret
+from worker.local.stack import DATABASE, ENDPOINT, WORKER, Stack, command, free_port, run_stack
+from worker.local.supervisor import ProcessSpec, Supervisor
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Fragile:
 @pytest.fixture(scope="module")
 def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fragile]:
     directory = tmp_path_factory.mktemp("fragile")
-    with running(directory, port=0, workers=1, say=lambda _: None) as stack:
-        yield Fragile(stack, find_home(directory).data)
+    with run_stack(directory, port=0, workers=1, say=lambda _: None) as stack:
+        yield Fragile(stack, find_server_paths(directory).data)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def producer(fragile: Fragile) -> Iterator[TagProducer]:
 @pytest.fixture
 def execution(producer: TagProducer) -> UUID:
     execution = uuid4()
-    producer.apply(registration(execution))
+    producer.apply(register_execution(execution))
     return execution
 
 
@@ -170,11 +170,14 @@ def test_a_worker_and_an_endpoint_may_start_before_their_servers(
     """They wait, say so once, and work as soon as PostgreSQL and Valkey are there."""
     directory = tmp_path_factory.mktemp("early")
     with Supervisor(directory / "logs") as supervisor:
-        home = find_home(directory)
-        valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
+        home = find_server_paths(directory)
+        valkey, postgres = (
+            Valkey(home),
+            Postgres(home, load_or_create_secret(directory, "postgres")),
+        )
         environment = {
             "TASK_TAGS_REDIS_URL": valkey.url,
-            "TASK_TAGS_JWT_SECRET": secret(directory, "jwt"),
+            "TASK_TAGS_JWT_SECRET": load_or_create_secret(directory, "jwt"),
         }
         port = free_port(0)
         commands = {
@@ -182,9 +185,9 @@ def test_a_worker_and_an_endpoint_may_start_before_their_servers(
             "task_tags_endpoint": [*ENDPOINT, "--port", str(port)],
         }
         for role, words in commands.items():
-            url = postgres.url(role, secret(directory, role), DATABASE)
+            url = postgres.url(role, load_or_create_secret(directory, role), DATABASE)
             supervisor.start(
-                Child(
+                ProcessSpec(
                     name=role,
                     argv=command(words),
                     ready=lambda role=role: _says(supervisor, role, "database"),  # type: ignore[misc]
@@ -195,7 +198,7 @@ def test_a_worker_and_an_endpoint_may_start_before_their_servers(
         assert httpx.get(ready_url).status_code == 503
         supervisor.start(postgres.child())
         postgres.create_database(DATABASE)
-        passwords = {role: secret(directory, role) for role in commands}
+        passwords = {role: load_or_create_secret(directory, role) for role in commands}
         migrate(postgres.url(database=DATABASE), passwords)
         eventually(lambda: _says(supervisor, "task_tags_worker", "waiting for Redis"))
         supervisor.start(valkey.child())

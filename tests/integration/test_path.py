@@ -24,7 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
-from producers.client import AsyncTagProducer, TagProducer, registration
+from producers.client import AsyncTagProducer, TagProducer, register_execution
 from producers.contract.messages import (
     ChangeEvent,
     ResultRecord,
@@ -36,20 +36,20 @@ from producers.contract.messages import (
 )
 from producers.errors import (
     BatchIdInUse,
-    Closed,
+    ConfigurationError,
     Conflict,
     Forbidden,
     InboxFull,
-    Misconfigured,
-    NoResult,
     NotFound,
-    OutOfMemory,
+    ProducerClosed,
+    RedisOutOfMemory,
+    ResultTimeout,
     Unauthorized,
     Unavailable,
 )
 from producers.inbox.drain_message import DRAIN_TASK, QUEUE
 from producers.inbox.protocol import Inbox
-from producers.subscriber import Signal, Subscriber, listen
+from producers.subscriber import ListenEvent, Subscriber, listen
 from tests.conftest import Servers
 from tests.support.malformed import HARMLESS, celery_messages
 from tests.support.waiting import eventually
@@ -193,7 +193,7 @@ def test_a_bad_message_in_the_stream_is_answered_on_its_channel(
     eventually_heard(subscriber, f"task-tags:{{{organization}}}:results:{reply_to}")
     bad = {"schema_version": 1, "kind": "tag_batch", "batch_id": str(uuid4()), "tags": "x"}
     producer.send([b"hello", json.dumps({**bad, "reply_to": reply_to}).encode()])
-    assert producer.apply(registration(uuid4())).flow_execution
+    assert producer.apply(register_execution(uuid4())).flow_execution
     eventually(lambda: heard)
     subscriber.close()
     thread.join()
@@ -265,9 +265,9 @@ class Quiet:
         """Take two at a time out of the inbox, every `pause` seconds, until so many have been seen."""
         while len(self.seen) < until:
             time.sleep(pause)
-            if entries := self.inbox.take("run", most=2):
+            if entries := self.inbox.acquire("run", max_messages=2):
                 self.seen.extend(entry.message for entry in entries)
-                self.inbox.remove("run", entries, [], most=1)
+                self.inbox.ack_and_publish("run", entries, [], max_messages=1)
 
 
 @pytest.fixture
@@ -313,19 +313,19 @@ def test_a_producer_that_is_closed_no_longer_waits_for_room(quiet: Quiet) -> Non
     producer = TagProducer(**quiet.arguments)
     closing = threading.Timer(0.2, producer.close)
     closing.start()
-    with pytest.raises(Closed):
-        producer.enqueue_many([registration(uuid4()) for _ in range(9)], block=60)
+    with pytest.raises(ProducerClosed):
+        producer.enqueue_many([register_execution(uuid4()) for _ in range(9)], block=60)
     closing.join()
 
 
 def test_a_redis_without_memory_is_an_error_of_its_own(quiet: Quiet, quiet_redis: Any) -> None:
     """Waiting for the inbox would not help, so it is said at once; with memory the same batch is accepted."""
-    batch = registration(uuid4())
+    batch = register_execution(uuid4())
     with TagProducer(**quiet.arguments) as producer:
         quiet_redis.config_set("maxmemory", 1)
         begin = time.monotonic()
         try:
-            with pytest.raises(OutOfMemory):
+            with pytest.raises(RedisOutOfMemory):
                 producer.enqueue_many([batch], block=20)
         finally:
             quiet_redis.config_set("maxmemory", 0)
@@ -339,11 +339,11 @@ def test_no_result_in_time_says_so(
     """Nobody works on that database: `apply` gives up after its time-out, `close` ends what still waits."""
     url = servers.stack.redis_url.replace("?db=0", "?db=1")
     producer = TagProducer(redis_url=url, organization_id=organization, token=token)
-    with pytest.raises(NoResult):
-        producer.apply(registration(uuid4()), timeout=0.2)
-    future = producer.submit(registration(uuid4()))
+    with pytest.raises(ResultTimeout):
+        producer.apply(register_execution(uuid4()), timeout=0.2)
+    future = producer.submit(register_execution(uuid4()))
     producer.close()
-    with pytest.raises(Closed):
+    with pytest.raises(ProducerClosed):
         future.result(5)
 
 
@@ -405,10 +405,10 @@ def test_garbage_on_a_channel_is_skipped(
     producer: TagProducer, redis: Any, organization: UUID
 ) -> None:
     """Whoever may publish there can't stop those who listen."""
-    producer.apply(registration(uuid4()))
+    producer.apply(register_execution(uuid4()))
     for garbage in (b"", b"garbage", b"{}", b"\xff"):
         redis.publish(producer._listener._channel, garbage)
-    assert producer.apply(registration(uuid4())).flow_execution is not None
+    assert producer.apply(register_execution(uuid4())).flow_execution is not None
 
 
 def test_waiting_long_does_not_fill_the_inbox(
@@ -423,7 +423,7 @@ def test_waiting_long_does_not_fill_the_inbox(
     clock = [1000.0]
     monkeypatch.setattr("producers.client.time.monotonic", lambda: clock[0])
     with TagProducer(redis_url=url, organization_id=organization, token=token) as producer:
-        producer.submit(registration(uuid4()))
+        producer.submit(register_execution(uuid4()))
         copies = []
         for _ in range(600):
             clock[0] += 1
@@ -488,7 +488,7 @@ def test_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         subscribed = 0
         for heard in listen(redis, ["c"], stop):
-            subscribed += heard is Signal.SUBSCRIBED
+            subscribed += heard is ListenEvent.SUBSCRIBED
             if subscribed == 2:
                 stop.set()
         thread.join()
@@ -503,7 +503,7 @@ def test_a_drain_message_that_was_lost_is_sent_again(
 ) -> None:
     """beat's `wake` finds the inbox that waits with nobody on the way: a few seconds, and nothing is lost."""
     monkeypatch.setattr(producer._sender, "_send_drain", lambda *_: None)
-    future = producer.submit(registration(uuid4()))
+    future = producer.submit(register_execution(uuid4()))
     eventually(lambda: redis.exists(lease_key(organization)))
     redis.delete(lease_key(organization))
     assert future.result(20).flow_execution is not None
@@ -516,7 +516,7 @@ def test_stale_drain_messages_do_no_harm(
     celery = App("test", servers.stack.redis_url)
     for arguments in ((str(organization), str(uuid4())), (str(uuid4()), str(uuid4()))):
         celery.send_task(DRAIN_TASK, args=arguments)
-    assert producer.apply(registration(uuid4())).flow_execution is not None
+    assert producer.apply(register_execution(uuid4())).flow_execution is not None
     celery.close()
 
 
@@ -530,7 +530,7 @@ def test_malformed_celery_messages_are_dropped_aloud_and_hold_nobody_up(
         dropped = log.read_text().count("dropped a malformed")
         redis.lpush(QUEUE, message)
         begin = time.monotonic()
-        assert producer.apply(registration(uuid4())).flow_execution is not None, what
+        assert producer.apply(register_execution(uuid4())).flow_execution is not None, what
         assert time.monotonic() - begin < 1, what
         assert worker.poll() is None, what
         if what not in HARMLESS:
@@ -552,7 +552,7 @@ def test_nothing_is_kept_as_unacknowledged(
     servers: Servers, producer: TagProducer, redis: Any
 ) -> None:
     """Drain messages are taken without acknowledgement: there is nothing to restore, and nothing to count."""
-    producer.apply(registration(uuid4()))
+    producer.apply(register_execution(uuid4()))
     assert not [key for key in redis.scan_iter() if key.startswith(b"unacked")]
 
 
@@ -562,21 +562,21 @@ def test_a_redis_that_is_away_is_a_clear_error(organization: UUID, token: str) -
         redis_url="unix:///nowhere/valkey.sock", organization_id=organization, token=token
     )
     with pytest.raises(Unavailable, match="Redis"):
-        producer.enqueue(registration(uuid4()))
+        producer.enqueue(register_execution(uuid4()))
     with pytest.raises(Unavailable, match="Redis"):
-        producer.apply(registration(uuid4()), timeout=1)
+        producer.apply(register_execution(uuid4()), timeout=1)
     producer.close()
 
 
 def test_settings_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The organization and the token have no defaults."""
-    with pytest.raises(Misconfigured, match="TASK_TAGS_ORGANIZATION_ID"):
+    with pytest.raises(ConfigurationError, match="TASK_TAGS_ORGANIZATION_ID"):
         TagProducer()
     monkeypatch.setenv("TASK_TAGS_ORGANIZATION_ID", str(uuid4()))
-    with pytest.raises(Misconfigured, match="TASK_TAGS_TOKEN"):
+    with pytest.raises(ConfigurationError, match="TASK_TAGS_TOKEN"):
         TagProducer()
     monkeypatch.setenv("TASK_TAGS_INBOX_LIMIT", "many")
-    with pytest.raises(Misconfigured, match="TASK_TAGS_INBOX_LIMIT"):
+    with pytest.raises(ConfigurationError, match="TASK_TAGS_INBOX_LIMIT"):
         TagProducer()
 
 

@@ -15,12 +15,12 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from producers.client import registration
+from producers.client import register_execution
 from producers.contract.messages import TagBatch, add
 from tests.conftest import Servers
 from tests.support.tenant import applied
 from worker.api.queries import Reader
-from worker.db.repository import Store, UnsafeRole
+from worker.db.repository import Repository, UnsafeRole
 
 
 @asynccontextmanager
@@ -31,13 +31,13 @@ async def reading(url: str, connections: int = 2) -> AsyncIterator[Reader]:
 
 
 @pytest.fixture
-def tagged(store: Store) -> list[tuple[UUID, UUID]]:
+def tagged(store: Repository) -> list[tuple[UUID, UUID]]:
     """Organizations with an execution each; the first has one tag, the second two, …"""
     found = []
     for number in range(1, 6):
         organization, execution = uuid4(), uuid4()
         tags = [add(execution, "task", "type", f"{n}") for n in range(number)]
-        applied(store, organization, registration(execution), TagBatch(tags=tags))
+        applied(store, organization, register_execution(execution), TagBatch(tags=tags))
         found.append((organization, execution))
     return found
 

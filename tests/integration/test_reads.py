@@ -12,13 +12,13 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from producers.client import registration
-from producers.contract.messages import Message, TagBatch, TagOperation, TaskExecution, add, remove
+from producers.client import register_execution
+from producers.contract.messages import Message, SetTaskState, TagBatch, TagOperation, add, remove
 from tests.conftest import Servers
 from tests.integration.test_api import problem
 from tests.support.tenant import applied
-from worker.auth import REGISTER, WRITE
-from worker.db.repository import Store
+from worker.auth import EXECUTIONS_WRITE, WRITE
+from worker.db.repository import Repository
 
 NAMES = ("z", "A", "Z", "a", "é", "\ufffd", "\U0001f600", "a b", "10", "9", "", "a\u0301")
 """Task names whose order by code point is none of a language, and not UTF-16's either; "" is not used."""
@@ -27,7 +27,7 @@ Apply = Callable[..., Any]
 
 
 @pytest.fixture
-def apply(store: Store, organization: UUID) -> Apply:
+def apply(store: Repository, organization: UUID) -> Apply:
     """Apply messages in one transaction, as a worker would."""
     return lambda *messages: applied(store, organization, *messages)
 
@@ -35,7 +35,7 @@ def apply(store: Store, organization: UUID) -> Apply:
 @pytest.fixture
 def execution(apply: Apply) -> UUID:
     execution = uuid4()
-    apply(registration(execution))
+    apply(register_execution(execution))
     return execution
 
 
@@ -44,7 +44,7 @@ def tagging(*operations: TagOperation) -> TagBatch:
 
 
 def state(execution: UUID, task_name: str, word: Any) -> Message:
-    return TaskExecution(flow_execution_id=execution, task_name=task_name, state=word)
+    return SetTaskState(flow_execution_id=execution, task_name=task_name, state=word)
 
 
 def read(http: httpx.Client, path: str, execution: UUID | str, **query: Any) -> httpx.Response:
@@ -93,7 +93,7 @@ def test_a_task_is_there_if_it_is_registered_tagged_or_has_a_state(
     """Each for itself and all together: one object for a task, with every field."""
     execution = uuid4()
     names = ["registered", "tagged", "with a state", "with both"]
-    apply(registration(execution, names))
+    apply(register_execution(execution, names))
     apply(tagging(*(add(execution, name, "type", "tag", {"n": 1}) for name in names[1::2])))
     apply(state(execution, "with a state", "queued"), state(execution, "with both", "running"))
     apply(state(execution, "with a state", "failed"))
@@ -143,7 +143,7 @@ def test_a_task_goes_with_its_last_tag_unless_it_is_registered_or_has_a_state(
     (left,) = tasks(http, execution)
     assert (left["task_name"], left["state"], left["tags"]) == ("stated", "completed", [])
     registered = uuid4()
-    apply(registration(registered, ["task"]), tagging(add(registered, "task", "type", "1")))
+    apply(register_execution(registered, ["task"]), tagging(add(registered, "task", "type", "1")))
     apply(tagging(remove(registered, "task", "type", "1")))
     assert named(tasks(http, registered), "task_name") == ["task"]
 
@@ -152,12 +152,12 @@ def test_tasks_are_in_the_order_of_code_points(http: httpx.Client, apply: Apply)
     """Wherever their names come from."""
     execution = uuid4()
     names = [name for name in NAMES if name]
-    apply(registration(execution, names[:4]), registration(execution, names))
+    apply(register_execution(execution, names[:4]), register_execution(execution, names))
     apply(tagging(*(add(execution, name, "type", "tag") for name in names[2:8])))
     apply(*(state(execution, name, "queued") for name in names[6:]))
     assert named(tasks(http, execution), "task_name") == sorted(names)
     execution = uuid4()
-    apply(registration(execution))
+    apply(register_execution(execution))
     apply(tagging(*(add(execution, name, "type", "tag") for name in names)))
     assert named(tasks(http, execution), "task_name") == sorted(names)
 
@@ -180,7 +180,7 @@ def test_the_tags_of_a_task_are_in_the_order_in_which_they_are_read(
 def test_one_task_is_read(http: httpx.Client, apply: Apply) -> None:
     """By its exact name; an unknown one is not there, and that is no error."""
     execution = uuid4()
-    apply(registration(execution, ["a", "b", "é", "never tagged"]))
+    apply(register_execution(execution, ["a", "b", "é", "never tagged"]))
     apply(tagging(add(execution, "a", "type", "x"), add(execution, "b", "type", "y")))
     apply(state(execution, "é", "queued"))
     everything = {task["task_name"]: task for task in tasks(http, execution)}
@@ -204,12 +204,12 @@ def test_the_etag_of_tasks_counts_changes_and_registered_names(
         seen.append(header)
         return header
 
-    assert step(registration(execution, ["a"])) == '"0.1"'
-    assert step(registration(execution, ["a", "b"])) == '"0.2"'
+    assert step(register_execution(execution, ["a"])) == '"0.1"'
+    assert step(register_execution(execution, ["a", "b"])) == '"0.2"'
     assert step(tagging(add(execution, "a", "type", "x"))) == '"1.2"'
     assert step(state(execution, "a", "queued")) == '"2.2"'
-    assert step(registration(execution, ["c"])) == '"2.3"'
-    assert step(registration(execution)) == '"2.0"'
+    assert step(register_execution(execution, ["c"])) == '"2.3"'
+    assert step(register_execution(execution)) == '"2.0"'
     assert len(set(seen)) == len(seen)
     assert step(state(execution, "a", "queued")) == seen[-1]
     assert etag(http, "/task-tags", execution) == '"2"'
@@ -242,7 +242,7 @@ def test_reading_tasks_needs_a_token_with_the_scope(
     """401 without one, 403 if it may only write."""
     url = f"{servers.stack.endpoint_url}/task-executions?flow_execution_id={execution}"
     assert httpx.get(url).status_code == 401
-    token = servers.token(organization, WRITE, REGISTER)
+    token = servers.token(organization, WRITE, EXECUTIONS_WRITE)
     response = httpx.get(url, headers={"Authorization": f"Bearer {token}"})
     assert (response.status_code, problem(response)["code"]) == (403, "forbidden")
 
@@ -505,7 +505,7 @@ def test_a_cursor_of_another_execution_gives_nothing_of_it(
 ) -> None:
     """It only says behind which tag to go on."""
     other = uuid4()
-    apply(registration(other), tagging(add(other, "task", "type", "other")))
+    apply(register_execution(other), tagging(add(other, "task", "type", "other")))
     cursor = read(http, "/task-tags", many, limit=7).json()["next_cursor"]
     found = read(http, "/task-tags", other, cursor=cursor).json()
     assert named(found["tags"]) == ["other"]

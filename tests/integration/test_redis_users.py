@@ -11,11 +11,11 @@ from uuid import UUID, uuid4
 import pytest
 from redis.exceptions import NoPermissionError
 
-from producers.client import TagProducer, registration
-from producers.contract.messages import inbox_key, rejected_key, results_channel
+from producers.client import TagProducer, register_execution
+from producers.contract.messages import dead_letters_key, inbox_key, results_channel
 from producers.errors import Unavailable
 from producers.redis_client import open_redis
-from producers.subscriber import Signal, listen
+from producers.subscriber import ListenEvent, listen
 from tests.conftest import Servers
 
 FILE = Path(__file__).parents[2] / "docker" / "redis-users.acl"
@@ -44,7 +44,7 @@ def test_a_confined_producer_can_do_its_work(
 ) -> None:
     """Enqueue, send the drain, and hear the result."""
     with TagProducer(redis_url=urls["producer"], organization_id=organization, token=token) as it:
-        assert it.apply(registration(uuid4())).flow_execution is not None
+        assert it.apply(register_execution(uuid4())).flow_execution is not None
     assert "late" not in caplog.text  # the drain was sent, and beat did not have to help
 
 
@@ -55,7 +55,7 @@ def test_it_can_do_nothing_to_another_organization(
     other = uuid4()
     with TagProducer(redis_url=urls["producer"], organization_id=other, token=token) as it:
         with pytest.raises(Unavailable, match="NoPermissionError"):
-            it.enqueue(registration(uuid4()))
+            it.enqueue(register_execution(uuid4()))
     assert not redis.exists(inbox_key(other))
     with open_redis(urls["producer"]) as confined:
         client: Any = confined
@@ -64,7 +64,7 @@ def test_it_can_do_nothing_to_another_organization(
             ("PSUBSCRIBE", "*"),
             ("XRANGE", inbox_key(organization), "-", "+"),
             ("XREAD", "STREAMS", inbox_key(organization), "0"),
-            ("XRANGE", rejected_key(organization), "-", "+"),
+            ("XRANGE", dead_letters_key(organization), "-", "+"),
             ("DEL", "_kombu.binding.celery.pidbox"),
             ("PUBLISH", "/0.celery.pidbox", "{}"),
             ("PUBLISH", results_channel(organization, "x"), "{}"),
@@ -82,14 +82,14 @@ def test_an_endpoint_can_write_to_all_and_listen_to_all(
 ) -> None:
     """What it enqueues is applied, and it hears the result; it can't read what waits, nor pretend to be a worker."""
     with TagProducer(redis_url=urls["endpoint"], organization_id=organization, token=token) as it:
-        assert it.apply(registration(uuid4())).statuses == ["registered"]
+        assert it.apply(register_execution(uuid4())).statuses == ["registered"]
     assert "late" not in caplog.text
     with open_redis(urls["endpoint"]) as client:
         confined: Any = client
         confined.execute_command("XLEN", inbox_key(uuid4()))
         for command in (
             ("XRANGE", inbox_key(organization), "-", "+"),
-            ("XRANGE", rejected_key(organization), "-", "+"),
+            ("XRANGE", dead_letters_key(organization), "-", "+"),
             ("PUBLISH", results_channel(organization, "x"), "{}"),
             ("KEYS", "*"),
             ("FLUSHALL",),
@@ -107,11 +107,11 @@ def test_a_subscriber_can_only_listen(
     stop = threading.Event()
     with open_redis(urls["subscriber"]) as client:
         heard = listen(client, [results_channel(organization, "r")], stop)
-        assert next(heard) is Signal.SUBSCRIBED
-        producer.enqueue(registration(uuid4()).model_copy(update={"reply_to": "r"}))
+        assert next(heard) is ListenEvent.SUBSCRIBED
+        producer.enqueue(register_execution(uuid4()).model_copy(update={"reply_to": "r"}))
         assert isinstance(next(each for each in heard if isinstance(each, bytes)), bytes)
         stop.set()
-        assert list(heard) in ([], [Signal.QUIET])
+        assert list(heard) in ([], [ListenEvent.QUIET])
         confined: Any = client
         for command in (("XLEN", inbox_key(organization)), ("LPUSH", "task-tags", "x")):
             with pytest.raises(NoPermissionError):

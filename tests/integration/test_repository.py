@@ -16,12 +16,12 @@ from psycopg import sql
 from sqlalchemy import make_url
 
 import worker.db.repository
-from producers.client import registration
+from producers.client import register_execution
 from producers.contract.messages import (
     Message,
     ResultRecord,
+    SetTaskState,
     TagBatch,
-    TaskExecution,
     TaskState,
     Uuid7,
     add,
@@ -31,14 +31,14 @@ from tests.conftest import Servers
 from tests.support.tenant import applied, requests_of
 from tests.support.waiting import eventually
 from worker.db.migrate import migrate
-from worker.db.repository import Store, UnsafeRole, is_transient
-from worker.drain.path import transact
-from worker.rules import Execution, State, decide
+from worker.db.repository import Repository, UnsafeRole, is_transient
+from worker.drain.path import apply_in_transaction
+from worker.rules import Execution, Snapshot, decide
 
 TABLES = ("flow_executions", "task_tags", "tag_batches", "tag_changes", "task_executions")
 
 
-def load(store: Store, organization: UUID, *messages: Message) -> State:
+def load(store: Repository, organization: UUID, *messages: Message) -> Snapshot:
     with store.transaction(organization) as transaction:
         return transaction.load(requests_of(*messages))
 
@@ -62,7 +62,7 @@ def count(connection: psycopg.Connection, table: str) -> int:
     return int(row[0])
 
 
-def test_what_is_saved_is_what_is_loaded(store: Store, organization: UUID) -> None:
+def test_what_is_saved_is_what_is_loaded(store: Repository, organization: UUID) -> None:
     """The state after a transaction is the state that the next one finds, metadata's every form included."""
     one, two = uuid4(), uuid4()
     values: list[Any] = [
@@ -85,9 +85,9 @@ def test_what_is_saved_is_what_is_loaded(store: Store, organization: UUID) -> No
         + [add(two, "other", "type", '\\N {a,b} "q" \'', None), remove(one, "task", "type", "x", 0)]
     )
     decision = applied(
-        store, organization, registration(one), registration(two, ["other", "b"]), batch
+        store, organization, register_execution(one), register_execution(two, ["other", "b"]), batch
     )
-    state = load(store, organization, batch, registration(one), registration(two))
+    state = load(store, organization, batch, register_execution(one), register_execution(two))
     known = state.batches[batch.batch_id]
     assert known.record == decision.outcomes[2].record
     assert set(known.events) == set(decision.outcomes[2].events)
@@ -107,10 +107,12 @@ def test_what_is_saved_is_what_is_loaded(store: Store, organization: UUID) -> No
         assert loaded[id][0] == tag
 
 
-def test_removed_tags_keep_their_rows(servers: Servers, store: Store, organization: UUID) -> None:
+def test_removed_tags_keep_their_rows(
+    servers: Servers, store: Repository, organization: UUID
+) -> None:
     """Rule 4, as it is stored: status, updated_at and modified_by change; a new row has a new id."""
     execution = uuid4()
-    applied(store, organization, registration(execution))
+    applied(store, organization, register_execution(execution))
     applied(store, organization, TagBatch(tags=[add(execution, "a", "t", "x")]))
     applied(
         store,
@@ -125,16 +127,16 @@ def test_removed_tags_keep_their_rows(servers: Servers, store: Store, organizati
     assert rows == [("deleted", True, False, "ada"), ("active", True, True, None)]
 
 
-def test_the_last_state_of_a_task_is_kept(store: Store, organization: UUID) -> None:
+def test_the_last_state_of_a_task_is_kept(store: Repository, organization: UUID) -> None:
     """A state that is recorded is the one that the next transaction finds; each task and execution has its own."""
     one, two = uuid4(), uuid4()
     states: list[TaskState] = ["queued", "running", "failed"]
     asked = [
-        TaskExecution(flow_execution_id=execution, task_name=name, state=state)
+        SetTaskState(flow_execution_id=execution, task_name=name, state=state)
         for state in states
         for execution, name in ((one, "a"), (one, "b"), (two, "a"))
     ]
-    applied(store, organization, registration(one), registration(two), *asked[:-1])
+    applied(store, organization, register_execution(one), register_execution(two), *asked[:-1])
     found = load(store, organization, *asked).tasks
     assert {key: task.state for key, task in found.items()} == {
         (one, "a"): "failed",
@@ -153,16 +155,16 @@ def test_the_last_state_of_a_task_is_kept(store: Store, organization: UUID) -> N
 @pytest.mark.parametrize("unset", [None, ""])
 @pytest.mark.parametrize("table", TABLES)
 def test_without_an_organization_there_are_no_rows(
-    servers: Servers, store: Store, organization: UUID, table: str, unset: str | None
+    servers: Servers, store: Repository, organization: UUID, table: str, unset: str | None
 ) -> None:
     """Forgetting to say whose rows shows none: unset, or left empty by an earlier transaction."""
     execution = uuid4()
     applied(
         store,
         organization,
-        registration(execution),
+        register_execution(execution),
         TagBatch(tags=[add(execution, "a", "t", "x")]),
-        TaskExecution(flow_execution_id=execution, task_name="a", state="queued"),
+        SetTaskState(flow_execution_id=execution, task_name="a", state="queued"),
     )
     for url in (servers.worker_url, servers.endpoint_url):
         with as_role(url, organization) as connection:
@@ -174,7 +176,7 @@ def test_without_an_organization_there_are_no_rows(
 
 
 def test_no_row_can_be_written_for_another_organization(
-    servers: Servers, store: Store, organization: UUID
+    servers: Servers, store: Repository, organization: UUID
 ) -> None:
     """The policy holds for writing as well as for reading."""
     with as_role(servers.worker_url, organization) as connection:
@@ -221,7 +223,7 @@ def test_the_worker_can_not_rewrite_history(servers: Servers, statement: str) ->
 
 def test_a_role_that_sees_through_the_policies_is_refused(servers: Servers) -> None:
     """The worker and the endpoint don't run as a superuser or as the tables' owner."""
-    store = Store(servers.owner_url)
+    store = Repository(servers.owner_url)
     with pytest.raises(UnsafeRole, match="task_tags_worker"):
         store.check()
     store.close()
@@ -253,10 +255,10 @@ def test_security_is_enabled_and_forced_and_every_key_begins_with_the_organizati
     assert roles == [(False,), (False,)]
 
 
-def test_two_drains_of_one_organization_take_turns(store: Store, servers: Servers) -> None:
+def test_two_drains_of_one_organization_take_turns(store: Repository, servers: Servers) -> None:
     """The lock makes the second wait until the first has committed; others are not held up."""
     organization = uuid4()
-    other = Store(servers.worker_url)
+    other = Repository(servers.worker_url)
     with store.transaction(organization):
         with other.transaction(uuid4()):
             pass
@@ -268,11 +270,11 @@ def test_two_drains_of_one_organization_take_turns(store: Store, servers: Server
 
 
 def test_look_ups_see_what_the_lock_waited_for(
-    store: Store, servers: Servers, organization: UUID
+    store: Repository, servers: Servers, organization: UUID
 ) -> None:
     """They are sent together with the lock, before it is free, and find what was committed before it was."""
-    execution, other = uuid4(), Store(servers.worker_url)
-    applied(store, organization, registration(execution))
+    execution, other = uuid4(), Repository(servers.worker_url)
+    applied(store, organization, register_execution(execution))
     first, second = (TagBatch(tags=[add(execution, "task", "type", "x")]) for _ in range(2))
     waiting = "select from pg_locks where locktype = 'advisory' and not granted"
     with ThreadPoolExecutor() as threads:
@@ -280,7 +282,9 @@ def test_look_ups_see_what_the_lock_waited_for(
             requests = requests_of(first)
             now, state = transaction.now, transaction.load(requests)
             transaction.save(decide(organization, requests, state, now=now, new_id=Uuid7()).writes)
-            behind = threads.submit(transact, other, organization, requests_of(second), Uuid7())
+            behind = threads.submit(
+                apply_in_transaction, other, organization, requests_of(second), Uuid7()
+            )
             with servers.owner() as connection:
                 eventually(lambda: connection.execute(waiting).fetchall())
         (outcome,) = behind.result()
@@ -289,14 +293,14 @@ def test_look_ups_see_what_the_lock_waited_for(
 
 
 def test_purging_forgets_old_results_of_that_organization_alone(
-    servers: Servers, store: Store, organization: UUID
+    servers: Servers, store: Repository, organization: UUID
 ) -> None:
     """The retention bounds tag_batches; tags and change events stay, unless their own retention is over."""
     execution = uuid4()
     batch = TagBatch(tags=[add(execution, "a", "t", "x")])
     foreign = uuid4()
     for each in (organization, foreign):
-        applied(store, each, registration(execution), batch)
+        applied(store, each, register_execution(execution), batch)
     assert store.purge_results(organization, timedelta(hours=1)) == 0
     eventually(lambda: store.purge_results(organization, timedelta(0)) == 2)
     assert not load(store, organization, batch).batches
@@ -313,7 +317,7 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """It accepts the connection and says nothing: an error that may pass, not a process that hangs."""
     monkeypatch.setitem(worker.db.repository.CONNECT_ARGUMENTS, "connect_timeout", 2)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        silent = Store(f"postgresql://u:p@127.0.0.1:{server.getsockname()[1]}/x")
+        silent = Repository(f"postgresql://u:p@127.0.0.1:{server.getsockname()[1]}/x")
         with pytest.raises(psycopg.OperationalError) as caught:
             silent.check()
     assert is_transient(caught.value)
@@ -323,7 +327,7 @@ def test_a_wrong_password_is_waited_out(servers: Servers) -> None:
     """It is no batch's fault, and may be set right; an option that does not exist is not waited for."""
     url = make_url(servers.worker_url)
     for wrong, passes in ((url.set(password="x"), True), (url.set(query={"sslmod": "x"}), False)):
-        refused = Store(wrong.render_as_string(hide_password=False))
+        refused = Repository(wrong.render_as_string(hide_password=False))
         with pytest.raises(psycopg.Error) as caught:
             refused.check()
         assert is_transient(caught.value) == passes

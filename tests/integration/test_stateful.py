@@ -30,25 +30,25 @@ from hypothesis.stateful import (
 from producers.contract.messages import (
     ANY_METADATA,
     ChangeEvent,
-    FlowExecution,
     Message,
+    RegisterExecution,
     ResultRecord,
+    SetTaskState,
     StateChange,
     TagBatch,
     TagOperation,
-    TaskExecution,
     add,
     changes_channel,
+    dead_letters_key,
     inbox_key,
     lease_key,
-    rejected_key,
     remove,
 )
-from producers.inbox.protocol import Entry, Inbox
+from producers.inbox.protocol import Inbox, StreamEntry
 from tests.conftest import Servers
-from tests.unit.test_rules import ONE, TWO, UNKNOWN, Naive
+from tests.unit.test_rules import ONE, TWO, UNKNOWN, ReferenceModel
 from worker.auth import Authorizer
-from worker.db.repository import Store, Transaction
+from worker.db.repository import Repository, Transaction
 from worker.drain.path import Drain
 
 REJECTED = "rejected"
@@ -68,7 +68,7 @@ def nothing() -> None:
 
 
 @dataclass
-class Moments:
+class Failpoints:
     """What happens to a drain after each read, before a commit and before a removal."""
 
     after_read: Callable[[], None] = nothing
@@ -87,21 +87,21 @@ class Heard:
 class WatchedInbox(Inbox):
     """An inbox that keeps what it published, and lets things happen in between."""
 
-    def __init__(self, redis: Any, organization: UUID, moments: Moments, heard: Heard) -> None:
+    def __init__(self, redis: Any, organization: UUID, moments: Failpoints, heard: Heard) -> None:
         super().__init__(redis, organization, lease_ms=LEASE_MS)
         self.moments, self.heard = moments, heard
 
-    def take(self, run_id: str, **bounds: Any) -> list[Entry]:
-        entries = super().take(run_id, **bounds)
+    def acquire(self, run_id: str, **bounds: Any) -> list[StreamEntry]:
+        entries = super().acquire(run_id, **bounds)
         if entries:
             self.moments.after_read()
         return entries
 
-    def remove(
+    def ack_and_publish(
         self, run_id: str, entries: Any, publications: Any, rejections: Any = (), **bounds: Any
-    ) -> list[Entry]:
+    ) -> list[StreamEntry]:
         self.moments.before_remove()
-        following = super().remove(run_id, entries, publications, rejections, **bounds)
+        following = super().ack_and_publish(run_id, entries, publications, rejections, **bounds)
         self.heard.published.extend(publications)
         self.heard.rejected.extend(rejection.message for rejection in rejections)
         if following:
@@ -109,10 +109,10 @@ class WatchedInbox(Inbox):
         return following
 
 
-class WatchedStore(Store):
+class WatchedStore(Repository):
     """A store that lets things happen before it commits."""
 
-    moments = Moments()
+    moments = Failpoints()
 
     @contextmanager
     def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
@@ -151,7 +151,7 @@ class Machine(RuleBasedStateMachine):
         self.servers, self.redis, self.store = servers, redis, store
         self.authorizer = Authorizer(servers.settings)
         self.token = servers.token(self.organization)
-        self.naive = Naive()
+        self.naive = ReferenceModel()
         self.expected: list[Any] = []
         """What becomes of each message, in the order of the inbox: the model's answer, or an error."""
         self.garbage: list[bytes] = []
@@ -177,13 +177,13 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(target=sent, batches=some_batches)
     def begin(self, batches: list[TagBatch]) -> Any:
-        one = FlowExecution(flow_execution_id=ONE)
-        two = FlowExecution(flow_execution_id=TWO, task_names=["t1"])
+        one = RegisterExecution(flow_execution_id=ONE)
+        two = RegisterExecution(flow_execution_id=TWO, task_names=["t1"])
         return multiple(self.send(one), self.send(two), *map(self.send, batches))
 
     @rule(target=sent, execution=st.sampled_from([TWO, UNKNOWN]), names=task_names)
     def register(self, execution: UUID, names: list[str] | None) -> Message:
-        return self.send(FlowExecution(flow_execution_id=execution, task_names=names))
+        return self.send(RegisterExecution(flow_execution_id=execution, task_names=names))
 
     @rule(
         target=sent,
@@ -192,7 +192,7 @@ class Machine(RuleBasedStateMachine):
         state=st.sampled_from(["queued", "running"]),
     )
     def record_state(self, execution: UUID, name: str, state: Any) -> Message:
-        return self.send(TaskExecution(flow_execution_id=execution, task_name=name, state=state))
+        return self.send(SetTaskState(flow_execution_id=execution, task_name=name, state=state))
 
     @rule(target=sent, batches=some_batches)
     def tag(self, batches: list[TagBatch]) -> Any:
@@ -224,11 +224,11 @@ class Machine(RuleBasedStateMachine):
     # --- Drains
 
     def run_drain(
-        self, group_size: int, moments: Moments | None = None, rounds: int | None = None
+        self, group_size: int, moments: Failpoints | None = None, rounds: int | None = None
     ) -> int:
         """Run one drain under an id of its own, to its end or for some rounds."""
         self.runs += 1
-        self.store.moments = moments = moments or Moments()
+        self.store.moments = moments = moments or Failpoints()
         turns = iter([False] * rounds + [True]) if rounds is not None else None
         return Drain(
             inbox=WatchedInbox(self.redis, self.organization, moments, self.heard),
@@ -236,7 +236,7 @@ class Machine(RuleBasedStateMachine):
             run_id=f"run-{self.runs}",
             store=self.store,
             authorizer=self.authorizer,
-            hand_over=nothing,
+            requeue=nothing,
             group_size=group_size,
             budget_seconds=60.0,
             stopping=lambda: next(turns, True) if turns else False,
@@ -270,7 +270,7 @@ class Machine(RuleBasedStateMachine):
         """A drain dies at its first group or a later one; soon after, or not so soon, the lease runs out."""
         sent = self.tag(batches)
         with suppress(Killed):
-            self.run_drain(group_size, Moments(**{moment: after(groups, killed)}))
+            self.run_drain(group_size, Failpoints(**{moment: after(groups, killed)}))
         if lease_ends:
             self.expire()
         return sent
@@ -298,7 +298,7 @@ class Machine(RuleBasedStateMachine):
             self.expire()
             self.run_drain(2, rounds=rounds)
 
-        self.run_drain(group_size, Moments(**{moment: after(groups, overtake)}))
+        self.run_drain(group_size, Failpoints(**{moment: after(groups, overtake)}))
         return sent
 
     @rule(group_size=group_sizes)
@@ -310,7 +310,7 @@ class Machine(RuleBasedStateMachine):
             assert self.run_drain(2) == 0
             assert self.waiting == waiting
 
-        self.run_drain(group_size, Moments(after_read=after(0, second)))
+        self.run_drain(group_size, Failpoints(after_read=after(0, second)))
 
     @rule(tags=operations, group_size=group_sizes)
     def drain_while_a_message_comes(self, tags: list[TagOperation], group_size: int) -> None:
@@ -322,7 +322,7 @@ class Machine(RuleBasedStateMachine):
             with suppress(StopIteration):
                 self.send(next(for_each_read))
 
-        self.run_drain(group_size, Moments(after_read=come))
+        self.run_drain(group_size, Failpoints(after_read=come))
         assert runs_already or self.waiting == 0
 
     @rule()
@@ -363,7 +363,7 @@ class Machine(RuleBasedStateMachine):
         self.what_left_the_inbox_was_answered_in_order()
         for place, answer in self.answers().items():
             assert said(answer) == self.expected[place]
-        kept = self.redis.xrange(rejected_key(self.organization))
+        kept = self.redis.xrange(dead_letters_key(self.organization))
         assert set(self.garbage) == set(self.heard.rejected)
         assert [fields[b"message"] for _, fields in kept] == self.heard.rejected
         self.check_stored_results()
@@ -417,7 +417,7 @@ class Machine(RuleBasedStateMachine):
         parts = ("flow_execution_id", "task_name", "tag_type", "tag", "tag_metadata")
         expected = [[row[part] for part in parts] for row in self.naive.rows]
         found = [list(tag) for _, *tag in active]
-        assert sorted(map(spelled, found)) == sorted(map(spelled, expected))
+        assert sorted(map(canonical_bytes, found)) == sorted(map(canonical_bytes, expected))
         statuses = [status for _, answer in self.naive.answers.values() for status in answer]
         assert len(rows) == statuses.count("added")
 
@@ -443,7 +443,7 @@ def said(record: bytes) -> Any:
     return result.statuses
 
 
-def spelled(row: list[Any]) -> str:
+def canonical_bytes(row: list[Any]) -> str:
     return json.dumps(row, sort_keys=True)
 
 

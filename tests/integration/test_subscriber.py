@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producers.change_feed import Feed
-from producers.client import TagProducer, registration
+from producers.change_feed import GapFiller
+from producers.client import TagProducer, register_execution
 from producers.contract.messages import ChangeEvent, TagBatch, add, changes_channel
-from producers.errors import ChangesGone, ChangesRefused, Unavailable
+from producers.errors import ChangesRefused, RevisionExpired, Unavailable
 from producers.subscriber import Subscriber
 from tests.conftest import Servers
 from tests.support.tenant import applied
 from tests.support.waiting import eventually
-from worker.db.repository import Store
+from worker.db.repository import Repository
 
 
 def batch(execution: UUID, tag: str, **fields: Any) -> TagBatch:
@@ -44,11 +44,11 @@ def code(response: httpx.Response) -> tuple[int, str]:
 
 
 @pytest.fixture
-def changed(store: Store, organization: UUID) -> UUID:
+def changed(store: Repository, organization: UUID) -> UUID:
     """An execution with five changes, stored but not published."""
     execution = uuid4()
     tags = [batch(execution, f"{number}") for number in range(5)]
-    applied(store, organization, registration(execution), *tags)
+    applied(store, organization, register_execution(execution), *tags)
     return execution
 
 
@@ -131,7 +131,7 @@ def test_wrong_parameters_are_refused(
 
 
 def test_purged_changes_are_gone(
-    http: httpx.Client, store: Store, organization: UUID, changed: UUID
+    http: httpx.Client, store: Repository, organization: UUID, changed: UUID
 ) -> None:
     """410 for whoever would miss some; who has seen them goes on."""
     eventually(lambda: store.purge_changes(organization, timedelta(0)) == 5)
@@ -143,7 +143,7 @@ def test_purged_changes_are_gone(
 
 
 def test_an_answer_ends_after_a_mebibyte_but_has_one_event(
-    http: httpx.Client, store: Store, organization: UUID
+    http: httpx.Client, store: Repository, organization: UUID
 ) -> None:
     """However large events are, they come in pieces, and all of them come."""
     execution = uuid4()
@@ -153,7 +153,7 @@ def test_an_answer_ends_after_a_mebibyte_but_has_one_event(
         )
         for n in range(1, 5)
     ]
-    applied(store, organization, registration(execution), *large)
+    applied(store, organization, register_execution(execution), *large)
     seen: list[int] = []
     while page := revisions(read(http, execution, after=len(seen))):
         assert len(page) < 4
@@ -213,7 +213,7 @@ def test_a_watcher_gets_what_was_before_and_what_comes(
 
 
 def test_what_was_not_published_is_repaired_by_the_next_event(
-    follow: Any, producer: TagProducer, store: Store, organization: UUID, changed: UUID
+    follow: Any, producer: TagProducer, store: Repository, organization: UUID, changed: UUID
 ) -> None:
     """A lost message shows as a gap, which is filled before the event behind it is passed on."""
     events = follow(changed)
@@ -226,13 +226,13 @@ def test_what_was_not_published_is_repaired_by_the_next_event(
 
 def test_the_last_event_is_not_missed_either(
     follow: Any,
-    store: Store,
+    store: Repository,
     organization: UUID,
     changed: UUID,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While all is quiet the endpoint is asked now and then."""
-    monkeypatch.setattr("producers.change_feed.QUIET_SECONDS", 0.2)
+    monkeypatch.setattr("producers.change_feed.IDLE_SECONDS", 0.2)
     events = follow(changed)
     eventually(lambda: len(events) == 5)
     applied(store, organization, batch(changed, "lost"))
@@ -240,7 +240,12 @@ def test_the_last_event_is_not_missed_either(
 
 
 def test_a_lost_connection_loses_no_change(
-    follow: Any, producer: TagProducer, store: Store, organization: UUID, changed: UUID, redis: Any
+    follow: Any,
+    producer: TagProducer,
+    store: Repository,
+    organization: UUID,
+    changed: UUID,
+    redis: Any,
 ) -> None:
     """What happened while nobody listened is read once the subscription is there again; old events are dropped."""
     events = follow(changed)
@@ -279,7 +284,7 @@ def test_asyncio_follows_as_well(
 
 
 def test_what_can_not_be_followed_is_a_clear_error(
-    servers: Servers, organization: UUID, token: str, store: Store, changed: UUID
+    servers: Servers, organization: UUID, token: str, store: Repository, changed: UUID
 ) -> None:
     """A wrong token, execution or revision, purged changes, an endpoint that is away."""
 
@@ -303,7 +308,7 @@ def test_what_can_not_be_followed_is_a_clear_error(
     with pytest.raises(Unavailable, match="endpoint"):
         first(endpoint_url="http://127.0.0.1:1")
     eventually(lambda: store.purge_changes(organization, timedelta(0)) == 5)
-    with pytest.raises(ChangesGone):
+    with pytest.raises(RevisionExpired):
         first()
 
 
@@ -331,15 +336,15 @@ def test_a_feed_passes_each_event_on_once_and_in_order(
             raise Unavailable("away")
         return EVENTS[since : min(since + 2, stored)]
 
-    feed = Feed(fetch, after)
-    passed += heard(list(feed.begin()))
+    feed = GapFiller(fetch, after)
+    passed += heard(list(feed.on_subscribed()))
     for what, number in steps:
         if what == 0:
             stored = min(stored + 1, len(EVENTS))
         elif what == 1 and number < stored:
-            passed += heard(list(feed.hear(EVENTS[number])))
+            passed += heard(list(feed.on_event(EVENTS[number])))
         else:
             away = number % 2 == 0
     away = False
-    passed += heard(list(feed.begin()))
+    passed += heard(list(feed.on_subscribed()))
     assert passed == list(range(after + 1, stored + 1))

@@ -23,17 +23,17 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import SecretStr
 
-from producers.client import registration
+from producers.client import register_execution
 from producers.contract.messages import MAX_DETAILS, MAX_MESSAGE_BYTES, ResultRecord
 from producers.redis_client import open_redis
 from tests.conftest import Servers
 from tests.integration.test_api import problem
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually
-from worker.auth import READ, REGISTER, WRITE, Authorizer, mint
-from worker.db.repository import Store
+from worker.auth import EXECUTIONS_WRITE, READ, WRITE, Authorizer, sign_token
+from worker.db.repository import Repository
 from worker.local.stack import ENDPOINT, command, free_port
-from worker.local.supervisor import Child, Supervisor
+from worker.local.supervisor import ProcessSpec, Supervisor
 from worker.settings import Settings
 
 REDIS_USER = "gateway-tests"
@@ -49,9 +49,9 @@ GOOD = {
 
 
 @pytest.fixture
-def execution(store: Store, organization: UUID) -> str:
+def execution(store: Repository, organization: UUID) -> str:
     execution = uuid4()
-    applied(store, organization, registration(execution))
+    applied(store, organization, register_execution(execution))
     return str(execution)
 
 
@@ -567,19 +567,19 @@ def writes(client: httpx.Client, execution: str) -> dict[str, httpx.Response]:
     state = {"flow_execution_id": execution, "task_name": "task", "state": "failed"}
     return {
         f"{WRITE} tags": client.patch("/task-tags", content=body(adding(execution, "a"))),
-        f"{REGISTER} executions": client.put(
+        f"{EXECUTIONS_WRITE} executions": client.put(
             f"/flow-executions/{execution}", json={"task_names": None}
         ),
-        f"{REGISTER} states": client.put("/task-executions", json=state),
+        f"{EXECUTIONS_WRITE} states": client.put("/task-executions", json=state),
     }
 
 
 def token_of_an_hour_ago(servers: Servers, organization: UUID) -> str:
-    return mint(
+    return sign_token(
         servers.settings,
         organization_id=organization,
         actor="ada",
-        scopes=(READ, WRITE, REGISTER),
+        scopes=(READ, WRITE, EXECUTIONS_WRITE),
         lifetime=timedelta(hours=-1),
     )
 
@@ -611,7 +611,7 @@ def test_a_token_in_the_url_is_none(servers: Servers, token: str) -> None:
     assert refused(response, 401, "unauthorized") == []
 
 
-@pytest.mark.parametrize("scope", [READ, WRITE, REGISTER])
+@pytest.mark.parametrize("scope", [READ, WRITE, EXECUTIONS_WRITE])
 def test_a_token_can_do_what_its_scope_allows(
     servers: Servers, http: httpx.Client, organization: UUID, execution: str, scope: str
 ) -> None:
@@ -889,7 +889,7 @@ def quiet_endpoint(
     assert servers.settings.jwt_secret is not None
     with Supervisor(tmp_path_factory.mktemp("quiet")) as supervisor:
         endpoint = QuietEndpoint(f"http://127.0.0.1:{port}", supervisor)
-        child = Child(
+        child = ProcessSpec(
             name="quiet endpoint",
             argv=[*command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
             ready=endpoint.answers,

@@ -11,9 +11,9 @@ import time
 from typing import Any
 from uuid import uuid4
 
-from producers.client import TagProducer, registration
+from producers.client import TagProducer, register_execution
 from producers.contract.messages import TagBatch, add, inbox_key
-from tests.support.script_stack import make_batches, stack_of_its_own, tokens
+from tests.support.script_stack import make_batches, script_stack, tokens
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         "--waiting", type=int, default=50_000, help="batches of the busy organization"
     )
     arguments = parser.parse_args()
-    with stack_of_its_own(workers=arguments.workers) as (directory, stack):
+    with script_stack(workers=arguments.workers) as (directory, stack):
         token = tokens(directory)
         busy, small = uuid4(), uuid4()
         with (
@@ -38,10 +38,10 @@ def main() -> None:
             ) as few,
         ):
             execution = uuid4()
-            few.apply(registration(execution))
+            few.apply(register_execution(execution))
             idle = [once(few, execution, number) for number in range(100)]
             batches = make_batches(arguments.waiting)
-            many.apply(registration(batches[0].tags[0].flow_execution_id))
+            many.apply(register_execution(batches[0].tags[0].flow_execution_id))
             many.enqueue_many(batches)
             redis: Any = many._sender.redis
             beside: list[float] = []

@@ -14,9 +14,9 @@ from uuid import UUID, uuid4
 
 import httpx
 
-from producers.client import TagProducer, registration
+from producers.client import TagProducer, register_execution
 from producers.contract.messages import TagBatch, add
-from tests.support.script_stack import stack_of_its_own
+from tests.support.script_stack import script_stack
 from tests.support.waiting import eventually
 from worker.local.stack import Stack
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    with stack_of_its_own(workers=1) as (_, stack):
+    with script_stack(workers=1) as (_, stack):
         print("\n| killed | until it answers again | from then to the next result | slowest |")
         print("|---|---|---|---|")
         for what in ("worker-1", "valkey", "postgresql"):
@@ -43,7 +43,7 @@ def once(stack: Stack, what: str) -> tuple[float, float]:
     with TagProducer(
         redis_url=stack.redis_url, organization_id=stack.organization_id, token=stack.token
     ) as producer:
-        producer.apply(registration(execution))
+        producer.apply(register_execution(execution))
         producer.enqueue_many(batch(execution, f"{number}") for number in range(3000))
         child, process = next(each for each in stack.supervisor.running if each[0].name == what)
         killed_at = revision(stack, execution) or 0

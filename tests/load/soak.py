@@ -15,12 +15,12 @@ from uuid import UUID, uuid4
 
 import psycopg
 
-from producers.client import TagProducer, registration
+from producers.client import TagProducer, register_execution
 from producers.contract.messages import TagBatch, Uuid7, add, inbox_key, remove
 from tests.support.memory import resident
-from tests.support.script_stack import stack_of_its_own, tokens
+from tests.support.script_stack import script_stack, tokens
 from tests.support.waiting import eventually
-from worker.local.servers import Postgres, find_home, secret
+from worker.local.servers import Postgres, find_server_paths, load_or_create_secret
 from worker.local.stack import DATABASE, Stack
 
 PIECE = 1_000
@@ -30,13 +30,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=1_000_000)
     batches = parser.parse_args().batches
-    with stack_of_its_own(workers=1) as (directory, stack):
+    with script_stack(workers=1) as (directory, stack):
         organization, execution = uuid4(), uuid4()
         token = tokens(directory)(organization)
         with TagProducer(
             redis_url=stack.redis_url, organization_id=organization, token=token
         ) as producer:
-            producer.apply(registration(execution))
+            producer.apply(register_execution(execution))
             sizes = soak(stack, producer, organization, execution, batches)
         faults = list(left_behind(directory, stack, organization, batches))
     growth = sizes[-1] / sizes[0] - 1
@@ -95,7 +95,9 @@ def left_behind(directory: Path, stack: Stack, organization: UUID, batches: int)
         for key in redis.scan_iter():
             if key.decode() not in expected and not key.startswith(b"_kombu.binding"):
                 yield f"the key {key.decode()}"
-    database = Postgres(find_home(directory), secret(directory, "postgres")).url(database=DATABASE)
+    database = Postgres(
+        find_server_paths(directory), load_or_create_secret(directory, "postgres")
+    ).url(database=DATABASE)
     with psycopg.connect(database) as connection:
         for table, count in (("tag_batches", batches + 1), ("tag_changes", batches)):
             row = connection.execute(f"select count(*) from {table}".encode()).fetchone()

@@ -34,11 +34,11 @@ from uuid import UUID, uuid4
 
 import uvloop
 
-from producers.client import TagProducer, registration
+from producers.client import TagProducer, register_execution
 from producers.contract.messages import TagBatch, add, changes_channel
 from producers.redis_client import open_redis
-from tests.support.memory import most_resident, resident
-from tests.support.script_stack import stack_of_its_own
+from tests.support.memory import max_resident, resident
+from tests.support.script_stack import script_stack
 from tests.support.waiting import eventually
 from worker.local.stack import Stack
 
@@ -363,7 +363,7 @@ class Process:
     @property
     def most_megabytes(self) -> float:
         """The most that it ever had."""
-        return most_resident(self._pid)
+        return max_resident(self._pid)
 
     @property
     def processor_seconds(self) -> float:
@@ -407,7 +407,7 @@ class Run:
     def execution(self) -> UUID:
         """Return a new execution, with a few events."""
         id = uuid4()
-        self.producer.apply(registration(id))
+        self.producer.apply(register_execution(id))
         for number in range(STORED):
             self.producer.apply(small(id, f"stored {number}"))
         return id
@@ -649,7 +649,7 @@ def main() -> int:
     if most != resource.RLIM_INFINITY and most < arguments.clients + 200:
         parser.error(f"{most} open files are too few")
     with (
-        stack_of_its_own(workers=1) as (_, stack),
+        script_stack(workers=1) as (_, stack),
         TagProducer(
             redis_url=stack.redis_url, organization_id=stack.organization_id, token=stack.token
         ) as producer,

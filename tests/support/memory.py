@@ -9,7 +9,7 @@ def resident(pid: int) -> float:
     return _status(pid, "VmRSS:")
 
 
-def most_resident(pid: int) -> float:
+def max_resident(pid: int) -> float:
     """The most that it ever had."""
     return _status(pid, "VmHWM:")
 

@@ -11,8 +11,8 @@ import httpx
 from playwright.sync_api import Browser, expect
 
 from tests.support.browser import address, open_browser
-from tests.support.script_stack import stack_of_its_own
-from worker.auth import SCOPES, mint
+from tests.support.script_stack import script_stack
+from worker.auth import SCOPES, sign_token
 from worker.local.stack import DEVELOPMENT_ORGANIZATION, signing_settings
 from worker.settings import Settings
 
@@ -25,7 +25,7 @@ class Actor:
     """Somebody who uses the endpoint in their own name."""
 
     def __init__(self, name: str, endpoint_url: str, key: Settings) -> None:
-        self.token = mint(
+        self.token = sign_token(
             key,
             organization_id=DEVELOPMENT_ORGANIZATION,
             actor=name,
@@ -126,7 +126,7 @@ def take(browser: Browser, endpoint_url: str, key: Settings) -> bytes:
 
 
 def main() -> None:
-    with stack_of_its_own(1) as (directory, stack), open_browser() as browser:
+    with script_stack(1) as (directory, stack), open_browser() as browser:
         FILE.write_bytes(take(browser, stack.endpoint_url, signing_settings(directory)))
     print(f"wrote {FILE}")
 

@@ -10,24 +10,24 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 from producers.contract.messages import TagBatch, add
-from worker.auth import SCOPES, mint
-from worker.local.stack import Stack, running, signing_settings
+from worker.auth import SCOPES, sign_token
+from worker.local.stack import Stack, run_stack, signing_settings
 
 
 @contextmanager
-def stack_of_its_own(workers: int) -> Iterator[tuple[Path, Stack]]:
+def script_stack(workers: int) -> Iterator[tuple[Path, Stack]]:
     """Run a stack on a directory that is removed afterwards; yield both."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         directory.chmod(0o755)
-        with running(directory, port=0, workers=workers, say=print) as stack:
+        with run_stack(directory, port=0, workers=workers, say=print) as stack:
             yield directory, stack
 
 
 def tokens(directory: Path) -> Callable[[UUID], str]:
     """Return what signs a token for any organization of the stack on a state directory."""
     key = signing_settings(directory)
-    return lambda organization_id: mint(
+    return lambda organization_id: sign_token(
         key,
         organization_id=organization_id,
         actor="own stack",

@@ -12,9 +12,9 @@ from producers.contract.messages import ChangeEvent, Message, ResultRecord, TagB
 from producers.inbox.protocol import Inbox
 from tests.support.waiting import eventually
 from worker.auth import Authorizer
-from worker.db.repository import Store
+from worker.db.repository import Repository
 from worker.drain.path import Drain
-from worker.rules import Decision, Request, decide
+from worker.rules import AuthorizedMessage, Decision, decide
 
 if TYPE_CHECKING:
     from tests.conftest import Servers
@@ -28,7 +28,7 @@ class Tenant:
 
     servers: Servers
     redis: Any
-    store: Store
+    store: Repository
     authorizer: Authorizer
     organization: UUID
     token: str
@@ -50,7 +50,7 @@ class Tenant:
             "run_id": "run",
             "store": self.store,
             "authorizer": self.authorizer,
-            "hand_over": lambda: self.handed_over.append("run"),
+            "requeue": lambda: self.handed_over.append("run"),
             "group_size": 100,
             "budget_seconds": 60.0,
             "stopping": lambda: False,
@@ -131,11 +131,11 @@ def killed(*_: Any, **__: Any) -> Any:
     raise RuntimeError("killed")
 
 
-def requests_of(*messages: Message) -> list[Request]:
-    return [Request(message, "ada", message.digest()) for message in messages]
+def requests_of(*messages: Message) -> list[AuthorizedMessage]:
+    return [AuthorizedMessage(message, "ada", message.digest()) for message in messages]
 
 
-def applied(store: Store, organization: UUID, *messages: Message) -> Decision:
+def applied(store: Repository, organization: UUID, *messages: Message) -> Decision:
     requests = requests_of(*messages)
     with store.transaction(organization) as transaction:
         decision = decide(

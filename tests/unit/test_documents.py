@@ -26,19 +26,19 @@ from producers.contract.messages import (
     ANY_METADATA,
     Change,
     ChangeEvent,
-    Detail,
-    Error,
-    FlowExecution,
+    ErrorDetail,
+    ErrorInfo,
     InvalidMessage,
     OperationResult,
     Recording,
+    RegisterExecution,
     Registration,
     ResultRecord,
+    SetTaskState,
     StateChange,
     Tag,
     TagBatch,
     Task,
-    TaskExecution,
     add,
     changes_channel,
     inbox_key,
@@ -53,8 +53,8 @@ REPOSITORY: Final = Path(__file__).parents[2]
 DOCS: Final = REPOSITORY / "docs"
 INBOX: Final = {
     "tag_batch": "TagBatch",
-    "flow_execution": "FlowExecution",
-    "task_execution": "TaskExecution",
+    "flow_execution": "RegisterExecution",
+    "task_execution": "SetTaskState",
 }
 HOSTILE: Final = {
     "TASK_TAGS_REDIS_URL": "garbage",
@@ -270,8 +270,8 @@ OUTCOMES: Final[list[dict[str, Any]]] = [
     {"tags": [OperationResult(status="not_found")], "applied_at": NOW},
     {"flow_execution": Registration(status="already_exists"), "applied_at": NOW},
     {"task_execution": Recording(status="unchanged"), "applied_at": NOW},
-    {"error": Error(code="conflict", message="no")},
-    {"error": Error(code="bad_request", message="no", details=[Detail(message="bad")])},
+    {"error": ErrorInfo(code="conflict", message="no")},
+    {"error": ErrorInfo(code="bad_request", message="no", details=[ErrorDetail(message="bad")])},
 ]
 
 
@@ -283,9 +283,9 @@ OUTCOMES: Final[list[dict[str, Any]]] = [
             reply_to="a.b_c:d-e",
             tags=[remove(EXECUTION, "t", "t", "x", meta) for meta in (ANY_METADATA, None, 0)],
         ),
-        FlowExecution(flow_execution_id=EXECUTION),
-        FlowExecution(flow_execution_id=EXECUTION, task_names=["é", "b"]),
-        TaskExecution(flow_execution_id=EXECUTION, task_name="é", state="queued"),
+        RegisterExecution(flow_execution_id=EXECUTION),
+        RegisterExecution(flow_execution_id=EXECUTION, task_names=["é", "b"]),
+        SetTaskState(flow_execution_id=EXECUTION, task_name="é", state="queued"),
         *(ResultRecord(batch_id=uuid7(), organization_id=uuid4(), **each) for each in OUTCOMES),
         ChangeEvent(
             organization_id=uuid4(),
@@ -300,7 +300,7 @@ OUTCOMES: Final[list[dict[str, Any]]] = [
     ids=lambda sent: type(sent).__name__,
 )
 def test_what_is_really_sent_fits_the_schemas(
-    sent: TagBatch | FlowExecution | TaskExecution | ResultRecord | ChangeEvent,
+    sent: TagBatch | RegisterExecution | SetTaskState | ResultRecord | ChangeEvent,
 ) -> None:
     """Messages, results and events as the models encode them; and not without any of the required fields."""
     name = type(sent).__name__

@@ -117,7 +117,7 @@ def append(state: State) -> Steps:
         yield "append", after if state.lease else queued(after)
 
 
-def claim(state: State) -> Steps:
+def claim_idle(state: State) -> Steps:
     """What `wake` does: it takes the lease of an inbox that waits with nobody on the way."""
     if state.inbox and not state.lease:
         yield "claim", queued(state)
@@ -188,7 +188,7 @@ def turn(state: State, run: Run, bugs: Bugs) -> Turns:
         yield from remove_then_commit(state, run)
     elif run.at == "read":
         yield "commit", commit(state, run, bugs), run._replace(at="committed")
-        yield from hand_over(state, run)
+        yield from requeue(state, run)
         yield from take_again(state, run)
     else:
         yield from remove(state, run, bugs)
@@ -245,7 +245,7 @@ def remove_then_commit(state: State, run: Run) -> Turns:
         yield "commit", after, now
 
 
-def hand_over(state: State, run: Run) -> Turns:
+def requeue(state: State, run: Run) -> Turns:
     """Before it applies a group, a drain may go to the end of the queue, and keeps the lease for it."""
     if is_mine_or_free(state, run):
         senders = (*state.senders, run.id)
@@ -288,10 +288,10 @@ def lose(state: State) -> Steps:
         for id in set(state.queue):
             yield "lose", after._replace(queue=without(state.queue, id))
         for id in set(state.senders):
-            yield "give_back", give_back(after, id)
+            yield "give_back", release(after, id)
 
 
-def give_back(state: State, id: int) -> State:
+def release(state: State, id: int) -> State:
     lease = None if state.lease == ("queued", id) else state.lease
     return state._replace(senders=without(state.senders, id), lease=lease)
 
@@ -309,7 +309,7 @@ def deliver_again(state: State) -> Steps:
 
 def steps(state: State, bugs: Bugs) -> Steps:
     yield from append(state)
-    yield from claim(state)
+    yield from claim_idle(state)
     yield from send(state)
     yield from take(state, bugs)
     yield from drain(state, bugs)

@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from producers.client import registration
+from producers.client import register_execution
 from producers.contract.messages import (
     MAX_METADATA_BYTES,
     ChangeEvent,
@@ -267,7 +267,7 @@ def test_the_sdk_refuses_what_the_worker_would_refuse() -> None:
         add(EXECUTION, "a", "t", "secret" * 100)
     assert "secretsecret" not in str(caught.value)
     with pytest.raises(InvalidMessage, match="1048576"):
-        registration(EXECUTION, [f"{i:0200d}" for i in range(6000)]).encode()
+        register_execution(EXECUTION, [f"{i:0200d}" for i in range(6000)]).encode()
 
 
 def test_ids_increase_in_the_order_in_which_they_are_made() -> None:

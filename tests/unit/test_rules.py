@@ -12,38 +12,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producers.client import registration
+from producers.client import register_execution
 from producers.contract.messages import (
     ANY_METADATA,
     Change,
     ChangeEvent,
-    FlowExecution,
     Message,
+    RegisterExecution,
     ResultRecord,
+    SetTaskState,
     StateChange,
     TagBatch,
     TagOperation,
     Task,
-    TaskExecution,
     Uuid7,
     add,
     remove,
 )
-from worker.rules import Decision, Request, State, decide
+from worker.rules import AuthorizedMessage, Decision, Snapshot, decide
 
 ORGANIZATION = UUID(int=1)
 ONE, TWO, UNKNOWN = UUID(int=11), UUID(int=12), UUID(int=13)
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
-def settle(state: State, *messages: Message, actor: str = "ada") -> Decision:
-    requests = [Request(message, actor, message.digest()) for message in messages]
+def settle(state: Snapshot, *messages: Message, actor: str = "ada") -> Decision:
+    requests = [AuthorizedMessage(message, actor, message.digest()) for message in messages]
     return decide(ORGANIZATION, requests, state, now=NOW, new_id=Uuid7())
 
 
-def registered(*executions: UUID, names: list[str] | None = None) -> State:
-    state = State()
-    settle(state, *(registration(execution, names) for execution in executions))
+def registered(*executions: UUID, names: list[str] | None = None) -> Snapshot:
+    state = Snapshot()
+    settle(state, *(register_execution(execution, names) for execution in executions))
     return state
 
 
@@ -69,8 +69,8 @@ def plus(tag: str, *metadata: Any) -> TagOperation:
     return add(ONE, "task", "type", tag, *metadata)
 
 
-def state_of(task_name: str, state: Any) -> TaskExecution:
-    return TaskExecution(flow_execution_id=ONE, task_name=task_name, state=state)
+def state_of(task_name: str, state: Any) -> SetTaskState:
+    return SetTaskState(flow_execution_id=ONE, task_name=task_name, state=state)
 
 
 def minus(tag: str, *metadata: Any) -> TagOperation:
@@ -212,7 +212,7 @@ def test_task_names_only_ever_grow(
 ) -> None:
     """A second registration adds names; every name, once allowed, stays allowed."""
     state = registered(ONE, names=first)
-    again = settle(state, registration(ONE, then))
+    again = settle(state, register_execution(ONE, then))
     assert record(again).flow_execution is not None
     assert record(again).flow_execution.status == "already_exists"  # type: ignore[union-attr]
     for name in ("a", "b", "anything"):
@@ -246,10 +246,10 @@ def test_the_same_id_for_something_else_is_a_conflict() -> None:
 
 def test_a_not_found_is_stored_too() -> None:
     """What was decided from the tables is not decided again later, when they are others."""
-    state = State()
+    state = Snapshot()
     early = batch(plus("x"))
     before = settle(state, early)
-    settle(state, registration(ONE))
+    settle(state, register_execution(ONE))
     assert settle(state, early).outcomes == before.outcomes
 
 
@@ -274,7 +274,7 @@ def test_a_state_is_recorded_once_and_any_state_may_follow() -> None:
 def test_a_state_of_what_is_unknown_is_not_found() -> None:
     """As for tags: an execution must be registered, and a task be one of its names."""
     state = registered(ONE, names=["task"])
-    elsewhere = TaskExecution(flow_execution_id=UNKNOWN, task_name="task", state="queued")
+    elsewhere = SetTaskState(flow_execution_id=UNKNOWN, task_name="task", state="queued")
     for message, field_name in ((state_of("other", "queued"), "task_name"), (elsewhere, None)):
         error = record(settle(state, message)).error
         assert error is not None
@@ -286,7 +286,7 @@ def test_a_state_of_what_is_unknown_is_not_found() -> None:
 
 
 @dataclass
-class Naive:
+class ReferenceModel:
     """A list of rows, one operation at a time: the rules in their plainest words."""
 
     names: dict[UUID, set[str] | None] = field(default_factory=dict)
@@ -419,7 +419,7 @@ batches = st.builds(
     st.lists(adds | removes, min_size=1, max_size=6),
 )
 registrations = st.builds(
-    lambda batch_id, execution, names: FlowExecution(
+    lambda batch_id, execution, names: RegisterExecution(
         batch_id=batch_id, flow_execution_id=execution, task_names=names
     ),
     batch_ids,
@@ -427,7 +427,7 @@ registrations = st.builds(
     st.none() | st.lists(names, max_size=2),
 )
 states = st.builds(
-    lambda batch_id, execution, name, state: TaskExecution(
+    lambda batch_id, execution, name, state: SetTaskState(
         batch_id=batch_id, flow_execution_id=execution, task_name=name, state=state
     ),
     batch_ids,
@@ -447,7 +447,7 @@ def test_any_sequence_of_messages_agrees_with_the_naive_model(
     groups: list[list[Message]],
 ) -> None:
     """However messages are grouped, results, revisions, events and active tags are the naive model's."""
-    state, naive = State(), Naive()
+    state, naive = Snapshot(), ReferenceModel()
     seen: dict[UUID, list[ChangeEvent]] = {}
     known: set[bytes] = set()
     for group in groups:

@@ -28,10 +28,10 @@ from starlette.types import Message, Receive, Scope, Send
 from producers.contract.messages import TagOperation
 from producers.enqueuer import Sender
 from worker.api import feeds, reads, writes
-from worker.api.change_hub import Channels, Live
+from worker.api.change_hub import ChangeHub, PubSubMultiplexer
 from worker.api.errors import (
     ERRORS,
-    Problem,
+    ApiError,
     documented_error,
     on_fault,
     on_gone,
@@ -42,7 +42,7 @@ from worker.api.errors import (
     response_to,
 )
 from worker.api.limits import MAX_BODY_BYTES, MAX_FRAME_BYTES, LimitedProtocol, LimitedWebSocket
-from worker.api.params import NoQuery, parameters
+from worker.api.params import NoQuery, parse_query
 from worker.api.queries import Reader
 from worker.api.reads import reader_of
 from worker.auth import Authorizer
@@ -76,7 +76,7 @@ _STATE: Final[dict[int | str, dict[str, Any]]] = {
     },
 )
 async def healthz(request: Request) -> Health:
-    parameters(request, NoQuery)
+    parse_query(request, NoQuery)
     return Health(status="alive")
 
 
@@ -92,13 +92,13 @@ async def healthz(request: Request) -> Health:
     },
 )
 async def readyz(request: Request) -> Health:
-    parameters(request, NoQuery)
+    parse_query(request, NoQuery)
     async with asyncio.timeout(_READY_SECONDS):
         await reader_of(request).check()
     try:
         await request.app.state.redis.ping()
     except (RedisError, OSError):
-        raise Problem(503, "unavailable", "Redis does not answer; try again later") from None
+        raise ApiError(503, "unavailable", "Redis does not answer; try again later") from None
     return Health(status="ready")
 
 
@@ -162,7 +162,7 @@ class Endpoint:
 
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
-            problem = Problem(413, "body_too_large", f"a body has at most {MAX_BODY_BYTES} bytes")
+            problem = ApiError(413, "body_too_large", f"a body has at most {MAX_BODY_BYTES} bytes")
             await response_to(Request(scope), problem)(scope, receive, send_with_id)
             return
         if scope["path"] == "/task-tags" and scope["method"] == "GET":
@@ -228,10 +228,10 @@ def create_app(settings: Settings) -> Endpoint:
         state.redis = async_redis.Redis.from_url(
             redis_url, socket_timeout=2, socket_connect_timeout=2, protocol=2
         )
-        channels = Channels(state.redis)
+        channels = PubSubMultiplexer(state.redis)
         sender = Sender(redis_url, settings.inbox_limit, settings.lease_ms, socket_timeout=2)
-        state.live = Live(channels, state.reader)
-        state.gateway = writes.Gateway(sender, channels, state.reader)
+        state.live = ChangeHub(channels, state.reader)
+        state.gateway = writes.WriteService(sender, channels, state.reader)
         jobs = [asyncio.create_task(job) for job in (channels.run(), state.live.run())]
         try:
             await state.reader.check()
@@ -258,7 +258,7 @@ def create_app(settings: Settings) -> Endpoint:
     app.state.ending = asyncio.Event()
     for each in (reads.router, feeds.router, writes.router, router):
         app.include_router(each)
-    app.add_exception_handler(Problem, on_problem)
+    app.add_exception_handler(ApiError, on_problem)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http_error)
     for unavailable in (psycopg.Error, TimeoutError, UnsafeRole):

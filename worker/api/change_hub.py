@@ -28,12 +28,12 @@ from worker.api.queries import Reader
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS: Final = 2.0
+POLL_SECONDS: Final = 2.0
 """So often the table is asked for last revisions, at least."""
-_LOOK_AGAIN_SECONDS: Final = 1.0
+_POLL_RETRY_SECONDS: Final = 1.0
 _PING_SECONDS: Final = 5.0
 _SILENCE_SECONDS: Final = 15.0
-_LAST_BACKOFF_SECONDS: Final = 1.0
+_MAX_BACKOFF_SECONDS: Final = 1.0
 _RECENT_EVENTS: Final = 100
 _RECENT_BYTES: Final = 256 * 1024
 
@@ -48,7 +48,7 @@ class Listener:
         """This was published."""
 
 
-class Channels:
+class PubSubMultiplexer:
     """Subscribes to each channel that somebody listens to, on one connection, which is made again when it is lost."""
 
     def __init__(self, redis: async_redis.Redis) -> None:
@@ -97,7 +97,7 @@ class Channels:
             finally:
                 self._confirmed.clear()
                 await connection.disconnect(nowait=True)
-            await asyncio.sleep(min(0.05 * 2 ** min(failures, 10), _LAST_BACKOFF_SECONDS))
+            await asyncio.sleep(min(0.05 * 2 ** min(failures, 10), _MAX_BACKOFF_SECONDS))
 
     async def _listen(self, connection: Any) -> None:
         """Subscribe to what is wanted and tell what comes, until the connection is lost.
@@ -160,7 +160,7 @@ Event = tuple[int, bytes]
 """A revision, and its change event as it was published."""
 
 
-class Watched(Listener):
+class ExecutionFeed(Listener):
     """An execution that somebody watches: its last revision, as far as is known, and the events that came last."""
 
     def __init__(self, look: Callable[[], None]) -> None:
@@ -225,24 +225,24 @@ Key = tuple[UUID, UUID]
 
 
 @dataclass
-class Live:
+class ChangeHub:
     """All executions that are watched in this process."""
 
-    channels: Channels
+    channels: PubSubMultiplexer
     reader: Reader
-    _watched: dict[Key, Watched] = field(default_factory=dict)
+    _watched: dict[Key, ExecutionFeed] = field(default_factory=dict)
     _look: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __len__(self) -> int:
         return len(self._watched)
 
     @contextmanager
-    def watch(self, organization_id: UUID, flow_execution_id: UUID) -> Iterator[Watched]:
+    def watch(self, organization_id: UUID, flow_execution_id: UUID) -> Iterator[ExecutionFeed]:
         """Watch an execution. It is one subscription, however many watch the same."""
         key = organization_id, flow_execution_id
         watched = self._watched.get(key)
         if watched is None:
-            watched = self._watched[key] = Watched(self._look.set)
+            watched = self._watched[key] = ExecutionFeed(self._look.set)
         watched.watchers += 1
         try:
             with self.channels.listening(changes_channel(*key), watched):
@@ -256,7 +256,7 @@ class Live:
         """Ask the table for last revisions, for ever: soon when something may have been missed, and now and then."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
+                async with asyncio.timeout(POLL_SECONDS):
                     await self._look.wait()
             self._look.clear()
             try:
@@ -267,7 +267,7 @@ class Live:
                 if not isinstance(error, (psycopg.Error, TimeoutError)):
                     logger.exception("revisions can't be read")
                 self._look.set()
-                await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+                await asyncio.sleep(_POLL_RETRY_SECONDS)
             await asyncio.sleep(0.02)  # whoever comes at the same moment is asked for together
 
     async def _ask(self) -> None:

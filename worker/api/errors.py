@@ -14,18 +14,18 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from producers.contract.messages import Detail
+from producers.contract.messages import ErrorDetail
 from worker.api.limits import MAX_BODY_BYTES, error_body
 from worker.auth import READ
 
 logger = logging.getLogger(__name__)
 
 
-class Problem(Exception):
+class ApiError(Exception):
     """Ends a request with an error. `message` says nothing that the caller may not know."""
 
     def __init__(
-        self, status: int, code: str, message: str, details: list[Detail] | None = None
+        self, status: int, code: str, message: str, details: list[ErrorDetail] | None = None
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -37,7 +37,7 @@ class Problem(Exception):
 class ErrorBody(BaseModel):
     message: str
     code: str
-    details: list[Detail]
+    details: list[ErrorDetail]
 
 
 class ErrorAnswer(BaseModel):
@@ -47,47 +47,49 @@ class ErrorAnswer(BaseModel):
     request_id: str
 
 
-UNAVAILABLE: Final = Problem(503, "unavailable", "the database does not answer; try again later")
-GONE: Final = Problem(410, "gone", "older changes were purged; read the tags, and go on from there")
-NOT_FOUND: Final = Problem(404, "not_found", "there is no such thing here")
+UNAVAILABLE: Final = ApiError(503, "unavailable", "the database does not answer; try again later")
+GONE: Final = ApiError(
+    410, "gone", "older changes were purged; read the tags, and go on from there"
+)
+NOT_FOUND: Final = ApiError(404, "not_found", "there is no such thing here")
 
 
-def body_of(problem: Problem, request_id: str) -> bytes:
+def error_body_of(problem: ApiError, request_id: str) -> bytes:
     details = [detail.model_dump() for detail in problem.details]
     return error_body(problem.code, problem.message, details, request_id)
 
 
-def response_to(request: Request, problem: Problem) -> Response:
+def response_to(request: Request, problem: ApiError) -> Response:
     headers = {"WWW-Authenticate": "Bearer"} if problem.status == 401 else {}
     if problem.status in (429, 503):
         headers["Retry-After"] = "1"
-    body = body_of(problem, request.state.request_id)
+    body = error_body_of(problem, request.state.request_id)
     return Response(body, problem.status, headers, "application/json")
 
 
 async def on_problem(request: Request, problem: Exception) -> Response:
-    assert isinstance(problem, Problem)
+    assert isinstance(problem, ApiError)
     return response_to(request, problem)
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problem = Problem(400, "bad_request", WRONG_PARAMETER, parameter_faults(error.errors()))
+    problem = ApiError(400, "bad_request", WRONG_PARAMETER, parameter_faults(error.errors()))
     return response_to(request, problem)
 
 
-def parameter_faults(faults: Iterable[Any]) -> list[Detail]:
+def parameter_faults(faults: Iterable[Any]) -> list[ErrorDetail]:
     return [
-        Detail(
+        ErrorDetail(
             field=next(step for step in reversed(fault["loc"]) if isinstance(step, str))[:64],
-            message=_PARAMETER_WORDS.get(fault["type"], "is not valid"),
+            message=_PARAMETER_TEXTS.get(fault["type"], "is not valid"),
         )
         for fault in faults
     ]
 
 
 WRONG_PARAMETER: Final = "a parameter is missing or wrong"
-_PARAMETER_WORDS: Final = {
+_PARAMETER_TEXTS: Final = {
     "missing": "is required",
     "extra_forbidden": "is not a known parameter",
     "uuid_parsing": "must be a UUID",
@@ -105,7 +107,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         response = response_to(
-            request, Problem(405, "method_not_allowed", "this path has other methods")
+            request, ApiError(405, "method_not_allowed", "this path has other methods")
         )
         response.headers.update(error.headers or {})
         return response
@@ -124,7 +126,7 @@ async def on_gone(request: Request, error: Exception) -> Response:
 
 async def on_fault(request: Request, error: Exception) -> Response:
     logger.error("a request failed", exc_info=error, extra=_request_fields(request))
-    problem = Problem(500, "internal_error", "the endpoint failed at this request")
+    problem = ApiError(500, "internal_error", "the endpoint failed at this request")
     return response_to(request, problem)
 
 

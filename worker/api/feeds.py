@@ -23,20 +23,27 @@ from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from producers.contract.messages import Detail
-from worker.api.change_hub import Event, Live, Watched
+from producers.contract.messages import ErrorDetail
+from worker.api.change_hub import ChangeHub, Event, ExecutionFeed
 from worker.api.errors import (
     ERRORS,
     GONE,
     UNAVAILABLE,
     WRONG_PARAMETER,
-    Problem,
-    body_of,
+    ApiError,
     documented_error,
+    error_body_of,
 )
-from worker.api.params import FeedQuery, documented, granted, parameters, token_of, verified
-from worker.api.reads import EVENT_EXAMPLE, only, reader_of, stored_changes
-from worker.auth import LEEWAY_SECONDS, READ, Grant
+from worker.api.params import (
+    FeedQuery,
+    authenticate,
+    openapi_parameters,
+    parse_query,
+    require_scope,
+    token_of,
+)
+from worker.api.reads import EVENT_EXAMPLE, change_filter, reader_of, stored_changes
+from worker.auth import LEEWAY_SECONDS, READ, Principal
 from worker.db.repository import UnsafeRole
 
 logger = logging.getLogger(__name__)
@@ -47,7 +54,7 @@ TOKEN_SECONDS: Final = 10.0
 PING_SECONDS: Final = 15.0
 _PAGE: Final = 100
 _PAGE_BYTES: Final = 64 * 1024
-_AGAIN_SECONDS: Final = 1.0
+_RETRY_SECONDS: Final = 1.0
 
 _CLOSE_CODES: Final = {400: 4400, 401: 4401, 403: 4403, 404: 4404, 408: 4408, 410: 4410, 503: 1013}
 _REASON_BYTES: Final = 123
@@ -56,25 +63,25 @@ _REASON_BYTES: Final = 123
 # --- The events of one watcher -------------------------------------------------------------------
 
 
-class Watcher:
+class ChangeCursor:
     """One who watches an execution: what it asked, and how far it has come."""
 
-    def __init__(self, connection: HTTPConnection, query: FeedQuery, grant: Grant) -> None:
+    def __init__(self, connection: HTTPConnection, query: FeedQuery, grant: Principal) -> None:
         self.after = query.after
         self._query = query
-        self._live: Live = connection.app.state.live
+        self._live: ChangeHub = connection.app.state.live
         self._reader = reader_of(connection)
         self._organization_id: UUID = grant.organization_id
-        self._only = only(query)
+        self._only = change_filter(query)
 
     async def check(self) -> None:
-        """Raise a `Problem` if there is no such execution, or its changes after that revision can't be had."""
+        """Raise a `ApiError` if there is no such execution, or its changes after that revision can't be had."""
         await stored_changes(self._reader, self._organization_id, self._query, self.after, limit=1)
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield events in the order of their revisions, for ever; None stands for one of which nothing is wanted.
 
-        Raises a `Problem` if events were purged meanwhile. While the database is away it waits.
+        Raises a `ApiError` if events were purged meanwhile. While the database is away it waits.
         """
         execution = self._query.flow_execution_id
         with self._live.watch(self._organization_id, execution) as watched:
@@ -86,7 +93,7 @@ class Watcher:
                         yield revision, wanted
                 await watched.beyond(self.after)
 
-    async def _stored(self, watched: Watched) -> Sequence[Event]:
+    async def _stored(self, watched: ExecutionFeed) -> Sequence[Event]:
         while True:
             believed = watched.revision
             try:
@@ -95,17 +102,17 @@ class Watcher:
                 )
             except (psycopg.Error, UnsafeRole, TimeoutError) as error:
                 logger.warning("changes can't be read", extra={"error": type(error).__name__})
-                await asyncio.sleep(_AGAIN_SECONDS)
+                await asyncio.sleep(_RETRY_SECONDS)
             else:
                 watched.settle(found.revision, believed)
                 return list(enumerate(found.events, self.after + 1))
 
 
-def _expires_in(grant: Grant) -> float:
+def _expires_in(grant: Principal) -> float:
     return grant.expires_at + LEEWAY_SECONDS - time.time()
 
 
-_EXPIRED: Final = Problem(401, "unauthorized", "the token has expired")
+_EXPIRED: Final = ApiError(401, "unauthorized", "the token has expired")
 
 
 # --- WebSocket -----------------------------------------------------------------------------------
@@ -117,21 +124,21 @@ async def watch_changes(websocket: WebSocket) -> None:
     await websocket.accept()
     request_id = str(uuid4())
     try:
-        query = parameters(websocket, FeedQuery)
+        query = parse_query(websocket, FeedQuery)
         token = token_of(websocket) or await _first_token(websocket)
-        grant = await verified(websocket.app.state.authorizer, token, READ)
-        watcher = Watcher(websocket, query, grant)
+        grant = await authenticate(websocket.app.state.authorizer, token, READ)
+        watcher = ChangeCursor(websocket, query, grant)
         await watcher.check()
-        await _both(_send_events(websocket, watcher), _hear_tokens(websocket, grant))
+        await first_completed(_send_events(websocket, watcher), _hear_tokens(websocket, grant))
     except WebSocketDisconnect:
         return
-    except Problem as problem:
+    except ApiError as problem:
         await _refuse(websocket, problem, request_id)
     except (psycopg.Error, UnsafeRole, TimeoutError):
         await _refuse(websocket, UNAVAILABLE, request_id)
 
 
-async def _both(*jobs: Awaitable[None]) -> None:
+async def first_completed(*jobs: Awaitable[None]) -> None:
     """Do both until one ends; raise what it raised."""
     tasks = [asyncio.ensure_future(job) for job in jobs]
     try:
@@ -143,35 +150,35 @@ async def _both(*jobs: Awaitable[None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _send_events(websocket: WebSocket, watcher: Watcher) -> None:
+async def _send_events(websocket: WebSocket, watcher: ChangeCursor) -> None:
     async for _, event in watcher.events():
         await websocket.send_text(event.decode())
 
 
-async def _hear_tokens(websocket: WebSocket, grant: Grant) -> None:
-    """Raise a `Problem` when the token expires, unless a new one of the same organization came before."""
+async def _hear_tokens(websocket: WebSocket, grant: Principal) -> None:
+    """Raise a `ApiError` when the token expires, unless a new one of the same organization came before."""
     while True:
         try:
             async with asyncio.timeout(max(0, _expires_in(grant))):
-                token = await _told_token(websocket)
+                token = await receive_token(websocket)
         except TimeoutError:
             raise _EXPIRED from None
-        renewed = await verified(websocket.app.state.authorizer, token, READ)
+        renewed = await authenticate(websocket.app.state.authorizer, token, READ)
         if renewed.organization_id != grant.organization_id:
-            raise Problem(403, "forbidden", "the token is of another organization")
+            raise ApiError(403, "forbidden", "the token is of another organization")
         grant = renewed
 
 
 async def _first_token(websocket: WebSocket) -> str:
     try:
         async with asyncio.timeout(TOKEN_SECONDS):
-            return await _told_token(websocket)
+            return await receive_token(websocket)
     except TimeoutError:
-        raise Problem(408, "request_timeout", "no token in time") from None
+        raise ApiError(408, "request_timeout", "no token in time") from None
 
 
-async def _told_token(websocket: WebSocket) -> str:
-    """Return the token of the next frame. Raises a `Problem` if it is anything else."""
+async def receive_token(websocket: WebSocket) -> str:
+    """Return the token of the next frame. Raises a `ApiError` if it is anything else."""
     message = await websocket.receive()
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(message.get("code", 1005))
@@ -181,16 +188,16 @@ async def _told_token(websocket: WebSocket) -> str:
         frame = None
     token = frame.get("token") if isinstance(frame, dict) and len(frame) == 1 else None
     if not isinstance(token, str):
-        raise Problem(400, "bad_request", 'a frame must be {"token": "..."}, as text')
+        raise ApiError(400, "bad_request", 'a frame must be {"token": "..."}, as text')
     return token
 
 
-async def _refuse(websocket: WebSocket, problem: Problem, request_id: str) -> None:
+async def _refuse(websocket: WebSocket, problem: ApiError, request_id: str) -> None:
     """Say why, as every error is said, and close."""
     code = _CLOSE_CODES[problem.status]
     reason = problem.message.encode()[:_REASON_BYTES].decode(errors="ignore")
     with suppress(WebSocketDisconnect, RuntimeError):
-        await websocket.send_text(body_of(problem, request_id).decode())
+        await websocket.send_text(error_body_of(problem, request_id).decode())
         await websocket.close(code, reason)
 
 
@@ -201,7 +208,7 @@ class EventStream(Response):
     """An answer that goes on."""
 
     def __init__(
-        self, watcher: Watcher, grant: Grant, request_id: str, ending: asyncio.Event
+        self, watcher: ChangeCursor, grant: Principal, request_id: str, ending: asyncio.Event
     ) -> None:
         super().__init__()
         self._watcher = watcher
@@ -222,10 +229,10 @@ class EventStream(Response):
         try:
             await write(b"retry: 1000\n\n")
             async with asyncio.timeout(max(0, _expires_in(self._grant))):
-                await _both(
+                await first_completed(
                     self._send_events(write), self._ping(write), _gone(receive), _end(self._ending)
                 )
-        except Problem as problem:
+        except ApiError as problem:
             await write(self._error(problem))
         except TimeoutError:
             await write(self._error(_EXPIRED))
@@ -241,8 +248,8 @@ class EventStream(Response):
             await asyncio.sleep(PING_SECONDS)
             await write(b": ping\nid: %d\n\n" % self._watcher.after)
 
-    def _error(self, problem: Problem) -> bytes:
-        return b"event: error\ndata: %b\n\n" % body_of(problem, self._request_id)
+    def _error(self, problem: ApiError) -> bytes:
+        return b"event: error\ndata: %b\n\n" % error_body_of(problem, self._request_id)
 
 
 async def _gone(receive: Receive) -> None:
@@ -278,16 +285,16 @@ _LAST_EVENT_ID: Final[dict[str, Any]] = {
         **ERRORS,
         410: documented_error("gone", GONE.message),
     },
-    openapi_extra=documented(FeedQuery, _LAST_EVENT_ID),
+    openapi_extra=openapi_parameters(FeedQuery, _LAST_EVENT_ID),
 )
 async def stream_changes(request: Request) -> Any:
-    grant = await granted(request, READ)
-    query = parameters(request, FeedQuery)
+    grant = await require_scope(request, READ)
+    query = parse_query(request, FeedQuery)
     if last := request.headers.get("last-event-id"):
         if re.fullmatch(r"[0-9]{1,18}", last) is None:
-            details = [Detail(field="Last-Event-ID", message="must be a revision")]
-            raise Problem(400, "bad_request", WRONG_PARAMETER, details)
+            details = [ErrorDetail(field="Last-Event-ID", message="must be a revision")]
+            raise ApiError(400, "bad_request", WRONG_PARAMETER, details)
         query = query.model_copy(update={"after": int(last)})
-    watcher = Watcher(request, query, grant)
+    watcher = ChangeCursor(request, query, grant)
     await watcher.check()
     return EventStream(watcher, grant, request.state.request_id, request.app.state.ending)

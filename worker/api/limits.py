@@ -23,7 +23,7 @@ CLOSE_SECONDS: Final = 5.0
 STALL_SECONDS: Final = 5.0
 """A connection that takes nothing of what is to be sent for so long is given up."""
 TOO_SLOW: Final = 1013
-QUIET_SECONDS: Final = 0.25
+IDLE_SECONDS: Final = 0.25
 """Nothing more seems to come of what is not read."""
 
 
@@ -33,7 +33,7 @@ def error_body(code: str, message: str, details: list[Any], request_id: str) -> 
     return json.dumps({"error": error, "request_id": request_id}, ensure_ascii=False).encode()
 
 
-class Stall:
+class WriteStallTimer:
     """Watches a connection whose other end takes nothing: once it is paused, its buffer must get smaller."""
 
     def __init__(self, transport: asyncio.Transport, give_up: Callable[[], None]) -> None:
@@ -61,7 +61,7 @@ class Stall:
 class LimitedProtocol(HttpToolsProtocol):
     """Closes a connection whose request is not complete in 10 s, or whose head is over 32 KiB, or which takes no answer."""
 
-    _stall: Stall
+    _stall: WriteStallTimer
     _deadline: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _in_head = True
@@ -69,7 +69,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._stall = Stall(transport, transport.abort)
+        self._stall = WriteStallTimer(transport, transport.abort)
         self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -161,13 +161,13 @@ def _refusal(status: int, reason: str, code: str) -> bytes:
 class LimitedWebSocket(WebSocketsSansIOProtocol):
     """Gives up a connection that takes nothing, or that was closed and is not let go by its other end."""
 
-    _stall: Stall
+    _stall: WriteStallTimer
     _cutting: asyncio.TimerHandle | None = None
     _refused_at: float | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._stall = Stall(transport, self._too_slow)
+        self._stall = WriteStallTimer(transport, self._too_slow)
 
     def pause_writing(self) -> None:
         """Read nothing either: each ping would be answered into the buffer."""
@@ -203,7 +203,7 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
         self.close_sent = True
         self._refused_at = self.loop.time()
         self.transport.resume_reading()
-        self.close_timer = self.loop.call_later(QUIET_SECONDS, self.transport.close)
+        self.close_timer = self.loop.call_later(IDLE_SECONDS, self.transport.close)
         self._cut_soon()
 
     def data_received(self, data: bytes) -> None:
@@ -215,7 +215,7 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
                 self._cut_soon()
         elif self.close_timer is not None and self.loop.time() < self._refused_at + CLOSE_SECONDS:
             self.close_timer.cancel()
-            self.close_timer = self.loop.call_later(QUIET_SECONDS, self.transport.close)
+            self.close_timer = self.loop.call_later(IDLE_SECONDS, self.transport.close)
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         super().on_task_complete(task)

@@ -15,14 +15,14 @@ from pydantic_core import PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 
-from producers.contract.messages import Detail, Id, TagName, TagType, TaskName
-from worker.api.errors import WRONG_PARAMETER, Problem, parameter_faults
-from worker.auth import Authorizer, Grant, KeysUnavailable, Unauthorized
+from producers.contract.messages import ErrorDetail, Id, TagName, TagType, TaskName
+from worker.api.errors import WRONG_PARAMETER, ApiError, parameter_faults
+from worker.auth import Authorizer, InvalidToken, JwksUnavailable, Principal
 
 
-async def granted(connection: HTTPConnection, scope: str) -> Grant:
-    """Return what the bearer token in the headers grants. Raises a `Problem`: 401, 403 or 503."""
-    return await verified(connection.app.state.authorizer, token_of(connection), scope)
+async def require_scope(connection: HTTPConnection, scope: str) -> Principal:
+    """Return what the bearer token in the headers grants. Raises a `ApiError`: 401, 403 or 503."""
+    return await authenticate(connection.app.state.authorizer, token_of(connection), scope)
 
 
 def token_of(connection: HTTPConnection) -> str:
@@ -31,29 +31,29 @@ def token_of(connection: HTTPConnection) -> str:
     return token if scheme.lower() == "bearer" else ""
 
 
-async def verified(authorizer: Authorizer, token: str, scope: str) -> Grant:
-    """Return what a token grants now. Raises a `Problem`: 401, 403, or 503 if there are no keys."""
+async def authenticate(authorizer: Authorizer, token: str, scope: str) -> Principal:
+    """Return what a token grants now. Raises a `ApiError`: 401, 403, or 503 if there are no keys."""
     if not token:
-        raise Problem(401, "unauthorized", "a bearer token is required")
+        raise ApiError(401, "unauthorized", "a bearer token is required")
     try:
         if authorizer.may_block:
             grant = await run_in_threadpool(authorizer.verify_now, token)
         else:
             grant = authorizer.verify_now(token)
-    except Unauthorized as error:
-        raise Problem(401, "unauthorized", str(error)) from None
-    except KeysUnavailable:
-        raise Problem(503, "unavailable", "the keys of tokens can't be fetched") from None
+    except InvalidToken as error:
+        raise ApiError(401, "unauthorized", str(error)) from None
+    except JwksUnavailable:
+        raise ApiError(503, "unavailable", "the keys of tokens can't be fetched") from None
     if not grant.allows(scope):
-        raise Problem(403, "forbidden", f"the token lacks the scope {scope}")
+        raise ApiError(403, "forbidden", f"the token lacks the scope {scope}")
     return grant
 
 
 Query = TypeVar("Query", bound=BaseModel)
 
 
-def parameters(connection: HTTPConnection, model: type[Query]) -> Query:
-    """Read the query string. Raises a `Problem` with what is missing, wrong, unknown or doubled."""
+def parse_query(connection: HTTPConnection, model: type[Query]) -> Query:
+    """Read the query string. Raises a `ApiError` with what is missing, wrong, unknown or doubled."""
     given = connection.query_params.multi_items()
     values: dict[str, Any] = dict(given)
     if len(values) < len(given) or not _repeatable(model).isdisjoint(values):
@@ -64,14 +64,14 @@ def parameters(connection: HTTPConnection, model: type[Query]) -> Query:
         doubled = [name for name, count in counts.items() if count > 1]
         if doubled:
             details = [
-                Detail(field=name[:64], message="is given more than once") for name in doubled
+                ErrorDetail(field=name[:64], message="is given more than once") for name in doubled
             ]
-            raise Problem(400, "bad_request", WRONG_PARAMETER, details)
+            raise ApiError(400, "bad_request", WRONG_PARAMETER, details)
     try:
         return model.model_validate(values)
     except ValidationError as error:
         faults = parameter_faults(error.errors())
-        raise Problem(400, "bad_request", WRONG_PARAMETER, faults) from None
+        raise ApiError(400, "bad_request", WRONG_PARAMETER, faults) from None
 
 
 @cache
@@ -81,7 +81,7 @@ def _repeatable(model: type[BaseModel]) -> frozenset[str]:
     return frozenset(name for name, field in fields if get_origin(field.annotation) is list)
 
 
-def documented(model: type[BaseModel], *headers: dict[str, Any]) -> dict[str, Any]:
+def openapi_parameters(model: type[BaseModel], *headers: dict[str, Any]) -> dict[str, Any]:
     """Return what the OpenAPI document says of parameters that `parameters` reads."""
     schema = model.model_json_schema()
     required = schema.get("required", [])

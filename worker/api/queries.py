@@ -15,14 +15,14 @@ from uuid import UUID
 import psycopg
 from psycopg import pq
 
-from worker.db.pg_arrays import bigints, elements, texts, uuids
+from worker.db.pg_arrays import bigints, decode, texts, uuids
 from worker.db.repository import (
     CONNECT_ARGUMENTS,
     DISCARD_PLANS,
-    OWN_ROLE,
+    ROLE_CHECK,
+    assert_safe_role,
     driver_url,
-    plans_are_due,
-    refuse_unsafe,
+    should_discard_plans,
 )
 
 READ_SECONDS: Final = 10.0
@@ -154,7 +154,7 @@ _PREPARED: Final = {
 }
 
 
-class Changes(NamedTuple):
+class StoredChanges(NamedTuple):
     """Stored change events of an execution after some revision."""
 
     revision: int
@@ -165,7 +165,7 @@ class Changes(NamedTuple):
     """As they were published."""
 
 
-class Stored(NamedTuple):
+class StoredResult(NamedTuple):
     """A batch that was applied."""
 
     record: bytes
@@ -174,7 +174,7 @@ class Stored(NamedTuple):
     """The message's."""
 
 
-class Wanted(NamedTuple):
+class TagFilter(NamedTuple):
     """Which of an execution's tags are wanted: None, or none, is any."""
 
     task_name: str | None
@@ -210,7 +210,7 @@ class Reader:
     """The endpoint's way to the database. Its methods raise `psycopg.Error`, `UnsafeRole` and `TimeoutError`."""
 
     def __init__(self, database_url: str, connections: int) -> None:
-        self._lines = [_Line(database_url) for _ in range(connections)]
+        self._lines = [PipelinedConnection(database_url) for _ in range(connections)]
 
     async def check(self) -> None:
         """Ask for a sign of life, over a connection whose role is one that may be used."""
@@ -241,23 +241,23 @@ class Reader:
         flow_execution_id: UUID,
         after: int,
         limit: int,
-        most_bytes: int,
-    ) -> Changes | None:
+        max_bytes: int,
+    ) -> StoredChanges | None:
         """Return change events as they are stored, in order; None if there is no such execution."""
-        parameters = [flow_execution_id.bytes, *map(_bigint, (after, limit, most_bytes))]
+        parameters = [flow_execution_id.bytes, *map(_bigint, (after, limit, max_bytes))]
         found = await self._ask(organization_id, b"changes", parameters)
         if found is None:
             return None
         revision, first, events = found
         if first is None:
-            return Changes(_integer(revision), None, [])
-        return Changes(_integer(revision), _integer(first), elements(events))
+            return StoredChanges(_integer(revision), None, [])
+        return StoredChanges(_integer(revision), _integer(first), decode(events))
 
     async def page(
         self,
         organization_id: UUID,
         flow_execution_id: UUID,
-        wanted: Wanted,
+        wanted: TagFilter,
         after: tuple[str, str] | None = None,
         limit: int | None = None,
     ) -> Page | None:
@@ -301,13 +301,13 @@ class Reader:
         )
         if found is None or found[0] is None:
             return {}
-        ids, numbers = map(elements, found)
+        ids, numbers = map(decode, found)
         return {UUID(bytes=id): _integer(number) for id, number in zip(ids, numbers, strict=True)}
 
-    async def record(self, organization_id: UUID, batch_id: UUID) -> Stored | None:
+    async def record(self, organization_id: UUID, batch_id: UUID) -> StoredResult | None:
         """Return what is stored of a batch; None while it is unknown."""
         found = await self._ask(organization_id, b"record", [batch_id.bytes])
-        return None if found is None else Stored(found[0] or b"", found[1] or b"")
+        return None if found is None else StoredResult(found[0] or b"", found[1] or b"")
 
     def close(self) -> None:
         for line in self._lines:
@@ -329,7 +329,7 @@ class Reader:
             raise
 
 
-class _Line:
+class PipelinedConnection:
     """One connection, on which any number of transactions may be under way, each of two statements."""
 
     def __init__(self, database_url: str) -> None:
@@ -361,7 +361,7 @@ class _Line:
         values = [organization_id.bytes, *parameters]
         self._uses += 1
         try:
-            if plans_are_due(self._uses):
+            if should_discard_plans(self._uses):
                 connection.send_query_params(DISCARD_PLANS.encode(), [])
             connection.send_query_prepared(b"scope", [str(organization_id).encode()])
             connection.send_query_prepared(statement, values, [pq.Format.BINARY] * len(values), 1)
@@ -377,7 +377,7 @@ class _Line:
         arguments = {**self._arguments, **CONNECT_ARGUMENTS}
         connection = await psycopg.AsyncConnection.connect(autocommit=True, **arguments)
         try:
-            refuse_unsafe(await (await connection.execute(OWN_ROLE)).fetchall())
+            assert_safe_role(await (await connection.execute(ROLE_CHECK)).fetchall())
             for name, statement in _PREPARED.items():
                 await connection.execute(f"prepare {name} as {statement}".encode())
         except BaseException:

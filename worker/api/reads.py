@@ -13,19 +13,19 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError, from_json, to_json
 
-from producers.contract.messages import ChangeEvent, Detail, ResultRecord, Tag, TaskState
-from worker.api.errors import ERRORS, GONE, NOT_FOUND, WRONG_PARAMETER, Problem, documented_error
+from producers.contract.messages import ChangeEvent, ErrorDetail, ResultRecord, Tag, TaskState
+from worker.api.errors import ERRORS, GONE, NOT_FOUND, WRONG_PARAMETER, ApiError, documented_error
 from worker.api.params import (
     ExecutionQuery,
     FeedQuery,
     Filters,
     NoQuery,
     Number,
-    documented,
-    granted,
-    parameters,
+    openapi_parameters,
+    parse_query,
+    require_scope,
 )
-from worker.api.queries import Changes, Reader, Wanted
+from worker.api.queries import Reader, StoredChanges, TagFilter
 from worker.auth import READ
 
 router = APIRouter()
@@ -176,7 +176,7 @@ def _json(body: bytes, headers: dict[str, str] | None = None) -> Response:
         304: {"description": "The execution has the revision that was named.", "headers": _ETAG},
         **ERRORS,
     },
-    openapi_extra=documented(
+    openapi_extra=openapi_parameters(
         TagsQuery,
         {
             "name": "If-None-Match",
@@ -187,8 +187,8 @@ def _json(body: bytes, headers: dict[str, str] | None = None) -> Response:
     ),
 )
 async def read_tags(request: Request) -> Response:
-    grant = await granted(request, READ)
-    query = parameters(request, TagsQuery)
+    grant = await require_scope(request, READ)
+    query = parse_query(request, TagsQuery)
     known = _known_revisions(request.headers.get("if-none-match"))
     organization_id, execution = grant.organization_id, query.flow_execution_id
     if query.tag_type or query.tag or query.limit or query.cursor:
@@ -206,7 +206,7 @@ async def _read_page(
     request: Request, organization_id: UUID, query: TagsQuery, known: list[int]
 ) -> Response:
     limit = query.limit or (1000 if query.cursor else None)
-    wanted = Wanted(query.task_name, query.tag_type, query.tag)
+    wanted = TagFilter(query.task_name, query.tag_type, query.tag)
     found = await reader_of(request).page(
         organization_id, query.flow_execution_id, wanted, query.cursor, limit
     )
@@ -241,11 +241,11 @@ async def _read_page(
         },
         **ERRORS,
     },
-    openapi_extra=documented(ExecutionQuery),
+    openapi_extra=openapi_parameters(ExecutionQuery),
 )
 async def read_tasks(request: Request) -> Response:
-    grant = await granted(request, READ)
-    query = parameters(request, ExecutionQuery)
+    grant = await require_scope(request, READ)
+    query = parse_query(request, ExecutionQuery)
     found = await reader_of(request).tasks(
         grant.organization_id, query.flow_execution_id, query.task_name
     )
@@ -273,15 +273,15 @@ async def read_tasks(request: Request) -> Response:
         **ERRORS,
         410: documented_error("gone", GONE.message),
     },
-    openapi_extra=documented(ChangesQuery),
+    openapi_extra=openapi_parameters(ChangesQuery),
 )
 async def read_changes(request: Request) -> Response:
     """Who changed what, when, and in which batch: what was published, as it was published.
 
     With filters, events have only the changes that fit, and those without any are left out.
     """
-    grant = await granted(request, READ)
-    query = parameters(request, ChangesQuery)
+    grant = await require_scope(request, READ)
+    query = parse_query(request, ChangesQuery)
     found = await stored_changes(
         reader_of(request), grant.organization_id, query, query.after, query.limit
     )
@@ -290,7 +290,7 @@ async def read_changes(request: Request) -> Response:
     if reached < found.revision:
         url = request.url.include_query_params(after=reached)
         headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
-    events = [event for event in map(only(query), found.events) if event is not None]
+    events = [event for event in map(change_filter(query), found.events) if event is not None]
     return _json(b"[" + b",".join(events) + b"]", headers)
 
 
@@ -300,21 +300,23 @@ async def stored_changes(
     query: FeedQuery,
     after: int,
     limit: int,
-    most_bytes: int = 1024 * 1024,
-) -> Changes:
-    """Return stored events after a revision, of all changes. Raises a `Problem` if they can't be had."""
-    found = await reader.changes(organization_id, query.flow_execution_id, after, limit, most_bytes)
+    max_bytes: int = 1024 * 1024,
+) -> StoredChanges:
+    """Return stored events after a revision, of all changes. Raises a `ApiError` if they can't be had."""
+    found = await reader.changes(organization_id, query.flow_execution_id, after, limit, max_bytes)
     if found is None:
         raise NOT_FOUND
     if after > found.revision:
-        detail = Detail(field="after", message=f"is beyond the last revision, {found.revision}")
-        raise Problem(400, "bad_request", WRONG_PARAMETER, [detail])
+        detail = ErrorDetail(
+            field="after", message=f"is beyond the last revision, {found.revision}"
+        )
+        raise ApiError(400, "bad_request", WRONG_PARAMETER, [detail])
     if after < found.revision and found.first != after + 1:
         raise GONE
     return found
 
 
-def only(wanted: Filters) -> Any:
+def change_filter(wanted: Filters) -> Any:
     """Return what leaves of an event the changes that are wanted, and nothing of one without any."""
     if not (wanted.task_name or wanted.tag_type or wanted.tag):
         return lambda event: event
@@ -349,8 +351,8 @@ def only(wanted: Filters) -> Any:
 )
 async def read_batch(request: Request, batch_id: UUID) -> Response:
     """404 while the batch is not applied, and for one that was refused: nothing is stored of that."""
-    grant = await granted(request, READ)
-    parameters(request, NoQuery)
+    grant = await require_scope(request, READ)
+    parse_query(request, NoQuery)
     stored = await reader_of(request).record(grant.organization_id, batch_id)
     if stored is None:
         raise NOT_FOUND

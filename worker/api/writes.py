@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from producers.contract.messages import (
     MAX_MESSAGE_BYTES,
     MAX_TASK_NAMES,
-    Detail,
+    ErrorDetail,
     InvalidMessage,
     Message,
     OperationResult,
@@ -38,19 +38,19 @@ from producers.contract.messages import (
 )
 from producers.enqueuer import Sender
 from producers.errors import Unavailable
-from worker.api.change_hub import Channels, Listener
-from worker.api.errors import ERRORS, Problem, documented_error
-from worker.api.params import NoQuery, documented, granted, parameters, token_of
+from worker.api.change_hub import Listener, PubSubMultiplexer
+from worker.api.errors import ERRORS, ApiError, documented_error
+from worker.api.params import NoQuery, openapi_parameters, parse_query, require_scope, token_of
 from worker.api.queries import Reader
-from worker.auth import REGISTER, WRITE, Grant
+from worker.auth import EXECUTIONS_WRITE, WRITE, Principal
 from worker.db.repository import UnsafeRole
 
 router = APIRouter()
 
 WAIT_SECONDS: Final = 10.0
-MOST_WAIT_SECONDS: Final = 60
+MAX_WAIT_SECONDS: Final = 60
 _SUBSCRIBE_SECONDS: Final = 1.0
-_LOOK_SECONDS: Final = 1.0
+_POLL_SECONDS: Final = 1.0
 _THREADS: Final = 40
 _LARGE_BYTES: Final = 64 * 1024
 _KEYS: Final = UUID("0b6c2b55-7f0c-5d0e-8a39-5f2a4c9d6e10")
@@ -65,7 +65,7 @@ _STATUS_OF: Final = {
 }
 
 
-class Answer(Listener):
+class PendingResult(Listener):
     """Hears the one result that is published for a request."""
 
     def __init__(self) -> None:
@@ -81,11 +81,11 @@ class Answer(Listener):
 
 
 @dataclass(frozen=True)
-class Gateway:
+class WriteService:
     """Enqueues messages and waits for their results."""
 
     sender: Sender
-    channels: Channels
+    channels: PubSubMultiplexer
     reader: Reader
     threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
     """Those that wait for Redis; reads must not wait for one."""
@@ -93,16 +93,16 @@ class Gateway:
     async def apply(
         self, organization_id: UUID, message: Message, token: str, seconds: float
     ) -> ResultRecord | None:
-        """Enqueue a message and return its result; None if there is none in time. Raises a `Problem`: 400, 429 or 503.
+        """Enqueue a message and return its result; None if there is none in time. Raises a `ApiError`: 400, 429 or 503.
 
         Each request hears a channel of its own: two that use one batch id for different things have different results.
         """
         if not seconds:
             await self._enqueue(organization_id, message, token)
             return None
-        answer, reply_to = Answer(), f"endpoint-{uuid4()}"
+        answer, reply_to = PendingResult(), f"endpoint-{uuid4()}"
         with self.channels.listening(results_channel(organization_id, reply_to), answer):
-            await _within(_SUBSCRIBE_SECONDS, answer.subscribed.wait())
+            await wait_at_most(_SUBSCRIBE_SECONDS, answer.subscribed.wait())
             named = message.model_copy(update={"reply_to": reply_to})
             await self._enqueue(organization_id, named, token)
             return await self._result(organization_id, message, answer.record, seconds)
@@ -114,9 +114,9 @@ class Gateway:
                 self.sender.send, organization_id, [encoded], token, limiter=self.threads
             )
         except Unavailable as error:
-            raise Problem(503, "unavailable", "Redis can't be used; try again later") from error
+            raise ApiError(503, "unavailable", "Redis can't be used; try again later") from error
         if not accepted:
-            raise Problem(429, "inbox_full", "the organization's inbox is full; try again later")
+            raise ApiError(429, "inbox_full", "the organization's inbox is full; try again later")
 
     async def _result(
         self,
@@ -129,7 +129,7 @@ class Gateway:
         clock = asyncio.get_running_loop().time
         end = clock() + seconds
         while (left := end - clock()) > 0:
-            await _within(min(left, _LOOK_SECONDS), asyncio.shield(published))
+            await wait_at_most(min(left, _POLL_SECONDS), asyncio.shield(published))
             if published.done():
                 return published.result()
             try:
@@ -139,11 +139,11 @@ class Gateway:
             if stored is not None and stored.digest == message.digest():
                 return ResultRecord.decode(stored.record)
             if stored is not None:
-                raise Problem(409, "conflict", "this batch id was used for another request")
+                raise ApiError(409, "conflict", "this batch id was used for another request")
         return None
 
 
-async def _within(seconds: float, waiting: Any) -> None:
+async def wait_at_most(seconds: float, waiting: Any) -> None:
     try:
         async with asyncio.timeout(seconds):
             await waiting
@@ -158,8 +158,8 @@ def _encoded(message: Message) -> bytes:
         raise _invalid(error) from None
 
 
-def _invalid(error: InvalidMessage) -> Problem:
-    return Problem(400, "bad_request", "the body breaks the contract", error.details)
+def _invalid(error: InvalidMessage) -> ApiError:
+    return ApiError(400, "bad_request", "the body breaks the contract", error.details)
 
 
 # --- Requests ------------------------------------------------------------------------------------
@@ -172,37 +172,37 @@ async def _body(request: Request) -> bytes:
         body += chunk
         if len(body) > MAX_MESSAGE_BYTES:
             problem = f"a body has at most {MAX_MESSAGE_BYTES} bytes"
-            raise Problem(413, "body_too_large", problem)
+            raise ApiError(413, "body_too_large", problem)
     return body
 
 
-def _batch_id(request: Request, grant: Grant) -> UUID:
+def _batch_id(request: Request, grant: Principal) -> UUID:
     """Return the batch id: a new one, or the one that this actor's Idempotency-Key stands for."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return uuid7()
     if not re.fullmatch(r"[!-~](?:[ -~]{0,198}[!-~])?", key):
-        detail = Detail(field="Idempotency-Key", message="must have 1 to 200 ASCII characters")
-        raise Problem(400, "bad_request", "a header is wrong", [detail])
+        detail = ErrorDetail(field="Idempotency-Key", message="must have 1 to 200 ASCII characters")
+        raise ApiError(400, "bad_request", "a header is wrong", [detail])
     return uuid5(_KEYS, f"{grant.organization_id} {len(grant.actor)} {grant.actor} {key}")
 
 
-def _patience(request: Request) -> float:
+def prefer_wait(request: Request) -> float:
     """Return how many seconds the caller wants to wait (RFC 7240: `wait`, and `respond-async` after that or at once)."""
     headers = ",".join(request.headers.getlist("prefer"))
     wanted = [each.strip().lower() for each in headers.split(",")]
     waits = [found[1] for each in wanted if (found := re.fullmatch(r"wait\s*=\s*(\d{1,9})", each))]
     if waits:
-        return min(int(waits[0]), MOST_WAIT_SECONDS)
+        return min(int(waits[0]), MAX_WAIT_SECONDS)
     return 0 if "respond-async" in wanted else WAIT_SECONDS
 
 
 async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Response:
     """Make a message of the request, apply it, and answer with its result."""
-    grant = await granted(request, scope)
-    parameters(request, NoQuery)
-    gateway: Gateway = request.app.state.gateway
-    patience, batch_id = _patience(request), _batch_id(request, grant)
+    grant = await require_scope(request, scope)
+    parse_query(request, NoQuery)
+    gateway: WriteService = request.app.state.gateway
+    patience, batch_id = prefer_wait(request), _batch_id(request, grant)
     try:
         raw = await _body(request)
         read = partial(read_body, kind, raw, batch_id=batch_id, **rest)
@@ -216,7 +216,7 @@ async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Respon
         return Response(to_json({"batch_id": batch_id}), 202, headers, "application/json")
     if record.error is not None:
         refused = record.error
-        raise Problem(_STATUS_OF[refused.code], refused.code, refused.message, refused.details)
+        raise ApiError(_STATUS_OF[refused.code], refused.code, refused.message, refused.details)
     statuses = [{"status": status} for status in record.statuses]
     body: Any = {"tags": statuses} if kind == "tag_batch" else statuses[0]
     status = 201 if record.statuses == ["registered"] else 200
@@ -323,7 +323,7 @@ def _describe(body: type[BaseModel], scope: str) -> dict[str, Any]:
             ),
         },
         "openapi_extra": {
-            **documented(NoQuery, *_HEADERS),
+            **openapi_parameters(NoQuery, *_HEADERS),
             "requestBody": {"required": True, "content": content},
         },
     }
@@ -341,8 +341,8 @@ def _answers(model: type[BaseModel], example: Any, description: str) -> dict[str
 # --- Paths ---------------------------------------------------------------------------------------
 
 _TAGS: Final = _describe(TagsBody, WRITE)
-_REGISTRATION: Final = _describe(RegistrationBody, REGISTER)
-_STATE: Final = _describe(StateBody, REGISTER)
+_REGISTRATION: Final = _describe(RegistrationBody, EXECUTIONS_WRITE)
+_STATE: Final = _describe(StateBody, EXECUTIONS_WRITE)
 
 
 @router.patch(
@@ -377,7 +377,9 @@ async def change_tags(request: Request) -> Response:
     openapi_extra=_REGISTRATION["openapi_extra"],
 )
 async def register(request: Request, flow_execution_id: UUID) -> Response:
-    return await _write(request, REGISTER, "flow_execution", flow_execution_id=flow_execution_id)
+    return await _write(
+        request, EXECUTIONS_WRITE, "flow_execution", flow_execution_id=flow_execution_id
+    )
 
 
 @router.put(
@@ -391,4 +393,4 @@ async def register(request: Request, flow_execution_id: UUID) -> Response:
     openapi_extra=_STATE["openapi_extra"],
 )
 async def record_state(request: Request) -> Response:
-    return await _write(request, REGISTER, "task_execution")
+    return await _write(request, EXECUTIONS_WRITE, "task_execution")

@@ -55,14 +55,14 @@ def texts(values: Sequence[str | None]) -> Texts:
 
 def encoded_texts(values: Sequence[bytes | None]) -> Texts:
     """Make a text[] of what is UTF-8 already."""
-    return Texts(_array(25, len(values), _sized(values), None in values))
+    return Texts(_array(25, len(values), length_prefixed(values), None in values))
 
 
 def byteas(values: Sequence[bytes]) -> Byteas:
-    return Byteas(_array(17, len(values), _sized(values)))
+    return Byteas(_array(17, len(values), length_prefixed(values)))
 
 
-def elements(array: bytes | None) -> list[bytes]:
+def decode(array: bytes | None) -> list[bytes]:
     """Return the elements of an array without nulls."""
     found, at = [], 20
     while array is not None and at < len(array):
@@ -72,13 +72,13 @@ def elements(array: bytes | None) -> list[bytes]:
     return found
 
 
-def _array(oid: int, length: int, elements: Iterable[bytes], nulls: bool = False) -> bytes:
+def _array(oid: int, length: int, decode: Iterable[bytes], nulls: bool = False) -> bytes:
     if not length:
         return _HEADER(0, 0, oid, 0, 0)[:12]
-    return _HEADER(1, nulls, oid, length, 1) + b"".join(elements)
+    return _HEADER(1, nulls, oid, length, 1) + b"".join(decode)
 
 
-def _sized(values: Sequence[bytes | None]) -> list[bytes]:
+def length_prefixed(values: Sequence[bytes | None]) -> list[bytes]:
     return [
         _NULL
         if value is None

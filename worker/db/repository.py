@@ -18,19 +18,19 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError
 
-from producers.contract.messages import Tag, TagBatch, Task, TaskExecution
+from producers.contract.messages import SetTaskState, Tag, TagBatch, Task
 from worker.db import pg_arrays
 from worker.rules import (
-    Applied,
+    AuthorizedMessage,
+    ChangeSet,
     Execution,
     NewBatch,
     NewChange,
     NewTag,
-    Request,
-    State,
+    Snapshot,
+    StoredResult,
     TagKey,
     TaskKey,
-    Writes,
     tag_key,
 )
 
@@ -195,7 +195,7 @@ _FORGET_FAILURE: Final = """
     returning batch_id
 """
 
-OWN_ROLE: Final = """
+ROLE_CHECK: Final = """
     select rolsuper or rolbypassrls or exists (
                select from pg_class c
                 where c.relname in ('flow_executions', 'task_tags', 'tag_batches', 'tag_changes', 'task_executions')
@@ -225,7 +225,7 @@ _TRANSIENT_STATES: Final = (
 DISCARD_PLANS: Final = "discard plans"
 
 
-def plans_are_due(uses: int) -> bool:
+def should_discard_plans(uses: int) -> bool:
     """Whether plans should be made anew at this use of a connection, of so many: the 2nd, 4th, 8th, 16th and so on.
 
     A prepared plan is kept until the table is analyzed, a minute later or so. One that was made while an organization had
@@ -258,7 +258,7 @@ def is_transient(error: BaseException) -> bool:
 # --- The worker's side ---------------------------------------------------------------------------
 
 
-class Store:
+class Repository:
     """The worker's way to the database: one connection, opened at the first transaction."""
 
     def __init__(self, database_url: str) -> None:
@@ -275,8 +275,8 @@ class Store:
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
         with self._connection() as connection:
-            found = connection.execute(OWN_ROLE).fetchall()
-        refuse_unsafe(found)
+            found = connection.execute(ROLE_CHECK).fetchall()
+        assert_safe_role(found)
 
     @contextmanager
     def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
@@ -286,7 +286,7 @@ class Store:
         """
         with self._connection() as connection, connection.pipeline():
             self._uses += 1
-            if plans_are_due(self._uses):
+            if should_discard_plans(self._uses):
                 connection.execute(DISCARD_PLANS)
             yield Transaction(connection, organization_id)
             connection.execute("commit")  # not commit(): see _connection
@@ -359,8 +359,8 @@ def driver_url(database_url: str) -> Any:
     return make_url(database_url).set(drivername="postgresql+psycopg")
 
 
-def refuse_unsafe(found: Sequence[Any]) -> None:
-    """Raise `UnsafeRole` if what `OWN_ROLE` found is a role that sees through row-level security."""
+def assert_safe_role(found: Sequence[Any]) -> None:
+    """Raise `UnsafeRole` if what `ROLE_CHECK` found is a role that sees through row-level security."""
     if found != [(False,)]:
         raise UnsafeRole(
             "this database role owns the tables, is a superuser or bypasses row-level security: "
@@ -384,7 +384,7 @@ class Transaction:
             ((self._now,),) = self._begun.fetchall()
         return cast(datetime, self._now)
 
-    def load(self, requests: Sequence[Request]) -> State:
+    def load(self, requests: Sequence[AuthorizedMessage]) -> Snapshot:
         """Return the state of all that the requests name."""
         messages = [request.message for request in requests]
         keys = list(
@@ -398,7 +398,7 @@ class Transaction:
         tasks = {
             (message.flow_execution_id, message.task_name): None
             for message in messages
-            if isinstance(message, TaskExecution)
+            if isinstance(message, SetTaskState)
         }
         executions = {flow_execution_id for flow_execution_id, _, _, _ in keys}
         executions.update(
@@ -416,14 +416,14 @@ class Transaction:
         found_tasks: Iterable[Any] = []
         if tasks:
             found_tasks = self._send(_LOAD_TASKS, **_task_columns(list(tasks)))
-        return State(
+        return Snapshot(
             batches=dict(map(_batch, found_batches)),
             executions=dict(map(_execution, found_executions)),
             tags=_tags(found_tags),
             tasks={row[:2]: Task(*row) for row in found_tasks},
         )
 
-    def save(self, writes: Writes) -> None:
+    def save(self, writes: ChangeSet) -> None:
         """Store what was decided. Every statement that has nothing to do is left out."""
         added = [each for each in writes.added.values() if each.tag.status == "active"]
         removed_again = [each for each in writes.added.values() if each.tag.status != "active"]
@@ -446,7 +446,7 @@ class Transaction:
         if writes.batches:
             self._send(_SAVE_BATCHES, **_batch_columns(writes.batches))
 
-    def batches(self, batch_ids: Sequence[UUID]) -> dict[UUID, Applied]:
+    def batches(self, batch_ids: Sequence[UUID]) -> dict[UUID, StoredResult]:
         """Return what is stored of these batches, with the change events that they made."""
         return dict(map(_batch, self._find_batches(batch_ids)))
 
@@ -464,10 +464,10 @@ class Transaction:
         return self._connection.cursor(binary=True).execute(statement, values)
 
 
-def _batch(row: Any) -> tuple[UUID, Applied]:
+def _batch(row: Any) -> tuple[UUID, StoredResult]:
     batch_id, digest, record, executions, events = row
     stored = tuple((id, event.encode()) for id, event in zip(executions, events, strict=True))
-    return batch_id, Applied(digest, record.encode(), stored)
+    return batch_id, StoredResult(digest, record.encode(), stored)
 
 
 def _execution(row: Any) -> tuple[int, Execution]:

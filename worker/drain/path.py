@@ -21,38 +21,38 @@ from redis import exceptions as redis_errors
 
 from producers.contract.messages import (
     MAX_MESSAGE_BYTES,
-    Error,
     ErrorCode,
+    ErrorInfo,
     InvalidMessage,
     Message,
     TagBatch,
     Uuid7,
     describe,
     digest,
+    parse_canonical,
     parse_message,
-    read_message,
 )
-from producers.inbox.protocol import Entry, Inbox, Rejection
-from worker.auth import REGISTER, WRITE, Authorizer, KeysUnavailable, Unauthorized
-from worker.db.repository import Store, is_transient
+from producers.inbox.protocol import DeadLetter, Inbox, StreamEntry
+from worker.auth import EXECUTIONS_WRITE, WRITE, Authorizer, InvalidToken, JwksUnavailable
+from worker.db.repository import Repository, is_transient
 from worker.drain.publish import publications
-from worker.rules import Outcome, Request, decide, error_record, record_failure
+from worker.rules import AuthorizedMessage, Outcome, decide, decide_failure, error_record
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS: Final = 0.05
-LAST_BACKOFF_SECONDS: Final = 1.0
+MAX_BACKOFF_SECONDS: Final = 1.0
 
 
 @dataclass(slots=True)
 class Received:
     """A message on its way: either `request` is still to be applied, or it is answered or rejected."""
 
-    entry: Entry
+    entry: StreamEntry
     reply_to: str = ""
-    request: Request | None = None
+    request: AuthorizedMessage | None = None
     outcome: Outcome | None = None
-    rejection: Rejection | None = None
+    rejection: DeadLetter | None = None
     attempts: int = 0
 
 
@@ -65,16 +65,16 @@ class Drain:
     """One drain of one organization's inbox.
 
     `run_id` is this delivery's own: the lease says which run of a drain is at work. `budget_seconds`: after
-    this time it goes to the end of the queue. `stopping` tells whether the process is to end. `hand_over` sends
+    this time it goes to the end of the queue. `stopping` tells whether the process is to end. `requeue` sends
     the drain again; the lease is kept for it.
     """
 
     inbox: Inbox
     organization_id: UUID
     run_id: str
-    store: Store
+    store: Repository
     authorizer: Authorizer
-    hand_over: Callable[[], None]
+    requeue: Callable[[], None]
     group_size: int
     budget_seconds: float
     stopping: Callable[[], bool]
@@ -89,16 +89,16 @@ class Drain:
         """
         answered, failures = 0, 0
         deadline = time.monotonic() + self.budget_seconds
-        entries: list[Entry] | None = None
+        entries: list[StreamEntry] | None = None
         while True:
             try:
                 if entries is None:
-                    entries = self.inbox.take(self.run_id, most=self.group_size)
+                    entries = self.inbox.acquire(self.run_id, max_messages=self.group_size)
                 while entries:
                     if time.monotonic() > deadline or self.stopping():
                         # If Redis has no memory for that, another turn follows: draining is what frees some.
                         deadline = time.monotonic() + FIRST_BACKOFF_SECONDS + self.budget_seconds
-                        self._to_the_end_of_the_queue()
+                        self._requeue()
                         return answered
                     count = len(entries)
                     entries = self._round(entries)
@@ -106,24 +106,24 @@ class Drain:
                     failures = 0
                 return answered
             except Exception as error:
-                if not may_pass(error) or (self.stopping() and failures):
+                if not is_retryable(error) or (self.stopping() and failures):
                     raise
                 entries = None
                 failures += 1
                 self._back_off(failures, error)
 
-    def _round(self, entries: Sequence[Entry]) -> list[Entry]:
+    def _round(self, entries: Sequence[StreamEntry]) -> list[StreamEntry]:
         """Take these entries all the way, and return those that come next."""
-        received = [self._receive(entry) for entry in entries]
+        received = [self._admit(entry) for entry in entries]
         self._apply([message for message in received if message.request is not None])
         return self._publish(received)
 
-    def _receive(self, entry: Entry) -> Received:
+    def _admit(self, entry: StreamEntry) -> Received:
         """Read and authorize one message. What can't be applied is refused or rejected here."""
         now = self.now()
         try:
-            return receive(entry, self.organization_id, self.authorizer, now)
-        except KeysUnavailable:
+            return admit(entry, self.organization_id, self.authorizer, now)
+        except JwksUnavailable:
             raise
         except Exception as error:  # a fault of ours: those behind this message must not wait
             logger.exception("a message could not be read", extra={"entry": entry.id.decode()})
@@ -149,12 +149,12 @@ class Drain:
             message.attempts += 1
         try:
             requests = [message.request for message in received if message.request]
-            outcomes = transact(self.store, self.organization_id, requests, self.new_id)
+            outcomes = apply_in_transaction(self.store, self.organization_id, requests, self.new_id)
         except Exception as error:
-            if may_pass(error):
+            if is_retryable(error):
                 raise
             if received[0].attempts > 1:
-                self._fail(received[0], error)
+                self._dead_letter(received[0], error)
                 return
             logger.warning(
                 "a transaction failed: applying its messages one by one",
@@ -167,7 +167,7 @@ class Drain:
         for message, outcome in zip(received, outcomes, strict=True):
             message.outcome = outcome
 
-    def _fail(self, message: Received, error: Exception) -> None:
+    def _dead_letter(self, message: Received, error: Exception) -> None:
         """Answer the one message at which the transaction failed, for good, and keep it for the operators.
 
         It is kept before the commit: a crash after that would find it answered, and never keep it.
@@ -176,7 +176,7 @@ class Drain:
         batch_id = message.request.message.batch_id
         logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
         text = "the worker failed at this batch; nothing of it took effect"
-        outcome, writes = record_failure(self.organization_id, message.request, text)
+        outcome, writes = decide_failure(self.organization_id, message.request, text)
         rejection = _rejection(
             message.entry,
             f"internal_error: {type(error).__name__}",
@@ -193,8 +193,8 @@ class Drain:
                 outcome = Outcome(known.record, known.events)
         message.outcome = outcome
 
-    def _publish(self, received: Sequence[Received]) -> list[Entry]:
-        return self.inbox.remove(
+    def _publish(self, received: Sequence[Received]) -> list[StreamEntry]:
+        return self.inbox.ack_and_publish(
             self.run_id,
             [message.entry for message in received],
             [
@@ -206,15 +206,15 @@ class Drain:
                 )
             ],
             [message.rejection for message in received if message.rejection is not None],
-            most=self.group_size,
+            max_messages=self.group_size,
         )
 
-    def _to_the_end_of_the_queue(self) -> None:
-        if self.inbox.hand_over(self.run_id):
-            self.hand_over()
+    def _requeue(self) -> None:
+        if self.inbox.requeue(self.run_id):
+            self.requeue()
 
     def _back_off(self, failures: int, error: Exception) -> None:
-        seconds = min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), LAST_BACKOFF_SECONDS)
+        seconds = min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), MAX_BACKOFF_SECONDS)
         if failures in (1, 10, 100):
             extra = {**self._what_failed(error), "failures": failures}
             logger.warning("trying again", extra=extra)
@@ -227,8 +227,8 @@ class Drain:
         return {"organization": organization, "error": type(error).__name__, "cause": cause}
 
 
-def transact(
-    store: Store, organization_id: UUID, requests: Sequence[Request], new_id: Uuid7
+def apply_in_transaction(
+    store: Repository, organization_id: UUID, requests: Sequence[AuthorizedMessage], new_id: Uuid7
 ) -> list[Outcome]:
     """Load, decide and save, in one transaction; return the outcomes, in the order of the requests."""
     with store.transaction(organization_id) as transaction:
@@ -246,18 +246,20 @@ def transact(
     return decision.outcomes
 
 
-def may_pass(error: Exception) -> bool:
+def is_retryable(error: Exception) -> bool:
     """Whether the same round may succeed later, without anybody changing anything in the messages."""
     passing = (
         redis_errors.ConnectionError,
         redis_errors.TimeoutError,
         redis_errors.OutOfMemoryError,
-        KeysUnavailable,
+        JwksUnavailable,
     )
     return isinstance(error, passing) or is_transient(error)
 
 
-def receive(entry: Entry, organization_id: UUID, authorizer: Authorizer, now: datetime) -> Received:
+def admit(
+    entry: StreamEntry, organization_id: UUID, authorizer: Authorizer, now: datetime
+) -> Received:
     """Read one message and check that its token allows it (section 4, rule 7).
 
     A message without a readable batch id is rejected, for there is nobody to answer. Who sent it is settled
@@ -266,7 +268,7 @@ def receive(entry: Entry, organization_id: UUID, authorizer: Authorizer, now: da
     message: Message | None = None
     broken: InvalidMessage | None = None
     try:
-        message, spelled = read_message(entry.message or b"")
+        message, canonical_bytes = parse_canonical(entry.message or b"")
         batch_id, reply_to = message.batch_id, message.reply_channel_name
     except InvalidMessage as error:
         if error.batch_id is None:
@@ -275,33 +277,35 @@ def receive(entry: Entry, organization_id: UUID, authorizer: Authorizer, now: da
         broken = error
         batch_id, reply_to = error.batch_id, error.reply_to or str(error.batch_id)
 
-    def refuse(error: Error) -> Received:
+    def refuse(error: ErrorInfo) -> Received:
         record = error_record(organization_id, batch_id, error).encode()
         return Received(entry, reply_to, outcome=Outcome(record))
 
     try:
         grant = authorizer.verify(entry.token, at=entry.accepted_at)
-    except Unauthorized as error:
+    except InvalidToken as error:
         return refuse(_error("unauthorized", str(error)))
     if grant.organization_id != organization_id:
         return refuse(_error("forbidden", "the token is of another organization than the inbox"))
     if broken is not None:
         text = "the message breaks the contract"
-        return refuse(Error(code="bad_request", message=text, details=broken.details))
+        return refuse(ErrorInfo(code="bad_request", message=text, details=broken.details))
     assert message is not None
-    scope = WRITE if isinstance(message, TagBatch) else REGISTER
+    scope = WRITE if isinstance(message, TagBatch) else EXECUTIONS_WRITE
     if not grant.allows(scope):
         return refuse(_error("forbidden", f"the token lacks the scope {scope}"))
-    return Received(entry, reply_to, request=Request(message, grant.actor, digest(spelled)))
+    return Received(
+        entry, reply_to, request=AuthorizedMessage(message, grant.actor, digest(canonical_bytes))
+    )
 
 
-def _error(code: ErrorCode, message: str) -> Error:
-    return Error(code=code, message=message, details=[])
+def _error(code: ErrorCode, message: str) -> ErrorInfo:
+    return ErrorInfo(code=code, message=message, details=[])
 
 
 def _rejection(
-    entry: Entry, reason: str, now: datetime, attempts: int = 1, batch_id: UUID | None = None
-) -> Rejection:
+    entry: StreamEntry, reason: str, now: datetime, attempts: int = 1, batch_id: UUID | None = None
+) -> DeadLetter:
     """Keep a message whole, or the first mebibyte of one that is larger than messages may be."""
     message = (entry.message or b"")[:MAX_MESSAGE_BYTES]
-    return Rejection(message, reason, now, attempts, batch_id)
+    return DeadLetter(message, reason, now, attempts, batch_id)

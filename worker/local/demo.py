@@ -23,8 +23,8 @@ from producers.cli import change_lines, result_line, tag_table
 from producers.client import TagProducer
 from producers.contract.messages import ChangeEvent, ResultRecord, changes_channel, results_channel
 from producers.redis_client import open_redis
-from producers.subscriber import Signal, listen
-from worker.local.supervisor import Failed
+from producers.subscriber import ListenEvent, listen
+from worker.local.supervisor import StartupError
 
 WAIT_SECONDS: Final = 30.0
 
@@ -34,7 +34,7 @@ Events = dict[tuple[UUID, int], ChangeEvent]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DemoReport:
     """What the run came to: the last line to print, everything that is not as expected, and an execution to look at."""
 
     summary: str
@@ -57,19 +57,23 @@ class Demo:
 
     @classmethod
     def load(cls, file: Path) -> Demo:
-        """Read FILE.jsonl and FILE.expected.jsonl: one line a message. Raises `Failed`."""
+        """Read FILE.jsonl and FILE.expected.jsonl: one line a message. Raises `StartupError`."""
         try:
             messages, expected = (
                 [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
                 for path in (file, file.with_suffix(".expected.jsonl"))
             )
         except (OSError, ValueError) as error:
-            raise Failed(f"the sample can't be read: {error}") from None
+            raise StartupError(f"the sample can't be read: {error}") from None
         if len(messages) != len(expected):
-            raise Failed(f"the sample has {len(messages)} messages, but {len(expected)} results")
+            raise StartupError(
+                f"the sample has {len(messages)} messages, but {len(expected)} results"
+            )
         return cls(messages, expected)
 
-    def run(self, redis_url: str, endpoint_url: str, organization_id: UUID, token: str) -> Report:
+    def run(
+        self, redis_url: str, endpoint_url: str, organization_id: UUID, token: str
+    ) -> DemoReport:
         """Send the sample and print what happens, as it happens."""
         run = uuid4()
         messages = [_renamed(message, run) for message in self.messages]
@@ -90,7 +94,7 @@ class Demo:
             while len(events) < sum(revisions.values()) and (late := _next(heard, 5)):
                 self._show(late, records, events)
         operations = sum(len(message.get("tags", [])) for message in messages)
-        return Report(
+        return DemoReport(
             f"demo: {len(messages)} batches, {operations} operations, {len(records)} results, "
             f"{len(events)} change events, {len(tags)} active tags",
             [*self._compare(messages, records), *_compare_replay(events, tags)],
@@ -214,7 +218,7 @@ def _hear(redis_url: str, channels: list[str]) -> Iterator[queue.Queue[Heard]]:
     def collect() -> None:
         waiting = len(channels)
         for payload in listen(redis, channels, stop):
-            if payload is Signal.SUBSCRIBED:
+            if payload is ListenEvent.SUBSCRIBED:
                 waiting -= 1
                 if waiting == 0:
                     subscribed.set()
@@ -226,7 +230,7 @@ def _hear(redis_url: str, channels: list[str]) -> Iterator[queue.Queue[Heard]]:
     thread.start()
     try:
         if not subscribed.wait(10):
-            raise Failed("Redis does not answer")
+            raise StartupError("Redis does not answer")
         yield heard
     finally:
         stop.set()

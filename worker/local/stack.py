@@ -24,10 +24,16 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 
 from producers.redis_client import open_redis
-from worker.auth import SCOPES, mint
+from worker.auth import SCOPES, sign_token
 from worker.db.migrate import ROLES, migrate
-from worker.local.servers import Postgres, Valkey, exclusive, find_home, secret
-from worker.local.supervisor import Child, Failed, Supervisor
+from worker.local.servers import (
+    Postgres,
+    Valkey,
+    find_server_paths,
+    load_or_create_secret,
+    lock_directory,
+)
+from worker.local.supervisor import ProcessSpec, StartupError, Supervisor
 from worker.settings import Settings
 
 DEVELOPMENT_ORGANIZATION: Final = UUID("01970000-0000-7000-8000-0000000000a0")
@@ -61,29 +67,31 @@ class Stack:
 
 
 @contextmanager
-def running(
+def run_stack(
     directory: Path,
     *,
     port: int,
     workers: int,
     say: Callable[[str], None],
-    own_database_url: str | None = None,
-    own_redis_url: str | None = None,
+    external_database_url: str | None = None,
+    external_redis_url: str | None = None,
 ) -> Iterator[Stack]:
     """Start everything on a state directory, and stop it at the end. `port` 0 takes a free one.
 
     A server whose URL is given is not started but used: the database's as the role that owns the tables.
-    Raises `Failed` with one line that says why.
+    Raises `StartupError` with one line that says why.
     """
     directory = directory.absolute()
-    with exclusive(directory), Supervisor(directory / "logs") as supervisor:
+    with lock_directory(directory), Supervisor(directory / "logs") as supervisor:
         port = free_port(port)
-        redis_url, owner_url = _servers(directory, supervisor, say, own_database_url, own_redis_url)
-        passwords = {role: secret(directory, role) for role in ROLES}
+        redis_url, owner_url = _servers(
+            directory, supervisor, say, external_database_url, external_redis_url
+        )
+        passwords = {role: load_or_create_secret(directory, role) for role in ROLES}
         try:
             migrate(owner_url, passwords)
         except DBAPIError as error:
-            raise Failed(f"the database can't be migrated: {error.orig}") from None
+            raise StartupError(f"the database can't be migrated: {error.orig}") from None
         say("migrations  done")
         tokens = signing_settings(directory)
         secrets = {**_only_secret(tokens), "TASK_TAGS_REDIS_URL": redis_url}
@@ -99,7 +107,7 @@ def running(
         seconds = supervisor.start(*children)
         for child in children:
             say(f"{child.name:<11} ready in {seconds:.1f} s")
-        token = mint(
+        token = sign_token(
             tokens,
             organization_id=DEVELOPMENT_ORGANIZATION,
             actor="developer",
@@ -114,20 +122,20 @@ def running(
 
 def signing_settings(directory: Path) -> Settings:
     """Return the settings with which the tokens of a state directory are signed and verified."""
-    return Settings.model_construct(jwt_secret=SecretStr(secret(directory, "jwt")))
+    return Settings.model_construct(jwt_secret=SecretStr(load_or_create_secret(directory, "jwt")))
 
 
 def _servers(
     directory: Path,
     supervisor: Supervisor,
     say: Callable[[str], None],
-    own_database_url: str | None,
-    own_redis_url: str | None,
+    external_database_url: str | None,
+    external_redis_url: str | None,
 ) -> tuple[str, str]:
     """Start the embedded servers that are needed; return Redis's URL and the database owner's."""
-    home = find_home(directory)
-    valkey, postgres = Valkey(home), Postgres(home, secret(directory, "postgres"))
-    redis_url, owner_url = own_redis_url, own_database_url
+    home = find_server_paths(directory)
+    valkey, postgres = Valkey(home), Postgres(home, load_or_create_secret(directory, "postgres"))
+    redis_url, owner_url = external_redis_url, external_database_url
     children = []
     if redis_url in (None, valkey.url):  # `up` itself tells its users to export that URL
         children.append(valkey.child())
@@ -140,7 +148,7 @@ def _servers(
     seconds = supervisor.start(*children)
     for child in children:
         say(f"{child.name:<11} ready in {seconds:.1f} s")
-    if own_database_url is None:
+    if external_database_url is None:
         postgres.create_database(DATABASE)
     return redis_url, owner_url
 
@@ -150,12 +158,12 @@ def _reach(redis_url: str) -> None:
         with open_redis(redis_url) as client:
             client.ping()
     except (RedisError, OSError) as error:
-        raise Failed(f"TASK_TAGS_REDIS_URL can't be reached: {error}") from None
+        raise StartupError(f"TASK_TAGS_REDIS_URL can't be reached: {error}") from None
 
 
-def _worker(supervisor: Supervisor, number: int, environment: dict[str, str]) -> Child:
+def _worker(supervisor: Supervisor, number: int, environment: dict[str, str]) -> ProcessSpec:
     name = f"worker-{number}"
-    return Child(
+    return ProcessSpec(
         name=name,
         argv=[*command(WORKER), "-n", f"{name}@%h"],
         ready=lambda: _said_ready(supervisor.log(name)),
@@ -163,8 +171,8 @@ def _worker(supervisor: Supervisor, number: int, environment: dict[str, str]) ->
     )
 
 
-def _beat(supervisor: Supervisor, environment: dict[str, str]) -> Child:
-    return Child(
+def _beat(supervisor: Supervisor, environment: dict[str, str]) -> ProcessSpec:
+    return ProcessSpec(
         name="beat",
         argv=command(BEAT),
         ready=lambda: _said_ready(supervisor.log("beat")),
@@ -172,8 +180,8 @@ def _beat(supervisor: Supervisor, environment: dict[str, str]) -> Child:
     )
 
 
-def _endpoint(url: str, port: int, environment: dict[str, str]) -> Child:
-    return Child(
+def _endpoint(url: str, port: int, environment: dict[str, str]) -> ProcessSpec:
+    return ProcessSpec(
         name="endpoint",
         argv=[*command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
         ready=lambda: _answers(f"{url}/readyz"),
@@ -220,7 +228,7 @@ def free_port(port: int) -> int:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise Failed(
+            raise StartupError(
                 f"port {port} can't be used ({os.strerror(error.errno or 0)}): choose one with --port"
             ) from None
         free: int = probe.getsockname()[1]

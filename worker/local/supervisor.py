@@ -18,13 +18,13 @@ from typing import Any, Final
 
 START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 12.0
-_LASTING_SECONDS: Final = 5.0
-_MOST_QUICK_DEATHS: Final = 5
+_QUICK_EXIT_SECONDS: Final = 5.0
+_MAX_QUICK_EXITS: Final = 5
 _PR_SET_PDEATHSIG: Final = 1
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Failed(Exception):
+class StartupError(Exception):
     """Something could not be started; the message is one line for the person at the terminal."""
 
 
@@ -33,7 +33,7 @@ class Stopped(BaseException):
 
 
 @dataclass
-class Child:
+class ProcessSpec:
     """A process: how to start it, how to see that it is ready, and which signal ends it."""
 
     name: str
@@ -52,7 +52,7 @@ class Supervisor:
         self._logs = logs
         self.afterwards: list[Callable[[], None]] = []
         """What to do once all children have ended."""
-        self.running: list[tuple[Child, subprocess.Popen[bytes]]] = []
+        self.running: list[tuple[ProcessSpec, subprocess.Popen[bytes]]] = []
         self._quick_deaths: dict[str, int] = {}
         self._started: dict[str, float] = {}
 
@@ -74,13 +74,13 @@ class Supervisor:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def log(self, child: Child | str) -> Path:
+    def log(self, child: ProcessSpec | str) -> Path:
         return self._logs / f"{child if isinstance(child, str) else child.name}.log"
 
-    def start(self, *children: Child) -> float:
+    def start(self, *children: ProcessSpec) -> float:
         """Start children side by side and wait until all are ready. Returns the seconds that it took.
 
-        Raises `Failed` with the end of a child's log if it ends or is not ready within a minute.
+        Raises `StartupError` with the end of a child's log if it ends or is not ready within a minute.
         """
         begin = time.monotonic()
         for child in children:
@@ -90,12 +90,14 @@ class Supervisor:
         while waiting := [child for child in waiting if not child.ready()]:
             self._fail_if_ended(waiting)
             if time.monotonic() > begin + START_SECONDS:
-                raise Failed(f"{waiting[0].name} is not ready: {self._last_words(waiting[0])}")
+                raise StartupError(
+                    f"{waiting[0].name} is not ready: {self._last_words(waiting[0])}"
+                )
             time.sleep(0.02)
         return time.monotonic() - begin
 
     def watch(self, say: Callable[[str], None]) -> None:
-        """Restart what ends, until a signal raises `Stopped`. Raises `Failed` if it keeps ending."""
+        """Restart what ends, until a signal raises `Stopped`. Raises `StartupError` if it keeps ending."""
         while True:
             self.restart_ended(say)
             time.sleep(0.2)
@@ -105,15 +107,15 @@ class Supervisor:
         for place, (child, process) in enumerate(self.running):
             if process.poll() is None:
                 continue
-            lasted = time.monotonic() - self._started[child.name] >= _LASTING_SECONDS
+            lasted = time.monotonic() - self._started[child.name] >= _QUICK_EXIT_SECONDS
             deaths = 0 if lasted else self._quick_deaths.get(child.name, 0) + 1
             self._quick_deaths[child.name] = deaths
-            if deaths >= _MOST_QUICK_DEATHS:
-                raise Failed(f"{child.name} keeps ending: {self._last_words(child)}")
+            if deaths >= _MAX_QUICK_EXITS:
+                raise StartupError(f"{child.name} keeps ending: {self._last_words(child)}")
             say(f"{child.name} ended with {process.returncode}: starting it again")
             self.running[place] = child, self._spawn(child)
 
-    def _spawn(self, child: Child) -> subprocess.Popen[bytes]:
+    def _spawn(self, child: ProcessSpec) -> subprocess.Popen[bytes]:
         self._started[child.name] = time.monotonic()
         with self.log(child).open("ab") as log:
             return subprocess.Popen(
@@ -128,7 +130,7 @@ class Supervisor:
                 **child.popen,
             )
 
-    def _stop(self, child: Child, process: subprocess.Popen[bytes]) -> None:
+    def _stop(self, child: ProcessSpec, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:
             process.send_signal(child.stop_signal)
         try:
@@ -137,14 +139,14 @@ class Supervisor:
             process.kill()
             process.wait()
 
-    def _fail_if_ended(self, children: list[Child]) -> None:
+    def _fail_if_ended(self, children: list[ProcessSpec]) -> None:
         for child, process in self.running:
             if child in children and process.poll() is not None:
-                raise Failed(
+                raise StartupError(
                     f"{child.name} ended with {process.returncode}: {self._last_words(child)}"
                 )
 
-    def _last_words(self, child: Child) -> str:
+    def _last_words(self, child: ProcessSpec) -> str:
         lines = self.log(child).read_text(errors="replace").strip().splitlines()
         return f"{lines[-1] if lines else 'it said nothing'} (see {self.log(child)})"
 

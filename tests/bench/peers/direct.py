@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.types import JSON, UserDefinedType
 
 from producers.contract.messages import Message, Tag, TagBatch, Uuid7
-from producers.inbox.protocol import Entry
+from producers.inbox.protocol import StreamEntry
 from producers.redis_client import open_redis
 from tests.bench.contenders import Contender, Item, Setting, python
 from tests.bench.job import freeze, publish
@@ -34,7 +34,7 @@ from tests.bench.peers.loop import Loop
 from worker import rules
 from worker.auth import Authorizer
 from worker.db.repository import driver_url
-from worker.drain.path import may_pass, receive
+from worker.drain.path import admit, is_retryable
 from worker.settings import load_settings
 
 TAG_FIELDS = dataclasses.fields(Tag)
@@ -128,8 +128,8 @@ class Service:
     def apply(self, message: bytes, token: str, organization_id: UUID) -> bytes:
         """Apply one batch; return its result record."""
         now = datetime.now(timezone.utc)
-        entry = Entry(f"{int(now.timestamp() * 1000)}-0".encode(), message, token.encode())
-        received = receive(entry, organization_id, self.authorizer, now)
+        entry = StreamEntry(f"{int(now.timestamp() * 1000)}-0".encode(), message, token.encode())
+        received = admit(entry, organization_id, self.authorizer, now)
         outcome = received.outcome
         if received.request is not None:
             outcome = self._transact(organization_id, received.request)
@@ -138,15 +138,15 @@ class Service:
         publish(self.redis, organization_id, received.reply_to, outcome)
         return outcome.record
 
-    def _transact(self, organization_id: UUID, request: rules.Request) -> rules.Outcome:
+    def _transact(self, organization_id: UUID, request: rules.AuthorizedMessage) -> rules.Outcome:
         try:
             return self._once(organization_id, request)
         except DBAPIError as error:
-            if error.orig is None or not may_pass(error.orig):
+            if error.orig is None or not is_retryable(error.orig):
                 raise
             return self._once(organization_id, request)  # on another connection
 
-    def _once(self, organization_id: UUID, request: rules.Request) -> rules.Outcome:
+    def _once(self, organization_id: UUID, request: rules.AuthorizedMessage) -> rules.Outcome:
         with self.sessions.begin() as session:
             now = session.scalar(
                 text("select clock_timestamp() from set_config('app.organization_id', :id, true)"),
@@ -155,7 +155,7 @@ class Service:
             assert now is not None
             executions = _lock(session, organization_id, request.message)
             tags = _tags(session, organization_id, request.message)
-            state = rules.State(
+            state = rules.Snapshot(
                 batches=_known(session, organization_id, request.message.batch_id),
                 executions={each.flow_execution_id.int: _execution(each) for each in executions},
                 tags=_by_key(tags),
@@ -201,7 +201,9 @@ def _tags(session: OrmSession, organization_id: UUID, message: Message) -> Seque
     return session.scalars(query.order_by(TagRow.created_at, TagRow.id)).all()
 
 
-def _known(session: OrmSession, organization_id: UUID, batch_id: UUID) -> dict[UUID, rules.Applied]:
+def _known(
+    session: OrmSession, organization_id: UUID, batch_id: UUID
+) -> dict[UUID, rules.StoredResult]:
     """Load the batch if it came before, and the events that it made."""
     row = session.get(BatchRow, (organization_id, batch_id))
     if row is None:
@@ -209,7 +211,7 @@ def _known(session: OrmSession, organization_id: UUID, batch_id: UUID) -> dict[U
     keys = [(organization_id, UUID(id), revision) for id, revision in row.revisions.items()]
     changes = [session.get_one(ChangeRow, key) for key in keys]
     events = tuple((each.flow_execution_id, _encoded(each.event)) for each in changes)
-    return {batch_id: rules.Applied(row.digest, _encoded(row.result_record), events)}
+    return {batch_id: rules.StoredResult(row.digest, _encoded(row.result_record), events)}
 
 
 def _encoded(value: Any) -> bytes:
@@ -233,7 +235,7 @@ def _by_key(rows: Iterable[TagRow]) -> dict[rules.TagKey, dict[bytes, Tag]]:
 def _save(
     session: OrmSession,
     organization_id: UUID,
-    writes: rules.Writes,
+    writes: rules.ChangeSet,
     executions: Iterable[FlowExecutionRow],
     tags: Iterable[TagRow],
     now: datetime,
