@@ -16,32 +16,28 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
+from producers.contract.channels import changes_channel, inbox_key, results_channel
+from producers.contract.errors import ErrorDetail, ErrorInfo
 from producers.contract.messages import (
     MAX_MESSAGE_BYTES,
+    RegisterExecution,
+    SetTaskState,
+    TagBatch,
+    add,
+    remove,
+)
+from producers.contract.results import (
     Change,
     ChangeEvent,
-    ErrorDetail,
-    ErrorInfo,
-    Id,
     OperationResult,
     Recording,
-    RegisterExecution,
     Registration,
     ResultRecord,
-    SetTaskState,
     StateChange,
     Tag,
-    TagBatch,
-    TagName,
-    TagType,
     Task,
-    TaskName,
-    add,
-    changes_channel,
-    inbox_key,
-    remove,
-    results_channel,
 )
+from producers.contract.values import Id, TagName, TagType, TaskName
 
 VERSION: Final = "1.0.0"
 """The same as the OpenAPI document's."""

@@ -26,19 +26,13 @@ from rich.progress import track
 from rich.table import Table
 
 from producers.asyncapi import asyncapi_document
-from producers.change_feed import endpoint, error_summary
 from producers.client import TagProducer
-from producers.contract.messages import (
-    Change,
-    ChangeEvent,
-    InvalidMessage,
-    Message,
-    ResultRecord,
-    StateChange,
-    describe,
-    json_schemas,
-    parse_message,
-)
+from producers.contract.encoding import parse_message
+from producers.contract.errors import InvalidMessage, describe
+from producers.contract.messages import Message
+from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange
+from producers.contract.schemas import json_schemas
+from producers.endpoint import client_options, error_summary
 from producers.errors import (
     ConfigurationError,
     InboxFull,
@@ -151,7 +145,7 @@ def list_tags(
     """Read the active tags of a flow execution from the endpoint."""
     settings = load_settings()
     query = {"flow_execution_id": str(execution), **({"task_name": task} if task else {})}
-    with endpoint(settings.endpoint_url, settings.required_token) as client:
+    with httpx.Client(**client_options(settings.endpoint_url, settings.required_token)) as client:
         response = client.get("/task-tags", params=query)
     if response.status_code != 200:
         code = UNAVAILABLE if response.status_code >= 500 else REFUSED

@@ -1,6 +1,6 @@
-"""TagProducer: how a flow runner enqueues batches, and waits for a result if it wants one.
+"""TagProducer: enqueues the batches of a flow runner, and waits for results on request.
 
-Sync and asyncio callers share all of it: waiting is done on futures that one listening thread completes.
+Synchronous and asyncio callers share it: they wait on futures that one listening thread completes.
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Self, TypeVar
 from uuid import UUID, uuid4
 
-from redis import Redis
-
+from producers.contract.channels import results_channel
 from producers.contract.messages import (
     ANY_METADATA,
     Message,
-    RegisterExecution,
-    ResultRecord,
-    SetTaskState,
     TagBatch,
     TagOperation,
     TaskState,
     add,
+    register_execution,
     remove,
-    results_channel,
+    set_task_state,
 )
-from producers.enqueuer import Sender
+from producers.contract.results import ResultRecord
+from producers.enqueuer import Enqueuer
 from producers.errors import (
     BatchIdInUse,
     InboxFull,
@@ -41,8 +39,9 @@ from producers.errors import (
     Unavailable,
     refusal,
 )
+from producers.pubsub import Listener, LoopThread, PubSubMultiplexer, wait_at_most
+from producers.redis_client import open_async_redis
 from producers.settings import load_settings
-from producers.subscriber import ListenEvent, listen
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +49,17 @@ DEFAULT_TIMEOUT_SECONDS: Final = 30.0
 RESEND_SECONDS: Final = 5.0
 MAX_RESEND_SECONDS: Final = 60.0
 _RETRY_SECONDS: Final = 0.2
+_POLL_SECONDS: Final = 0.5
 _MIN_PAUSE_SECONDS: Final = 0.01
 _MAX_PAUSE_SECONDS: Final = 0.2
 
 
 class TagProducer:
-    """Enqueues the tag batches of one organization. Safe to share between threads; connects at first use.
+    """Enqueues the tag batches of one organization. Threads may share it; it connects at first use.
 
-    Arguments that are left out come from the environment (`ProducerSettings`). `token` may be a function
-    that returns one, for a producer that lives longer than a token. Raises `ConfigurationError`.
+    Arguments that are left out come from the environment (`ProducerSettings`). `token` may be a
+    function that returns a token, for a producer that lives longer than one. Raises
+    `ConfigurationError`.
     """
 
     def __init__(
@@ -82,10 +83,8 @@ class TagProducer:
             fixed = settings.required_token
             self._token = lambda: fixed
         url = settings.redis_url.get_secret_value()
-        self._sender = Sender(url, settings.inbox_limit, int(settings.lease_seconds * 1000))
-        self._listener = _ResultListener(
-            self._sender.redis, self._organization_id, self._enqueue_again
-        )
+        self._enqueuer = Enqueuer(url, settings.inbox_limit, int(settings.lease_seconds * 1000))
+        self._listener = _ResultListener(url, self._organization_id, self._resend)
         self._closed = threading.Event()
 
     def batch(self, *, batch_id: UUID | None = None) -> BatchBuilder[UUID, ResultRecord]:
@@ -95,27 +94,32 @@ class TagProducer:
     def register(
         self, flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
     ) -> UUID:
-        """Enqueue the registration of a flow execution; None allows every task name. Returns its batch id.
+        """Enqueue the registration of a flow execution; None allows every task name.
 
-        The inbox is ordered, so batches for the execution may be enqueued right behind it.
+        Returns the batch id. The inbox is ordered, so batches for the execution may follow at once.
         """
         return self.enqueue(register_execution(flow_execution_id, task_names))
 
     def set_task_state(
         self, flow_execution_id: UUID | str, task_name: str, state: TaskState
     ) -> UUID:
-        """Enqueue the state of a task: `queued`, `running`, `completed` or `failed`. Returns its batch id."""
+        """Enqueue the new state of a task; return the batch id."""
         return self.enqueue(set_task_state(flow_execution_id, task_name, state))
 
     def enqueue(self, message: Message) -> UUID:
-        """Hand a batch over and go on; returns its id. Raises `InboxFull` or `Unavailable`."""
+        """Enqueue a batch; return its id. Raises `InboxFull` or `Unavailable`."""
         return self.enqueue_many([message])[0]
 
     def enqueue_many(self, messages: Iterable[Message], block: float | None = None) -> list[UUID]:
-        """Hand batches over in this order, many in each round trip; returns their ids.
+        """Enqueue batches in this order, many in each round trip; return their ids.
 
-        `block`: wait so many seconds, in total, for room in the inbox. Raises `InboxFull` with those that were
-        not accepted (always the last ones), `RedisOutOfMemory`, `Unavailable`, or `ProducerClosed` if that happened meanwhile.
+        Args:
+            block: Seconds to wait, in total, for free capacity in the inbox.
+
+        Raises:
+            InboxFull: With the batches that were not accepted, which are always the last ones.
+            RedisOutOfMemory, Unavailable: Redis refused, or can't be reached.
+            ProducerClosed: The producer was closed in the meantime.
         """
         batches = list(messages)
         accepted = self.send([batch.encode() for batch in batches], block)
@@ -126,18 +130,29 @@ class TagProducer:
     def submit(self, message: Message, block: float | None = None) -> Future[ResultRecord]:
         """Enqueue a batch and return the future of its result record, whether that is an error or not.
 
-        Until it comes, the same batch is enqueued again after a lost connection, and after 5, 10, 20, 40 and
-        each 60 s: it never takes effect twice. Cancel the future to stop that. The result is heard on a channel of this
-        producer's own, whatever the batch's `reply_to`. `block`: wait so many seconds for room in the inbox.
-        Raises `InboxFull`, `Unavailable`, or `BatchIdInUse` if something else is awaited under this id.
+        Until the result arrives, the same batch is enqueued again after a lost connection, and after
+        5, 10, 20, 40 and every 60 s: it never takes effect twice. Cancel the future to stop that. The
+        result arrives on a channel of this producer, whatever the batch's `reply_to`.
+
+        Args:
+            block: Seconds to wait for free capacity in the inbox.
+
+        Raises:
+            InboxFull, Unavailable: The batch was not accepted.
+            BatchIdInUse: Another batch with this id is still awaited.
         """
-        return self._listener.expect(message, lambda each: self.enqueue_many([each], block))
+        return self._listener.register(message, lambda each: self.enqueue_many([each], block))
 
     def apply(self, message: Message, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ResultRecord:
-        """Enqueue a batch and wait for its result, `timeout` seconds at most, also across lost connections.
+        """Enqueue a batch and wait for its result, also across lost connections.
 
-        Raises `ResultTimeout` if none came in time, the `BatchRefused` that fits if it was refused, `InboxFull`
-        or `Unavailable`.
+        Args:
+            timeout: Seconds to wait at most.
+
+        Raises:
+            ResultTimeout: No result arrived in time.
+            BatchRefused: The worker refused the batch; the subclass says why.
+            InboxFull, Unavailable: The batch was not accepted.
         """
         deadline = time.monotonic() + timeout
         future = self.submit_until(message, deadline)
@@ -149,7 +164,7 @@ class TagProducer:
             future.cancel()
 
     def submit_until(self, message: Message, deadline: float) -> Future[ResultRecord]:
-        """Submit, again and again while Redis can't be used, until a time of the monotonic clock."""
+        """Submit; retry while Redis can't be used, until `deadline` on the monotonic clock."""
         while True:
             try:
                 return self.submit(message)
@@ -159,37 +174,42 @@ class TagProducer:
                 time.sleep(_RETRY_SECONDS)
 
     def send(self, encoded: Sequence[bytes], block: float | None = None) -> int:
-        """Append messages that are serialized, unchecked, and return how many of them were accepted.
+        """Append serialized messages unchecked; return how many of them were accepted.
 
-        The worker answers what is wrong with them. `block`: wait so many seconds, in total, for room in the
-        inbox. Raises `RedisOutOfMemory`, `Unavailable` or `ProducerClosed`.
+        The worker answers with what is wrong with them.
+
+        Args:
+            block: Seconds to wait, in total, for free capacity in the inbox.
+
+        Raises:
+            RedisOutOfMemory, Unavailable, ProducerClosed: As `enqueue_many`.
         """
         deadline = time.monotonic() + (block or 0)
         accepted = self._append(encoded)
-        while accepted < len(encoded) and self._room_until(deadline):
+        while accepted < len(encoded) and self._wait_for_capacity(deadline):
             accepted += self._append(encoded[accepted:])
         return accepted
 
-    def _room_until(self, deadline: float) -> bool:
-        """Wait for room in the inbox. False: there is none in time."""
+    def _wait_for_capacity(self, deadline: float) -> bool:
+        """Wait for free capacity in the inbox; return whether there is some."""
         pause = _MIN_PAUSE_SECONDS
         while (left := deadline - time.monotonic()) > 0:
             if self._closed.wait(min(pause, left)):
                 raise ProducerClosed("the producer was closed")
-            # Only a look: a refused append would have sent its messages in vain.
-            if self._sender.free_capacity(self._organization_id):
+            # Ask first: an append that is refused would have sent its messages for nothing.
+            if self._enqueuer.free_capacity(self._organization_id):
                 return True
             pause = min(pause * 2, _MAX_PAUSE_SECONDS)
         return False
 
     def _append(self, encoded: Sequence[bytes]) -> int:
-        return self._sender.send(self._organization_id, encoded, self._token())
+        return self._enqueuer.enqueue(self._organization_id, encoded, self._token())
 
     def close(self) -> None:
-        """Let go of connections; whatever still waits fails with `ProducerClosed`."""
+        """Close all connections; futures that still wait fail with `ProducerClosed`."""
         self._closed.set()
         self._listener.close()
-        self._sender.close()
+        self._enqueuer.close()
 
     def __enter__(self) -> TagProducer:
         return self
@@ -197,15 +217,15 @@ class TagProducer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _enqueue_again(self, messages: Sequence[Message]) -> None:
+    def _resend(self, messages: Sequence[Message]) -> None:
         try:
             self.enqueue_many(messages)
         except (Unavailable, InboxFull) as error:
-            logger.warning("asking again failed, and will be tried again: %s", error)
+            logger.warning("batches could not be enqueued again; retrying: %s", error)
 
 
 class AsyncTagProducer:
-    """TagProducer for asyncio: the same arguments; what waits is awaited."""
+    """TagProducer for asyncio, with the same arguments and methods."""
 
     def __init__(self, **arguments: Any) -> None:
         self._producer = TagProducer(**arguments)
@@ -231,7 +251,7 @@ class AsyncTagProducer:
     async def enqueue_many(
         self, messages: Iterable[Message], block: float | None = None
     ) -> list[UUID]:
-        """As TagProducer's. It waits in a thread, which goes on until its time is up if this is cancelled."""
+        """As TagProducer's. It waits in a thread, which cancellation does not interrupt."""
         return await asyncio.to_thread(self._producer.enqueue_many, list(messages), block)
 
     async def apply(
@@ -260,7 +280,7 @@ Applied = TypeVar("Applied")
 
 
 class BatchBuilder(Generic[Enqueued, Applied]):
-    """Collects operations, then enqueues or applies them as one batch, as its producer does it."""
+    """Collects operations, and enqueues or applies them as one batch of its producer."""
 
     def __init__(
         self,
@@ -308,23 +328,6 @@ class BatchBuilder(Generic[Enqueued, Applied]):
         return self._apply(self.build(), timeout)
 
 
-def register_execution(
-    flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
-) -> RegisterExecution:
-    """Build the message that registers a flow execution."""
-    names = None if task_names is None else list(task_names)
-    return RegisterExecution.model_validate(
-        {"flow_execution_id": flow_execution_id, "task_names": names}
-    )
-
-
-def set_task_state(flow_execution_id: UUID | str, task_name: str, state: TaskState) -> SetTaskState:
-    """Build the message that records the state of a task."""
-    return SetTaskState.model_validate(
-        {"flow_execution_id": flow_execution_id, "task_name": task_name, "state": state}
-    )
-
-
 def _accepted(record: ResultRecord) -> ResultRecord:
     if record.error is not None:
         raise refusal(record)
@@ -336,32 +339,30 @@ class _Waiting:
     """A batch whose result is awaited by one or more futures."""
 
     message: Message
-    ask_again_at: float
-    patience: float = RESEND_SECONDS
+    resend_at: float
+    backoff: float = RESEND_SECONDS
     futures: list[Future[ResultRecord]] = field(default_factory=list)
 
 
-class _ResultListener:
-    """Completes futures with the results that one thread hears on a channel of its own."""
+class _ResultListener(Listener):
+    """Completes futures with the results that are published on this producer's own channel."""
 
     def __init__(
-        self,
-        redis: Redis,
-        organization_id: UUID,
-        enqueue_again: Callable[[Sequence[Message]], None],
+        self, redis_url: str, organization_id: UUID, resend: Callable[[Sequence[Message]], None]
     ) -> None:
-        self._redis = redis
+        self._redis_url = redis_url
         self._reply_to = f"producer-{uuid4()}"
         self._channel = results_channel(organization_id, self._reply_to)
-        self._enqueue_again = enqueue_again
+        self._resend = resend
         self._waiting: dict[UUID, _Waiting] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._closed = threading.Event()
         self._subscribed = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = LoopThread("task-tags-results")
+        self._running: Future[None] | None = None
 
-    def expect(self, message: Message, enqueue: Callable[[Message], Any]) -> Future[ResultRecord]:
-        """Enqueue a message in whose result this listener is named, and return the result's future."""
+    def register(self, message: Message, enqueue: Callable[[Message], Any]) -> Future[ResultRecord]:
+        """Enqueue a message that names this listener in `reply_to`; return its result's future."""
         self._start()
         message = message.model_copy(update={"reply_to": self._reply_to})
         future: Future[ResultRecord] = Future()
@@ -381,64 +382,66 @@ class _ResultListener:
         return future
 
     def close(self) -> None:
-        self._stop.set()
+        self._closed.set()
         with self._lock:
             waiting = list(self._waiting.values())
             self._waiting.clear()
         for future in (future for each in waiting for future in each.futures):
             with suppress(InvalidStateError):
                 future.set_exception(ProducerClosed("the producer was closed"))
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=2)
+        self._thread.close()
 
-    def _start(self) -> None:
-        """Listen, and return once what is published will be heard. Raises `Unavailable` after 5 s."""
-        if self._stop.is_set():
-            raise ProducerClosed("the producer was closed")
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(
-                    target=self._listen, name="task-tags-results", daemon=True
-                )
-                self._thread.start()
-        if not self._subscribed.wait(5):
-            raise Unavailable("Redis can't be reached")
+    def on_subscribed(self) -> None:
+        if self._subscribed.is_set():
+            self._lost.set()
+        self._subscribed.set()
 
-    def _listen(self) -> None:
-        for heard in listen(self._redis, [self._channel], self._stop):
-            try:
-                self._take_in(heard)
-            except Exception:  # whatever it was, the other futures still wait for this thread
-                logger.exception("a result could not be taken in")
-
-    def _take_in(self, heard: bytes | ListenEvent) -> None:
-        if isinstance(heard, bytes):
-            self._complete(ResultRecord.decode(heard))
-        elif heard is ListenEvent.SUBSCRIBED and not self._subscribed.is_set():
-            self._subscribed.set()
-        else:
-            self._ask_again(everything=heard is ListenEvent.SUBSCRIBED)
-
-    def _complete(self, record: ResultRecord) -> None:
+    def on_event(self, payload: bytes) -> None:
+        record = ResultRecord.decode(payload)
         with self._lock:
             waiting = self._waiting.pop(record.batch_id, None)
         for future in waiting.futures if waiting else []:
-            with suppress(InvalidStateError):  # it was cancelled meanwhile
+            with suppress(InvalidStateError):  # it was cancelled in the meantime
                 future.set_result(record)
 
-    def _ask_again(self, *, everything: bool) -> None:
-        """Enqueue again what has waited long, or all of it after results may have been missed."""
+    def resend_overdue(self, *, everything: bool = False) -> None:
+        """Enqueue again what has waited long, or everything after results may have been missed."""
         self._forget_cancelled()
         now = time.monotonic()
         with self._lock:
             overdue = [
-                each for each in self._waiting.values() if everything or now >= each.ask_again_at
+                each for each in self._waiting.values() if everything or now >= each.resend_at
             ]
             for each in overdue:
-                each.patience = min(each.patience * 2, MAX_RESEND_SECONDS)
-                each.ask_again_at = now + each.patience
+                each.backoff = min(each.backoff * 2, MAX_RESEND_SECONDS)
+                each.resend_at = now + each.backoff
         if overdue:
-            self._enqueue_again([each.message for each in overdue])
+            self._resend([each.message for each in overdue])
+
+    def _start(self) -> None:
+        """Subscribe, and return once that is confirmed. Raises `Unavailable` after 5 s."""
+        if self._closed.is_set():
+            raise ProducerClosed("the producer was closed")
+        with self._lock:
+            if self._running is None or self._running.done():
+                self._running = self._thread.submit(self._run())
+        if not self._subscribed.wait(5):
+            raise Unavailable("Redis can't be reached")
+
+    async def _run(self) -> None:
+        self._lost = asyncio.Event()
+        async with open_async_redis(self._redis_url) as redis:
+            pubsub = PubSubMultiplexer(redis)
+            with pubsub.listening(self._channel, self):
+                async with pubsub.running():
+                    while True:
+                        await wait_at_most(_POLL_SECONDS, self._lost.wait())
+                        lost = self._lost.is_set()
+                        self._lost.clear()
+                        try:
+                            await asyncio.to_thread(self.resend_overdue, everything=lost)
+                        except Exception:  # of the token function: other futures still wait
+                            logger.exception("batches could not be enqueued again")
 
     def _forget_cancelled(self) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Hands messages over: appends them to an inbox, and tells the workers. Every producer does it here."""
+"""Enqueues messages: appends them to an inbox, then sends the drain. Every producer uses it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from producers.redis_client import open_redis
 logger = logging.getLogger(__name__)
 
 
-class Sender:
-    """A way to the inboxes of all organizations. Safe to share between threads; connects at first use.
+class Enqueuer:
+    """Enqueues messages of any organization. Threads may share it; it connects at first use.
 
-    `limit`: how many messages an inbox may hold. `lease_ms`: see `Inbox`. `options`: of the Redis client.
+    Args:
+        limit: How many messages an inbox may hold.
+        lease_ms: See `Inbox`.
+        options: Of the Redis client.
     """
 
     def __init__(
@@ -36,8 +39,8 @@ class Sender:
         self._limit = limit
         self._lease_ms = lease_ms
 
-    def send(self, organization_id: UUID, encoded: Sequence[bytes], token: str) -> int:
-        """Append serialized messages, in their order, and return how many of them were accepted: the first ones.
+    def enqueue(self, organization_id: UUID, encoded: Sequence[bytes], token: str) -> int:
+        """Append serialized messages in their order; return how many were accepted: the first ones.
 
         Raises `RedisOutOfMemory` or `Unavailable`.
         """
@@ -66,11 +69,11 @@ class Sender:
         return Inbox(self.redis, organization_id, limit=self._limit, lease_ms=self._lease_ms)
 
     def _send_drain(self, organization_id: UUID, lease_id: str) -> None:
-        """Tell the workers. If that fails, the next to append, or `task_tags.wake`, tells them."""
+        """Send the drain. If that fails, the next append sends one, or `task_tags.wake` does."""
         try:
             send_drain(self.redis, organization_id, lease_id)
         except (RedisError, OSError):
-            logger.warning("the batch is accepted, but the workers will hear of it late")
+            logger.warning("the batch is accepted, but the workers learn of it late")
             with suppress(RedisError, OSError):
                 self._inbox(organization_id).release(lease_id)
 

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from producers.contract.messages import Message, ResultRecord
+from producers.contract.errors import InvalidMessage, TaskTagsError
+from producers.contract.messages import Message
+from producers.contract.results import ResultRecord
 
-
-class TaskTagsError(Exception):
-    """The root: catch it to catch everything that this SDK raises on purpose."""
+__all__ = [
+    "BadRequest",
+    "BatchIdInUse",
+    "BatchRefused",
+    "ChangesRefused",
+    "ConfigurationError",
+    "Conflict",
+    "Forbidden",
+    "InboxFull",
+    "InternalError",
+    "InvalidMessage",
+    "NotFound",
+    "ProducerClosed",
+    "RedisOutOfMemory",
+    "ResultTimeout",
+    "RevisionExpired",
+    "TaskTagsError",
+    "Unauthorized",
+    "Unavailable",
+    "refusal",
+]
 
 
 class ConfigurationError(TaskTagsError):

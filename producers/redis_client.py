@@ -5,22 +5,32 @@ from __future__ import annotations
 from typing import Any, Final
 
 from redis import Redis
+from redis import asyncio as async_redis
 
 _TIMEOUTS: Final[dict[str, Any]] = {
-    "socket_timeout": 10,  # seconds, as the next two
+    "socket_timeout": 10,  # seconds, like the other two
     "socket_connect_timeout": 2,
     "health_check_interval": 10,
 }
 
 
 def open_redis(url: str, **options: Any) -> Redis:
-    """Return a client for `redis://`, `rediss://` or `unix://`. It connects when it is first used.
+    """Return a client for `redis://`, `rediss://` or `unix://`. It connects at its first use.
 
-    It speaks RESP2: of RESP3's push messages redis-py makes a line of log, whether it is logged or not, which took two
-    thirds of the time to hear a change event.
+    It speaks RESP2: redis-py formats a log line for each push message of RESP3, logged or not, which
+    took two thirds of the time to receive a change event.
     """
-    options = {**_TIMEOUTS, "protocol": 2, **options}
-    if not url.startswith("unix://"):
-        options["socket_keepalive"] = True
-    client: Redis = Redis.from_url(url, **options)
+    client: Redis = Redis.from_url(url, **_options(url, _TIMEOUTS | options))
     return client
+
+
+def open_async_redis(url: str, **options: Any) -> async_redis.Redis:
+    """Return a client for asyncio. It connects at its first use."""
+    timeouts = {**_TIMEOUTS, "health_check_interval": 0}  # it would send pings into subscriptions
+    client: async_redis.Redis = async_redis.Redis.from_url(url, **_options(url, timeouts | options))
+    return client
+
+
+def _options(url: str, options: dict[str, Any]) -> dict[str, Any]:
+    keepalive = {} if url.startswith("unix://") else {"socket_keepalive": True}
+    return {"protocol": 2, **options, **keepalive}

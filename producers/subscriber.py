@@ -1,104 +1,50 @@
-"""Results and changes as they are published, across lost connections (design, sections 1 and 4).
+"""Subscribes to results and to changes, across lost connections.
 
-Pub/sub keeps nothing for who is away. A lost result is asked for by enqueuing the same batch again (which
-`TagProducer.apply` does); lost changes are read from the endpoint, for who asks for all (producers/change_feed.py).
+Pub/sub keeps nothing for a subscriber that is away. A lost result is asked for by enqueuing the same
+batch again, which `TagProducer.apply` does; lost changes are read from the endpoint, for a
+subscriber that asks for all of them (`after`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from enum import Enum
-from typing import Final, TypeVar, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
+import httpx
 from pydantic import ValidationError
-from redis import Redis
-from redis.exceptions import ConnectionError, RedisError
+from redis.exceptions import RedisError
 
-from producers.change_feed import GapFiller, endpoint, fetch_from
-from producers.contract.messages import ChangeEvent, ResultRecord, changes_channel, results_channel
+from producers.contract.channels import changes_channel, results_channel
+from producers.contract.results import ChangeEvent, ResultRecord
+from producers.endpoint import client_options, fetch_changes
 from producers.errors import Unavailable
-from producers.redis_client import open_redis
+from producers.gap_filler import GapFiller
+from producers.pubsub import EventQueue, ListenEvent, LoopThread, PubSubMultiplexer
+from producers.redis_client import open_async_redis
 from producers.settings import ProducerSettings, load_settings
 
 logger = logging.getLogger(__name__)
 
-TICK_SECONDS: Final = 0.5
-PING_SECONDS: Final = 5.0
-SILENCE_SECONDS: Final = 15.0
-MAX_BACKOFF_SECONDS: Final = 1.0
-
-
-class ListenEvent(Enum):
-    """What `listen` tells besides payloads."""
-
-    SUBSCRIBED = (
-        "what is published from now on will be heard; what was published before may be lost"
-    )
-    QUIET = "nothing was published for a while"
-
-
-def listen(
-    redis: Redis, channels: Sequence[str], stop: threading.Event
-) -> Iterator[bytes | ListenEvent]:
-    """Yield what is published on channels, for ever: a lost connection is made again, with a backoff.
-
-    `SUBSCRIBED` comes first, once for each channel, and again after each loss. Something is yielded at least
-    once a second or so, so the caller can look at the clock.
-    """
-    failures = 0
-    while not stop.is_set():
-        try:
-            for heard in _listen_once(redis, channels, stop):
-                if heard is ListenEvent.SUBSCRIBED:
-                    failures = 0
-                yield heard
-        except (RedisError, OSError) as error:
-            failures += 1
-            if failures == 3:
-                logger.warning("can't listen, and will go on trying: %s", type(error).__name__)
-            yield ListenEvent.QUIET
-            stop.wait(min(0.05 * 2 ** min(failures, 10), MAX_BACKOFF_SECONDS))
-
-
-def _listen_once(
-    redis: Redis, channels: Sequence[str], stop: threading.Event
-) -> Iterator[bytes | ListenEvent]:
-    """Listen on one connection. A server that does not answer a ping in time is as good as gone."""
-    with redis.pubsub() as pubsub:  # type: ignore[no-untyped-call]
-        pubsub.subscribe(*channels)
-        heard_at = pinged_at = time.monotonic()
-        while not stop.is_set():
-            message = pubsub.get_message(timeout=TICK_SECONDS)
-            now = time.monotonic()
-            if message is not None:
-                heard_at = now
-            elif now - heard_at > SILENCE_SECONDS:
-                raise ConnectionError("the server is silent")
-            elif now - max(heard_at, pinged_at) > PING_SECONDS:
-                pinged_at = now
-                pubsub.ping()
-            if message is not None and message["type"] == "subscribe":
-                yield ListenEvent.SUBSCRIBED
-            elif message is not None and message["type"] == "message":
-                yield message["data"]
-            else:
-                yield ListenEvent.QUIET
-
+POLL_SECONDS: Final = 0.5
+IDLE_SECONDS: Final = 15.0
+"""After this time without an event the endpoint is asked whether there is one."""
+_RETRY_SECONDS: Final = 1.0
 
 Published = TypeVar("Published", ResultRecord, ChangeEvent)
 
 
 class Subscriber:
-    """Hears the results of a `reply_to`, or the changes of an execution, of one organization.
+    """Receives the results of a `reply_to`, or the changes of an execution, of one organization.
 
-    Arguments that are left out come from the environment (`ProducerSettings`). Iterate with `for`, or with
-    `async for` over the methods whose names begin with `a`. Raises `ConfigurationError`.
+    Arguments that are left out come from the environment (`ProducerSettings`). Iterate with `for`, or
+    with `async for` over the methods whose names begin with `a`. Raises `ConfigurationError`.
     """
 
     def __init__(
@@ -109,52 +55,51 @@ class Subscriber:
         endpoint_url: str | None = None,
         token: str | None = None,
     ) -> None:
-        settings: ProducerSettings = load_settings(
+        self._settings: ProducerSettings = load_settings(
             redis_url=redis_url,
             organization_id=organization_id,
             endpoint_url=endpoint_url,
             token=token,
         )
-        self._settings = settings
-        self._organization_id = settings.required_organization_id
-        self._redis = open_redis(settings.redis_url.get_secret_value())
-        self._stop = threading.Event()
+        self._organization_id = self._settings.required_organization_id
+        self._thread = LoopThread("task-tags-subscriber")
+        self._closed = threading.Event()
 
     def results(self, reply_to: str) -> Iterator[ResultRecord]:
-        """Yield the result records that are published for this `reply_to` (or batch id), for ever.
+        """Yield the result records published for this `reply_to` (or batch id), without end.
 
         Raises `Unavailable` if Redis can't be reached at the start; later it is waited for.
         """
-        return self._now(self._results(reply_to, self._stop))
+        return self._iterate(self._results(reply_to))
 
     def changes(self, flow_execution_id: UUID, after: int | None = None) -> Iterator[ChangeEvent]:
-        """Yield the change events of an execution, for ever; a gap in `revision` is a lost one.
+        """Yield the change events of an execution, without end; a gap in `revision` is a lost event.
 
-        With `after`, a revision, all events after that one are yielded, in order, without a gap or a repetition:
-        what is not heard is read from the endpoint, with the token.
+        Args:
+            after: A revision. All events after it are yielded in order, without a gap or a
+                repetition: lost events are read from the endpoint, with the token.
 
-        Raises `Unavailable` if Redis, or the endpoint, can't be reached at the start; later they are waited for. With
-        `after` also `ConfigurationError`, `RevisionExpired` and `ChangesRefused`.
+        Raises:
+            Unavailable: Redis, or the endpoint, can't be reached at the start; later they are waited
+                for.
+            ConfigurationError, RevisionExpired, ChangesRefused: With `after` alone.
         """
-        return self._now(self._changes(flow_execution_id, after, self._stop))
+        return self._iterate(self._changes(flow_execution_id, after))
 
     def aresults(self, reply_to: str) -> AsyncIterator[ResultRecord]:
         """As `results`, for asyncio."""
-        stop = threading.Event()
-        return self._later(self._results(reply_to, stop), stop)
+        return _flatten(self._results(reply_to))
 
     def achanges(
         self, flow_execution_id: UUID, after: int | None = None
     ) -> AsyncIterator[ChangeEvent]:
         """As `changes`, for asyncio."""
-        stop = threading.Event()
-        return self._later(self._changes(flow_execution_id, after, stop), stop)
+        return _flatten(self._changes(flow_execution_id, after))
 
     def close(self) -> None:
         """End all iterations, each within half a second."""
-        self._stop.set()
-        # What another thread still listens on is closed there: see `listen`.
-        self._redis.connection_pool.disconnect(inuse_connections=False)
+        self._closed.set()
+        self._thread.close()
 
     def __enter__(self) -> Subscriber:
         return self
@@ -162,68 +107,133 @@ class Subscriber:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _results(self, reply_to: str, stop: threading.Event) -> Iterator[ResultRecord | None]:
-        """Yield results; None now and then, so that whoever iterates can look up."""
+    async def _results(self, reply_to: str) -> AsyncGenerator[Sequence[ResultRecord], None]:
         channel = results_channel(self._organization_id, reply_to)
-        for heard in listen(self._redis, [channel], stop):
-            yield _parsed(heard, ResultRecord)
+        async with self._subscription(channel) as events:
+            while not self._closed.is_set():
+                yield [
+                    record for record, _ in _decoded(await events.take(POLL_SECONDS), ResultRecord)
+                ]
 
-    def _changes(
-        self, flow_execution_id: UUID, after: int | None, stop: threading.Event
-    ) -> Iterator[ChangeEvent | None]:
+    async def _changes(
+        self, flow_execution_id: UUID, after: int | None
+    ) -> AsyncGenerator[Sequence[ChangeEvent], None]:
         channel = changes_channel(self._organization_id, flow_execution_id)
-        if after is None:
-            for heard in listen(self._redis, [channel], stop):
-                yield _parsed(heard, ChangeEvent)
-            return
-        with endpoint(self._settings.endpoint_url, self._settings.required_token) as client:
-            feed = GapFiller(fetch_from(client, flow_execution_id), after)
-            for heard in listen(self._redis, [channel], stop):
-                if heard is ListenEvent.SUBSCRIBED:
-                    yield from feed.on_subscribed()
-                elif (event := _parsed(heard, ChangeEvent)) is not None:
-                    yield from feed.on_event(event)
-                else:
-                    yield from feed.on_idle()
-                yield None
+        async with self._subscription(channel) as events:
+            if after is None:
+                while not self._closed.is_set():
+                    taken = await events.take(POLL_SECONDS)
+                    yield [change for change, _ in _decoded(taken, ChangeEvent)]
+                return
+            options = client_options(self._settings.endpoint_url, self._settings.required_token)
+            async with httpx.AsyncClient(**options) as client:
+                fetch = partial(fetch_changes, client, flow_execution_id)
+                feed = _ExecutionChanges(fetch, after)
+                while not self._closed.is_set():
+                    feed.receive(await events.take(POLL_SECONDS))
+                    while changes := await feed.next():
+                        yield changes
 
-    def _now(self, reports: Iterator[Published | None]) -> Iterator[Published]:
-        self._reach()
-        for report in reports:
-            if report is not None:
-                yield report
-
-    async def _later(
-        self, reports: Iterator[Published | None], stop: threading.Event
-    ) -> AsyncIterator[Published]:
-        """Iterate in a thread of its own; one that is given up ends at its next tick."""
-        loop = asyncio.get_running_loop()
-        executor = ThreadPoolExecutor(1, thread_name_prefix="task-tags")
-        ended = object()
+    @asynccontextmanager
+    async def _subscription(self, channel: str) -> AsyncIterator[EventQueue]:
+        """Subscribe to a channel. Raises `Unavailable` if Redis can't be reached."""
+        redis = open_async_redis(self._settings.redis_url.get_secret_value())
         try:
-            await loop.run_in_executor(executor, self._reach)
-            while not self._stop.is_set():
-                report = await loop.run_in_executor(executor, next, reports, ended)
-                if report is ended:
-                    return
-                if report is not None:
-                    yield cast(Published, report)
-        finally:
-            stop.set()
-            executor.shutdown(wait=False)
-
-    def _reach(self) -> None:
-        try:
-            self._redis.ping()
+            await redis.ping()
         except (RedisError, OSError) as error:
+            await redis.aclose()
             raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
+        pubsub, events = PubSubMultiplexer(redis), EventQueue()
+        try:
+            with pubsub.listening(channel, events):
+                async with pubsub.running():
+                    yield events
+        finally:
+            await redis.aclose()
+
+    def _iterate(self, events: AsyncGenerator[Sequence[Published], None]) -> Iterator[Published]:
+        """Run the asynchronous iteration in the thread, and yield what it yields."""
+
+        async def take() -> Sequence[Published] | None:
+            return await anext(events, None)
+
+        try:
+            while (some := self._thread.submit(take()).result()) is not None:
+                yield from some
+        except CancelledError:  # by `close`
+            return
+        finally:
+            if not self._closed.is_set():
+                self._thread.submit(_close(events))
 
 
-def _parsed(heard: bytes | ListenEvent, model: type[Published]) -> Published | None:
-    if not isinstance(heard, bytes):
-        return None
-    try:
-        return model.decode(heard)
-    except ValidationError:
-        logger.warning("what was published is not a %s: skipped", model.__name__)
-        return None
+async def _close(events: AsyncGenerator[Any, None]) -> None:
+    await events.aclose()
+
+
+async def _flatten(events: AsyncGenerator[Sequence[Published], None]) -> AsyncIterator[Published]:
+    async with aclosing(events):
+        async for some in events:
+            for each in some:
+                yield each
+
+
+class _ExecutionChanges:
+    """All changes of an execution after a revision: as published, and from the endpoint what is missing."""
+
+    def __init__(
+        self, fetch: Callable[[int], Awaitable[Sequence[ChangeEvent]]], after: int
+    ) -> None:
+        self._fetch = fetch
+        self._after = after
+        self._feed: GapFiller[ChangeEvent] = GapFiller()
+        self._reached = False
+        self._fetch_at = 0.0
+
+    def receive(self, events: Sequence[bytes | ListenEvent]) -> None:
+        """Take in what was published; whatever a lost connection lost is fetched."""
+        for event in events:
+            if event is ListenEvent.SUBSCRIBED:
+                self._fetch_at = 0.0
+        for change, size in _decoded(events, ChangeEvent):
+            self._feed.receive(change.revision, change, size)
+
+    async def next(self) -> Sequence[ChangeEvent]:
+        """Return the next events in order; none if there are no more now."""
+        if buffered := self._feed.buffered_after(self._after):
+            if self._fetch_at:  # not due yet
+                self._fetch_at = time.monotonic() + IDLE_SECONDS
+            return self._pass_on([change for _, change in buffered])
+        if self._feed.last <= self._after and time.monotonic() < self._fetch_at:
+            return ()
+        assumed = self._feed.last
+        try:
+            events = await self._fetch(self._after)
+        except Unavailable as error:
+            if not self._reached:
+                raise
+            logger.warning("changes can't be read now; retrying: %s", error)
+            self._fetch_at = time.monotonic() + _RETRY_SECONDS
+            return ()
+        self._reached = True
+        if not events:
+            self._fetch_at = time.monotonic() + IDLE_SECONDS
+            self._feed.reconcile(self._after, assumed)
+        return self._pass_on(events)
+
+    def _pass_on(self, events: Sequence[ChangeEvent]) -> Sequence[ChangeEvent]:
+        if events:
+            self._after = events[-1].revision
+        return events
+
+
+def _decoded(
+    events: Sequence[bytes | ListenEvent], model: type[Published]
+) -> Iterator[tuple[Published, int]]:
+    """Yield what was published, each with its size in bytes."""
+    for event in events:
+        if isinstance(event, bytes):
+            try:
+                yield model.decode(event), len(event)
+            except ValidationError:
+                logger.warning("what was published is not a %s: skipped", model.__name__)

@@ -19,7 +19,8 @@ import psycopg
 import pytest
 from redis import Redis
 
-from producers.client import TagProducer, register_execution
+from producers.client import TagProducer
+from producers.contract.messages import register_execution
 from producers.redis_client import open_redis
 from tests.support.tenant import EXECUTION, Tenant, listening
 from worker.auth import SCOPES, Authorizer, sign_token

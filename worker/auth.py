@@ -18,7 +18,7 @@ from uuid import UUID
 import jwt
 from pydantic import TypeAdapter, ValidationError
 
-from producers.contract.messages import Id
+from producers.contract.values import Id
 from producers.errors import ConfigurationError
 from worker.settings import Settings
 

@@ -15,25 +15,26 @@ from uuid import UUID
 
 from pydantic_core import to_json
 
+from producers.contract.errors import ErrorDetail, ErrorInfo
 from producers.contract.messages import (
-    Change,
-    ChangeEvent,
-    ErrorDetail,
-    ErrorInfo,
     Message,
-    OperationStatus,
-    RecordingStatus,
     RegisterExecution,
-    RegistrationStatus,
-    ResultRecord,
     SetTaskState,
-    StateChange,
-    Tag,
     TagBatch,
     TagOperation,
-    Task,
-    canonical_json,
 )
+from producers.contract.results import (
+    Change,
+    ChangeEvent,
+    OperationStatus,
+    RecordingStatus,
+    RegistrationStatus,
+    ResultRecord,
+    StateChange,
+    Tag,
+    Task,
+)
+from producers.contract.values import canonical_json
 
 TagKey = tuple[int, str, str, str]
 """What a tag is called: flow execution, task name, tag type, tag. With its metadata it is the tag's identity (rule 2).

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 from celery.worker import state
 from redis import Redis
 
-from producers.contract.messages import Uuid7
+from producers.contract.values import Uuid7
 from producers.inbox.drain_message import DRAIN_TASK, send_drain
 from producers.inbox.protocol import Inbox, claim_idle, scan_inboxes
 from producers.redis_client import open_redis

@@ -41,12 +41,8 @@ from redis import Redis
 from redis.commands.core import Script
 from redis.exceptions import NoScriptError
 
-from producers.contract.messages import (
-    MAX_READABLE_BYTES,
-    dead_letters_key,
-    inbox_key,
-    lease_key,
-)
+from producers.contract.channels import dead_letters_key, inbox_key, lease_key
+from producers.contract.encoding import MAX_READABLE_BYTES
 
 DEFAULT_LIMIT: Final = 10_000
 LEASE_MS: Final = 8_000

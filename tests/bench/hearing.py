@@ -8,9 +8,8 @@ import time
 from collections.abc import Iterable
 from uuid import UUID
 
-from producers.contract.messages import results_channel
+from producers.contract.channels import results_channel
 from producers.redis_client import open_redis
-from producers.subscriber import ListenEvent, listen
 from tests.bench.load import REPLY_TO
 
 _END = b""
@@ -29,7 +28,7 @@ class Results:
         self._redis = open_redis(redis_url)
         self._channels = [results_channel(each, REPLY_TO) for each in organizations]
         self._stop, self._subscribed, self._reached = (threading.Event() for _ in range(3))
-        self._thread = threading.Thread(target=self._hear)
+        self._thread = threading.Thread(target=self._receive)
         self._timed = timed
         self._target = -1
         self.received = 0
@@ -64,17 +63,20 @@ class Results:
             raise Missing(f"{len(self.refused)} batches were refused: {self.refused[0]!r}")
         return self.at
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         waiting = len(self._channels)
-        for heard in listen(self._redis, self._channels, self._stop):
-            if heard == _END:
-                break
-            if isinstance(heard, bytes):
-                self._take(heard)
-            elif heard is ListenEvent.SUBSCRIBED:
-                waiting -= 1
-                if waiting == 0:
-                    self._subscribed.set()
+        with self._redis.pubsub() as pubsub:  # type: ignore[no-untyped-call]
+            pubsub.subscribe(*self._channels)
+            while not self._stop.is_set():
+                message = pubsub.get_message(timeout=0.5)
+                if message is None:
+                    continue
+                if message["type"] == "subscribe":
+                    waiting -= 1
+                    if waiting == 0:
+                        self._subscribed.set()
+                elif message["data"] != _END:
+                    self._take(message["data"])
 
     def _take(self, payload: bytes) -> None:
         now = time.perf_counter()

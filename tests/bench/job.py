@@ -12,7 +12,7 @@ from uuid import UUID
 
 from redis import Redis
 
-from producers.contract.messages import Uuid7
+from producers.contract.values import Uuid7
 from producers.inbox.protocol import StreamEntry
 from producers.redis_client import open_redis
 from worker import collector

@@ -23,7 +23,7 @@ import httpx
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import TypeAdapter
 
-from producers.contract.messages import Tag
+from producers.contract.results import Tag
 from tests.bench.names import NAIVE, OURS, PGBENCH
 from tests.bench.servers import ENDPOINT as ENDPOINT_ROLE
 from tests.bench.servers import RUN, Servers

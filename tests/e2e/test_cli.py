@@ -15,8 +15,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from producers.cli import escape_terminal
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import TagBatch, add
+from producers.client import TagProducer
+from producers.contract.messages import TagBatch, add, register_execution
 from tests.conftest import Servers
 from tests.support.waiting import eventually
 
@@ -179,7 +179,7 @@ def test_changes_and_results_are_followed_until_interrupted(
     )
     kind = "changes" if command == "watch" else "results"
     channel = f"task-tags:{{{organization}}}:{kind}:{subject}"
-    redis: Any = producer._sender.redis
+    redis: Any = producer._enqueuer.redis
     eventually(lambda: redis.pubsub_numsub(channel)[0][1])
     batch = TagBatch(reply_to="runner-7", tags=[add(execution, "t", "t", "x")])
     producer.enqueue(batch)

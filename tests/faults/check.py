@@ -9,7 +9,8 @@ from uuid import UUID
 
 import psycopg
 
-from producers.contract.messages import Message, ResultRecord, TagBatch
+from producers.contract.messages import Message, TagBatch
+from producers.contract.results import ResultRecord
 from tests.unit.test_rules import ReferenceModel, _same
 
 MOST_STORIES: Final = 20

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from redis.exceptions import RedisError
 
-from producers.contract.messages import inbox_key, lease_key
+from producers.contract.channels import inbox_key, lease_key
 from producers.errors import TaskTagsError
 from producers.inbox.drain_message import QUEUE
 from tests.faults.planted import FAILPOINTS

@@ -15,17 +15,17 @@ from typing import Any
 from uuid import UUID
 
 from producers.client import TagProducer
+from producers.contract.encoding import parse_message
 from producers.contract.messages import (
     ANY_METADATA,
     Message,
     SetTaskState,
     TagBatch,
     TagOperation,
-    Uuid7,
     add,
-    parse_message,
     remove,
 )
+from producers.contract.values import Uuid7
 from producers.errors import BatchRefused, InboxFull, ResultTimeout, Unavailable
 
 UNKNOWN = UUID(int=404)

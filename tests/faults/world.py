@@ -21,8 +21,9 @@ from uuid import UUID, uuid4
 import psycopg
 from redis.exceptions import RedisError
 
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import Message, inbox_key, lease_key
+from producers.client import TagProducer
+from producers.contract.channels import inbox_key, lease_key
+from producers.contract.messages import Message, register_execution
 from producers.inbox.drain_message import QUEUE
 from producers.redis_client import open_redis
 from tests.faults.check import Sent, Verdict, check_presence

@@ -15,8 +15,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import TagBatch, add, remove
+from producers.client import TagProducer
+from producers.contract.messages import TagBatch, add, register_execution, remove
 from tests.conftest import Servers
 from worker.api.limits import REQUEST_SECONDS
 

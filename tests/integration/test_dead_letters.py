@@ -11,13 +11,9 @@ from uuid import uuid4
 
 import pytest
 
-from producers.contract.messages import (
-    MAX_MESSAGE_BYTES,
-    dead_letters_key,
-    inbox_key,
-    lease_key,
-    parse_canonical,
-)
+from producers.contract.channels import dead_letters_key, inbox_key, lease_key
+from producers.contract.encoding import parse_canonical
+from producers.contract.messages import MAX_MESSAGE_BYTES
 from producers.errors import InboxFull
 from producers.inbox.protocol import Inbox
 from tests.e2e.test_cli import run

@@ -14,15 +14,8 @@ import psycopg
 import pytest
 from redis.exceptions import ConnectionError, OutOfMemoryError
 
-from producers.client import register_execution
-from producers.contract.messages import (
-    TagBatch,
-    add,
-    dead_letters_key,
-    inbox_key,
-    lease_key,
-    remove,
-)
+from producers.contract.channels import dead_letters_key, inbox_key, lease_key
+from producers.contract.messages import TagBatch, add, register_execution, remove
 from producers.inbox.protocol import Inbox, StreamEntry
 from tests.support.malformed import stream_entries
 from tests.support.tenant import EXECUTION, Tenant, broken_for, killed, tagging

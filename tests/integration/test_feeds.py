@@ -17,8 +17,9 @@ from redis import Redis
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import SetTaskState, TagBatch, add, changes_channel
+from producers.client import TagProducer
+from producers.contract.channels import changes_channel
+from producers.contract.messages import SetTaskState, TagBatch, add, register_execution
 from tests.conftest import Servers
 from tests.support.memory import resident
 from tests.support.tenant import applied

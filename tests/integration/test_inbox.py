@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 from redis.exceptions import OutOfMemoryError
 
-from producers.contract.messages import dead_letters_key, inbox_key, lease_key
+from producers.contract.channels import dead_letters_key, inbox_key, lease_key
 from producers.inbox.protocol import (
     DeadLetter,
     Inbox,

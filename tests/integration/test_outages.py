@@ -16,8 +16,10 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import ChangeEvent, TagBatch, add, changes_channel
+from producers.client import TagProducer
+from producers.contract.channels import changes_channel
+from producers.contract.messages import TagBatch, add, register_execution
+from producers.contract.results import ChangeEvent
 from producers.redis_client import open_redis
 from producers.subscriber import Subscriber
 from tests.support.waiting import eventually

@@ -19,21 +19,14 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
-from producers.client import AsyncTagProducer, TagProducer, register_execution
-from producers.contract.messages import (
-    ChangeEvent,
-    ResultRecord,
-    TagBatch,
-    add,
-    inbox_key,
-    lease_key,
-    remove,
-)
+from producers.client import AsyncTagProducer, TagProducer
+from producers.contract.channels import inbox_key, lease_key
+from producers.contract.messages import TagBatch, add, register_execution, remove
+from producers.contract.results import ChangeEvent, ResultRecord
 from producers.errors import (
     BatchIdInUse,
     ConfigurationError,
@@ -49,7 +42,9 @@ from producers.errors import (
 )
 from producers.inbox.drain_message import DRAIN_TASK, QUEUE
 from producers.inbox.protocol import Inbox
-from producers.subscriber import ListenEvent, Subscriber, listen
+from producers.pubsub import EventQueue, ListenEvent, PubSubMultiplexer
+from producers.redis_client import open_async_redis, open_redis
+from producers.subscriber import Subscriber
 from tests.conftest import Servers
 from tests.support.malformed import HARMLESS, celery_messages
 from tests.support.waiting import eventually
@@ -68,10 +63,11 @@ def collect(heard: Iterator[Any], into: list[Any]) -> None:
         into.append(each)
 
 
-def eventually_heard(subscriber: Subscriber, channel: str) -> None:
-    """Wait until a subscriber's subscription has reached the server."""
-    redis: Any = subscriber._redis
-    eventually(lambda: redis.pubsub_numsub(channel)[0][1])
+def eventually_subscribed(servers: Servers, channel: str) -> None:
+    """Wait until a subscription to a channel has reached the server."""
+    with open_redis(servers.stack.redis_url) as client:
+        redis: Any = client
+        eventually(lambda: redis.pubsub_numsub(channel)[0][1])
 
 
 @contextmanager
@@ -81,7 +77,7 @@ def following(servers: Servers, organization: UUID, execution: UUID) -> Iterator
     subscriber = Subscriber(redis_url=servers.stack.redis_url, organization_id=organization)
     thread = threading.Thread(target=lambda: collect(subscriber.changes(execution), events))
     thread.start()
-    eventually_heard(subscriber, f"task-tags:{{{organization}}}:changes:{execution}")
+    eventually_subscribed(servers, f"task-tags:{{{organization}}}:changes:{execution}")
     try:
         yield events
     finally:
@@ -190,7 +186,7 @@ def test_a_bad_message_in_the_stream_is_answered_on_its_channel(
     subscriber = Subscriber(redis_url=servers.stack.redis_url, organization_id=organization)
     thread = threading.Thread(target=lambda: collect(subscriber.results(reply_to), heard))
     thread.start()
-    eventually_heard(subscriber, f"task-tags:{{{organization}}}:results:{reply_to}")
+    eventually_subscribed(servers, f"task-tags:{{{organization}}}:results:{reply_to}")
     bad = {"schema_version": 1, "kind": "tag_batch", "batch_id": str(uuid4()), "tags": "x"}
     producer.send([b"hello", json.dumps({**bad, "reply_to": reply_to}).encode()])
     assert producer.apply(register_execution(uuid4())).flow_execution
@@ -216,7 +212,7 @@ def test_asyncio_flow_runners_have_the_same_methods(
             changes = subscriber.achanges(execution)
             first = asyncio.ensure_future(changes.__anext__())
             channel = f"task-tags:{{{organization}}}:changes:{execution}"
-            await asyncio.to_thread(eventually_heard, subscriber, channel)
+            await asyncio.to_thread(eventually_subscribed, servers, channel)
             batches = [TagBatch(tags=[add(execution, "t", "t", f"{i}")]) for i in range(100)]
             records = await asyncio.gather(*[producer.apply(batch) for batch in batches])
             assert (await first).revision == 1
@@ -427,7 +423,7 @@ def test_waiting_long_does_not_fill_the_inbox(
         copies = []
         for _ in range(600):
             clock[0] += 1
-            producer._listener._ask_again(everything=False)
+            producer._listener.resend_overdue()
             copies.append(quiet_redis.xlen(inbox_key(organization)))
     assert 8 <= copies[-1] <= 16
     assert copies[:20].count(1) == 4
@@ -462,8 +458,8 @@ def test_another_applications_celery_settings_are_not_ours(servers: Servers, spa
 
 def test_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that keeps the connection and says nothing any more: the listener connects again."""
-    monkeypatch.setattr("producers.subscriber.PING_SECONDS", 0.2)
-    monkeypatch.setattr("producers.subscriber.SILENCE_SECONDS", 0.6)
+    monkeypatch.setattr("producers.pubsub.PING_SECONDS", 0.2)
+    monkeypatch.setattr("producers.pubsub.SILENCE_SECONDS", 0.6)
     connections: list[socket.socket] = []
     stop = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -483,26 +479,31 @@ def test_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         thread = threading.Thread(target=answer_once)
         thread.start()
         port = server.getsockname()[1]
-        redis = Redis(
-            port=port, protocol=2, lib_name=None, lib_version=None, retry=Retry(NoBackoff(), 0)
-        )
-        subscribed = 0
-        for heard in listen(redis, ["c"], stop):
-            subscribed += heard is ListenEvent.SUBSCRIBED
-            if subscribed == 2:
-                stop.set()
+        asyncio.run(_subscribe_twice(f"redis://127.0.0.1:{port}"))
+        stop.set()
         thread.join()
     for connection in connections:
         connection.close()
-    redis.close()
     assert len(connections) >= 2
+
+
+async def _subscribe_twice(url: str) -> None:
+    options = {"lib_name": None, "lib_version": None, "retry": Retry(NoBackoff(), 0)}
+    async with open_async_redis(url, **options) as redis:
+        pubsub, events = PubSubMultiplexer(redis), EventQueue()
+        subscribed = 0
+        with pubsub.listening("c", events):
+            async with pubsub.running():
+                while subscribed < 2:
+                    for event in await events.take(1):
+                        subscribed += event is ListenEvent.SUBSCRIBED
 
 
 def test_a_drain_message_that_was_lost_is_sent_again(
     producer: TagProducer, redis: Any, organization: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """beat's `wake` finds the inbox that waits with nobody on the way: a few seconds, and nothing is lost."""
-    monkeypatch.setattr(producer._sender, "_send_drain", lambda *_: None)
+    monkeypatch.setattr(producer._enqueuer, "_send_drain", lambda *_: None)
     future = producer.submit(register_execution(uuid4()))
     eventually(lambda: redis.exists(lease_key(organization)))
     redis.delete(lease_key(organization))

@@ -15,8 +15,7 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from producers.client import register_execution
-from producers.contract.messages import TagBatch, add
+from producers.contract.messages import TagBatch, add, register_execution
 from tests.conftest import Servers
 from tests.support.tenant import applied
 from worker.api.queries import Reader

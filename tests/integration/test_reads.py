@@ -12,8 +12,15 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from producers.client import register_execution
-from producers.contract.messages import Message, SetTaskState, TagBatch, TagOperation, add, remove
+from producers.contract.messages import (
+    Message,
+    SetTaskState,
+    TagBatch,
+    TagOperation,
+    add,
+    register_execution,
+    remove,
+)
 from tests.conftest import Servers
 from tests.integration.test_api import problem
 from tests.support.tenant import applied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from uuid import UUID, uuid4
 import pytest
 from redis.exceptions import NoPermissionError
 
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import dead_letters_key, inbox_key, results_channel
+from producers.client import TagProducer
+from producers.contract.channels import dead_letters_key, inbox_key, results_channel
+from producers.contract.messages import register_execution
+from producers.contract.results import ResultRecord
 from producers.errors import Unavailable
 from producers.redis_client import open_redis
-from producers.subscriber import ListenEvent, listen
+from producers.subscriber import Subscriber
 from tests.conftest import Servers
+from tests.support.waiting import eventually
 
 FILE = Path(__file__).parents[2] / "docker" / "redis-users.acl"
 PLACEHOLDER = str(UUID(int=0))
@@ -99,19 +103,23 @@ def test_an_endpoint_can_write_to_all_and_listen_to_all(
 
 
 def test_a_subscriber_can_only_listen(
-    urls: dict[str, str], organization: UUID, producer: TagProducer
+    urls: dict[str, str], organization: UUID, producer: TagProducer, redis: Any
 ) -> None:
     """To its own organization's channels."""
-    import threading
-
-    stop = threading.Event()
-    with open_redis(urls["subscriber"]) as client:
-        heard = listen(client, [results_channel(organization, "r")], stop)
-        assert next(heard) is ListenEvent.SUBSCRIBED
-        producer.enqueue(register_execution(uuid4()).model_copy(update={"reply_to": "r"}))
-        assert isinstance(next(each for each in heard if isinstance(each, bytes)), bytes)
-        stop.set()
-        assert list(heard) in ([], [ListenEvent.QUIET])
+    message = register_execution(uuid4()).model_copy(update={"reply_to": "r"})
+    url = urls["subscriber"]
+    with Subscriber(redis_url=url, organization_id=organization) as subscriber:
+        received: list[ResultRecord] = []
+        thread = threading.Thread(
+            target=lambda: received.append(next(subscriber.results("r"))), daemon=True
+        )
+        thread.start()
+        channel = results_channel(organization, "r")
+        eventually(lambda: redis.pubsub_numsub(channel)[0][1])
+        producer.enqueue(message)
+        thread.join(20)
+        assert [record.batch_id for record in received] == [message.batch_id]
+    with open_redis(url) as client:
         confined: Any = client
         for command in (("XLEN", inbox_key(organization)), ("LPUSH", "task-tags", "x")):
             with pytest.raises(NoPermissionError):

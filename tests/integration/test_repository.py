@@ -16,17 +16,17 @@ from psycopg import sql
 from sqlalchemy import make_url
 
 import worker.db.repository
-from producers.client import register_execution
 from producers.contract.messages import (
     Message,
-    ResultRecord,
     SetTaskState,
     TagBatch,
     TaskState,
-    Uuid7,
     add,
+    register_execution,
     remove,
 )
+from producers.contract.results import ResultRecord
+from producers.contract.values import Uuid7
 from tests.conftest import Servers
 from tests.support.tenant import applied, requests_of
 from tests.support.waiting import eventually

@@ -27,23 +27,18 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from producers.contract.channels import changes_channel, dead_letters_key, inbox_key, lease_key
 from producers.contract.messages import (
     ANY_METADATA,
-    ChangeEvent,
     Message,
     RegisterExecution,
-    ResultRecord,
     SetTaskState,
-    StateChange,
     TagBatch,
     TagOperation,
     add,
-    changes_channel,
-    dead_letters_key,
-    inbox_key,
-    lease_key,
     remove,
 )
+from producers.contract.results import ChangeEvent, ResultRecord, StateChange
 from producers.inbox.protocol import Inbox, StreamEntry
 from tests.conftest import Servers
 from tests.unit.test_rules import ONE, TWO, UNKNOWN, ReferenceModel

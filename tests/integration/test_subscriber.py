@@ -15,11 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producers.change_feed import GapFiller
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import ChangeEvent, TagBatch, add, changes_channel
+from producers.client import TagProducer
+from producers.contract.channels import changes_channel
+from producers.contract.messages import TagBatch, add, register_execution
+from producers.contract.results import ChangeEvent
 from producers.errors import ChangesRefused, RevisionExpired, Unavailable
-from producers.subscriber import Subscriber
+from producers.pubsub import ListenEvent
+from producers.subscriber import Subscriber, _ExecutionChanges
 from tests.conftest import Servers
 from tests.support.tenant import applied
 from tests.support.waiting import eventually
@@ -71,7 +73,7 @@ def test_what_is_stored_is_what_was_published(
     """The audit trail: who changed what, when, in which batch."""
     execution = uuid4()
     producer.register(execution)
-    redis: Any = producer._sender.redis
+    redis: Any = producer._enqueuer.redis
     with redis.pubsub() as pubsub:
         pubsub.subscribe(changes_channel(organization, execution))
         eventually(lambda: pubsub.get_message(timeout=1))
@@ -232,7 +234,7 @@ def test_the_last_event_is_not_missed_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While all is quiet the endpoint is asked now and then."""
-    monkeypatch.setattr("producers.change_feed.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("producers.subscriber.IDLE_SECONDS", 0.2)
     events = follow(changed)
     eventually(lambda: len(events) == 5)
     applied(store, organization, batch(changed, "lost"))
@@ -326,25 +328,34 @@ EVENTS = [ChangeEvent(NOBODY, NOBODY, n, NOBODY, "ada", NOW, []) for n in range(
 def test_a_feed_passes_each_event_on_once_and_in_order(
     after: int, steps: list[tuple[int, int]]
 ) -> None:
-    """Messages lost, doubled or late, and reads that fail in between: what is passed on is after+1, after+2, …"""
+    """Events lost, repeated or late, and reads that fail in between: passed on are after+1, after+2, …"""
     stored = after
     passed: list[int] = []
     away = False
 
-    def fetch(since: int) -> Sequence[ChangeEvent]:
+    async def fetch(since: int) -> Sequence[ChangeEvent]:
         if away:
             raise Unavailable("away")
         return EVENTS[since : min(since + 2, stored)]
 
-    feed = GapFiller(fetch, after)
-    passed += heard(list(feed.on_subscribed()))
-    for what, number in steps:
-        if what == 0:
-            stored = min(stored + 1, len(EVENTS))
-        elif what == 1 and number < stored:
-            passed += heard(list(feed.on_event(EVENTS[number])))
-        else:
-            away = number % 2 == 0
-    away = False
-    passed += heard(list(feed.on_subscribed()))
+    async def receive(*events: bytes | ListenEvent) -> None:
+        feed.receive(events)
+        while some := await feed.next():
+            passed.extend(heard(some))
+
+    async def main() -> None:
+        nonlocal stored, away
+        await receive(ListenEvent.SUBSCRIBED)
+        for what, number in steps:
+            if what == 0:
+                stored = min(stored + 1, len(EVENTS))
+            elif what == 1 and number < stored:
+                await receive(EVENTS[number].encode())
+            else:
+                away = number % 2 == 0
+        away = False
+        await receive(ListenEvent.SUBSCRIBED)
+
+    feed = _ExecutionChanges(fetch, after)
+    asyncio.run(main())
     assert passed == list(range(after + 1, stored + 1))

@@ -23,8 +23,9 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import SecretStr
 
-from producers.client import register_execution
-from producers.contract.messages import MAX_DETAILS, MAX_MESSAGE_BYTES, ResultRecord
+from producers.contract.encoding import MAX_DETAILS
+from producers.contract.messages import MAX_MESSAGE_BYTES, register_execution
+from producers.contract.results import ResultRecord
 from producers.redis_client import open_redis
 from tests.conftest import Servers
 from tests.integration.test_api import problem

@@ -11,8 +11,9 @@ import time
 from typing import Any
 from uuid import uuid4
 
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import TagBatch, add, inbox_key
+from producers.client import TagProducer
+from producers.contract.channels import inbox_key
+from producers.contract.messages import TagBatch, add, register_execution
 from tests.support.script_stack import make_batches, script_stack, tokens
 
 
@@ -43,7 +44,7 @@ def main() -> None:
             batches = make_batches(arguments.waiting)
             many.apply(register_execution(batches[0].tags[0].flow_execution_id))
             many.enqueue_many(batches)
-            redis: Any = many._sender.redis
+            redis: Any = many._enqueuer.redis
             beside: list[float] = []
             waiting: list[int] = []
             while (left := redis.xlen(inbox_key(busy))) > 0:

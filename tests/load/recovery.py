@@ -14,8 +14,8 @@ from uuid import UUID, uuid4
 
 import httpx
 
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import TagBatch, add
+from producers.client import TagProducer
+from producers.contract.messages import TagBatch, add, register_execution
 from tests.support.script_stack import script_stack
 from tests.support.waiting import eventually
 from worker.local.stack import Stack

@@ -15,8 +15,10 @@ from uuid import UUID, uuid4
 
 import psycopg
 
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import TagBatch, Uuid7, add, inbox_key, remove
+from producers.client import TagProducer
+from producers.contract.channels import inbox_key
+from producers.contract.messages import TagBatch, add, register_execution, remove
+from producers.contract.values import Uuid7
 from tests.support.memory import resident
 from tests.support.script_stack import script_stack, tokens
 from tests.support.waiting import eventually
@@ -52,7 +54,7 @@ def soak(
     stack: Stack, producer: TagProducer, organization: UUID, execution: UUID, batches: int
 ) -> list[float]:
     """Send the batches, ten thousand waiting at most; return the worker's memory after each tenth, in MB."""
-    redis: Any = producer._sender.redis
+    redis: Any = producer._enqueuer.redis
     new_id, sizes = Uuid7(), []
     begin = last = time.monotonic()
     tenth = max(batches // 10, PIECE)

@@ -34,8 +34,9 @@ from uuid import UUID, uuid4
 
 import uvloop
 
-from producers.client import TagProducer, register_execution
-from producers.contract.messages import TagBatch, add, changes_channel
+from producers.client import TagProducer
+from producers.contract.channels import changes_channel
+from producers.contract.messages import TagBatch, add, register_execution
 from producers.redis_client import open_redis
 from tests.support.memory import max_resident, resident
 from tests.support.script_stack import script_stack

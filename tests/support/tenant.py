@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
-from producers.contract.messages import ChangeEvent, Message, ResultRecord, TagBatch, Uuid7, add
+from producers.contract.messages import Message, TagBatch, add
+from producers.contract.results import ChangeEvent, ResultRecord
+from producers.contract.values import Uuid7
 from producers.inbox.protocol import Inbox
 from tests.support.waiting import eventually
 from worker.auth import Authorizer

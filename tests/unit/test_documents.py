@@ -22,32 +22,30 @@ import pytest
 from jsonschema import Draft7Validator, FormatChecker
 
 from producers.asyncapi import asyncapi_document
+from producers.contract.channels import changes_channel, inbox_key, results_channel
+from producers.contract.encoding import parse_message
+from producers.contract.errors import ErrorDetail, ErrorInfo, InvalidMessage
 from producers.contract.messages import (
     ANY_METADATA,
+    RegisterExecution,
+    SetTaskState,
+    TagBatch,
+    add,
+    remove,
+)
+from producers.contract.results import (
     Change,
     ChangeEvent,
-    ErrorDetail,
-    ErrorInfo,
-    InvalidMessage,
     OperationResult,
     Recording,
-    RegisterExecution,
     Registration,
     ResultRecord,
-    SetTaskState,
     StateChange,
     Tag,
-    TagBatch,
     Task,
-    add,
-    changes_channel,
-    inbox_key,
-    json_schemas,
-    parse_message,
-    remove,
-    results_channel,
-    uuid7,
 )
+from producers.contract.schemas import json_schemas
+from producers.contract.values import uuid7
 
 REPOSITORY: Final = Path(__file__).parents[2]
 DOCS: Final = REPOSITORY / "docs"

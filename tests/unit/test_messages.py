@@ -10,21 +10,12 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from producers.client import register_execution
-from producers.contract.messages import (
-    MAX_METADATA_BYTES,
-    ChangeEvent,
-    InvalidMessage,
-    ResultRecord,
-    TagBatch,
-    Uuid7,
-    add,
-    describe,
-    json_schemas,
-    parse_message,
-    read_body,
-    remove,
-)
+from producers.contract.encoding import parse_body, parse_message
+from producers.contract.errors import InvalidMessage, describe
+from producers.contract.messages import TagBatch, add, register_execution, remove
+from producers.contract.results import ChangeEvent, ResultRecord
+from producers.contract.schemas import json_schemas
+from producers.contract.values import MAX_METADATA_BYTES, Uuid7
 
 EXECUTION = "6f1c1f9e-3f0c-4b64-9b5f-0a4a6f6f0001"
 BATCH = "6f1c1f9e-3f0c-4b64-9b5f-0a4a6f6f00b1"
@@ -333,5 +324,5 @@ def test_too_many_task_names_are_one_fault() -> None:
     """A mebibyte of wrong names is refused at once, and not name by name."""
     body = json.dumps({"task_names": [""] * 300_000}).encode()
     with pytest.raises(InvalidMessage) as refused:
-        read_body("flow_execution", body, flow_execution_id=uuid4())
+        parse_body("flow_execution", body, flow_execution_id=uuid4())
     assert [detail.message for detail in refused.value.details] == ["must have at most 10000 items"]

@@ -12,23 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producers.client import register_execution
 from producers.contract.messages import (
     ANY_METADATA,
-    Change,
-    ChangeEvent,
     Message,
     RegisterExecution,
-    ResultRecord,
     SetTaskState,
-    StateChange,
     TagBatch,
     TagOperation,
-    Task,
-    Uuid7,
     add,
+    register_execution,
     remove,
 )
+from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, Task
+from producers.contract.values import Uuid7
 from worker.rules import AuthorizedMessage, Decision, Snapshot, decide
 
 ORGANIZATION = UUID(int=1)

@@ -19,16 +19,17 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
-from redis import asyncio as async_redis
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from producers.contract.messages import TagOperation
-from producers.enqueuer import Sender
+from producers.enqueuer import Enqueuer
+from producers.pubsub import PubSubMultiplexer
+from producers.redis_client import open_async_redis
 from worker.api import feeds, reads, writes
-from worker.api.change_hub import ChangeHub, PubSubMultiplexer
+from worker.api.change_hub import ChangeHub
 from worker.api.errors import (
     ERRORS,
     ApiError,
@@ -225,14 +226,12 @@ def create_app(settings: Settings) -> Endpoint:
         state.reader = Reader(
             settings.database_url.get_secret_value(), settings.endpoint_connections
         )
-        state.redis = async_redis.Redis.from_url(
-            redis_url, socket_timeout=2, socket_connect_timeout=2, protocol=2
-        )
-        channels = PubSubMultiplexer(state.redis)
-        sender = Sender(redis_url, settings.inbox_limit, settings.lease_ms, socket_timeout=2)
-        state.live = ChangeHub(channels, state.reader)
-        state.gateway = writes.WriteService(sender, channels, state.reader)
-        jobs = [asyncio.create_task(job) for job in (channels.run(), state.live.run())]
+        state.redis = open_async_redis(redis_url, socket_timeout=2)
+        pubsub = PubSubMultiplexer(state.redis)
+        enqueuer = Enqueuer(redis_url, settings.inbox_limit, settings.lease_ms, socket_timeout=2)
+        state.change_hub = ChangeHub(pubsub, state.reader)
+        state.write_service = writes.WriteService(enqueuer, pubsub, state.reader)
+        jobs = [asyncio.create_task(job) for job in (pubsub.run(), state.change_hub.run())]
         try:
             await state.reader.check()
         except (psycopg.Error, TimeoutError):
@@ -244,7 +243,7 @@ def create_app(settings: Settings) -> Endpoint:
         await asyncio.gather(*jobs, return_exceptions=True)
         await state.redis.aclose()
         state.reader.close()
-        sender.close()
+        enqueuer.close()
 
     app = FastAPIOffline(
         title="task tags",

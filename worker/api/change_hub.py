@@ -1,283 +1,140 @@
-"""What is published, for all who wait for it in this process: one Redis connection, one subscription for each channel.
+"""The executions that are watched in this process: one Redis subscription for all watchers.
 
-Pub/sub may lose a message, repeat it or bring it late, and all that is silent. So of an execution that is watched only
-its last revision is taken from there: the events themselves come from the few that were heard last if these are the next
-ones, and from the table otherwise. And the table is asked for the last revision whenever a subscription begins
-anew, and now and then.
+Pub/sub may lose an event, repeat it or deliver it late, all silently. So the table is asked for the
+last revisions whenever a subscription begins, and every two seconds; `GapFiller` does the rest.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 import psycopg
 from pydantic_core import from_json
-from redis import asyncio as async_redis
 
-from producers.contract.messages import changes_channel
+from producers.contract.channels import changes_channel
+from producers.gap_filler import GapFiller
+from producers.pubsub import Listener, PubSubMultiplexer, wait_at_most
 from worker.api.queries import Reader
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS: Final = 2.0
-"""So often the table is asked for last revisions, at least."""
+"""The table is asked for the last revisions this often, at least."""
 _POLL_RETRY_SECONDS: Final = 1.0
-_PING_SECONDS: Final = 5.0
-_SILENCE_SECONDS: Final = 15.0
-_MAX_BACKOFF_SECONDS: Final = 1.0
-_RECENT_EVENTS: Final = 100
-_RECENT_BYTES: Final = 256 * 1024
-
-
-class Listener:
-    """Somebody who hears a channel. What is published before `begin`, or while Redis is away, is not heard."""
-
-    def begin(self) -> None:
-        """The subscription has begun, for the first time or again."""
-
-    def hear(self, payload: bytes) -> None:
-        """This was published."""
-
-
-class PubSubMultiplexer:
-    """Subscribes to each channel that somebody listens to, on one connection, which is made again when it is lost."""
-
-    def __init__(self, redis: async_redis.Redis) -> None:
-        self._redis = redis
-        self._listeners: dict[bytes, list[Listener]] = {}
-        self._confirmed: set[bytes] = set()
-        """What Redis said that it is subscribed."""
-        self._changed = asyncio.Event()
-
-    def __len__(self) -> int:
-        return len(self._listeners)
-
-    @contextmanager
-    def listening(self, channel: str, listener: Listener) -> Iterator[None]:
-        """Let a listener hear a channel."""
-        name = channel.encode()
-        self._listeners.setdefault(name, []).append(listener)
-        self._changed.set()
-        if name in self._confirmed:
-            listener.begin()
-        try:
-            yield
-        finally:
-            self._listeners[name].remove(listener)
-            if not self._listeners[name]:
-                del self._listeners[name]
-                self._changed.set()
-
-    async def run(self) -> None:
-        """Listen, for ever."""
-        failures = 0
-        while True:
-            if not self._listeners:
-                await self._changed.wait()
-            connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-            try:
-                await connection.connect()
-                await self._listen(connection)
-            except Exception as error:  # whatever it is, those who listen would wait for ever
-                failures += 1
-                if failures in (1, 10, 100):
-                    name = type(error).__name__
-                    logger.warning("Redis can't be listened to", extra={"error": name})
-                if self._confirmed:
-                    failures = 0
-            finally:
-                self._confirmed.clear()
-                await connection.disconnect(nowait=True)
-            await asyncio.sleep(min(0.05 * 2 ** min(failures, 10), _MAX_BACKOFF_SECONDS))
-
-    async def _listen(self, connection: Any) -> None:
-        """Subscribe to what is wanted and tell what comes, until the connection is lost.
-
-        It is a plain connection, not redis-py's PubSub: that makes a lost one anew by itself, also in the middle of a
-        read. A server that does not answer a ping in time is as good as gone.
-        """
-        subscribed: set[bytes] = set()
-        heard_at = asyncio.get_running_loop().time()
-        reading = changed = None
-        try:
-            while True:
-                self._changed.clear()
-                wanted = set(self._listeners)
-                if new := wanted - subscribed:
-                    await connection.send_command("SUBSCRIBE", *new)
-                if old := subscribed - wanted:
-                    self._confirmed -= old
-                    await connection.send_command("UNSUBSCRIBE", *old)
-                subscribed = wanted
-                reading = reading or asyncio.create_task(connection.read_response(timeout=math.inf))
-                changed = asyncio.create_task(self._changed.wait())
-                await asyncio.wait(
-                    (reading, changed), timeout=_PING_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                )
-                now = asyncio.get_running_loop().time()
-                if reading.done():
-                    heard_at = now
-                    self._tell(reading.result())
-                    reading = None
-                elif now - heard_at > _SILENCE_SECONDS:
-                    raise ConnectionError("the server is silent")
-                elif not changed.done():
-                    await connection.send_command("PING")
-                changed.cancel()
-        finally:
-            for task in (reading, changed):
-                if task is not None:
-                    task.cancel()
-                    await asyncio.wait((task,), timeout=1)
-
-    def _tell(self, answer: Any) -> None:
-        if not isinstance(answer, list) or len(answer) != 3:
-            return  # to a ping
-        kind, channel, payload = answer
-        listeners = self._listeners.get(channel, [])
-        if kind == b"subscribe" and listeners:
-            self._confirmed.add(channel)
-        for listener in list(listeners):
-            try:
-                if kind == b"subscribe":
-                    listener.begin()
-                elif kind == b"message":
-                    listener.hear(payload)
-            except Exception:  # the others still wait for this task
-                logger.exception("what was published could not be taken in")
-
-
-Event = tuple[int, bytes]
-"""A revision, and its change event as it was published."""
+_GATHER_SECONDS: Final = 0.02
+_MAX_ASKED: Final = 1000
 
 
 class ExecutionFeed(Listener):
-    """An execution that somebody watches: its last revision, as far as is known, and the events that came last."""
+    """A watched execution: its last known revision, and the newest of its published events."""
 
-    def __init__(self, look: Callable[[], None]) -> None:
-        self.revision = 0
+    def __init__(self, refresh: Callable[[], None]) -> None:
         self.watchers = 0
-        self._look = look
-        self._recent: deque[Event] = deque()
-        self._bytes = 0
+        self._refresh = refresh
+        self._events: GapFiller[bytes] = GapFiller()
         self._moved = asyncio.Event()
+        self.buffered_after = self._events.buffered_after
 
-    def begin(self) -> None:
-        self._look()
+    @property
+    def revision(self) -> int:
+        """The last revision that is known here."""
+        return self._events.last
 
-    def hear(self, payload: bytes) -> None:
+    def on_subscribed(self) -> None:
+        self._refresh()
+
+    def on_event(self, payload: bytes) -> None:
         try:
             revision = from_json(payload)["revision"]
         except (ValueError, LookupError, TypeError):
+            revision = None
+        if not isinstance(revision, int):
             logger.warning("what was published is not a change event: skipped")
             return
-        if not isinstance(revision, int) or revision <= self.revision:
-            return  # it was heard before, or comes late
-        if self._recent and self._recent[-1][0] != revision - 1:
-            self._recent.clear()
-            self._bytes = 0
-        self._recent.append((revision, payload))
-        self._bytes += len(payload)
-        while len(self._recent) > _RECENT_EVENTS or self._bytes > _RECENT_BYTES:
-            self._bytes -= len(self._recent.popleft()[1])
-        self.advance(revision)
+        before = self.revision
+        self._events.receive(revision, payload, len(payload))
+        self._wake(before)
 
     def advance(self, revision: int) -> None:
-        """The execution is known to have this revision: wake whoever waits for it."""
-        if revision > self.revision:
-            self.revision = revision
-            moved, self._moved = self._moved, asyncio.Event()
-            moved.set()
+        """Take note that the table has a revision."""
+        before = self.revision
+        self._events.advance(revision)
+        self._wake(before)
 
-    def settle(self, revision: int, believed: int) -> None:
-        """The table had this revision when `believed` was known here: the table is right, whatever was published."""
-        if revision < believed == self.revision:
-            self.revision = revision
-            self._recent.clear()
-            self._bytes = 0
-            self._look()  # what was heard meanwhile seemed to come late
-        else:
-            self.advance(revision)
+    def reconcile(self, stored: int, assumed: int) -> None:
+        """Take over the table's revision; `assumed` is what was known here when it was asked."""
+        before = self.revision
+        if self._events.reconcile(stored, assumed):
+            self._refresh()
+        self._wake(before)
 
-    def recent(self, after: int) -> Sequence[Event]:
-        """Return the events after a revision, or nothing if the next one is not among those that were kept."""
-        if not self._recent or not self._recent[0][0] <= after + 1 <= self._recent[-1][0]:
-            return ()
-        return list(islice(self._recent, after + 1 - self._recent[0][0], None))
-
-    async def beyond(self, revision: int) -> None:
-        """Wait until the execution is known to have a later revision."""
+    async def wait_past(self, revision: int) -> None:
+        """Wait until a later revision is known."""
         while self.revision <= revision:
             await self._moved.wait()
 
-
-Key = tuple[UUID, UUID]
-"""An organization and a flow execution."""
+    def _wake(self, before: int) -> None:
+        if self.revision > before:
+            moved, self._moved = self._moved, asyncio.Event()
+            moved.set()
 
 
 @dataclass
 class ChangeHub:
-    """All executions that are watched in this process."""
+    """The feeds of all executions that are watched in this process. `run` keeps them up to date."""
 
-    channels: PubSubMultiplexer
+    pubsub: PubSubMultiplexer
     reader: Reader
-    _watched: dict[Key, ExecutionFeed] = field(default_factory=dict)
-    _look: asyncio.Event = field(default_factory=asyncio.Event)
+    _feeds: dict[tuple[UUID, UUID], ExecutionFeed] = field(default_factory=dict)
+    _refresh: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __len__(self) -> int:
-        return len(self._watched)
+        return len(self._feeds)
 
     @contextmanager
     def watch(self, organization_id: UUID, flow_execution_id: UUID) -> Iterator[ExecutionFeed]:
-        """Watch an execution. It is one subscription, however many watch the same."""
+        """Watch an execution until the block ends; all its watchers share one subscription."""
         key = organization_id, flow_execution_id
-        watched = self._watched.get(key)
-        if watched is None:
-            watched = self._watched[key] = ExecutionFeed(self._look.set)
-        watched.watchers += 1
+        feed = self._feeds.get(key)
+        if feed is None:
+            feed = self._feeds[key] = ExecutionFeed(self._refresh.set)
+        feed.watchers += 1
         try:
-            with self.channels.listening(changes_channel(*key), watched):
-                yield watched
+            with self.pubsub.listening(changes_channel(*key), feed):
+                yield feed
         finally:
-            watched.watchers -= 1
-            if not watched.watchers and self._watched.get(key) is watched:
-                del self._watched[key]
+            feed.watchers -= 1
+            if not feed.watchers and self._feeds.get(key) is feed:
+                del self._feeds[key]
 
     async def run(self) -> None:
-        """Ask the table for last revisions, for ever: soon when something may have been missed, and now and then."""
+        """Ask the table for last revisions until cancelled: at once after a refresh, else each 2 s."""
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(POLL_SECONDS):
-                    await self._look.wait()
-            self._look.clear()
+            await wait_at_most(POLL_SECONDS, self._refresh.wait())
+            self._refresh.clear()
             try:
-                await self._ask()
-            except (
-                Exception
-            ) as error:  # whatever it is, those who watch would miss what is not published
+                await self._poll()
+            except Exception as error:  # whatever it is, watchers would miss lost events for ever
                 if not isinstance(error, (psycopg.Error, TimeoutError)):
                     logger.exception("revisions can't be read")
-                self._look.set()
+                self._refresh.set()
                 await asyncio.sleep(_POLL_RETRY_SECONDS)
-            await asyncio.sleep(0.02)  # whoever comes at the same moment is asked for together
+            await asyncio.sleep(_GATHER_SECONDS)  # watchers that arrive together are asked for once
 
-    async def _ask(self) -> None:
+    async def _poll(self) -> None:
         by_organization: dict[UUID, list[UUID]] = {}
-        for organization_id, flow_execution_id in self._watched:
+        for organization_id, flow_execution_id in self._feeds:
             by_organization.setdefault(organization_id, []).append(flow_execution_id)
         for organization_id, executions in by_organization.items():
-            for number in range(0, len(executions), 1000):
-                some = executions[number : number + 1000]
+            for first in range(0, len(executions), _MAX_ASKED):
+                some = executions[first : first + _MAX_ASKED]
                 found = await self.reader.revisions(organization_id, some)
                 for flow_execution_id, revision in found.items():
-                    if watched := self._watched.get((organization_id, flow_execution_id)):
-                        watched.advance(revision)
+                    if feed := self._feeds.get((organization_id, flow_execution_id)):
+                        feed.advance(revision)

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from producers.contract.messages import ErrorDetail
+from producers.contract.errors import ErrorDetail
 from worker.api.limits import MAX_BODY_BYTES, error_body
 from worker.auth import READ
 
@@ -32,6 +32,10 @@ class ApiError(Exception):
         self.code = code
         self.message = message
         self.details = details or []
+
+    def body(self, request_id: str) -> bytes:
+        details = [detail.model_dump() for detail in self.details]
+        return error_body(self.code, self.message, details, request_id)
 
 
 class ErrorBody(BaseModel):
@@ -54,16 +58,11 @@ GONE: Final = ApiError(
 NOT_FOUND: Final = ApiError(404, "not_found", "there is no such thing here")
 
 
-def error_body_of(problem: ApiError, request_id: str) -> bytes:
-    details = [detail.model_dump() for detail in problem.details]
-    return error_body(problem.code, problem.message, details, request_id)
-
-
 def response_to(request: Request, problem: ApiError) -> Response:
     headers = {"WWW-Authenticate": "Bearer"} if problem.status == 401 else {}
     if problem.status in (429, 503):
         headers["Retry-After"] = "1"
-    body = error_body_of(problem, request.state.request_id)
+    body = problem.body(request.state.request_id)
     return Response(body, problem.status, headers, "application/json")
 
 

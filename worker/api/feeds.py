@@ -1,7 +1,8 @@
-"""Change events as they happen, over a WebSocket or as Server-Sent Events: first what is stored, then what comes.
+"""Change events over a WebSocket or as Server-Sent Events: stored events first, then live ones.
 
-A watcher is a revision and nothing more: it takes the next events from worker/api/change_hub.py or from the table, sends them, and
-only then looks for more. So nothing is kept for one that is slow; one that takes nothing is let go (worker/api/limits.py).
+A watcher is a cursor and nothing more: it takes the next events from the hub's buffer or from the
+table, sends them, and only then looks for more. So nothing is queued for a slow watcher; one that
+reads nothing is disconnected (worker/api/limits.py).
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from producers.contract.messages import ErrorDetail
-from worker.api.change_hub import ChangeHub, Event, ExecutionFeed
+from producers.contract.errors import ErrorDetail
+from producers.pubsub import first_completed
+from worker.api.auth import authenticate, bearer_token, require_scope
+from worker.api.change_hub import ChangeHub, ExecutionFeed
 from worker.api.errors import (
     ERRORS,
     GONE,
@@ -32,16 +35,8 @@ from worker.api.errors import (
     WRONG_PARAMETER,
     ApiError,
     documented_error,
-    error_body_of,
 )
-from worker.api.params import (
-    FeedQuery,
-    authenticate,
-    openapi_parameters,
-    parse_query,
-    require_scope,
-    token_of,
-)
+from worker.api.params import FeedQuery, openapi_parameters, parse_query
 from worker.api.reads import EVENT_EXAMPLE, change_filter, reader_of, stored_changes
 from worker.auth import LEEWAY_SECONDS, READ, Principal
 from worker.db.repository import UnsafeRole
@@ -62,40 +57,43 @@ _REASON_BYTES: Final = 123
 
 # --- The events of one watcher -------------------------------------------------------------------
 
+Event = tuple[int, bytes]
+"""A revision, and its change event as it was published."""
+
 
 class ChangeCursor:
-    """One who watches an execution: what it asked, and how far it has come."""
+    """What one watcher asked for, and how far it has come."""
 
-    def __init__(self, connection: HTTPConnection, query: FeedQuery, grant: Principal) -> None:
+    def __init__(self, connection: HTTPConnection, query: FeedQuery, principal: Principal) -> None:
         self.after = query.after
         self._query = query
-        self._live: ChangeHub = connection.app.state.live
+        self._hub: ChangeHub = connection.app.state.change_hub
         self._reader = reader_of(connection)
-        self._organization_id: UUID = grant.organization_id
-        self._only = change_filter(query)
+        self._organization_id: UUID = principal.organization_id
+        self._filter = change_filter(query)
 
     async def check(self) -> None:
-        """Raise a `ApiError` if there is no such execution, or its changes after that revision can't be had."""
+        """Raise an `ApiError` if there is no such execution, or its next changes can't be read."""
         await stored_changes(self._reader, self._organization_id, self._query, self.after, limit=1)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield events in the order of their revisions, for ever; None stands for one of which nothing is wanted.
+        """Yield events in the order of their revisions, without end; filtered ones are left out.
 
-        Raises a `ApiError` if events were purged meanwhile. While the database is away it waits.
+        Raises an `ApiError` if events were purged in the meantime. Waits while the database is away.
         """
         execution = self._query.flow_execution_id
-        with self._live.watch(self._organization_id, execution) as watched:
+        with self._hub.watch(self._organization_id, execution) as feed:
             while True:
-                for revision, event in watched.recent(self.after) or await self._stored(watched):
+                for revision, event in feed.buffered_after(self.after) or await self._stored(feed):
                     self.after = revision
-                    wanted = self._only(event)
+                    wanted = self._filter(event)
                     if wanted is not None:
                         yield revision, wanted
-                await watched.beyond(self.after)
+                await feed.wait_past(self.after)
 
-    async def _stored(self, watched: ExecutionFeed) -> Sequence[Event]:
+    async def _stored(self, feed: ExecutionFeed) -> Sequence[Event]:
         while True:
-            believed = watched.revision
+            assumed = feed.revision
             try:
                 found = await stored_changes(
                     self._reader, self._organization_id, self._query, self.after, _PAGE, _PAGE_BYTES
@@ -104,12 +102,12 @@ class ChangeCursor:
                 logger.warning("changes can't be read", extra={"error": type(error).__name__})
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
-                watched.settle(found.revision, believed)
+                feed.reconcile(found.revision, assumed)
                 return list(enumerate(found.events, self.after + 1))
 
 
-def _expires_in(grant: Principal) -> float:
-    return grant.expires_at + LEEWAY_SECONDS - time.time()
+def _expires_in(principal: Principal) -> float:
+    return principal.expires_at + LEEWAY_SECONDS - time.time()
 
 
 _EXPIRED: Final = ApiError(401, "unauthorized", "the token has expired")
@@ -125,11 +123,13 @@ async def watch_changes(websocket: WebSocket) -> None:
     request_id = str(uuid4())
     try:
         query = parse_query(websocket, FeedQuery)
-        token = token_of(websocket) or await _first_token(websocket)
-        grant = await authenticate(websocket.app.state.authorizer, token, READ)
-        watcher = ChangeCursor(websocket, query, grant)
-        await watcher.check()
-        await first_completed(_send_events(websocket, watcher), _hear_tokens(websocket, grant))
+        token = bearer_token(websocket) or await _first_token(websocket)
+        principal = await authenticate(websocket.app.state.authorizer, token, READ)
+        cursor = ChangeCursor(websocket, query, principal)
+        await cursor.check()
+        await first_completed(
+            _send_events(websocket, cursor), _receive_tokens(websocket, principal)
+        )
     except WebSocketDisconnect:
         return
     except ApiError as problem:
@@ -138,35 +138,23 @@ async def watch_changes(websocket: WebSocket) -> None:
         await _refuse(websocket, UNAVAILABLE, request_id)
 
 
-async def first_completed(*jobs: Awaitable[None]) -> None:
-    """Do both until one ends; raise what it raised."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        done.pop().result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _send_events(websocket: WebSocket, watcher: ChangeCursor) -> None:
-    async for _, event in watcher.events():
+async def _send_events(websocket: WebSocket, cursor: ChangeCursor) -> None:
+    async for _, event in cursor.events():
         await websocket.send_text(event.decode())
 
 
-async def _hear_tokens(websocket: WebSocket, grant: Principal) -> None:
+async def _receive_tokens(websocket: WebSocket, principal: Principal) -> None:
     """Raise a `ApiError` when the token expires, unless a new one of the same organization came before."""
     while True:
         try:
-            async with asyncio.timeout(max(0, _expires_in(grant))):
+            async with asyncio.timeout(max(0, _expires_in(principal))):
                 token = await receive_token(websocket)
         except TimeoutError:
             raise _EXPIRED from None
         renewed = await authenticate(websocket.app.state.authorizer, token, READ)
-        if renewed.organization_id != grant.organization_id:
+        if renewed.organization_id != principal.organization_id:
             raise ApiError(403, "forbidden", "the token is of another organization")
-        grant = renewed
+        principal = renewed
 
 
 async def _first_token(websocket: WebSocket) -> str:
@@ -197,7 +185,7 @@ async def _refuse(websocket: WebSocket, problem: ApiError, request_id: str) -> N
     code = _CLOSE_CODES[problem.status]
     reason = problem.message.encode()[:_REASON_BYTES].decode(errors="ignore")
     with suppress(WebSocketDisconnect, RuntimeError):
-        await websocket.send_text(error_body_of(problem, request_id).decode())
+        await websocket.send_text(problem.body(request_id).decode())
         await websocket.close(code, reason)
 
 
@@ -208,11 +196,11 @@ class EventStream(Response):
     """An answer that goes on."""
 
     def __init__(
-        self, watcher: ChangeCursor, grant: Principal, request_id: str, ending: asyncio.Event
+        self, cursor: ChangeCursor, principal: Principal, request_id: str, ending: asyncio.Event
     ) -> None:
         super().__init__()
-        self._watcher = watcher
-        self._grant = grant
+        self._watcher = cursor
+        self._principal = principal
         self._request_id = request_id
         self._ending = ending
 
@@ -228,7 +216,7 @@ class EventStream(Response):
 
         try:
             await write(b"retry: 1000\n\n")
-            async with asyncio.timeout(max(0, _expires_in(self._grant))):
+            async with asyncio.timeout(max(0, _expires_in(self._principal))):
                 await first_completed(
                     self._send_events(write), self._ping(write), _gone(receive), _end(self._ending)
                 )
@@ -249,7 +237,7 @@ class EventStream(Response):
             await write(b": ping\nid: %d\n\n" % self._watcher.after)
 
     def _error(self, problem: ApiError) -> bytes:
-        return b"event: error\ndata: %b\n\n" % error_body_of(problem, self._request_id)
+        return b"event: error\ndata: %b\n\n" % problem.body(self._request_id)
 
 
 async def _gone(receive: Receive) -> None:
@@ -288,13 +276,13 @@ _LAST_EVENT_ID: Final[dict[str, Any]] = {
     openapi_extra=openapi_parameters(FeedQuery, _LAST_EVENT_ID),
 )
 async def stream_changes(request: Request) -> Any:
-    grant = await require_scope(request, READ)
+    principal = await require_scope(request, READ)
     query = parse_query(request, FeedQuery)
     if last := request.headers.get("last-event-id"):
         if re.fullmatch(r"[0-9]{1,18}", last) is None:
             details = [ErrorDetail(field="Last-Event-ID", message="must be a revision")]
             raise ApiError(400, "bad_request", WRONG_PARAMETER, details)
         query = query.model_copy(update={"after": int(last)})
-    watcher = ChangeCursor(request, query, grant)
-    await watcher.check()
-    return EventStream(watcher, grant, request.state.request_id, request.app.state.ending)
+    cursor = ChangeCursor(request, query, principal)
+    await cursor.check()
+    return EventStream(cursor, principal, request.state.request_id, request.app.state.ending)

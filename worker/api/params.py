@@ -1,7 +1,4 @@
-"""What a request asks, and whether it may: its bearer token and its query string, read by hand.
-
-FastAPI's dependencies would do it too, at the cost of all the rest of the endpoint.
-"""
+"""Reads query strings: the parameters of every route, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -12,42 +9,11 @@ from typing import Annotated, Any, TypeVar, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 
-from producers.contract.messages import ErrorDetail, Id, TagName, TagType, TaskName
+from producers.contract.errors import ErrorDetail
+from producers.contract.values import Id, TagName, TagType, TaskName
 from worker.api.errors import WRONG_PARAMETER, ApiError, parameter_faults
-from worker.auth import Authorizer, InvalidToken, JwksUnavailable, Principal
-
-
-async def require_scope(connection: HTTPConnection, scope: str) -> Principal:
-    """Return what the bearer token in the headers grants. Raises a `ApiError`: 401, 403 or 503."""
-    return await authenticate(connection.app.state.authorizer, token_of(connection), scope)
-
-
-def token_of(connection: HTTPConnection) -> str:
-    """Return the bearer token in the headers, or an empty string."""
-    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
-    return token if scheme.lower() == "bearer" else ""
-
-
-async def authenticate(authorizer: Authorizer, token: str, scope: str) -> Principal:
-    """Return what a token grants now. Raises a `ApiError`: 401, 403, or 503 if there are no keys."""
-    if not token:
-        raise ApiError(401, "unauthorized", "a bearer token is required")
-    try:
-        if authorizer.may_block:
-            grant = await run_in_threadpool(authorizer.verify_now, token)
-        else:
-            grant = authorizer.verify_now(token)
-    except InvalidToken as error:
-        raise ApiError(401, "unauthorized", str(error)) from None
-    except JwksUnavailable:
-        raise ApiError(503, "unavailable", "the keys of tokens can't be fetched") from None
-    if not grant.allows(scope):
-        raise ApiError(403, "forbidden", f"the token lacks the scope {scope}")
-    return grant
-
 
 Query = TypeVar("Query", bound=BaseModel)
 

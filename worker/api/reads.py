@@ -13,7 +13,10 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError, from_json, to_json
 
-from producers.contract.messages import ChangeEvent, ErrorDetail, ResultRecord, Tag, TaskState
+from producers.contract.errors import ErrorDetail
+from producers.contract.messages import TaskState
+from producers.contract.results import ChangeEvent, ResultRecord, Tag
+from worker.api.auth import require_scope
 from worker.api.errors import ERRORS, GONE, NOT_FOUND, WRONG_PARAMETER, ApiError, documented_error
 from worker.api.params import (
     ExecutionQuery,
@@ -23,7 +26,6 @@ from worker.api.params import (
     Number,
     openapi_parameters,
     parse_query,
-    require_scope,
 )
 from worker.api.queries import Reader, StoredChanges, TagFilter
 from worker.auth import READ
@@ -187,10 +189,10 @@ def _json(body: bytes, headers: dict[str, str] | None = None) -> Response:
     ),
 )
 async def read_tags(request: Request) -> Response:
-    grant = await require_scope(request, READ)
+    principal = await require_scope(request, READ)
     query = parse_query(request, TagsQuery)
     known = _known_revisions(request.headers.get("if-none-match"))
-    organization_id, execution = grant.organization_id, query.flow_execution_id
+    organization_id, execution = principal.organization_id, query.flow_execution_id
     if query.tag_type or query.tag or query.limit or query.cursor:
         return await _read_page(request, organization_id, query, known)
     found = await reader_of(request).tags(organization_id, execution, query.task_name, known)
@@ -244,10 +246,10 @@ async def _read_page(
     openapi_extra=openapi_parameters(ExecutionQuery),
 )
 async def read_tasks(request: Request) -> Response:
-    grant = await require_scope(request, READ)
+    principal = await require_scope(request, READ)
     query = parse_query(request, ExecutionQuery)
     found = await reader_of(request).tasks(
-        grant.organization_id, query.flow_execution_id, query.task_name
+        principal.organization_id, query.flow_execution_id, query.task_name
     )
     if found is None:
         raise NOT_FOUND
@@ -280,10 +282,10 @@ async def read_changes(request: Request) -> Response:
 
     With filters, events have only the changes that fit, and those without any are left out.
     """
-    grant = await require_scope(request, READ)
+    principal = await require_scope(request, READ)
     query = parse_query(request, ChangesQuery)
     found = await stored_changes(
-        reader_of(request), grant.organization_id, query, query.after, query.limit
+        reader_of(request), principal.organization_id, query, query.after, query.limit
     )
     reached = query.after + len(found.events)
     headers = {}
@@ -351,9 +353,9 @@ def change_filter(wanted: Filters) -> Any:
 )
 async def read_batch(request: Request, batch_id: UUID) -> Response:
     """404 while the batch is not applied, and for one that was refused: nothing is stored of that."""
-    grant = await require_scope(request, READ)
+    principal = await require_scope(request, READ)
     parse_query(request, NoQuery)
-    stored = await reader_of(request).record(grant.organization_id, batch_id)
+    stored = await reader_of(request).record(principal.organization_id, batch_id)
     if stored is None:
         raise NOT_FOUND
     return _json(stored.record)

@@ -1,6 +1,6 @@
-"""What can be written over HTTP: a producer like any other. It enqueues under its caller's token, and waits for the result.
+"""The routes that write: they enqueue under their caller's token, and wait for the result.
 
-So there is one way to write, and an answer of this endpoint is what the worker decided.
+So there is one way to write, that of every producer, and an answer is what the worker decided.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 
+from producers.contract.channels import results_channel
+from producers.contract.encoding import parse_body
+from producers.contract.errors import ErrorDetail, InvalidMessage
 from producers.contract.messages import (
     MAX_MESSAGE_BYTES,
     MAX_TASK_NAMES,
-    ErrorDetail,
-    InvalidMessage,
     Message,
+    TagOperation,
+    TaskState,
+)
+from producers.contract.results import (
     OperationResult,
     RecordingStatus,
     RegistrationStatus,
     ResultRecord,
-    TagOperation,
-    TaskName,
-    TaskState,
-    read_body,
-    results_channel,
-    uuid7,
 )
-from producers.enqueuer import Sender
+from producers.contract.values import TaskName, uuid7
+from producers.enqueuer import Enqueuer
 from producers.errors import Unavailable
-from worker.api.change_hub import Listener, PubSubMultiplexer
+from producers.pubsub import Listener, PubSubMultiplexer, wait_at_most
+from worker.api.auth import bearer_token, require_scope
 from worker.api.errors import ERRORS, ApiError, documented_error
-from worker.api.params import NoQuery, openapi_parameters, parse_query, require_scope, token_of
+from worker.api.params import NoQuery, openapi_parameters, parse_query
 from worker.api.queries import Reader
 from worker.auth import EXECUTIONS_WRITE, WRITE, Principal
 from worker.db.repository import UnsafeRole
@@ -66,16 +67,16 @@ _STATUS_OF: Final = {
 
 
 class PendingResult(Listener):
-    """Hears the one result that is published for a request."""
+    """Waits for the one result that is published for a request."""
 
     def __init__(self) -> None:
         self.subscribed = asyncio.Event()
         self.record: asyncio.Future[ResultRecord] = asyncio.get_running_loop().create_future()
 
-    def begin(self) -> None:
+    def on_subscribed(self) -> None:
         self.subscribed.set()
 
-    def hear(self, payload: bytes) -> None:
+    def on_event(self, payload: bytes) -> None:
         if not self.record.done():
             self.record.set_result(ResultRecord.decode(payload))
 
@@ -84,8 +85,8 @@ class PendingResult(Listener):
 class WriteService:
     """Enqueues messages and waits for their results."""
 
-    sender: Sender
-    channels: PubSubMultiplexer
+    enqueuer: Enqueuer
+    pubsub: PubSubMultiplexer
     reader: Reader
     threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
     """Those that wait for Redis; reads must not wait for one."""
@@ -100,18 +101,18 @@ class WriteService:
         if not seconds:
             await self._enqueue(organization_id, message, token)
             return None
-        answer, reply_to = PendingResult(), f"endpoint-{uuid4()}"
-        with self.channels.listening(results_channel(organization_id, reply_to), answer):
-            await wait_at_most(_SUBSCRIBE_SECONDS, answer.subscribed.wait())
+        pending, reply_to = PendingResult(), f"endpoint-{uuid4()}"
+        with self.pubsub.listening(results_channel(organization_id, reply_to), pending):
+            await wait_at_most(_SUBSCRIBE_SECONDS, pending.subscribed.wait())
             named = message.model_copy(update={"reply_to": reply_to})
             await self._enqueue(organization_id, named, token)
-            return await self._result(organization_id, message, answer.record, seconds)
+            return await self._result(organization_id, message, pending.record, seconds)
 
     async def _enqueue(self, organization_id: UUID, message: Message, token: str) -> None:
         encoded = _encoded(message)
         try:
             accepted = await to_thread.run_sync(
-                self.sender.send, organization_id, [encoded], token, limiter=self.threads
+                self.enqueuer.enqueue, organization_id, [encoded], token, limiter=self.threads
             )
         except Unavailable as error:
             raise ApiError(503, "unavailable", "Redis can't be used; try again later") from error
@@ -143,14 +144,6 @@ class WriteService:
         return None
 
 
-async def wait_at_most(seconds: float, waiting: Any) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await waiting
-    except TimeoutError:
-        pass
-
-
 def _encoded(message: Message) -> bytes:
     try:
         return message.encode()
@@ -171,12 +164,12 @@ async def _body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_MESSAGE_BYTES:
-            problem = f"a body has at most {MAX_MESSAGE_BYTES} bytes"
-            raise ApiError(413, "body_too_large", problem)
+            limit = f"a body has at most {MAX_MESSAGE_BYTES} bytes"
+            raise ApiError(413, "body_too_large", limit)
     return body
 
 
-def _batch_id(request: Request, grant: Principal) -> UUID:
+def _batch_id(request: Request, principal: Principal) -> UUID:
     """Return the batch id: a new one, or the one that this actor's Idempotency-Key stands for."""
     key = request.headers.get("idempotency-key")
     if key is None:
@@ -184,7 +177,9 @@ def _batch_id(request: Request, grant: Principal) -> UUID:
     if not re.fullmatch(r"[!-~](?:[ -~]{0,198}[!-~])?", key):
         detail = ErrorDetail(field="Idempotency-Key", message="must have 1 to 200 ASCII characters")
         raise ApiError(400, "bad_request", "a header is wrong", [detail])
-    return uuid5(_KEYS, f"{grant.organization_id} {len(grant.actor)} {grant.actor} {key}")
+    return uuid5(
+        _KEYS, f"{principal.organization_id} {len(principal.actor)} {principal.actor} {key}"
+    )
 
 
 def prefer_wait(request: Request) -> float:
@@ -199,18 +194,18 @@ def prefer_wait(request: Request) -> float:
 
 async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Response:
     """Make a message of the request, apply it, and answer with its result."""
-    grant = await require_scope(request, scope)
+    principal = await require_scope(request, scope)
     parse_query(request, NoQuery)
-    gateway: WriteService = request.app.state.gateway
-    patience, batch_id = prefer_wait(request), _batch_id(request, grant)
+    service: WriteService = request.app.state.write_service
+    seconds, batch_id = prefer_wait(request), _batch_id(request, principal)
     try:
         raw = await _body(request)
-        read = partial(read_body, kind, raw, batch_id=batch_id, **rest)
+        read = partial(parse_body, kind, raw, batch_id=batch_id, **rest)
         # A large one may take a second to tell what is wrong with it.
         message = read() if len(raw) < _LARGE_BYTES else await run_in_threadpool(read)
     except InvalidMessage as error:
         raise _invalid(error) from None
-    record = await gateway.apply(grant.organization_id, message, token_of(request), patience)
+    record = await service.apply(principal.organization_id, message, bearer_token(request), seconds)
     headers = {"Location": f"/task-tags/batches/{batch_id}"}
     if record is None:
         return Response(to_json({"batch_id": batch_id}), 202, headers, "application/json")

@@ -18,7 +18,8 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError
 
-from producers.contract.messages import SetTaskState, Tag, TagBatch, Task
+from producers.contract.messages import SetTaskState, TagBatch
+from producers.contract.results import Tag, Task
 from worker.db import pg_arrays
 from worker.rules import (
     AuthorizedMessage,

@@ -15,7 +15,9 @@ from uuid import UUID
 
 from redis import Redis
 
-from producers.contract.messages import ErrorInfo, ResultRecord, dead_letters_key
+from producers.contract.channels import dead_letters_key
+from producers.contract.errors import ErrorInfo
+from producers.contract.results import ResultRecord
 from producers.errors import InboxFull
 from producers.inbox.protocol import StreamEntry, scan_organizations
 from worker.auth import Authorizer

@@ -19,19 +19,10 @@ from uuid import UUID
 
 from redis import exceptions as redis_errors
 
-from producers.contract.messages import (
-    MAX_MESSAGE_BYTES,
-    ErrorCode,
-    ErrorInfo,
-    InvalidMessage,
-    Message,
-    TagBatch,
-    Uuid7,
-    describe,
-    digest,
-    parse_canonical,
-    parse_message,
-)
+from producers.contract.encoding import parse_canonical, parse_message
+from producers.contract.errors import ErrorCode, ErrorInfo, InvalidMessage, describe
+from producers.contract.messages import MAX_MESSAGE_BYTES, Message, TagBatch, digest
+from producers.contract.values import Uuid7
 from producers.inbox.protocol import DeadLetter, Inbox, StreamEntry
 from worker.auth import EXECUTIONS_WRITE, WRITE, Authorizer, InvalidToken, JwksUnavailable
 from worker.db.repository import Repository, is_transient

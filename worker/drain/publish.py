@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from uuid import UUID
 
-from producers.contract.messages import changes_channel, results_channel
+from producers.contract.channels import changes_channel, results_channel
 from worker.rules import Outcome
 
 

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,14 +21,15 @@ from rich.console import Console
 
 from producers.cli import change_lines, result_line, tag_table
 from producers.client import TagProducer
-from producers.contract.messages import ChangeEvent, ResultRecord, changes_channel, results_channel
-from producers.redis_client import open_redis
-from producers.subscriber import ListenEvent, listen
+from producers.contract.channels import changes_channel, results_channel
+from producers.contract.results import ChangeEvent, ResultRecord
+from producers.pubsub import Listener, LoopThread, PubSubMultiplexer
+from producers.redis_client import open_async_redis
 from worker.local.supervisor import StartupError
 
 WAIT_SECONDS: Final = 30.0
 
-Heard = ResultRecord | ChangeEvent
+Published = ResultRecord | ChangeEvent
 Events = dict[tuple[UUID, int], ChangeEvent]
 """By execution and revision: an event that is published again is the same event."""
 
@@ -84,14 +85,14 @@ class Demo:
         ]
         records: list[ResultRecord] = []
         events: Events = {}
-        with _hear(redis_url, channels) as heard:
+        with _collect(redis_url, channels) as received:
             with TagProducer(
                 redis_url=redis_url, organization_id=organization_id, token=token
             ) as producer:
                 producer.send([json.dumps({**m, "reply_to": str(run)}).encode() for m in messages])
-            self._follow(heard, records, events)
+            self._follow(received, records, events)
             tags, revisions = self._read(endpoint_url, token, executions)
-            while len(events) < sum(revisions.values()) and (late := _next(heard, 5)):
+            while len(events) < sum(revisions.values()) and (late := _next(received, 5)):
                 self._show(late, records, events)
         operations = sum(len(message.get("tags", [])) for message in messages)
         return DemoReport(
@@ -103,24 +104,24 @@ class Demo:
 
     def _follow(
         self,
-        heard: queue.Queue[Heard],
+        received: queue.Queue[Published],
         records: list[ResultRecord],
         events: Events,
     ) -> None:
         """Show what comes until there is a result for each message, or nothing comes any more."""
         started = time.monotonic()
-        while len(records) < len(self.messages) and (each := _next(heard, WAIT_SECONDS)):
+        while len(records) < len(self.messages) and (each := _next(received, WAIT_SECONDS)):
             if not records and isinstance(each, ResultRecord):
                 self.console.print(f"\nfirst result after {time.monotonic() - started:.3f} s\n")
             self._show(each, records, events)
 
-    def _show(self, heard: Heard, records: list[ResultRecord], events: Events) -> None:
-        if isinstance(heard, ResultRecord):
-            records.append(heard)
-            self.console.print(f"result  {result_line(heard)}")
+    def _show(self, each: Published, records: list[ResultRecord], events: Events) -> None:
+        if isinstance(each, ResultRecord):
+            records.append(each)
+            self.console.print(f"result  {result_line(each)}")
         else:
-            events[heard.flow_execution_id, heard.revision] = heard
-            for line in change_lines(heard).splitlines():
+            events[each.flow_execution_id, each.revision] = each
+            for line in change_lines(each).splitlines():
                 self.console.print(f"change  {line}")
 
     def _read(
@@ -201,38 +202,47 @@ def _executions(messages: list[dict[str, Any]]) -> Iterator[UUID]:
                 yield UUID(part["flow_execution_id"])
 
 
-def _next(heard: queue.Queue[Heard], seconds: float) -> Heard | None:
+def _next(received: queue.Queue[Published], seconds: float) -> Published | None:
     try:
-        return heard.get(timeout=seconds)
+        return received.get(timeout=seconds)
     except queue.Empty:
         return None
 
 
+class _Collector(Listener):
+    """Puts what is published on one channel into the common queue."""
+
+    def __init__(self, received: queue.Queue[Published]) -> None:
+        self.subscribed = threading.Event()
+        self._received = received
+
+    def on_subscribed(self) -> None:
+        self.subscribed.set()
+
+    def on_event(self, payload: bytes) -> None:
+        model = ChangeEvent if b'"changes":' in payload else ResultRecord
+        self._received.put(model.decode(payload))
+
+
 @contextmanager
-def _hear(redis_url: str, channels: list[str]) -> Iterator[queue.Queue[Heard]]:
-    """Collect what is published on the channels, in the order in which it is published."""
-    heard: queue.Queue[Heard] = queue.Queue()
-    stop, subscribed = threading.Event(), threading.Event()
-    redis = open_redis(redis_url)
+def _collect(redis_url: str, channels: list[str]) -> Iterator[queue.Queue[Published]]:
+    """Collect what is published on the channels, in the order of publication."""
+    received: queue.Queue[Published] = queue.Queue()
+    collectors = [_Collector(received) for _ in channels]
 
-    def collect() -> None:
-        waiting = len(channels)
-        for payload in listen(redis, channels, stop):
-            if payload is ListenEvent.SUBSCRIBED:
-                waiting -= 1
-                if waiting == 0:
-                    subscribed.set()
-            elif isinstance(payload, bytes):
-                model = ChangeEvent if b'"changes":' in payload else ResultRecord
-                heard.put(model.decode(payload))
+    async def collect() -> None:
+        async with open_async_redis(redis_url) as redis:
+            pubsub = PubSubMultiplexer(redis)
+            with ExitStack() as stack:
+                for channel, collector in zip(channels, collectors, strict=True):
+                    stack.enter_context(pubsub.listening(channel, collector))
+                await pubsub.run()
 
-    thread = threading.Thread(target=collect, daemon=True)
-    thread.start()
+    thread = LoopThread("demo")
+    thread.submit(collect())
     try:
-        if not subscribed.wait(10):
+        if not all(collector.subscribed.wait(10) for collector in collectors):
             raise StartupError("Redis does not answer")
-        yield heard
+        yield received
     finally:
-        stop.set()
-        thread.join()
-        redis.close()
+        thread.close()

@@ -25,7 +25,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.types import JSON, UserDefinedType
 
-from producers.contract.messages import Message, Tag, TagBatch, Uuid7
+from producers.contract.messages import Message, TagBatch
+from producers.contract.results import Tag
+from producers.contract.values import Uuid7
 from producers.inbox.protocol import StreamEntry
 from producers.redis_client import open_redis
 from tests.bench.contenders import Contender, Item, Setting, python

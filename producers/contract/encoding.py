@@ -1,0 +1,232 @@
+"""Reads messages: bytes become a message, or an `InvalidMessage` that lists every fault in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Final, cast
+from uuid import UUID
+
+from pydantic import TypeAdapter, ValidationError
+
+from producers.contract.errors import ErrorDetail, InvalidMessage
+from producers.contract.messages import (
+    MAX_MESSAGE_BYTES,
+    TOO_LARGE,
+    BaseMessage,
+    Message,
+    RegisterExecution,
+    SetTaskState,
+    TagBatch,
+)
+from producers.contract.values import INT64_MAX, INT64_MIN, BeyondInt64, ReplyTo
+
+MAX_DETAILS: Final = 1_000
+"""Further faults of one message are counted, not listed."""
+MAX_READABLE_BYTES: Final = 4 * MAX_MESSAGE_BYTES
+"""A message over its limit is still read up to this size, to find whom to answer."""
+
+_NOT_JSON: Final = ErrorDetail(
+    message="the message must be JSON in UTF-8, less than 1,000 levels deep"
+)
+_NOT_AN_OBJECT: Final = ErrorDetail(message="the message must be a JSON object")
+_DUPLICATE_KEY: Final = ErrorDetail(message="the message has the same key twice in one object")
+
+_MESSAGES: Final[dict[str, type[BaseMessage]]] = {
+    "tag_batch": TagBatch,
+    "flow_execution": RegisterExecution,
+    "task_execution": SetTaskState,
+}
+_TAG_BATCH: Final = TypeAdapter(TagBatch)
+_ID: Final[TypeAdapter[UUID]] = TypeAdapter(UUID)
+_REPLY_TO: Final[TypeAdapter[str]] = TypeAdapter(ReplyTo)
+
+
+def parse_message(raw: bytes) -> Message:
+    """Read one message.
+
+    Raises:
+        InvalidMessage: With every fault, and with the batch id if there is one. The limits are in
+            docs/concepts/contract.md#messages.
+    """
+    return parse_canonical(raw)[0]
+
+
+def parse_canonical(raw: bytes) -> tuple[Message, bytes]:
+    """Read one message; return it with its canonical form, from which its digest is made.
+
+    Bytes that are in canonical form already, as the SDK sends them, are read by pydantic's own
+    parser: they have no duplicate key and no number that reading changes. All others are read
+    strictly. Raises as `parse_message` does.
+    """
+    if len(raw) <= MAX_MESSAGE_BYTES:
+        with suppress(ValidationError):
+            batch = _TAG_BATCH.validate_json(raw)
+            if batch.canonical_bytes() == raw:
+                return batch, raw
+    message = _parse_strictly(raw)
+    return message, message.canonical_bytes()
+
+
+def parse_body(kind: str, raw: bytes, **rest: Any) -> Message:
+    """Build a message from a JSON object and from the fields in `rest` that the object must not have.
+
+    The object has the fields of this kind alone, none of those that all messages have. Raises
+    `InvalidMessage` with every fault.
+    """
+    fields, model = _json_object(raw), _MESSAGES[kind]
+    own = model.model_fields.keys() - BaseMessage.model_fields.keys() - {"kind"} - rest.keys()
+    known = {name: value for name, value in fields.items() if name in own}
+    details = [_detail((name,), "extra_forbidden", {}) for name in fields if name not in known]
+    try:
+        message = model.model_validate({"kind": kind, **rest, **known})
+    except ValidationError as error:
+        raise _invalid(rest, details + _details(error)) from None
+    if details:
+        raise _invalid(rest, details)
+    return cast(Message, message)
+
+
+def _parse_strictly(raw: bytes) -> Message:
+    if len(raw) > MAX_MESSAGE_BYTES:
+        readable = _decode(_lenient_json, raw) if len(raw) <= MAX_READABLE_BYTES else None
+        raise _invalid(readable, [TOO_LARGE])
+    fields = _json_object(raw)
+    kind = fields.get("kind")
+    model = _MESSAGES.get(kind) if isinstance(kind, str) else None
+    details = [
+        ErrorDetail(field=name, message="is required")
+        for name in ("schema_version", "kind", "batch_id")
+        if name not in fields
+    ]
+    if model is None:
+        if "kind" in fields:
+            details.append(ErrorDetail(field="kind", message=f"must be {_either(_MESSAGES)}"))
+        raise _invalid(fields, details)
+    try:
+        message = model.model_validate(fields)
+    except ValidationError as error:
+        raise _invalid(fields, details + _details(error)) from None
+    if details:
+        raise _invalid(fields, details)
+    return cast(Message, message)
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise _DuplicateKey
+    return fields
+
+
+def _integer(digits: str) -> int | BeyondInt64:
+    if len(digits) > 20 or not INT64_MIN <= (value := int(digits)) <= INT64_MAX:
+        return BeyondInt64()
+    return value
+
+
+_strict_json: Final = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+_lenient_json: Final = json.JSONDecoder(parse_int=_integer)
+_UNREADABLE: Final = object()
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
+    """Read a JSON object. Raises `InvalidMessage`, with the batch id if it can be found."""
+    try:
+        fields = _decode(_strict_json, raw)
+    except _DuplicateKey:
+        raise _invalid(_decode(_lenient_json, raw), [_DUPLICATE_KEY]) from None
+    if fields is _UNREADABLE:
+        raise InvalidMessage([_NOT_JSON])
+    if not isinstance(fields, dict):
+        raise InvalidMessage([_NOT_AN_OBJECT])
+    return fields
+
+
+def _decode(decoder: json.JSONDecoder, raw: bytes) -> Any:
+    try:
+        return decoder.decode(raw.decode())
+    except _DuplicateKey:
+        raise
+    except (ValueError, RecursionError):
+        return _UNREADABLE
+
+
+# --- Faults in words -----------------------------------------------------------------------------
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(f"'{name}'" for name in names)
+
+
+def _invalid(fields: Any, details: list[ErrorDetail]) -> InvalidMessage:
+    """Return the error for a message that was read as `fields`, with its batch id if it has one."""
+
+    def get(name: str, adapter: TypeAdapter[Any]) -> Any:
+        try:
+            return adapter.validate_python(fields[name])
+        except (ValidationError, LookupError, TypeError):
+            return None
+
+    if len(details) > MAX_DETAILS:
+        more = ErrorDetail(message=f"{len(details) - MAX_DETAILS} more faults are not listed")
+        details = [*details[:MAX_DETAILS], more]
+    return InvalidMessage(
+        details, batch_id=get("batch_id", _ID), reply_to=get("reply_to", _REPLY_TO)
+    )
+
+
+def _details(error: ValidationError) -> list[ErrorDetail]:
+    """Return all faults of a pydantic error in words of our own: pydantic's may quote the value."""
+    return [
+        _detail(fault["loc"], fault["type"], fault.get("ctx", {}))
+        for fault in error.errors(include_url=False, include_input=False)
+    ]
+
+
+def _detail(location: tuple[int | str, ...], kind: str, context: dict[str, Any]) -> ErrorDetail:
+    index = next((step for step in location if isinstance(step, int)), None)
+    names = [step for step in location if isinstance(step, str)]
+    field = names[-1] if names and not (names == ["tags"] and index is not None) else None
+    if kind == "extra_forbidden" and field is not None and not _is_plain_name(field):
+        field = None
+    return ErrorDetail(index=index, field=field, message=_text(kind, field, context))
+
+
+def _is_plain_name(name: str) -> bool:
+    return len(name) <= 64 and name.isascii() and name.isidentifier()
+
+
+_TEXTS: Final = {
+    "missing": "is required",
+    "extra_forbidden": "is not a known field",
+    "string_type": "must be a string",
+    "string_unicode": "must not contain lone surrogates",
+    "string_too_short": "must have at least {min_length} character(s)",
+    "string_too_long": "must have at most {max_length} characters",
+    "uuid_type": "must be a UUID",
+    "uuid_parsing": "must be a UUID",
+    "literal_error": "must be {expected}",
+    "list_type": "must be a list",
+    "too_short": "must have at least {min_length} item(s)",
+    "too_long": "must have at most {max_length} items",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "tag_metadata": "{reason}",
+}
+
+
+def _text(kind: str, field: str | None, context: dict[str, Any]) -> str:
+    if kind == "string_pattern_mismatch":
+        if field == "reply_to":
+            return "must have 1 to 200 of the characters A-Z a-z 0-9 . _ : -"
+        return "must not contain U+0000"
+    return _TEXTS.get(kind, "is not valid").format_map(context)

@@ -1,0 +1,164 @@
+"""What workers publish: result records and change events, with the tags and tasks in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal, Self, cast
+from uuid import UUID
+
+from pydantic import Field, TypeAdapter, model_validator
+from pydantic_core import PydanticCustomError, to_json
+
+from producers.contract.errors import ErrorInfo
+from producers.contract.messages import TaskState
+from producers.contract.values import Id, TolerantModel
+
+OperationStatus = Literal["added", "already_exists", "removed", "not_found"]
+RegistrationStatus = Literal["registered", "already_exists"]
+RecordingStatus = Literal["recorded", "unchanged"]
+
+
+# --- Result records ------------------------------------------------------------------------------
+
+
+class OperationResult(TolerantModel):
+    status: OperationStatus
+
+
+class Registration(TolerantModel):
+    status: RegistrationStatus
+
+
+class Recording(TolerantModel):
+    status: RecordingStatus
+
+
+class ResultRecord(TolerantModel):
+    """The result of a message: a status for each operation, in the order of the request, or one error.
+
+    The rule is docs/concepts/contract.md#rule-6.
+    """
+
+    batch_id: Id
+    organization_id: Id
+    applied_at: datetime | None = None
+    tags: list[OperationResult] | None = None
+    flow_execution: Registration | None = None
+    task_execution: Recording | None = None
+    error: ErrorInfo | None = None
+
+    @model_validator(mode="after")
+    def _has_one_outcome(self) -> Self:
+        outcomes = (self.tags, self.flow_execution, self.task_execution, self.error)
+        if sum(outcome is not None for outcome in outcomes) != 1:
+            raise PydanticCustomError(
+                "outcome", "must have one of tags, flow_execution, task_execution and error"
+            )
+        if (self.error is None) != (self.applied_at is not None):
+            raise PydanticCustomError("outcome", "must have applied_at unless it has an error")
+        return self
+
+    @property
+    def statuses(self) -> list[str]:
+        """The statuses in the order of the operations; one for other messages; none for an error."""
+        found = (self.flow_execution, self.task_execution, *(self.tags or ()))
+        return [each.status for each in found if each is not None]
+
+    @classmethod
+    def decode(cls, encoded: bytes | str) -> Self:
+        """Read a record; unknown fields are skipped. Raises pydantic's `ValidationError`."""
+        return cls.model_validate_json(encoded)
+
+    def encode(self) -> bytes:
+        return self.model_dump_json(exclude_unset=True).encode()
+
+
+# --- Change events -------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Tag:
+    """A tag as it is stored, read and published; the last two fields are null until it is modified."""
+
+    id: UUID
+    flow_execution_id: UUID
+    task_name: str
+    tag_type: str
+    tag: str
+    tag_metadata: Any
+    organization_id: UUID
+    status: Literal["active", "deleted"]
+    created_at: datetime
+    created_by: str
+    updated_at: datetime | None
+    modified_by: str | None
+
+
+@dataclass(slots=True)
+class Change:
+    """A tag that was added or removed."""
+
+    change: Literal["added", "removed"]
+    tag: Tag
+
+
+@dataclass(slots=True)
+class Task:
+    """A task of an execution, with the state that was last recorded for it."""
+
+    flow_execution_id: UUID
+    task_name: str
+    state: TaskState
+    state_changed_at: datetime
+    state_changed_by: str
+
+
+@dataclass(slots=True)
+class StateChange:
+    """A task that has a new state."""
+
+    change: Literal["state"]
+    task: Task
+
+
+@dataclass(slots=True)
+class ChangeEvent:
+    """What one message changed in one execution; `revision` counts 1, 2, 3 … there without gaps.
+
+    Workers make these in large numbers, so they are dataclasses, which `decode` alone validates.
+    """
+
+    organization_id: UUID
+    flow_execution_id: UUID
+    revision: int
+    batch_id: UUID
+    changed_by: str
+    changed_at: datetime
+    changes: list[Annotated[Change | StateChange, Field(discriminator="change")]]
+
+    @staticmethod
+    def decode(encoded: bytes | str) -> ChangeEvent:
+        """Read an event; unknown fields are skipped. Raises pydantic's `ValidationError`."""
+        return _CHANGE_EVENT.validate_json(encoded)
+
+    def encode(self) -> bytes:
+        """Serialize as pydantic does, in half of the time: it need not tell the kinds apart."""
+        head = to_json(
+            {
+                "organization_id": self.organization_id,
+                "flow_execution_id": self.flow_execution_id,
+                "revision": self.revision,
+                "batch_id": self.batch_id,
+                "changed_by": self.changed_by,
+                "changed_at": self.changed_at,
+            }
+        )
+        of_tags = all(type(each) is Change for each in self.changes)
+        changes = (_TAG_CHANGES if of_tags else _CHANGES).dump_json(cast(Any, self.changes))
+        return b'%b,"changes":%b}' % (head[:-1], changes)
+
+
+_CHANGE_EVENT: Final = TypeAdapter(ChangeEvent)
+_TAG_CHANGES: Final = TypeAdapter(list[Change])
+_CHANGES: Final = TypeAdapter(list[Annotated[Change | StateChange, Field(discriminator="change")]])

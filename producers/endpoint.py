@@ -1,0 +1,66 @@
+"""The SDK's way to the endpoint over HTTP: clients, stored changes, and errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+from uuid import UUID
+
+import httpx
+from pydantic import TypeAdapter, ValidationError
+
+from producers.contract.results import ChangeEvent
+from producers.errors import ChangesRefused, RevisionExpired, Unavailable
+
+_PAGE_EVENTS: Final = 100
+_EVENTS: Final = TypeAdapter(list[ChangeEvent])
+
+
+def client_options(url: str, token: str) -> dict[str, Any]:
+    """Return the arguments of an httpx client. An endpoint on this machine is reached without a proxy."""
+    return {
+        "base_url": url,
+        "headers": {"Authorization": f"Bearer {token}"},
+        "timeout": 10,
+        "trust_env": httpx.URL(url).host not in ("localhost", "127.0.0.1", "::1"),
+    }
+
+
+async def fetch_changes(
+    client: httpx.AsyncClient, flow_execution_id: UUID, after: int
+) -> Sequence[ChangeEvent]:
+    """Return stored events of an execution after a revision, in order; none if there are no more.
+
+    Raises:
+        Unavailable: The endpoint can't be used now.
+        RevisionExpired, ChangesRefused: Asking again does not help.
+    """
+    query: dict[str, str | int] = {
+        "flow_execution_id": str(flow_execution_id),
+        "after": after,
+        "limit": _PAGE_EVENTS,
+    }
+    try:
+        response = await client.get("/task-tags/changes", params=query)
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise Unavailable(f"the endpoint can't be used: {type(error).__name__}") from error
+    if response.status_code == 200:
+        try:
+            return _EVENTS.validate_json(response.content)
+        except ValidationError:
+            raise Unavailable("the endpoint's answer is not a list of changes") from None
+    if response.status_code == 410:
+        raise RevisionExpired(error_summary(response))
+    if response.status_code >= 500:
+        raise Unavailable(f"the endpoint can't be used: {error_summary(response)}")
+    raise ChangesRefused(error_summary(response))
+
+
+def error_summary(response: httpx.Response) -> str:
+    """Return what an error of the endpoint says, in one line."""
+    try:
+        error = response.json()["error"]
+        details = "; ".join(f"{each['field']}: {each['message']}" for each in error["details"])
+        return f"{error['message']}{f' ({details})' if details else ''}"
+    except (ValueError, LookupError, TypeError):
+        return f"the endpoint answered {response.status_code}"

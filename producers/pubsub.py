@@ -1,0 +1,252 @@
+"""The one subscription to Redis pub/sub, which reconnects. Every listener of the product uses it.
+
+It is asyncio at its core; `LoopThread` runs it for callers that are not. Pub/sub keeps nothing for a
+listener that is away, so a listener learns when its subscription begins, for the first time and
+again after each lost connection: whatever was published before may be lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager, suppress
+from enum import Enum
+from typing import Any, Final, TypeVar
+
+from redis import asyncio as async_redis
+from redis.exceptions import ConnectionError
+
+logger = logging.getLogger(__name__)
+
+PING_SECONDS: Final = 5.0
+SILENCE_SECONDS: Final = 15.0
+MAX_BACKOFF_SECONDS: Final = 1.0
+MAX_QUEUED_BYTES: Final = 32 * 1024 * 1024
+
+Result = TypeVar("Result")
+
+
+class Listener:
+    """Receives what is published on a channel. Its methods run in the event loop, and must not block."""
+
+    def on_subscribed(self) -> None:
+        """The subscription has begun, or begun again: what was published before may be lost."""
+
+    def on_event(self, payload: bytes) -> None:
+        """This was published."""
+
+
+class PubSubMultiplexer:
+    """Subscribes to each channel that has a listener, on one connection. `run` does the work.
+
+    It is a plain connection, not redis-py's PubSub, which reconnects silently in the middle of a
+    read. A server that does not answer a ping in time counts as lost.
+    """
+
+    def __init__(self, redis: async_redis.Redis) -> None:
+        self._redis = redis
+        self._listeners: dict[bytes, list[Listener]] = {}
+        self._confirmed: set[bytes] = set()
+        """The channels that Redis has confirmed."""
+        self._changed = asyncio.Event()
+        self._received_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._listeners)
+
+    @contextmanager
+    def listening(self, channel: str, listener: Listener) -> Iterator[None]:
+        """Let a listener receive what is published on a channel until the block ends."""
+        name = channel.encode()
+        self._listeners.setdefault(name, []).append(listener)
+        self._changed.set()
+        if name in self._confirmed:
+            listener.on_subscribed()
+        try:
+            yield
+        finally:
+            self._listeners[name].remove(listener)
+            if not self._listeners[name]:
+                del self._listeners[name]
+                self._changed.set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run until the block ends."""
+        task = asyncio.create_task(self.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def run(self) -> None:
+        """Keep the subscriptions up until cancelled; reconnect with a backoff of up to a second."""
+        failures = 0
+        while True:
+            if not self._listeners:
+                await self._changed.wait()
+            connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+            try:
+                await connection.connect()
+                self._received_at = _now()
+                await first_completed(
+                    self._receive(connection), self._subscribe(connection), self._ping(connection)
+                )
+            except Exception as error:  # whatever it is, the listeners would wait for ever
+                failures = 0 if self._confirmed else failures + 1
+                if failures in (0, 3, 100):
+                    name = type(error).__name__
+                    logger.warning("the subscription is lost; reconnecting", extra={"error": name})
+            finally:
+                self._confirmed.clear()
+                await connection.disconnect(nowait=True)
+            await asyncio.sleep(min(0.05 * 2 ** min(failures, 10), MAX_BACKOFF_SECONDS))
+
+    async def _subscribe(self, connection: Any) -> None:
+        """Subscribe to what has listeners, and unsubscribe from what has none any more."""
+        subscribed: set[bytes] = set()
+        while True:
+            self._changed.clear()
+            wanted = set(self._listeners)
+            if new := wanted - subscribed:
+                await connection.send_command("SUBSCRIBE", *new)
+            if old := subscribed - wanted:
+                self._confirmed -= old
+                await connection.send_command("UNSUBSCRIBE", *old)
+            subscribed = wanted
+            await self._changed.wait()
+
+    async def _receive(self, connection: Any) -> None:
+        while True:
+            answer = await connection.read_response(timeout=math.inf)
+            self._received_at = _now()
+            if isinstance(answer, list) and len(answer) == 3:  # the answer to a ping has two
+                self._dispatch(*answer)
+
+    async def _ping(self, connection: Any) -> None:
+        """Ask a silent server for an answer; raise `ConnectionError` if it gives none."""
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            silent = _now() - self._received_at
+            if silent > SILENCE_SECONDS:
+                raise ConnectionError("the server is silent")
+            if silent >= PING_SECONDS:
+                await connection.send_command("PING")
+
+    def _dispatch(self, kind: bytes, channel: bytes, payload: Any) -> None:
+        listeners = self._listeners.get(channel, [])
+        if kind == b"subscribe" and listeners:
+            self._confirmed.add(channel)
+        for listener in list(listeners):
+            try:
+                if kind == b"subscribe":
+                    listener.on_subscribed()
+                elif kind == b"message":
+                    listener.on_event(payload)
+            except Exception:  # the other listeners still depend on this connection
+                logger.exception("a listener failed")
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def wait_at_most(seconds: float, waiting: Awaitable[Any]) -> None:
+    """Wait for something, so many seconds at most."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await waiting
+
+
+async def first_completed(*jobs: Awaitable[Any]) -> None:
+    """Run jobs side by side until one ends; cancel the others, and raise what it raised."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        done.pop().result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class ListenEvent(Enum):
+    """What an `EventQueue` yields besides payloads."""
+
+    SUBSCRIBED = "what is published from now on arrives; what was published before may be lost"
+
+
+class EventQueue(Listener):
+    """Queues what is published on a channel. A reader that falls 32 MiB behind loses what is queued."""
+
+    def __init__(self) -> None:
+        self._events: list[bytes | ListenEvent] = []
+        self._bytes = 0
+        self._arrived = asyncio.Event()
+
+    def on_subscribed(self) -> None:
+        self._events.append(ListenEvent.SUBSCRIBED)
+        self._arrived.set()
+
+    def on_event(self, payload: bytes) -> None:
+        self._bytes += len(payload)
+        if self._bytes > MAX_QUEUED_BYTES:
+            logger.warning("events were dropped: they are read too slowly")
+            self._events, self._bytes = [ListenEvent.SUBSCRIBED], len(payload)
+        self._events.append(payload)
+        self._arrived.set()
+
+    async def take(self, seconds: float) -> Sequence[bytes | ListenEvent]:
+        """Return all that has arrived; wait up to so many seconds for something, then return nothing."""
+        await wait_at_most(seconds, self._arrived.wait())
+        self._arrived.clear()
+        events, self._events, self._bytes = self._events, [], 0
+        return events
+
+
+class LoopThread:
+    """An event loop in a daemon thread, for callers that have none. It starts at its first use."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Start a coroutine in the loop, and return its future."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            return asyncio.run_coroutine_threadsafe(job, self._loop)
+
+    def close(self, seconds: float = 2.0) -> None:
+        """Cancel all that runs in the loop, and wait for its end, so many seconds at most."""
+        with self._lock:
+            loop, thread = self._loop, self._thread
+        if loop is None or thread is None or not thread.is_alive():
+            return
+        with suppress(RuntimeError):  # it was closed at this moment
+            loop.call_soon_threadsafe(loop.stop)
+        if thread is not threading.current_thread():
+            thread.join(seconds)
+
+    def _run(self) -> None:
+        assert self._loop is not None
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
