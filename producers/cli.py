@@ -25,7 +25,6 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from producers.asyncapi import asyncapi_document
 from producers.change_feed import endpoint, error_summary
 from producers.client import TagProducer
 from producers.contract.messages import (
@@ -36,9 +35,9 @@ from producers.contract.messages import (
     ResultRecord,
     StateChange,
     describe,
-    json_schemas,
     parse_message,
 )
+from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.errors import (
     ConfigurationError,
     InboxFull,
@@ -203,13 +202,14 @@ def schema(
         bool,
         typer.Option(
             "--asyncapi",
-            help="Print the AsyncAPI document of inbox, results and changes instead.",
+            help="Print the AsyncAPI document of inbox, results and changes instead, as YAML.",
         ),
     ] = False,
 ) -> None:
     """Print the JSON Schemas of messages, results and change events."""
-    described = asyncapi_document() if asyncapi else json_schemas()
-    sys.stdout.write(json.dumps(described, indent=2) + "\n")
+    sys.stdout.write(
+        asyncapi_document() if asyncapi else json.dumps(json_schemas(), indent=2) + "\n"
+    )
 
 
 # --- Showing -------------------------------------------------------------------------------------

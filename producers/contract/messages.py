@@ -783,20 +783,3 @@ def _text(kind: str, field: str | None, context: dict[str, Any]) -> str:
             return "must have 1 to 200 of the characters A-Z a-z 0-9 . _ : -"
         return "must not contain U+0000"
     return _TEXTS.get(kind, "is not valid").format_map(context)
-
-
-# --- Schemas -------------------------------------------------------------------------------------
-
-_SCHEMAS: Final[dict[str, TypeAdapter[Any]]] = {
-    "message": TypeAdapter(Annotated[Message, Field(discriminator="kind")]),
-    "result": TypeAdapter(ResultRecord),
-    "change_event": _CHANGE_EVENT,
-}
-
-
-def json_schemas() -> dict[str, Any]:
-    """Return the JSON Schemas (2020-12) of messages, results and change events, by name."""
-    return {
-        name: {"$schema": "https://json-schema.org/draft/2020-12/schema", **adapter.json_schema()}
-        for name, adapter in _SCHEMAS.items()
-    }

@@ -20,11 +20,11 @@ from producers.contract.messages import (
     Uuid7,
     add,
     describe,
-    json_schemas,
     parse_message,
     read_body,
     remove,
 )
+from producers.contract.schemas import json_schemas
 
 EXECUTION = "6f1c1f9e-3f0c-4b64-9b5f-0a4a6f6f0001"
 BATCH = "6f1c1f9e-3f0c-4b64-9b5f-0a4a6f6f00b1"
