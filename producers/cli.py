@@ -25,13 +25,12 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from producers.asyncapi import asyncapi_document
 from producers.client import TagProducer
 from producers.contract.encoding import parse_message
 from producers.contract.errors import InvalidMessage, describe
 from producers.contract.messages import Message
 from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange
-from producers.contract.schemas import json_schemas
+from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.endpoint import client_options, error_summary
 from producers.errors import (
     ConfigurationError,
@@ -197,13 +196,14 @@ def schema(
         bool,
         typer.Option(
             "--asyncapi",
-            help="Print the AsyncAPI document of inbox, results and changes instead.",
+            help="Print the AsyncAPI document of inbox, results and changes instead, as YAML.",
         ),
     ] = False,
 ) -> None:
     """Print the JSON Schemas of messages, results and change events."""
-    described = asyncapi_document() if asyncapi else json_schemas()
-    sys.stdout.write(json.dumps(described, indent=2) + "\n")
+    sys.stdout.write(
+        asyncapi_document() if asyncapi else json.dumps(json_schemas(), indent=2) + "\n"
+    )
 
 
 # --- Showing -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The AsyncAPI and OpenAPI documents: checked in as the commands print them, valid, and true to the contract.
+"""The AsyncAPI and OpenAPI documents: printed as they are checked in, valid, true to the code.
 
 asyncapi-3.0.0.schema.json is the official JSON Schema of AsyncAPI, as it is in @asyncapi/specs 6.11.1
 (schemas/3.0.0-without-$id.json). Apache-2.0; Copyright 2016-2025 AsyncAPI Initiative. This product includes
@@ -7,6 +7,7 @@ software developed at AsyncAPI Initiative (http://www.asyncapi.com/).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -15,18 +16,21 @@ from collections.abc import Iterator
 from copy import deepcopy
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Final
+from types import SimpleNamespace
+from typing import Any, Final, cast
+from unittest.mock import AsyncMock
 from uuid import uuid4
 
 import pytest
 from jsonschema import Draft7Validator, FormatChecker
+from ruamel.yaml import YAML
 
-from producers.asyncapi import asyncapi_document
 from producers.contract.channels import changes_channel, inbox_key, results_channel
 from producers.contract.encoding import parse_message
 from producers.contract.errors import ErrorDetail, ErrorInfo, InvalidMessage
 from producers.contract.messages import (
     ANY_METADATA,
+    MAX_MESSAGE_BYTES,
     RegisterExecution,
     SetTaskState,
     TagBatch,
@@ -44,11 +48,14 @@ from producers.contract.results import (
     Tag,
     Task,
 )
-from producers.contract.schemas import json_schemas
+from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.contract.values import uuid7
+from worker.api.errors import ApiError, ErrorAnswer
+from worker.api.feeds import receive_token
 
 REPOSITORY: Final = Path(__file__).parents[2]
-DOCS: Final = REPOSITORY / "docs"
+ASYNCAPI: Final = REPOSITORY / "producers" / "contract" / "asyncapi.yaml"
+OPENAPI: Final = REPOSITORY / "docs" / "openapi.json"
 INBOX: Final = {
     "tag_batch": "TagBatch",
     "flow_execution": "RegisterExecution",
@@ -62,8 +69,9 @@ HOSTILE: Final = {
     "TASK_TAGS_JWT_ALGORITHMS": "none",
 }
 
-document: Final = asyncapi_document()
-openapi: Final = json.loads((DOCS / "openapi.json").read_text())
+document: Final = YAML(typ="safe", pure=True).load(asyncapi_document())
+"""No key is doubled in it: this parser would refuse that."""
+openapi: Final = json.loads(OPENAPI.read_text())
 specification: Final = Draft7Validator(
     json.loads((REPOSITORY / "tests" / "support" / "asyncapi-3.0.0.schema.json").read_text())
 )
@@ -111,17 +119,8 @@ def without_nulls(value: Any) -> Any:
 # --- The files -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("module", "command", "file"),
-    [
-        ("producers.cli", "task-tags schema --asyncapi", "asyncapi.json"),
-        ("worker.cli", "task-tags-admin openapi", "openapi.json"),
-    ],
-)
-def test_the_checked_in_documents_are_what_the_commands_print(
-    module: str, command: str, file: str
-) -> None:
-    """To the byte, wherever it is run: settings that no other command would take change nothing."""
+def printed(module: str, command: str) -> bytes:
+    """Return what a command prints, under settings that no other command would take."""
     done = subprocess.run(
         [sys.executable, "-c", f"from {module} import main; main()", *command.split()[1:]],
         capture_output=True,
@@ -129,9 +128,24 @@ def test_the_checked_in_documents_are_what_the_commands_print(
         env={**os.environ, **HOSTILE},
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    same = done.stdout == (DOCS / file).read_bytes()
-    assert same, f"docs/{file} is not what it should be; run: .venv/bin/{command} > docs/{file}"
-    assert done.stdout.endswith(b"\n}\n")
+    return done.stdout
+
+
+def test_the_checked_in_openapi_document_is_what_the_command_prints() -> None:
+    """To the byte, wherever it is run: settings change nothing."""
+    command, file = "task-tags-admin openapi", "docs/openapi.json"
+    output = printed("worker.cli", command)
+    same = output == OPENAPI.read_bytes()
+    assert same, f"{file} is not what it should be; run: .venv/bin/{command} > {file}"
+    assert output.endswith(b"\n}\n")
+
+
+def test_the_asyncapi_document_is_printed_as_it_is_written() -> None:
+    """To the byte, wherever it is run: the checked-in file, then the schemas of the models."""
+    output = printed("producers.cli", "task-tags schema --asyncapi")
+    assert output == asyncapi_document().encode()
+    assert output.startswith(ASYNCAPI.read_bytes())
+    assert output.endswith(b"}\n")
 
 
 # --- The AsyncAPI document -----------------------------------------------------------------------
@@ -172,6 +186,21 @@ def test_everything_that_is_described_is_used() -> None:
         assert carried == {f"#/channels/{name}/messages/{each}" for each in channel["messages"]}
     messages = {name for channel in document["channels"].values() for name in channel["messages"]}
     assert messages == components()["messages"].keys()
+    parameters = {
+        (name, reference["$ref"])
+        for channel in document["channels"].values()
+        for name, reference in channel.get("parameters", {}).items()
+    }
+    described = components()["parameters"]
+    assert parameters == {(name, f"#/components/parameters/{name}") for name in described}
+
+
+def test_messages_are_named_for_their_schemas() -> None:
+    """As the models are, and those of the inbox by their kinds."""
+    messages = components()["messages"]
+    for message in messages.values():
+        assert message["payload"]["$ref"] == f"#/components/schemas/{message['name']}"
+    assert {name: messages[name]["name"] for name in INBOX} == INBOX
 
 
 def test_channel_names_are_those_of_the_contract() -> None:
@@ -198,6 +227,11 @@ def test_channel_names_are_those_of_the_contract() -> None:
         "changes": changes_channel(organization, execution),
         "watch": "/task-tags/changes",
     }
+
+
+def test_the_limit_of_a_message_is_that_of_the_contract() -> None:
+    """The AsyncAPI document has no keyword for it, so the description says it."""
+    assert f" {MAX_MESSAGE_BYTES} bytes at most" in document["channels"]["inbox"]["description"]
 
 
 def test_schemas_are_those_that_the_models_have() -> None:
@@ -245,6 +279,80 @@ def test_examples_fit_their_schemas(name: str) -> None:
                 schema(message[part]["$ref"].rpartition("/")[2]).validate(example[part])
         if name in INBOX:
             assert parse_message(json.dumps(example["payload"]).encode()).kind == name
+
+
+def payloads(name: str) -> list[bytes]:
+    """Return the examples of a message as JSON, fields in the order of the document."""
+    return [compact(each["payload"]) for each in components()["messages"][name]["examples"]]
+
+
+def compact(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def received_and_sent(name: str, sent: bytes) -> bytes:
+    """Let the code read a message, and return what it makes of the values that it read."""
+    if name in INBOX:
+        return parse_message(sent).encode()
+    if name == "result":
+        return ResultRecord.decode(sent).encode()
+    if name == "change_event":
+        return ChangeEvent.decode(sent).encode()
+    if name == "error":
+        answer = ErrorAnswer.model_validate_json(sent)
+        problem = ApiError(401, answer.error.code, answer.error.message, answer.error.details)
+        return compact(json.loads(problem.body(answer.request_id)))
+    assert name == "token"
+    frame = {"type": "websocket.receive", "text": sent.decode()}
+    websocket = SimpleNamespace(receive=AsyncMock(return_value=frame))
+    return compact({"token": asyncio.run(receive_token(cast(Any, websocket)))})
+
+
+@pytest.mark.parametrize("name", components()["messages"])
+def test_examples_are_what_the_code_reads_and_writes(name: str) -> None:
+    """To the byte: no field is missing, unknown, or in another form or order."""
+    for sent in payloads(name):
+        assert received_and_sent(name, sent) == sent
+
+
+def test_correlation_ids_are_where_the_document_says() -> None:
+    """In the payloads of all messages that have one."""
+    described = components()["correlationIds"]["batch_id"]
+    assert described["location"] == "$message.payload#/batch_id"
+    for message in components()["messages"].values():
+        for example in message["examples"]:
+            assert ("batch_id" in example["payload"]) == ("correlationId" in message)
+
+
+def test_examples_of_parameters_and_messages_belong_together() -> None:
+    """Addresses with the examples of parameters are those that the examples of messages name."""
+
+    def addresses(name: str) -> set[str]:
+        channel = document["channels"][name]
+        found = {channel["address"]}
+        for parameter, reference in channel["parameters"].items():
+            found = {
+                address.replace(f"{{{parameter}}}", value)
+                for address in found
+                for value in resolved(reference)["examples"]
+            }
+        return found
+
+    messages = [parse_message(sent) for name in INBOX for sent in payloads(name)]
+    records = [ResultRecord.decode(sent) for sent in payloads("result")]
+    events = [ChangeEvent.decode(sent) for sent in payloads("change_event")]
+    organization = events[0].organization_id
+    assert {each.organization_id for each in events} == {organization}
+    assert {each.organization_id for each in records} == {organization}
+    assert addresses("inbox") == {inbox_key(organization)}
+    assert addresses("results") == {
+        results_channel(organization, each.reply_channel_name) for each in messages
+    }
+    assert addresses("changes") == {
+        changes_channel(organization, each.flow_execution_id) for each in events
+    }
+    location = components()["parameters"]["flow_execution_id"]["location"]
+    assert location == "$message.payload#/flow_execution_id"
 
 
 EXECUTION: Final = uuid4()
