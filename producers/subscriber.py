@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -157,13 +157,14 @@ class Subscriber:
         async def take() -> Sequence[Published] | None:
             return await anext(events, None)
 
+        pending: Future[Sequence[Published] | None] | None = None
         try:
-            while (some := self._thread.submit(take()).result()) is not None:
+            while (some := (pending := self._thread.submit(take())).result()) is not None:
                 yield from some
         except CancelledError:  # by `close`
             return
         finally:
-            if not self._closed.is_set():
+            if pending is not None and not pending.cancel() and not self._closed.is_set():
                 self._thread.submit(_close(events))
 
 

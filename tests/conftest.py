@@ -112,10 +112,10 @@ def quiet_redis(servers: Servers) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def store(servers: Servers) -> Iterator[Repository]:
-    store = Repository(servers.worker_url)
-    yield store
-    store.close()
+def repository(servers: Servers) -> Iterator[Repository]:
+    repository = Repository(servers.worker_url)
+    yield repository
+    repository.close()
 
 
 @pytest.fixture
@@ -144,13 +144,13 @@ def space(tmp_path: Path) -> Path:
 def tenant(
     servers: Servers,
     quiet_redis: Redis,
-    store: Repository,
+    repository: Repository,
     authorizer: Authorizer,
     organization: UUID,
     token: str,
 ) -> Iterator[Tenant]:
     """One with one registered execution, which hears everything that is published."""
-    tenant = Tenant(servers, quiet_redis, store, authorizer, organization, token)
+    tenant = Tenant(servers, quiet_redis, repository, authorizer, organization, token)
     tenant.send(register_execution(EXECUTION))
     tenant.drain()
     with listening(tenant):

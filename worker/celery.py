@@ -65,17 +65,17 @@ def _check(**_: Any) -> None:
 
     Servers that are away are waited for.
     """
-    store = Repository(settings.database_url.get_secret_value())
+    repository = Repository(settings.database_url.get_secret_value())
     try:
         Authorizer(settings)
-        _wait_for("the database", store.check, psycopg.OperationalError)
+        _wait_for("the database", repository.check, psycopg.OperationalError)
         with open_redis(settings.redis_url.get_secret_value()) as redis:
             _wait_for("Redis", redis.ping, RedisError)
     except Exception as error:  # Celery would log it, and go on
         logger.critical(str(error))
         raise SystemExit(1) from None
     finally:
-        store.close()
+        repository.close()
 
 
 def _wait_for(what: str, reach: Callable[[], Any], away: type[Exception]) -> None:

@@ -163,7 +163,8 @@ def migrate_command(
     ] = None,
 ) -> None:
     """Bring TASK_TAGS_DATABASE_URL, as the tables' owner, to the current tables and roles."""
-    from worker.db.migrate import ROLES, migrate
+    from worker.db.migrate import migrate
+    from worker.db.tables import ROLES
 
     passwords = dict(zip(ROLES, (worker_password, endpoint_password), strict=True))
     migrate(
@@ -239,11 +240,11 @@ def list_rejected(
     A line has: organization, id, time, attempts, batch id, size in bytes, reason.
     """
     from producers.cli import out
-    from worker.drain.dead_letters import organizations, rejected_messages
+    from worker.drain.dead_letters import dead_letters, organizations
 
     with _redis() as redis:
         for organization_id in [org] if org else organizations(redis):
-            for each in rejected_messages(redis, organization_id):
+            for each in dead_letters(redis, organization_id):
                 summary = each.summary()
                 if as_json:
                     print(json.dumps(summary))
@@ -327,12 +328,12 @@ def _for_each(
     What is rejected meanwhile is left alone: a retry that fails again would never come to an end.
     """
     from producers.cli import err, escape_terminal, out
-    from worker.drain.dead_letters import DeadLetterNotFound, RetryRefused, find, rejected_messages
+    from worker.drain.dead_letters import DeadLetterNotFound, RetryRefused, dead_letters, find
 
     if bool(ids) == everything:
         fail(2, "name the messages by their ids, or all of them by --all")
     wrong = False
-    for id in ids or [each.id for each in rejected_messages(redis, org)]:
+    for id in ids or [each.id for each in dead_letters(redis, org)]:
         try:
             out.print(f"{escape_terminal(id)}  {do(find(redis, org, id))}")
         except (DeadLetterNotFound, RetryRefused) as error:
@@ -359,12 +360,12 @@ def _operator(redis: Redis, org: UUID, token: str) -> Iterator[DeadLetterRetrier
     settings = load_settings()
     authorizer = Authorizer(settings)
     redis_url = settings.redis_url.get_secret_value()
-    store = Repository(settings.database_url.get_secret_value())
+    repository = Repository(settings.database_url.get_secret_value())
     with TagProducer(redis_url=redis_url, organization_id=org, token=token) as producer:
         try:
-            yield DeadLetterRetrier(redis, store, authorizer, token, producer.send)
+            yield DeadLetterRetrier(redis, repository, authorizer, token, producer.send)
         finally:
-            store.close()
+            repository.close()
 
 
 def _rejected_line(summary: dict[str, Any]) -> str:

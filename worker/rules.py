@@ -1,7 +1,7 @@
-"""The rules of a batch (design, section 4), and nothing else: no clock, no I/O, no ids of its own.
+"""The rules of a batch (docs/concepts/contract.md): pure, without a clock, I/O or random ids.
 
-State and requests go in; results, change events and writes come out. Whoever reads the state and writes
-the outcome does so in one transaction (worker/db/repository.py), so what is decided here is what happens.
+A snapshot and messages go in; outcomes and a change set come out. The caller loads the snapshot and
+saves the change set in one transaction (worker/db/repository.py), so what is decided here happens.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from producers.contract.results import (
 from producers.contract.values import canonical_json
 
 TagKey = tuple[int, str, str, str]
-"""What a tag is called: flow execution, task name, tag type, tag. With its metadata it is the tag's identity (rule 2).
+"""A tag's name: flow execution, task name, tag type, tag. With its metadata it identifies the tag.
 
-Ids are looked up as their integers, here and below, for a UUID hashes and compares in Python.
+Ids are looked up as integers, here and below: a UUID hashes and compares in Python.
 """
 
 TaskKey = tuple[UUID, str]
@@ -51,15 +51,15 @@ def tag_key(named: TagOperation | Tag) -> TagKey:
 
 
 def stored_metadata(tag_metadata: Any) -> tuple[bytes | None, bytes]:
-    """Return a tag's metadata as it is stored: JSON in its one spelling, and 16 bytes, the digest of that.
+    """Return validated metadata as it is stored: canonical JSON, and its digest of 16 bytes.
 
-    For null: None, and no bytes. Two digests are equal if and only if the metadata are the same JSON (rule 2).
-    `tag_metadata` is as `producers.contract.messages` validated it.
+    For null: None, and no bytes. Two digests are equal if and only if the metadata are the same JSON
+    (docs/concepts/contract.md#rule-2).
     """
     if tag_metadata is None:
         return None, b""
     text = canonical_json(tag_metadata)
-    hasher = _NEW_HASHER()  # a copy costs less than the options of a new one
+    hasher = _NEW_HASHER()  # a copy is cheaper than parsing the options again
     hasher.update(text)
     return text, hasher.digest()
 
@@ -69,12 +69,12 @@ _NEW_HASHER: Final = hashlib.blake2b(digest_size=16).copy
 
 @dataclass(frozen=True, slots=True)
 class AuthorizedMessage:
-    """A message that is well formed and authorized, and the actor who signed for it (rule 7)."""
+    """A message that is well formed and authorized, with the actor of its token (rule 7)."""
 
     message: Message
     actor: str
     digest: bytes
-    """The message's: the same for two that ask for the same."""
+    """The message's digest: the same for two messages that ask for the same."""
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """What is stored of a batch: enough to answer it again, whenever it comes again."""
+    """What is stored of a batch: enough to answer it again."""
 
     digest: bytes
     record: bytes
@@ -98,7 +98,7 @@ class StoredResult:
 
 @dataclass(slots=True)
 class Snapshot:
-    """What the transaction found, of all that the requests name. `decide` carries it forward."""
+    """What the transaction found of all that the messages name. `decide` updates it."""
 
     batches: dict[UUID, StoredResult] = field(default_factory=dict)
     executions: dict[int, Execution] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class NewChange:
 
 @dataclass(slots=True)
 class ChangeSet:
-    """What has to be stored so that the results are true. Every value is final."""
+    """What has to be stored so that the outcomes are true. Every value is final."""
 
     batches: list[NewBatch] = field(default_factory=list)
     registrations: dict[UUID, Execution] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class ChangeSet:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What is published for a request: its result record, and its change events."""
+    """What is published for a message: its result record and its change events."""
 
     record: bytes
     events: tuple[tuple[UUID, bytes], ...] = ()
@@ -154,26 +154,29 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The outcomes, one for each request in the same order, and the writes that make them true."""
+    """The outcomes in the order of the messages, and the change set that makes them true."""
 
     outcomes: list[Outcome]
-    writes: ChangeSet
+    change_set: ChangeSet
 
 
 def decide(
     organization_id: UUID,
-    requests: Iterable[AuthorizedMessage],
-    state: Snapshot,
+    messages: Iterable[AuthorizedMessage],
+    snapshot: Snapshot,
     *,
     now: datetime,
     new_id: Callable[[], UUID],
 ) -> Decision:
-    """Apply requests one after the other to `state`, each seeing what the ones before it did.
+    """Apply messages one after the other to `snapshot`; each sees what those before it did.
 
-    `now`: the transaction's time, UTC. `new_id` gives the ids of new tags, each greater than the last.
+    Args:
+        now: The transaction's time, UTC.
+        new_id: Returns the ids of new tags, each greater than the last.
     """
-    ledger = BatchProcessor(organization_id, state, now, new_id)
-    return Decision([ledger.answer(request) for request in requests], ledger.writes)
+    processor = BatchProcessor(organization_id, snapshot, now, new_id)
+    outcomes = [processor.process(each) for each in messages]
+    return Decision(outcomes, processor.change_set)
 
 
 def error_record(organization_id: UUID, batch_id: UUID, error: ErrorInfo) -> ResultRecord:
@@ -181,17 +184,17 @@ def error_record(organization_id: UUID, batch_id: UUID, error: ErrorInfo) -> Res
 
 
 def decide_failure(
-    organization_id: UUID, request: AuthorizedMessage, message: str
+    organization_id: UUID, authorized: AuthorizedMessage, text: str
 ) -> tuple[Outcome, ChangeSet]:
-    """Decide that a request ends in `internal_error` and is never tried again under its id.
+    """Decide that a message ends in `internal_error` and is never applied under its batch id.
 
-    Were this not stored, a copy of the message that another drain still holds could be applied later than
-    the batches behind it.
+    It has to be stored: another drain may hold a copy of the message, and apply it later than the
+    batches behind it.
     """
-    batch_id = request.message.batch_id
-    error = ErrorInfo(code="internal_error", message=message, details=[])
+    batch_id = authorized.message.batch_id
+    error = ErrorInfo(code="internal_error", message=text, details=[])
     record = error_record(organization_id, batch_id, error).encode()
-    batch = NewBatch(batch_id, request.digest, record, {})
+    batch = NewBatch(batch_id, authorized.digest, record, {})
     return Outcome(record), ChangeSet(batches=[batch])
 
 
@@ -200,46 +203,51 @@ ExecutionChanges = dict[int, list[Change | StateChange]]
 
 
 class BatchProcessor:
-    """The state as it changes from request to request, and the writes that add up."""
+    """The snapshot as it changes from message to message, and the change set that adds up."""
 
     def __init__(
-        self, organization_id: UUID, state: Snapshot, now: datetime, new_id: Callable[[], UUID]
+        self,
+        organization_id: UUID,
+        snapshot: Snapshot,
+        now: datetime,
+        new_id: Callable[[], UUID],
     ) -> None:
         self.organization_id = organization_id
-        self.state = state
+        self.snapshot = snapshot
         self.now = now
         self.new_id = new_id
-        self.writes = ChangeSet()
+        self.change_set = ChangeSet()
 
-    def answer(self, request: AuthorizedMessage) -> Outcome:
-        message = request.message
-        known = self.state.batches.get(message.batch_id)
+    def process(self, authorized: AuthorizedMessage) -> Outcome:
+        """Apply one message and return its outcome."""
+        message, digest = authorized.message, authorized.digest
+        known = self.snapshot.batches.get(message.batch_id)
         if known is not None:
-            return self._repeat(message.batch_id, request.digest, known)
+            return self._repeat(message.batch_id, digest, known)
         revisions: dict[UUID, int] = {}
         events: tuple[tuple[UUID, bytes], ...] = ()
         if isinstance(message, RegisterExecution):
-            record = self._done(message, flow_execution={"status": self._register(message)})
-        elif details := self._unknown(message):
+            record = self._record(message, flow_execution={"status": self._register(message)})
+        elif details := self._find_unknown(message):
             error = ErrorInfo(
                 code="not_found", message="an execution or task is unknown", details=details
             )
             record = error_record(self.organization_id, message.batch_id, error).encode()
         else:
             if isinstance(message, SetTaskState):
-                status, changes = self._record_state(message, request.actor)
-                record = self._done(message, task_execution={"status": status})
+                status, changes = self._set_state(message, authorized.actor)
+                record = self._record(message, task_execution={"status": status})
             else:
-                statuses, changes = self._apply(message, request.actor)
-                record = self._done(message, tags=[{"status": status} for status in statuses])
-            revisions = self._advance(changes)
-            events = self._report(message.batch_id, request.actor, changes, revisions)
-        self.writes.batches.append(NewBatch(message.batch_id, request.digest, record, revisions))
-        self.state.batches[message.batch_id] = StoredResult(request.digest, record, events)
+                statuses, changes = self._apply(message, authorized.actor)
+                record = self._record(message, tags=[{"status": status} for status in statuses])
+            revisions = self._advance_revisions(changes)
+            events = self._events(message.batch_id, authorized.actor, changes, revisions)
+        self.change_set.batches.append(NewBatch(message.batch_id, digest, record, revisions))
+        self.snapshot.batches[message.batch_id] = StoredResult(digest, record, events)
         return Outcome(record, events)
 
     def _repeat(self, batch_id: UUID, digest: bytes, known: StoredResult) -> Outcome:
-        """The same batch again gets the same answer; another one under its id is a conflict (section 3)."""
+        """Answer the same batch again as before, and another batch under its id with a conflict."""
         if digest == known.digest:
             return Outcome(known.record, known.events)
         error = ErrorInfo(
@@ -248,9 +256,9 @@ class BatchProcessor:
         return Outcome(error_record(self.organization_id, batch_id, error).encode())
 
     def _register(self, message: RegisterExecution) -> RegistrationStatus:
-        """Register an execution, or let its task names grow; null is every name, so it stays null."""
+        """Register an execution, or add task names; null means every name, so it stays null."""
         names = None if message.task_names is None else frozenset(message.task_names)
-        execution = self.state.executions.get(message.flow_execution_id.int)
+        execution = self.snapshot.executions.get(message.flow_execution_id.int)
         if execution is None:
             self._save_execution(Execution(message.flow_execution_id, names, revision=0))
             return "registered"
@@ -262,17 +270,17 @@ class BatchProcessor:
         return "already_exists"
 
     def _save_execution(self, execution: Execution) -> None:
-        self.state.executions[execution.id.int] = execution
-        self.writes.registrations[execution.id] = execution
+        self.snapshot.executions[execution.id.int] = execution
+        self.change_set.registrations[execution.id] = execution
 
-    def _unknown(self, message: TagBatch | SetTaskState) -> list[ErrorDetail]:
-        """Return all that names an execution or task that this organization does not have (rule 5)."""
+    def _find_unknown(self, message: TagBatch | SetTaskState) -> list[ErrorDetail]:
+        """Return each use of an execution or task that this organization does not have (rule 5)."""
         if isinstance(message, SetTaskState):
             named: Iterable[tuple[int | None, TagOperation | SetTaskState]] = [(None, message)]
         else:
             named = enumerate(message.tags)
         details = []
-        executions = self.state.executions
+        executions = self.snapshot.executions
         for index, each in named:
             execution = executions.get(each.flow_execution_id.int)
             if execution is None:
@@ -281,15 +289,15 @@ class BatchProcessor:
                 details.append(_not_found(index, "task_name", "is not registered"))
         return details
 
-    def _record_state(
+    def _set_state(
         self, message: SetTaskState, actor: str
     ) -> tuple[RecordingStatus, ExecutionChanges]:
         key = message.flow_execution_id, message.task_name
-        known = self.state.tasks.get(key)
+        known = self.snapshot.tasks.get(key)
         if known is not None and known.state == message.state:
             return "unchanged", {}
         task = Task(*key, message.state, state_changed_at=self.now, state_changed_by=actor)
-        self.state.tasks[key] = self.writes.tasks[key] = task
+        self.snapshot.tasks[key] = self.change_set.tasks[key] = task
         return "recorded", {message.flow_execution_id.int: [StateChange("state", task)]}
 
     def _apply(self, batch: TagBatch, actor: str) -> tuple[list[OperationStatus], ExecutionChanges]:
@@ -305,11 +313,11 @@ class BatchProcessor:
     ) -> OperationStatus:
         metadata, digest = stored_metadata(operation.tag_metadata)
         key = tag_key(operation)
-        active = self.state.tags.setdefault(key, {})
+        active = self.snapshot.tags.setdefault(key, {})
         if digest in active:
             return "already_exists"
         flow_execution_key, task_name, tag_type, name = key
-        tag = Tag(  # in their order: names cost half of the time
+        tag = Tag(  # by position: keywords take twice the time
             self.new_id(),
             operation.flow_execution_id,
             task_name,
@@ -324,39 +332,39 @@ class BatchProcessor:
             None,
         )
         active[digest] = tag
-        self.writes.added[tag.id.int] = NewTag(tag, metadata, digest)
+        self.change_set.added[tag.id.int] = NewTag(tag, metadata, digest)
         changes.setdefault(flow_execution_key, []).append(Change("added", tag))
         return "added"
 
     def _remove(
         self, operation: TagOperation, actor: str, changes: ExecutionChanges
     ) -> OperationStatus:
-        active = self.state.tags.get(tag_key(operation), {})
+        active = self.snapshot.tags.get(tag_key(operation), {})
         _, digest = stored_metadata(operation.tag_metadata)
         digests = list(active) if operation.any_metadata else [digest] if digest in active else []
         for digest in digests:
             tag = replace(
                 active.pop(digest), status="deleted", updated_at=self.now, modified_by=actor
             )
-            new = self.writes.added.get(tag.id.int)
+            new = self.change_set.added.get(tag.id.int)
             if new is None:
-                self.writes.removed[tag.id.int] = tag
+                self.change_set.removed[tag.id.int] = tag
             else:
-                self.writes.added[tag.id.int] = new._replace(tag=tag)
+                self.change_set.added[tag.id.int] = new._replace(tag=tag)
             changes.setdefault(tag.flow_execution_id.int, []).append(Change("removed", tag))
         return "removed" if digests else "not_found"
 
-    def _advance(self, changes: ExecutionChanges) -> dict[UUID, int]:
-        """Count each execution that really changed one revision on."""
+    def _advance_revisions(self, changes: ExecutionChanges) -> dict[UUID, int]:
+        """Give each execution that really changed its next revision."""
         revisions = {}
         for key in changes:
-            execution = self.state.executions[key]
+            execution = self.snapshot.executions[key]
             execution.revision += 1
             revisions[execution.id] = execution.revision
-        self.writes.revisions.update(revisions)
+        self.change_set.revisions.update(revisions)
         return revisions
 
-    def _report(
+    def _events(
         self, batch_id: UUID, actor: str, changes: ExecutionChanges, revisions: dict[UUID, int]
     ) -> tuple[tuple[UUID, bytes], ...]:
         events = []
@@ -370,12 +378,12 @@ class BatchProcessor:
                 changed_at=self.now,
                 changes=changes[flow_execution_id.int],
             ).encode()
-            self.writes.changes.append(NewChange(flow_execution_id, revision, batch_id, event))
+            self.change_set.changes.append(NewChange(flow_execution_id, revision, batch_id, event))
             events.append((flow_execution_id, event))
         return tuple(events)
 
-    def _done(self, message: Message, **outcome: Any) -> bytes:
-        """Encode the result record of what took effect, as `ResultRecord.encode` would."""
+    def _record(self, message: Message, **outcome: Any) -> bytes:
+        """Encode the result record of what took effect, as `ResultRecord.encode` does."""
         return to_json(
             {
                 "batch_id": message.batch_id,

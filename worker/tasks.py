@@ -28,7 +28,7 @@ class WorkerResources:
     """What the tasks of one process share; made at the first task, so never before a fork."""
 
     redis: Redis
-    store: Repository
+    repository: Repository
     authorizer: Authorizer
     new_id: Uuid7
 
@@ -36,8 +36,8 @@ class WorkerResources:
 @cache
 def _tools() -> WorkerResources:
     redis = open_redis(settings.redis_url.get_secret_value())
-    store = Repository(settings.database_url.get_secret_value())
-    return WorkerResources(redis, store, Authorizer(settings), Uuid7())
+    repository = Repository(settings.database_url.get_secret_value())
+    return WorkerResources(redis, repository, Authorizer(settings), Uuid7())
 
 
 @app.task(name=DRAIN_TASK)
@@ -51,7 +51,7 @@ def drain(organization_id: str, lease_id: str) -> None:
         inbox=Inbox(tools.redis, organization, lease_ms=settings.lease_ms),
         organization_id=organization,
         run_id=run,
-        store=tools.store,
+        repository=tools.repository,
         authorizer=tools.authorizer,
         requeue=lambda: send_drain(tools.redis, organization, run),
         group_size=settings.group_size,
@@ -79,9 +79,9 @@ def purge() -> None:
     tools = _tools()
     results = changes = 0
     for organization_id in scan_inboxes(tools.redis):
-        results += tools.store.purge_results(organization_id, settings.retention)
+        results += tools.repository.purge_results(organization_id, settings.retention)
         if settings.changes_retention is not None:
-            changes += tools.store.purge_changes(organization_id, settings.changes_retention)
+            changes += tools.repository.purge_changes(organization_id, settings.changes_retention)
     logger.info("purged", extra={"results": results, "changes": changes})
 
 

@@ -1,28 +1,19 @@
-"""The one owner of the inbox protocol (design, section 3): append, take, remove, hand over, claim.
+"""The inbox protocol: append, acquire, acknowledge and publish, requeue, claim.
 
-An inbox is an organization's Redis stream of messages that are accepted and not yet applied. Its lease is
-a key that says `queued <lease id>` or `running <run id>`: a drain of this inbox is in the Celery queue, or
-at work. Each delivery of a drain message is a run with an id of its own. Each step is one Lua script, so no
-step is ever seen half done. `take` begins with what is at the head of the inbox, and `remove` goes on with what
-is there next; either frees the lease if there is nothing, and then the run is over.
+An inbox is an organization's Redis stream of messages that are accepted and not yet applied. Its
+lease is a key that says `queued <lease id>` or `running <run id>`: a drain of the inbox is in the
+Celery queue, or working. Each delivery of a drain message is a run with an id of its own. Each step
+is one Lua script, so no step is ever seen half done. The keys, the states and the argument why
+nothing is lost are in docs/concepts/inbox-protocol.md; tests/unit/test_inbox_model.py searches them.
 
-Why no wake-up is lost: `append` adds the message and looks at the lease in one step, and whatever frees the
-lease looks at the inbox in the same step. Whichever comes first, either the appender finds the lease free
-and sends a drain, or the drain finds the message and goes on.
+Three facts carry it:
 
-Why no two drains work at once, but for faults: a drain works only while the lease says `running` with the
-id of its run. `take` yields to whoever is running, and takes over from whoever is merely queued. So a drain
-message that comes twice, late, or under an id that was superseded while it waited in a long queue is either
-the first to arrive, and drains, or ends at once. (Were a drain bound to the very id that it was sent
-with, a queue longer than the lease would supersede each drain before its turn, and nothing would ever be
-drained.)
-
-Why faults do no harm: a lease that runs out (its worker died or stood still) is free, so the next append,
-or `claim` from `task_tags.wake`, sends another drain. Two may then be at work for a moment. The transaction's
-lock and the stored batch ids make that harmless, and the older one ends at its next `remove` or `requeue`. A
-step that is repeated because its answer was lost finds what it did the first time, and does no harm. `remove`
-takes messages out whoever has the lease: it names ids whose batches are committed. Ids never come again, for
-the stream is never deleted, so what was appended since can't be removed by mistake.
+- Whatever frees the lease looks at the inbox in the same step, and an append looks at the lease in
+  the step that adds the message. So no wake-up is lost.
+- A drain works only while the lease says `running` with the id of its run. It yields to a running
+  drain and takes over from one that is merely queued. So no two drains work at once.
+- After a fault two drains may work for a moment. The transaction's lock and the stored batch ids
+  make that harmless, and the older one ends at its next step.
 """
 
 from __future__ import annotations
@@ -43,17 +34,19 @@ from redis.exceptions import NoScriptError
 
 from producers.contract.channels import dead_letters_key, inbox_key, lease_key
 from producers.contract.encoding import MAX_READABLE_BYTES
+from producers.contract.messages import MAX_MESSAGE_BYTES
 
 DEFAULT_LIMIT: Final = 10_000
 LEASE_MS: Final = 8_000
 DEAD_LETTER_LIMIT: Final = 10_000
 _CHUNK_MESSAGES: Final = 200
 _CHUNK_BYTES: Final = 1024 * 1024
+_WITH_READ_HEAD: Final = ("acquire", "ack_and_publish")
 
 
 @dataclass(frozen=True, slots=True)
 class AppendResult:
-    """How many of the messages were accepted (the first ones), and whether a drain is to be sent."""
+    """How many of the messages were accepted (the first ones), and whether to send a drain."""
 
     count: int
     lease_taken: bool
@@ -61,7 +54,7 @@ class AppendResult:
 
 @dataclass(frozen=True, slots=True)
 class StreamEntry:
-    """One stream entry as it was found; a field that is missing is None."""
+    """One stream entry as it was found; a missing field is None."""
 
     id: bytes
     message: bytes | None
@@ -69,25 +62,38 @@ class StreamEntry:
 
     @property
     def accepted_at(self) -> float:
-        """When Redis accepted the message, in seconds since the epoch: the time in the stream id."""
+        """When Redis accepted the message, in seconds since the epoch: the time in the id."""
         return int(self.id.partition(b"-")[0]) / 1000
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A message that is kept out of the way for an operator, without its token (worker/drain/dead_letters.py)."""
+    """A message that is kept for an operator, without its token (worker/drain/dead_letters.py).
+
+    `rejected_at` is in UTC, `attempts` says how often it was applied in vain, and `batch_id` is None
+    if it could not be read.
+    """
 
     message: bytes
     reason: str
     rejected_at: datetime
-    """When, in UTC."""
     attempts: int = 1
-    """How often its application was tried."""
     batch_id: UUID | None = None
-    """None if it could not be read."""
+
+    @staticmethod
+    def of(
+        entry: StreamEntry,
+        reason: str,
+        rejected_at: datetime,
+        attempts: int = 1,
+        batch_id: UUID | None = None,
+    ) -> DeadLetter:
+        """Keep a message whole, or the first MiB of one that is larger than messages may be."""
+        message = (entry.message or b"")[:MAX_MESSAGE_BYTES]
+        return DeadLetter(message, reason, rejected_at, attempts, batch_id)
 
     def fields(self) -> dict[str, bytes | str]:
-        """Return what its stream entry holds."""
+        """Return the fields of its stream entry."""
         fields: dict[str, bytes | str] = {
             "message": self.message,
             "reason": self.reason,
@@ -97,25 +103,14 @@ class DeadLetter:
         return fields if self.batch_id is None else {**fields, "batch_id": str(self.batch_id)}
 
 
-@cache
-def _source(name: str) -> str:
-    """Return a script; those that go on with the inbox begin with the function for it."""
-    names = ["_read_head", name] if name in ("acquire", "ack_and_publish") else [name]
-    return "".join(
-        files("producers.inbox").joinpath("scripts", f"{each}.lua").read_text() for each in names
-    )
-
-
-@cache
-def _sha(name: str) -> str:
-    return hashlib.sha1(_source(name).encode(), usedforsecurity=False).hexdigest()
-
-
 class Inbox:
-    """The inbox of one organization. `redis` must not decode responses.
+    """The inbox of one organization.
 
-    `limit`: how many messages it may hold. `lease_ms`: how long a lease lives without being renewed, in
-    milliseconds; producers and workers must agree on it only roughly.
+    Args:
+        redis: A client that does not decode responses.
+        limit: How many messages the inbox may hold.
+        lease_ms: How long a lease lives without renewal, in milliseconds. Producers and workers must
+            agree on it only roughly.
     """
 
     def __init__(
@@ -129,15 +124,17 @@ class Inbox:
         self._redis = redis
         self._inbox = inbox_key(organization_id)
         self._lease = lease_key(organization_id)
-        self._rejected = dead_letters_key(organization_id)
+        self._dead_letters = dead_letters_key(organization_id)
         self._limit = limit
         self._lease_ms = lease_ms
 
     def append(self, chunk: Sequence[bytes], token: str, lease_id: str) -> AppendResult:
-        """Accept messages in their order up to the bound, and take the lease if it is free.
+        """Accept messages in their order up to the limit, and take the lease if it is free.
 
-        `chunk` is one of `chunks`, and `lease_id` is used for no other. Whoever appends several stops at the first that was not accepted whole:
-        then what is accepted is always the beginning, in one piece.
+        Args:
+            chunk: One of `chunks`. After the first chunk that is not accepted whole the caller
+                stops: so what is accepted is always the beginning, in one piece.
+            lease_id: An id that is used for no other call.
         """
         count, taken = self._run(
             "append",
@@ -158,9 +155,10 @@ class Inbox:
     def acquire(
         self, run_id: str, *, max_messages: int, max_bytes: int = MAX_READABLE_BYTES
     ) -> list[StreamEntry]:
-        """Begin a drain, or go on after a failure, with what is at the head of the inbox.
+        """Begin a drain, or go on after a failure; return what is at the head of the inbox.
 
-        Nothing: the run is over. The inbox was empty, and the lease is free; or another drain is running.
+        If nothing is returned, the run is over: the inbox is empty and the lease is free, or another
+        drain is running.
         """
         return self._entries(
             self._run(
@@ -175,35 +173,38 @@ class Inbox:
         run_id: str,
         entries: Sequence[StreamEntry],
         publications: Sequence[tuple[str, bytes]],
-        rejections: Sequence[DeadLetter] = (),
+        dead_letters: Sequence[DeadLetter] = (),
         *,
         max_messages: int,
         max_bytes: int = MAX_READABLE_BYTES,
     ) -> list[StreamEntry]:
-        """Publish what became of these entries, take them out of the inbox, and go on with what comes next.
+        """Publish what became of entries, remove them from the inbox, and return what comes next.
 
-        It is one step, so a result is published if and only if its entry is gone. Nothing: the run is over, as
-        for `take`.
+        It is one step: a result is published if and only if its entry is gone. If nothing is
+        returned, the run is over, as for `acquire`.
+
+        Args:
+            publications: Pairs of channel and payload, in order.
         """
         arguments: list[Any] = [run_id, self._lease_ms, max_messages, max_bytes, DEAD_LETTER_LIMIT]
         arguments.append(len(entries))
         arguments.extend([entry.id for entry in entries])
         arguments.append(len(publications))
         arguments.extend(chain.from_iterable(publications))
-        arguments.append(len(rejections))
-        for rejection in rejections:
-            fields = list(chain.from_iterable(rejection.fields().items()))
+        arguments.append(len(dead_letters))
+        for dead_letter in dead_letters:
+            fields = list(chain.from_iterable(dead_letter.fields().items()))
             arguments += [len(fields), *fields]
-        keys = [self._inbox, self._lease, self._rejected]
+        keys = [self._inbox, self._lease, self._dead_letters]
         return self._entries(self._run("ack_and_publish", keys, arguments))
 
-    def reject(self, rejection: DeadLetter) -> None:
-        """Keep a message for an operator; its entry stays in the inbox until it is removed."""
-        fields = cast(Any, rejection.fields())
-        self._redis.xadd(self._rejected, fields, maxlen=DEAD_LETTER_LIMIT, approximate=True)
+    def add_dead_letter(self, dead_letter: DeadLetter) -> None:
+        """Keep a message for an operator; its entry stays in the inbox until it is acknowledged."""
+        fields = cast(Any, dead_letter.fields())
+        self._redis.xadd(self._dead_letters, fields, maxlen=DEAD_LETTER_LIMIT, approximate=True)
 
     def requeue(self, run_id: str) -> bool:
-        """Keep the lease for a drain that goes to the end of the queue. False: it is another's."""
+        """Keep the lease for a drain that goes to the end of the queue; False: it is another's."""
         return bool(self._run("requeue", [self._lease], [run_id, self._lease_ms]))
 
     @staticmethod
@@ -213,15 +214,14 @@ class Inbox:
     def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
         try:
             return self._redis.evalsha(_sha(name), len(keys), *keys, *args)
-        except NoScriptError:  # the server has started since, or forgot it
+        except NoScriptError:  # the server was restarted, or its scripts were flushed
             return self._redis.eval(_source(name), len(keys), *keys, *args)
 
 
 def scan_inboxes(redis: Redis) -> Iterator[UUID]:
-    """Yield every organization that ever had a message: their inboxes are found by the names of the keys.
+    """Yield every organization that has an inbox, which the names of the keys tell.
 
-    So nobody has to keep a list of them, which could be lost, or which a producer would need the right
-    to write to.
+    So there is no list of them that could be lost, or that a producer would need the right to write.
     """
     return scan_organizations(redis, inbox_key)
 
@@ -233,13 +233,13 @@ def scan_organizations(redis: Redis, key_of: Callable[[UUID], str]) -> Iterator[
         try:
             yield UUID(key.decode().partition("{")[2].partition("}")[0])
         except ValueError:
-            continue  # a key that somebody else made
+            continue  # a key of somebody else
 
 
 def claim_idle(
     redis: Redis, organization_ids: Iterable[UUID], new_lease_id: Callable[[], str], lease_ms: int
 ) -> list[tuple[UUID, str]]:
-    """Take the lease of every inbox where messages wait and nobody has it; a drain is to be sent for each."""
+    """Take the free lease of every inbox in which messages wait; return those to send a drain for."""
     claims = [(organization_id, new_lease_id()) for organization_id in organization_ids]
     script = Script(redis, _source("claim_idle"))
     with redis.pipeline(transaction=False) as pipe:
@@ -251,7 +251,7 @@ def claim_idle(
 
 
 def chunks(messages: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yield messages in pieces that one script call takes: each call holds up the server for well under 1 ms."""
+    """Yield messages in chunks for one script call, which blocks the server for well under 1 ms."""
     chunk: list[bytes] = []
     size = 0
     for message in messages:
@@ -267,3 +267,16 @@ def chunks(messages: Iterable[bytes]) -> Iterator[list[bytes]]:
 def _entry(id: bytes, fields: list[bytes]) -> StreamEntry:
     values = dict(zip(fields[::2], fields[1::2], strict=True))
     return StreamEntry(id, values.get(b"message"), values.get(b"token"))
+
+
+@cache
+def _source(name: str) -> str:
+    """Return a script, with the function that it shares with another one."""
+    names = ["_read_head", name] if name in _WITH_READ_HEAD else [name]
+    scripts = files("producers.inbox").joinpath("scripts")
+    return "".join(scripts.joinpath(f"{each}.lua").read_text() for each in names)
+
+
+@cache
+def _sha(name: str) -> str:
+    return hashlib.sha1(_source(name).encode(), usedforsecurity=False).hexdigest()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from producers.redis_client import open_redis
-from tests.bench import limit, read, report, write
+from tests.bench import copy_baseline, read, report, write
 from tests.bench.servers import Servers, servers
 
 PACKAGES: Final = (
@@ -59,7 +59,7 @@ def measure(opened: Servers, rounds: int, smoke: bool) -> dict[str, Any]:
     def say(line: str) -> None:
         print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
 
-    written = limit.Limit(opened, 200 if smoke else LIMIT_BATCHES, operations=10, say=say)
+    written = copy_baseline.Limit(opened, 200 if smoke else LIMIT_BATCHES, operations=10, say=say)
     plan = write.SMOKE if smoke else write.FULL
     return {
         **write.run(opened, rounds, plan=plan, say=say, first=written.round),

@@ -65,7 +65,7 @@ class Contender:
 
 
 _MODULES: Final = {
-    OURS: "tests.bench.ours",
+    OURS: "tests.bench.task_tags",
     CELERY: "tests.bench.peers.plain_celery",
     "Dramatiq": "tests.bench.peers.dramatiq_redis",
     "RQ": "tests.bench.peers.rq_simple",

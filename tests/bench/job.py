@@ -18,8 +18,13 @@ from producers.redis_client import open_redis
 from worker import collector
 from worker.auth import Authorizer
 from worker.db.repository import Repository
-from worker.drain.path import FIRST_BACKOFF_SECONDS, admit, apply_in_transaction, is_retryable
-from worker.drain.publish import publications
+from worker.drain.admission import Admitted, Refused, admit
+from worker.drain.path import (
+    FIRST_BACKOFF_SECONDS,
+    apply_in_transaction,
+    is_retryable,
+    publications,
+)
 from worker.rules import AuthorizedMessage, Outcome
 from worker.settings import Settings, load_settings
 
@@ -32,7 +37,7 @@ class Tools:
     def __init__(self) -> None:
         settings: Settings = load_settings()
         self.redis: Redis = open_redis(settings.redis_url.get_secret_value())
-        self.store = Repository(settings.database_url.get_secret_value())
+        self.repository = Repository(settings.database_url.get_secret_value())
         self.authorizer = Authorizer(settings)
         self.new_id = Uuid7()
         freeze()
@@ -62,12 +67,12 @@ def apply_batch(message: bytes, token: str, organization_id: UUID) -> None:
     tools = _tools()
     now = datetime.now(timezone.utc)
     entry = StreamEntry(f"{time.time_ns() // 1_000_000}-0".encode(), message, token.encode())
-    received = admit(entry, organization_id, tools.authorizer, now)
-    outcome = received.outcome
-    if received.request is not None:
-        outcome = _apply(tools, organization_id, received.request)
-    if outcome is not None:
-        publish(tools.redis, organization_id, received.reply_to, outcome)
+    match admit(entry, organization_id, tools.authorizer, now):
+        case Admitted(message=authorized) as admitted:
+            outcome = _apply(tools, organization_id, authorized)
+            publish(tools.redis, organization_id, admitted.reply_to, outcome)
+        case Refused(reply_to=reply_to, record=record):
+            publish(tools.redis, organization_id, reply_to, Outcome(record))
 
 
 def publish(redis: Redis, organization_id: UUID, reply_to: str, outcome: Outcome) -> None:
@@ -78,11 +83,13 @@ def publish(redis: Redis, organization_id: UUID, reply_to: str, outcome: Outcome
     pipeline.execute()
 
 
-def _apply(tools: Tools, organization_id: UUID, request: AuthorizedMessage) -> Outcome:
+def _apply(tools: Tools, organization_id: UUID, authorized: AuthorizedMessage) -> Outcome:
     """Apply a request; what may pass (a lost connection) is tried again, as a drain does it."""
     while True:
         try:
-            (outcome,) = apply_in_transaction(tools.store, organization_id, [request], tools.new_id)
+            (outcome,) = apply_in_transaction(
+                tools.repository, organization_id, [authorized], tools.new_id
+            )
         except Exception as error:
             if not is_retryable(error):
                 raise

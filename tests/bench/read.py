@@ -305,7 +305,7 @@ class Http:
             "seconds": seconds,
             "warm_up": warm_up,
         }
-        argv = [sys.executable, "-I", str(Path(__file__).with_name("hammer.py"))]
+        argv = [sys.executable, "-I", str(Path(__file__).with_name("http_load.py"))]
         done = subprocess.run(
             argv, input=json.dumps(arguments), capture_output=True, text=True, timeout=60
         )

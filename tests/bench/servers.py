@@ -16,7 +16,8 @@ from psycopg import sql
 
 from producers.redis_client import open_redis
 from worker.auth import SCOPES, sign_token
-from worker.db.migrate import ROLES, migrate
+from worker.db.migrate import migrate
+from worker.db.tables import ROLES
 from worker.local.servers import (
     Postgres,
     Valkey,

@@ -11,9 +11,9 @@ from typing import Final
 from uuid import UUID
 
 from tests.bench.contenders import Contender, Item, Sender, Setting
-from tests.bench.hearing import Missing, Results
 from tests.bench.load import Batches, Load, organization, register
 from tests.bench.processes import Workers, cpu_seconds, server_pids
+from tests.bench.results import Missing, Results
 from tests.bench.servers import RUN, Servers
 
 RESULT_SECONDS: Final = 60.0

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.faults.check import Verdict, check
 from tests.faults.history import history
 from tests.faults.injections import INJECTIONS, inject
-from tests.faults.planted import PLANTS
+from tests.faults.mutants import PLANTS
 from tests.faults.world import World, settle, start_runners, stop, world
 
 FULL_SECONDS = 600.0

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from producers.contract.channels import inbox_key, lease_key
 from producers.errors import TaskTagsError
 from producers.inbox.drain_message import QUEUE
-from tests.faults.planted import FAILPOINTS
+from tests.faults.mutants import FAILPOINTS
 from tests.faults.producer import CALLS, Journal
 from tests.faults.world import LEASE_SECONDS, World
 from tests.support.malformed import celery_messages, stream_entries

@@ -31,7 +31,8 @@ from tests.faults.producer import Journal, call_file
 from tests.faults.proxy import Proxy
 from tests.support.waiting import eventually
 from worker.auth import SCOPES, sign_token
-from worker.db.migrate import ROLES, migrate
+from worker.db.migrate import migrate
+from worker.db.tables import ROLES
 from worker.local.servers import (
     Postgres,
     Valkey,
@@ -302,7 +303,7 @@ def _workers(supervisor: Supervisor, environment: dict[str, str]) -> Iterator[Pr
     options = ["--without-gossip", "--without-mingle"]
     commands = {
         f"worker-{number}": [
-            *[*celery, "tests.faults.planted", "worker"],
+            *[*celery, "tests.faults.mutants", "worker"],
             *[*options, "-n", f"worker-{number}@%h"],
         ]
         for number in range(WORKERS)

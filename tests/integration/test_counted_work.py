@@ -17,8 +17,9 @@ from tests.conftest import Servers
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually
 from worker.api.queries import Reader
+from worker.db.connection import DISCARD_PLANS
 from worker.db.migrate import migrate
-from worker.db.repository import DISCARD_PLANS, Repository
+from worker.db.repository import Repository
 
 CONNECTED = """
     select from pg_stat_activity
@@ -137,9 +138,9 @@ def test_a_drain_reads_no_more_rows_when_more_is_stored(
 
     def rows_read_so_far() -> int:
         """The drain makes a new connection."""
-        with tenant.store._connection() as connected:
+        with tenant.repository._connection() as connected:
             pid = connected.info.backend_pid
-        tenant.store.close()
+        tenant.repository.close()
         return rows_read(servers, pid)
 
     def cost(messages: list[TagBatch]) -> int:
@@ -197,19 +198,19 @@ def test_a_plan_from_a_misleading_moment_is_not_kept_by_a_drain(
 def test_a_plan_from_a_misleading_moment_is_not_kept_by_the_endpoint(
     young: Servers, organization: UUID
 ) -> None:
-    store, reader = Repository(young.worker_url), Reader(young.endpoint_url, connections=1)
+    repository, reader = Repository(young.worker_url), Reader(young.endpoint_url, connections=1)
     empty = RegisterExecution(flow_execution_id=organization)
-    applied(store, organization, RegisterExecution(flow_execution_id=EXECUTION), empty)
-    applied(store, organization, *batches(MISLEADING, 10, "first"))
+    applied(repository, organization, RegisterExecution(flow_execution_id=EXECUTION), empty)
+    applied(repository, organization, *batches(MISLEADING, 10, "first"))
 
     async def read() -> None:
         for number in range(100):
             await reader.tags(organization, empty.flow_execution_id, None)
             if number == 0:
-                applied(store, organization, *batches(300, 10, "more"))
+                applied(repository, organization, *batches(300, 10, "more"))
         reader.close()
 
     asyncio.run(read())
-    store.close()
+    repository.close()
     # It would be 3,000 rows for each read, were the plan kept.
     assert rows_read(young) < 20 * 100

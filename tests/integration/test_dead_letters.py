@@ -24,21 +24,21 @@ from worker.drain.dead_letters import (
     DeadLetterNotFound,
     DeadLetterRetrier,
     RetryRefused,
+    dead_letters,
     find,
-    rejected_messages,
     server_time,
 )
 
 
 def rejected(tenant: Tenant) -> list[DeadLetterEntry]:
-    return list(rejected_messages(tenant.redis, tenant.organization))
+    return list(dead_letters(tenant.redis, tenant.organization))
 
 
 def operator(tenant: Tenant, token: str | None = None, **changes: Any) -> DeadLetterRetrier:
     token = token or tenant.servers.token(tenant.organization, sub="operator")
     arguments: dict[str, Any] = {
         "redis": tenant.redis,
-        "store": tenant.store,
+        "repository": tenant.repository,
         "authorizer": tenant.authorizer,
         "token": token,
         "send": lambda messages: tenant.inbox.append(messages, token, "lease").count,
@@ -145,8 +145,7 @@ def test_a_message_at_whose_reading_the_worker_fails_holds_nobody_up(
             raise RuntimeError("a fault of ours")
         return parse_canonical(raw)
 
-    monkeypatch.setattr("worker.drain.path.parse_canonical", fail)
-    monkeypatch.setattr("worker.drain.path.parse_message", fail)
+    monkeypatch.setattr("worker.drain.admission.parse_canonical", fail)
     assert tenant.drain() == 2
     assert tenant.tags() == ["after"]
     assert [each.message for each in rejected(tenant)] == [poison.encode()]
@@ -233,10 +232,10 @@ def test_only_a_failure_of_the_own_organization_is_forgotten(tenant: Tenant) -> 
     tenant.send(good)
     tenant.drain()
     poison = fail_at(tenant)
-    assert not tenant.store.forget_failure(tenant.organization, good.batch_id)
-    assert not tenant.store.forget_failure(uuid4(), poison.batch_id)
-    assert tenant.store.forget_failure(tenant.organization, poison.batch_id)
-    assert not tenant.store.forget_failure(tenant.organization, poison.batch_id)
+    assert not tenant.repository.forget_failure(tenant.organization, good.batch_id)
+    assert not tenant.repository.forget_failure(uuid4(), poison.batch_id)
+    assert tenant.repository.forget_failure(tenant.organization, poison.batch_id)
+    assert not tenant.repository.forget_failure(tenant.organization, poison.batch_id)
 
 
 def test_what_the_worker_would_refuse_stays_rejected(tenant: Tenant) -> None:

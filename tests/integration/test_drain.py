@@ -202,7 +202,7 @@ def test_another_organizations_execution_is_answered_like_an_unknown_one(tenant:
     foreign = Tenant(
         tenant.servers,
         tenant.redis,
-        tenant.store,
+        tenant.repository,
         tenant.authorizer,
         (other := uuid4()),
         tenant.servers.token(other),
@@ -278,10 +278,10 @@ def test_a_connection_that_breaks_while_it_is_made_is_waited_out_in_place(
         return original(self, query, *arguments, **options)
 
     monkeypatch.setattr(psycopg.Cursor, "execute", cut_at_first)
-    store = Repository(tenant.servers.worker_url)
+    repository = Repository(tenant.servers.worker_url)
     tenant.send(tagging("a"))
-    assert tenant.drain(store=store) == 1
-    store.close()
+    assert tenant.drain(repository=repository) == 1
+    repository.close()
     assert asked[0].endswith("version()")
     assert tenant.outcomes() == [["added"]]
 
@@ -361,11 +361,11 @@ def test_two_drains_at_once_apply_each_batch_once(tenant: Tenant) -> None:
             args=(tenant,),
             kwargs={
                 "inbox": NoLease(tenant.redis, tenant.organization),
-                "store": store,
+                "repository": repository,
                 "group_size": 7,
             },
         )
-        for store in stores
+        for repository in stores
     ]
     for thread in threads:
         thread.start()
@@ -376,8 +376,8 @@ def test_two_drains_at_once_apply_each_batch_once(tenant: Tenant) -> None:
     revisions = [event.revision for event in tenant.events()]
     assert set(revisions) == set(range(1, 61))
     assert all(each == ["added"] for each in tenant.outcomes())
-    for store in stores:
-        store.close()
+    for repository in stores:
+        repository.close()
 
 
 def test_tokens_are_nowhere_but_in_the_inbox(

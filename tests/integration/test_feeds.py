@@ -38,10 +38,10 @@ class World:
     """An organization whose changes are stored by the test, and published only if the test says so."""
 
     def __init__(
-        self, servers: Servers, store: Repository, redis: Redis, organization: UUID
+        self, servers: Servers, repository: Repository, redis: Redis, organization: UUID
     ) -> None:
         self.servers = servers
-        self.store = store
+        self.repository = repository
         self.redis = redis
         self.organization = organization
         self.token = servers.token(organization)
@@ -49,14 +49,14 @@ class World:
 
     def execution(self) -> UUID:
         execution = uuid4()
-        applied(self.store, self.organization, register_execution(execution))
+        applied(self.repository, self.organization, register_execution(execution))
         return execution
 
     def change(self, execution: UUID, publish: bool = True, **fields: Any) -> bytes:
         """Make one change; return its event."""
         self.count += 1
         decision = applied(
-            self.store, self.organization, batch(execution, f"{self.count}", **fields)
+            self.repository, self.organization, batch(execution, f"{self.count}", **fields)
         )
         ((_, event),) = decision.outcomes[0].events
         if publish:
@@ -97,8 +97,8 @@ class World:
 
 
 @pytest.fixture
-def world(servers: Servers, store: Repository, redis: Redis, organization: UUID) -> World:
-    return World(servers, store, redis, organization)
+def world(servers: Servers, repository: Repository, redis: Redis, organization: UUID) -> World:
+    return World(servers, repository, redis, organization)
 
 
 @pytest.fixture
@@ -532,12 +532,12 @@ def test_who_does_not_read_is_let_go(world: World, execution: UUID) -> None:
     before = resident(endpoint)
     for _ in range(20):
         tags = [add(execution, "task", "type", f"{uuid4()}", large) for _ in range(50)]
-        applied(world.store, world.organization, TagBatch(tags=tags))
+        applied(world.repository, world.organization, TagBatch(tags=tags))
     slow = raw_watcher(world, execution)
     with world.watch(execution, after=20) as reads:
         for number in range(21, 61):
             tags = [add(execution, "task", "type", f"{uuid4()}", large) for _ in range(50)]
-            applied(world.store, world.organization, TagBatch(tags=tags))
+            applied(world.repository, world.organization, TagBatch(tags=tags))
             world.publish(execution, b'{"revision": %d}' % number)
             assert take(reads, 1) == [number]
     eventually(lambda: subscribers(world, execution) == 0, 30)

@@ -19,7 +19,8 @@ from producers.contract.messages import TagBatch, add, register_execution
 from tests.conftest import Servers
 from tests.support.tenant import applied
 from worker.api.queries import Reader
-from worker.db.repository import Repository, UnsafeRole
+from worker.db.connection import UnsafeRole
+from worker.db.repository import Repository
 
 
 @asynccontextmanager
@@ -30,13 +31,13 @@ async def reading(url: str, connections: int = 2) -> AsyncIterator[Reader]:
 
 
 @pytest.fixture
-def tagged(store: Repository) -> list[tuple[UUID, UUID]]:
+def tagged(repository: Repository) -> list[tuple[UUID, UUID]]:
     """Organizations with an execution each; the first has one tag, the second two, …"""
     found = []
     for number in range(1, 6):
         organization, execution = uuid4(), uuid4()
         tags = [add(execution, "task", "type", f"{n}") for n in range(number)]
-        applied(store, organization, register_execution(execution), TagBatch(tags=tags))
+        applied(repository, organization, register_execution(execution), TagBatch(tags=tags))
         found.append((organization, execution))
     return found
 

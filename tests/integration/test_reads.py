@@ -34,9 +34,9 @@ Apply = Callable[..., Any]
 
 
 @pytest.fixture
-def apply(store: Repository, organization: UUID) -> Apply:
+def apply(repository: Repository, organization: UUID) -> Apply:
     """Apply messages in one transaction, as a worker would."""
-    return lambda *messages: applied(store, organization, *messages)
+    return lambda *messages: applied(repository, organization, *messages)
 
 
 @pytest.fixture

@@ -30,16 +30,17 @@ from producers.contract.values import Uuid7
 from tests.conftest import Servers
 from tests.support.tenant import applied, requests_of
 from tests.support.waiting import eventually
+from worker.db.connection import UnsafeRole, is_transient
 from worker.db.migrate import migrate
-from worker.db.repository import Repository, UnsafeRole, is_transient
+from worker.db.repository import Repository
 from worker.drain.path import apply_in_transaction
 from worker.rules import Execution, Snapshot, decide
 
 TABLES = ("flow_executions", "task_tags", "tag_batches", "tag_changes", "task_executions")
 
 
-def load(store: Repository, organization: UUID, *messages: Message) -> Snapshot:
-    with store.transaction(organization) as transaction:
+def load(repository: Repository, organization: UUID, *messages: Message) -> Snapshot:
+    with repository.transaction(organization) as transaction:
         return transaction.load(requests_of(*messages))
 
 
@@ -62,7 +63,7 @@ def count(connection: psycopg.Connection, table: str) -> int:
     return int(row[0])
 
 
-def test_what_is_saved_is_what_is_loaded(store: Repository, organization: UUID) -> None:
+def test_what_is_saved_is_what_is_loaded(repository: Repository, organization: UUID) -> None:
     """The state after a transaction is the state that the next one finds, metadata's every form included."""
     one, two = uuid4(), uuid4()
     values: list[Any] = [
@@ -85,9 +86,13 @@ def test_what_is_saved_is_what_is_loaded(store: Repository, organization: UUID) 
         + [add(two, "other", "type", '\\N {a,b} "q" \'', None), remove(one, "task", "type", "x", 0)]
     )
     decision = applied(
-        store, organization, register_execution(one), register_execution(two, ["other", "b"]), batch
+        repository,
+        organization,
+        register_execution(one),
+        register_execution(two, ["other", "b"]),
+        batch,
     )
-    state = load(store, organization, batch, register_execution(one), register_execution(two))
+    state = load(repository, organization, batch, register_execution(one), register_execution(two))
     known = state.batches[batch.batch_id]
     assert known.record == decision.outcomes[2].record
     assert set(known.events) == set(decision.outcomes[2].events)
@@ -98,7 +103,7 @@ def test_what_is_saved_is_what_is_loaded(store: Repository, organization: UUID) 
     loaded = {tag.id: (tag, digest) for tags in state.tags.values() for digest, tag in tags.items()}
     expected = {
         tag.id: (tag, digest)
-        for tag, _, digest in decision.writes.added.values()
+        for tag, _, digest in decision.change_set.added.values()
         if tag.status == "active"
     }
     assert loaded.keys() == expected.keys()
@@ -108,14 +113,14 @@ def test_what_is_saved_is_what_is_loaded(store: Repository, organization: UUID) 
 
 
 def test_removed_tags_keep_their_rows(
-    servers: Servers, store: Repository, organization: UUID
+    servers: Servers, repository: Repository, organization: UUID
 ) -> None:
     """Rule 4, as it is stored: status, updated_at and modified_by change; a new row has a new id."""
     execution = uuid4()
-    applied(store, organization, register_execution(execution))
-    applied(store, organization, TagBatch(tags=[add(execution, "a", "t", "x")]))
+    applied(repository, organization, register_execution(execution))
+    applied(repository, organization, TagBatch(tags=[add(execution, "a", "t", "x")]))
     applied(
-        store,
+        repository,
         organization,
         TagBatch(tags=[remove(execution, "a", "t", "x"), add(execution, "a", "t", "x")]),
     )
@@ -127,7 +132,7 @@ def test_removed_tags_keep_their_rows(
     assert rows == [("deleted", True, False, "ada"), ("active", True, True, None)]
 
 
-def test_the_last_state_of_a_task_is_kept(store: Repository, organization: UUID) -> None:
+def test_the_last_state_of_a_task_is_kept(repository: Repository, organization: UUID) -> None:
     """A state that is recorded is the one that the next transaction finds; each task and execution has its own."""
     one, two = uuid4(), uuid4()
     states: list[TaskState] = ["queued", "running", "failed"]
@@ -136,31 +141,31 @@ def test_the_last_state_of_a_task_is_kept(store: Repository, organization: UUID)
         for state in states
         for execution, name in ((one, "a"), (one, "b"), (two, "a"))
     ]
-    applied(store, organization, register_execution(one), register_execution(two), *asked[:-1])
-    found = load(store, organization, *asked).tasks
+    applied(repository, organization, register_execution(one), register_execution(two), *asked[:-1])
+    found = load(repository, organization, *asked).tasks
     assert {key: task.state for key, task in found.items()} == {
         (one, "a"): "failed",
         (one, "b"): "failed",
         (two, "a"): "running",
     }
     assert {task.state_changed_by for task in found.values()} == {"ada"}
-    again = applied(store, organization, asked[-1], asked[-1])
+    again = applied(repository, organization, asked[-1], asked[-1])
     assert [len(outcome.events) for outcome in again.outcomes] == [
         1,
         1,
     ]  # the same, published again
-    assert again.writes.tasks == load(store, organization, asked[-1]).tasks
+    assert again.change_set.tasks == load(repository, organization, asked[-1]).tasks
 
 
 @pytest.mark.parametrize("unset", [None, ""])
 @pytest.mark.parametrize("table", TABLES)
 def test_without_an_organization_there_are_no_rows(
-    servers: Servers, store: Repository, organization: UUID, table: str, unset: str | None
+    servers: Servers, repository: Repository, organization: UUID, table: str, unset: str | None
 ) -> None:
     """Forgetting to say whose rows shows none: unset, or left empty by an earlier transaction."""
     execution = uuid4()
     applied(
-        store,
+        repository,
         organization,
         register_execution(execution),
         TagBatch(tags=[add(execution, "a", "t", "x")]),
@@ -176,7 +181,7 @@ def test_without_an_organization_there_are_no_rows(
 
 
 def test_no_row_can_be_written_for_another_organization(
-    servers: Servers, store: Repository, organization: UUID
+    servers: Servers, repository: Repository, organization: UUID
 ) -> None:
     """The policy holds for writing as well as for reading."""
     with as_role(servers.worker_url, organization) as connection:
@@ -223,10 +228,10 @@ def test_the_worker_can_not_rewrite_history(servers: Servers, statement: str) ->
 
 def test_a_role_that_sees_through_the_policies_is_refused(servers: Servers) -> None:
     """The worker and the endpoint don't run as a superuser or as the tables' owner."""
-    store = Repository(servers.owner_url)
+    repository = Repository(servers.owner_url)
     with pytest.raises(UnsafeRole, match="task_tags_worker"):
-        store.check()
-    store.close()
+        repository.check()
+    repository.close()
 
 
 def test_security_is_enabled_and_forced_and_every_key_begins_with_the_organization(
@@ -255,11 +260,13 @@ def test_security_is_enabled_and_forced_and_every_key_begins_with_the_organizati
     assert roles == [(False,), (False,)]
 
 
-def test_two_drains_of_one_organization_take_turns(store: Repository, servers: Servers) -> None:
+def test_two_drains_of_one_organization_take_turns(
+    repository: Repository, servers: Servers
+) -> None:
     """The lock makes the second wait until the first has committed; others are not held up."""
     organization = uuid4()
     other = Repository(servers.worker_url)
-    with store.transaction(organization):
+    with repository.transaction(organization):
         with other.transaction(uuid4()):
             pass
         with pytest.raises(Exception, match="lock timeout"), other.transaction(organization):
@@ -270,18 +277,20 @@ def test_two_drains_of_one_organization_take_turns(store: Repository, servers: S
 
 
 def test_look_ups_see_what_the_lock_waited_for(
-    store: Repository, servers: Servers, organization: UUID
+    repository: Repository, servers: Servers, organization: UUID
 ) -> None:
     """They are sent together with the lock, before it is free, and find what was committed before it was."""
     execution, other = uuid4(), Repository(servers.worker_url)
-    applied(store, organization, register_execution(execution))
+    applied(repository, organization, register_execution(execution))
     first, second = (TagBatch(tags=[add(execution, "task", "type", "x")]) for _ in range(2))
     waiting = "select from pg_locks where locktype = 'advisory' and not granted"
     with ThreadPoolExecutor() as threads:
-        with store.transaction(organization) as transaction:
+        with repository.transaction(organization) as transaction:
             requests = requests_of(first)
             now, state = transaction.now, transaction.load(requests)
-            transaction.save(decide(organization, requests, state, now=now, new_id=Uuid7()).writes)
+            transaction.save(
+                decide(organization, requests, state, now=now, new_id=Uuid7()).change_set
+            )
             behind = threads.submit(
                 apply_in_transaction, other, organization, requests_of(second), Uuid7()
             )
@@ -293,29 +302,29 @@ def test_look_ups_see_what_the_lock_waited_for(
 
 
 def test_purging_forgets_old_results_of_that_organization_alone(
-    servers: Servers, store: Repository, organization: UUID
+    servers: Servers, repository: Repository, organization: UUID
 ) -> None:
     """The retention bounds tag_batches; tags and change events stay, unless their own retention is over."""
     execution = uuid4()
     batch = TagBatch(tags=[add(execution, "a", "t", "x")])
     foreign = uuid4()
     for each in (organization, foreign):
-        applied(store, each, register_execution(execution), batch)
-    assert store.purge_results(organization, timedelta(hours=1)) == 0
-    eventually(lambda: store.purge_results(organization, timedelta(0)) == 2)
-    assert not load(store, organization, batch).batches
-    assert load(store, foreign, batch).batches
+        applied(repository, each, register_execution(execution), batch)
+    assert repository.purge_results(organization, timedelta(hours=1)) == 0
+    eventually(lambda: repository.purge_results(organization, timedelta(0)) == 2)
+    assert not load(repository, organization, batch).batches
+    assert load(repository, foreign, batch).batches
     with as_role(servers.worker_url, organization) as connection:
         assert (count(connection, "task_tags"), count(connection, "tag_changes")) == (1, 1)
-    assert store.purge_changes(organization, timedelta(hours=1)) == 0
-    eventually(lambda: store.purge_changes(organization, timedelta(0)) == 1)
+    assert repository.purge_changes(organization, timedelta(hours=1)) == 0
+    eventually(lambda: repository.purge_changes(organization, timedelta(0)) == 1)
     with as_role(servers.worker_url, foreign) as connection:
         assert count(connection, "tag_changes") == 1
 
 
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """It accepts the connection and says nothing: an error that may pass, not a process that hangs."""
-    monkeypatch.setitem(worker.db.repository.CONNECT_ARGUMENTS, "connect_timeout", 2)
+    monkeypatch.setitem(worker.db.connection.CONNECT_ARGUMENTS, "connect_timeout", 2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         silent = Repository(f"postgresql://u:p@127.0.0.1:{server.getsockname()[1]}/x")
         with pytest.raises(psycopg.OperationalError) as caught:

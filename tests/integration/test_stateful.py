@@ -93,18 +93,18 @@ class WatchedInbox(Inbox):
         return entries
 
     def ack_and_publish(
-        self, run_id: str, entries: Any, publications: Any, rejections: Any = (), **bounds: Any
+        self, run_id: str, entries: Any, publications: Any, dead_letters: Any = (), **bounds: Any
     ) -> list[StreamEntry]:
         self.moments.before_remove()
-        following = super().ack_and_publish(run_id, entries, publications, rejections, **bounds)
+        following = super().ack_and_publish(run_id, entries, publications, dead_letters, **bounds)
         self.heard.published.extend(publications)
-        self.heard.rejected.extend(rejection.message for rejection in rejections)
+        self.heard.rejected.extend(rejection.message for rejection in dead_letters)
         if following:
             self.moments.after_read()
         return following
 
 
-class WatchedStore(Repository):
+class WatchedRepository(Repository):
     """A store that lets things happen before it commits."""
 
     moments = Failpoints()
@@ -140,10 +140,10 @@ class Machine(RuleBasedStateMachine):
 
     sent = Bundle("sent")
 
-    def __init__(self, servers: Servers, redis: Any, store: WatchedStore) -> None:
+    def __init__(self, servers: Servers, redis: Any, repository: WatchedRepository) -> None:
         super().__init__()
         self.organization = uuid4()
-        self.servers, self.redis, self.store = servers, redis, store
+        self.servers, self.redis, self.repository = servers, redis, repository
         self.authorizer = Authorizer(servers.settings)
         self.token = servers.token(self.organization)
         self.naive = ReferenceModel()
@@ -223,13 +223,13 @@ class Machine(RuleBasedStateMachine):
     ) -> int:
         """Run one drain under an id of its own, to its end or for some rounds."""
         self.runs += 1
-        self.store.moments = moments = moments or Failpoints()
+        self.repository.moments = moments = moments or Failpoints()
         turns = iter([False] * rounds + [True]) if rounds is not None else None
         return Drain(
             inbox=WatchedInbox(self.redis, self.organization, moments, self.heard),
             organization_id=self.organization,
             run_id=f"run-{self.runs}",
-            store=self.store,
+            repository=self.repository,
             authorizer=self.authorizer,
             requeue=nothing,
             group_size=group_size,
@@ -447,11 +447,11 @@ def test_whatever_happens_the_outcome_is_the_naive_models(
     servers: Servers, quiet_redis: Any
 ) -> None:
     """Exactly once and in order, with every kind of message, and with drains that die and overlap."""
-    with closing(WatchedStore(servers.worker_url)) as store:
+    with closing(WatchedRepository(servers.worker_url)) as repository:
 
         class Here(Machine):
             def __init__(self) -> None:
-                super().__init__(servers, quiet_redis, store)
+                super().__init__(servers, quiet_redis, repository)
 
         run_state_machine_as_test(
             Here, settings=settings(max_examples=40, stateful_step_count=30, deadline=None)

@@ -46,11 +46,11 @@ def code(response: httpx.Response) -> tuple[int, str]:
 
 
 @pytest.fixture
-def changed(store: Repository, organization: UUID) -> UUID:
+def changed(repository: Repository, organization: UUID) -> UUID:
     """An execution with five changes, stored but not published."""
     execution = uuid4()
     tags = [batch(execution, f"{number}") for number in range(5)]
-    applied(store, organization, register_execution(execution), *tags)
+    applied(repository, organization, register_execution(execution), *tags)
     return execution
 
 
@@ -133,19 +133,19 @@ def test_wrong_parameters_are_refused(
 
 
 def test_purged_changes_are_gone(
-    http: httpx.Client, store: Repository, organization: UUID, changed: UUID
+    http: httpx.Client, repository: Repository, organization: UUID, changed: UUID
 ) -> None:
     """410 for whoever would miss some; who has seen them goes on."""
-    eventually(lambda: store.purge_changes(organization, timedelta(0)) == 5)
+    eventually(lambda: repository.purge_changes(organization, timedelta(0)) == 5)
     assert code(read(http, changed, after=4)) == (410, "gone")
     assert revisions(read(http, changed, after=5)) == []
-    applied(store, organization, batch(changed, "new"))
+    applied(repository, organization, batch(changed, "new"))
     assert revisions(read(http, changed, after=5)) == [6]
     assert code(read(http, changed, after=4)) == (410, "gone")
 
 
 def test_an_answer_ends_after_a_mebibyte_but_has_one_event(
-    http: httpx.Client, store: Repository, organization: UUID
+    http: httpx.Client, repository: Repository, organization: UUID
 ) -> None:
     """However large events are, they come in pieces, and all of them come."""
     execution = uuid4()
@@ -155,7 +155,7 @@ def test_an_answer_ends_after_a_mebibyte_but_has_one_event(
         )
         for n in range(1, 5)
     ]
-    applied(store, organization, register_execution(execution), *large)
+    applied(repository, organization, register_execution(execution), *large)
     seen: list[int] = []
     while page := revisions(read(http, execution, after=len(seen))):
         assert len(page) < 4
@@ -215,12 +215,12 @@ def test_a_watcher_gets_what_was_before_and_what_comes(
 
 
 def test_what_was_not_published_is_repaired_by_the_next_event(
-    follow: Any, producer: TagProducer, store: Repository, organization: UUID, changed: UUID
+    follow: Any, producer: TagProducer, repository: Repository, organization: UUID, changed: UUID
 ) -> None:
     """A lost message shows as a gap, which is filled before the event behind it is passed on."""
     events = follow(changed)
     eventually(lambda: len(events) == 5)
-    applied(store, organization, batch(changed, "lost"))
+    applied(repository, organization, batch(changed, "lost"))
     producer.apply(batch(changed, "heard"))
     eventually(lambda: len(events) == 7)
     assert heard(events) == list(range(1, 8))
@@ -228,7 +228,7 @@ def test_what_was_not_published_is_repaired_by_the_next_event(
 
 def test_the_last_event_is_not_missed_either(
     follow: Any,
-    store: Repository,
+    repository: Repository,
     organization: UUID,
     changed: UUID,
     monkeypatch: pytest.MonkeyPatch,
@@ -237,14 +237,14 @@ def test_the_last_event_is_not_missed_either(
     monkeypatch.setattr("producers.subscriber.IDLE_SECONDS", 0.2)
     events = follow(changed)
     eventually(lambda: len(events) == 5)
-    applied(store, organization, batch(changed, "lost"))
+    applied(repository, organization, batch(changed, "lost"))
     eventually(lambda: len(events) == 6)
 
 
 def test_a_lost_connection_loses_no_change(
     follow: Any,
     producer: TagProducer,
-    store: Repository,
+    repository: Repository,
     organization: UUID,
     changed: UUID,
     redis: Any,
@@ -252,7 +252,7 @@ def test_a_lost_connection_loses_no_change(
     """What happened while nobody listened is read once the subscription is there again; old events are dropped."""
     events = follow(changed)
     eventually(lambda: len(events) == 5)
-    applied(store, organization, batch(changed, "while it was away"))
+    applied(repository, organization, batch(changed, "while it was away"))
     redis.client_kill_filter(_type="pubsub")
     eventually(lambda: len(events) == 6)
     channel = changes_channel(organization, changed)
@@ -286,7 +286,7 @@ def test_asyncio_follows_as_well(
 
 
 def test_what_can_not_be_followed_is_a_clear_error(
-    servers: Servers, organization: UUID, token: str, store: Repository, changed: UUID
+    servers: Servers, organization: UUID, token: str, repository: Repository, changed: UUID
 ) -> None:
     """A wrong token, execution or revision, purged changes, an endpoint that is away."""
 
@@ -309,7 +309,7 @@ def test_what_can_not_be_followed_is_a_clear_error(
         first(after=99)
     with pytest.raises(Unavailable, match="endpoint"):
         first(endpoint_url="http://127.0.0.1:1")
-    eventually(lambda: store.purge_changes(organization, timedelta(0)) == 5)
+    eventually(lambda: repository.purge_changes(organization, timedelta(0)) == 5)
     with pytest.raises(RevisionExpired):
         first()
 

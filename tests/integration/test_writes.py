@@ -50,9 +50,9 @@ GOOD = {
 
 
 @pytest.fixture
-def execution(store: Repository, organization: UUID) -> str:
+def execution(repository: Repository, organization: UUID) -> str:
     execution = uuid4()
-    applied(store, organization, register_execution(execution))
+    applied(repository, organization, register_execution(execution))
     return str(execution)
 
 

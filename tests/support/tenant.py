@@ -30,7 +30,7 @@ class Tenant:
 
     servers: Servers
     redis: Any
-    store: Repository
+    repository: Repository
     authorizer: Authorizer
     organization: UUID
     token: str
@@ -50,7 +50,7 @@ class Tenant:
             "inbox": self.inbox,
             "organization_id": self.organization,
             "run_id": "run",
-            "store": self.store,
+            "repository": self.repository,
             "authorizer": self.authorizer,
             "requeue": lambda: self.handed_over.append("run"),
             "group_size": 100,
@@ -137,9 +137,9 @@ def requests_of(*messages: Message) -> list[AuthorizedMessage]:
     return [AuthorizedMessage(message, "ada", message.digest()) for message in messages]
 
 
-def applied(store: Repository, organization: UUID, *messages: Message) -> Decision:
+def applied(repository: Repository, organization: UUID, *messages: Message) -> Decision:
     requests = requests_of(*messages)
-    with store.transaction(organization) as transaction:
+    with repository.transaction(organization) as transaction:
         decision = decide(
             organization,
             requests,
@@ -147,5 +147,5 @@ def applied(store: Repository, organization: UUID, *messages: Message) -> Decisi
             now=transaction.now,
             new_id=Uuid7(),
         )
-        transaction.save(decision.writes)
+        transaction.save(decision.change_set)
     return decision

@@ -128,9 +128,9 @@ def test_adding_again_makes_a_new_row() -> None:
     state = registered(ONE)
     first = settle(state, batch(plus("x")))
     second = settle(state, batch(minus("x"), plus("x")), actor="grace")
-    (added,) = first.writes.added.values()
-    (removed,) = second.writes.removed.values()
-    (again,) = second.writes.added.values()
+    (added,) = first.change_set.added.values()
+    (removed,) = second.change_set.removed.values()
+    (again,) = second.change_set.added.values()
     assert removed.id == added[0].id != again[0].id
     assert (removed.status, removed.modified_by, removed.updated_at) == ("deleted", "grace", NOW)
     assert (again[0].status, again[0].created_by) == ("active", "grace")
@@ -139,8 +139,8 @@ def test_adding_again_makes_a_new_row() -> None:
 def test_a_tag_that_comes_and_goes_in_one_transaction_leaves_a_deleted_row() -> None:
     """Rule 4 also holds when the row is not stored yet."""
     decision = settle(registered(ONE), batch(plus("x"), minus("x")))
-    assert [new.tag.status for new in decision.writes.added.values()] == ["deleted"]
-    assert not decision.writes.removed
+    assert [new.tag.status for new in decision.change_set.added.values()] == ["deleted"]
+    assert not decision.change_set.removed
 
 
 def test_one_unknown_execution_fails_the_whole_batch() -> None:
@@ -178,8 +178,8 @@ def test_a_batch_that_changes_nothing_has_no_event_and_no_revision() -> None:
     settle(state, batch(plus("x")))
     decision = settle(state, batch(plus("x"), minus("nothing")))
     assert not events(decision)
-    assert not decision.writes.revisions
-    assert len(decision.writes.batches) == 1  # but its result is stored
+    assert not decision.change_set.revisions
+    assert len(decision.change_set.batches) == 1  # but its result is stored
 
 
 def test_removing_by_name_reports_every_tag_that_went() -> None:
@@ -224,8 +224,8 @@ def test_the_same_batch_again_gets_the_stored_answer_and_changes_nothing() -> No
     assert first.outcomes[2] == first.outcomes[0]
     later = settle(state, same, actor="someone else")
     assert later.outcomes[0] == first.outcomes[0]
-    assert not later.writes.batches
-    assert not later.writes.added
+    assert not later.change_set.batches
+    assert not later.change_set.added
 
 
 def test_the_same_id_for_something_else_is_a_conflict() -> None:
@@ -236,7 +236,7 @@ def test_the_same_id_for_something_else_is_a_conflict() -> None:
     error = record(decision).error
     assert error is not None
     assert error.code == "conflict"
-    assert len(decision.writes.batches) == 1
+    assert len(decision.change_set.batches) == 1
     assert statuses(settle(state, first)) == ["added"]
 
 
@@ -264,7 +264,7 @@ def test_a_state_is_recorded_once_and_any_state_may_follow() -> None:
     assert event.revision == 5
     task = Task(ONE, "task", "completed", state_changed_at=NOW, state_changed_by="runner")
     assert event.changes == [StateChange("state", task)]
-    assert found[-1].writes.tasks == {(ONE, "task"): task}
+    assert found[-1].change_set.tasks == {(ONE, "task"): task}
 
 
 def test_a_state_of_what_is_unknown_is_not_found() -> None:

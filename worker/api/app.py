@@ -18,8 +18,6 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel
-from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
@@ -28,12 +26,10 @@ from producers.contract.messages import TagOperation
 from producers.enqueuer import Enqueuer
 from producers.pubsub import PubSubMultiplexer
 from producers.redis_client import open_async_redis
-from worker.api import feeds, reads, writes
+from worker.api import feeds, health, reads, writes
 from worker.api.change_hub import ChangeHub
 from worker.api.errors import (
-    ERRORS,
     ApiError,
-    documented_error,
     on_fault,
     on_gone,
     on_http_error,
@@ -43,65 +39,14 @@ from worker.api.errors import (
     response_to,
 )
 from worker.api.limits import MAX_BODY_BYTES, MAX_FRAME_BYTES, LimitedProtocol, LimitedWebSocket
-from worker.api.params import NoQuery, parse_query
 from worker.api.queries import Reader
-from worker.api.reads import reader_of
 from worker.auth import Authorizer
-from worker.db.repository import UnsafeRole
+from worker.db.connection import UnsafeRole
 from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 router = APIRouter()
-
-# --- Health --------------------------------------------------------------------------------------
-
-_READY_SECONDS: Final = 5.0
-
-
-class Health(BaseModel):
-    status: str
-
-
-_STATE: Final[dict[int | str, dict[str, Any]]] = {
-    number: ERRORS[number] for number in (400, 408, 413, 431, 500)
-}
-
-
-@router.get(
-    "/healthz",
-    summary="Whether this process is alive",
-    responses={
-        200: {"content": {"application/json": {"example": {"status": "alive"}}}},
-        **_STATE,
-    },
-)
-async def healthz(request: Request) -> Health:
-    parse_query(request, NoQuery)
-    return Health(status="alive")
-
-
-@router.get(
-    "/readyz",
-    summary="Whether the database and Redis answer",
-    responses={
-        200: {"content": {"application/json": {"example": {"status": "ready"}}}},
-        **_STATE,
-        503: documented_error(
-            "unavailable", "Redis does not answer; try again later", None, "Retry-After"
-        ),
-    },
-)
-async def readyz(request: Request) -> Health:
-    parse_query(request, NoQuery)
-    async with asyncio.timeout(_READY_SECONDS):
-        await reader_of(request).check()
-    try:
-        await request.app.state.redis.ping()
-    except (RedisError, OSError):
-        raise ApiError(503, "unavailable", "Redis does not answer; try again later") from None
-    return Health(status="ready")
-
 
 # --- The page ------------------------------------------------------------------------------------
 
@@ -255,7 +200,7 @@ def create_app(settings: Settings) -> Endpoint:
     )
     app.state.authorizer = Authorizer(settings)
     app.state.ending = asyncio.Event()
-    for each in (reads.router, feeds.router, writes.router, router):
+    for each in (reads.router, feeds.router, writes.router, health.router, router):
         app.include_router(each)
     app.add_exception_handler(ApiError, on_problem)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -39,7 +39,7 @@ from worker.api.errors import (
 from worker.api.params import FeedQuery, openapi_parameters, parse_query
 from worker.api.reads import EVENT_EXAMPLE, change_filter, reader_of, stored_changes
 from worker.auth import LEEWAY_SECONDS, READ, Principal
-from worker.db.repository import UnsafeRole
+from worker.db.connection import UnsafeRole
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ from worker.api.errors import ERRORS, ApiError, documented_error
 from worker.api.params import NoQuery, openapi_parameters, parse_query
 from worker.api.queries import Reader
 from worker.auth import EXECUTIONS_WRITE, WRITE, Principal
-from worker.db.repository import UnsafeRole
+from worker.db.connection import UnsafeRole
 
 router = APIRouter()
 

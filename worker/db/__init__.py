@@ -1,0 +1,1 @@
+"""PostgreSQL: tables, statements, transactions and migrations."""

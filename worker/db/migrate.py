@@ -1,4 +1,4 @@
-"""Brings a database to the current tables and roles, as their owner (design, section 5)."""
+"""Brings a database to the current schema and roles, as the owner of the tables."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from psycopg import sql
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from worker.db.repository import driver_url
+from worker.db.connection import driver_url
 
-ROLES: Final = ("task_tags_worker", "task_tags_endpoint")
 _LOCK: Final = 0x7461_736B_7461_6773  # "tasktags"
 
 
 def migrate(owner_url: str, passwords: dict[str, str]) -> None:
-    """Run what is missing of the migrations, and set the passwords of roles, by role name.
+    """Run the missing migrations and set passwords of roles, by role name.
 
-    Several at once wait for one another. A password reaches the server as a SCRAM verifier, so that it is in
-    no log. Raises SQLAlchemy's `DBAPIError` if the server can't be reached or the role may not do that.
+    Several at once wait for one another. A password reaches the server as a SCRAM verifier, so no log
+    has it. Raises SQLAlchemy's `DBAPIError` if the server can't be reached or the role may not do
+    that, and Alembic's `CommandError` if the database is of a newer or unknown version.
     """
     config = Config()
     config.set_main_option("script_location", str(files("worker.db") / "migrations"))

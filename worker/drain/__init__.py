@@ -1,0 +1,1 @@
+"""A batch's way through the worker: admission, application, publication."""

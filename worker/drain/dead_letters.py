@@ -1,7 +1,7 @@
-"""What an operator does with rejected messages: list them, look at one, enqueue it again, drop it.
+"""Dead letters, as an operator handles them: list them, show one, enqueue it again, drop it.
 
-It owns what becomes of the streams `task-tags:{organization}:rejected`; worker/drain/path.py fills them (design,
-section 4).
+They are in the streams `task-tags:{organization}:rejected`, which worker/drain/path.py writes
+(docs/concepts/inbox-protocol.md).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from producers.errors import InboxFull
 from producers.inbox.protocol import StreamEntry, scan_organizations
 from worker.auth import Authorizer
 from worker.db.repository import Repository
-from worker.drain.path import admit
+from worker.drain.admission import Admitted, Refused, Unreadable, admit
 
 _PAGE: Final = 10
-"""Entries read at a time: each may have a message of a mebibyte."""
+"""Entries read at a time: each may hold a message of 1 MiB."""
 _ID: Final = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
 
 
 class DeadLetterNotFound(Exception):
-    """No rejected message has this id: list them again."""
+    """No dead letter has this id: list them again."""
 
 
 class RetryRefused(Exception):
-    """The worker would refuse the message as it is, or with this token. It is still kept."""
+    """The worker would refuse the message, or this token. The dead letter is kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetterEntry:
-    """A message that is kept for an operator; its token is not."""
+    """A dead letter as it is stored; it has no token."""
 
     organization_id: UUID
     id: str
@@ -51,7 +51,7 @@ class DeadLetterEntry:
     batch_id: str | None
 
     def summary(self) -> dict[str, Any]:
-        """Return what a list says of it: all but the message."""
+        """Return what a list shows: everything but the message."""
         return {
             "organization_id": str(self.organization_id),
             "id": self.id,
@@ -64,17 +64,17 @@ class DeadLetterEntry:
 
     @property
     def text(self) -> str:
-        """The message as text; bytes that are no UTF-8 are escaped."""
+        """The message as text; bytes that are not UTF-8 are escaped."""
         return self.message.decode(errors="backslashreplace")
 
 
 def organizations(redis: Redis) -> list[UUID]:
-    """Return every organization that ever had a rejected message."""
+    """Return every organization that ever had a dead letter."""
     return sorted(set(scan_organizations(redis, dead_letters_key)))
 
 
-def rejected_messages(redis: Redis, organization_id: UUID) -> Iterator[DeadLetterEntry]:
-    """Yield an organization's rejected messages, the oldest first."""
+def dead_letters(redis: Redis, organization_id: UUID) -> Iterator[DeadLetterEntry]:
+    """Yield an organization's dead letters, the oldest first."""
     after = "-"
     while page := _range(redis, organization_id, after, "+"):
         yield from page
@@ -82,7 +82,7 @@ def rejected_messages(redis: Redis, organization_id: UUID) -> Iterator[DeadLette
 
 
 def find(redis: Redis, organization_id: UUID, id: str) -> DeadLetterEntry:
-    """Return one rejected message. Raises `DeadLetterNotFound`."""
+    """Return one dead letter. Raises `DeadLetterNotFound`."""
     known = _ID.fullmatch(id)
     if known and all(int(part) < 2**64 for part in known.groups()):
         for found in _range(redis, organization_id, id, id):
@@ -90,48 +90,49 @@ def find(redis: Redis, organization_id: UUID, id: str) -> DeadLetterEntry:
     raise DeadLetterNotFound(f"there is no rejected message {id}")
 
 
-def drop(redis: Redis, rejected: DeadLetterEntry) -> None:
-    """Forget a rejected message for good."""
-    redis.xdel(dead_letters_key(rejected.organization_id), rejected.id)
+def drop(redis: Redis, dead_letter: DeadLetterEntry) -> None:
+    """Delete a dead letter."""
+    redis.xdel(dead_letters_key(dead_letter.organization_id), dead_letter.id)
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetterRetrier:
-    """Who enqueues rejected messages again, and signs for them: `token` and `send` are the operator's own.
+    """Enqueues dead letters again, under the operator's own token.
 
     `send` appends messages to the organization's inbox and returns how many were accepted.
     """
 
     redis: Redis
-    store: Repository
+    repository: Repository
     authorizer: Authorizer
     token: str
     send: Callable[[Sequence[bytes]], int]
 
-    def retry(self, rejected: DeadLetterEntry, now: datetime) -> UUID:
-        """Enqueue a rejected message again and return its batch id. `now`: the Redis server's time, UTC.
+    def retry(self, dead_letter: DeadLetterEntry, now: datetime) -> UUID:
+        """Enqueue a dead letter again and return its batch id.
 
-        The stored failure goes first, or the message would only be answered with it, and the rejected entry
-        goes last, so a crash in between leaves the message to be retried; enqueued twice, it takes effect
-        once, for a result other than `internal_error` is never forgotten. Raises `RetryRefused`, `InboxFull`
-        or `Unavailable`; the message is then still kept.
+        The stored failure is deleted first, for it would be the answer, and the dead letter last: a
+        crash in between leaves the message to be retried. Enqueued twice, it takes effect once, for
+        no other result than `internal_error` is deleted.
+
+        Args:
+            now: The Redis server's time, UTC.
+
+        Raises:
+            RetryRefused, InboxFull, Unavailable: The dead letter is still kept.
         """
-        received = admit(
-            _as_accepted(rejected.message, self.token, now),
-            rejected.organization_id,
-            self.authorizer,
-            now,
-        )
-        if received.rejection is not None:
-            raise RetryRefused(f"it has no readable batch id: {received.rejection.reason}")
-        if received.outcome is not None:  # enqueued, it would be answered so, and be gone
-            raise RetryRefused(_refusal(received.outcome.record))
-        assert received.request is not None
-        message = received.request.message
-        self.store.forget_failure(rejected.organization_id, message.batch_id)
-        if not self.send([rejected.message]):
+        entry = _as_accepted(dead_letter.message, self.token, now)
+        match admit(entry, dead_letter.organization_id, self.authorizer, now):
+            case Unreadable(dead_letter=unreadable):
+                raise RetryRefused(f"it has no readable batch id: {unreadable.reason}")
+            case Refused(record=record):  # enqueued, it would be answered so, and be gone
+                raise RetryRefused(_refusal(record))
+            case Admitted(message=authorized):
+                message = authorized.message
+        self.repository.forget_failure(dead_letter.organization_id, message.batch_id)
+        if not self.send([dead_letter.message]):
             raise InboxFull([message])
-        drop(self.redis, rejected)
+        drop(self.redis, dead_letter)
         return message.batch_id
 
 
@@ -153,10 +154,10 @@ def _refusal(record: bytes) -> str:
 
 def _range(redis: Redis, organization_id: UUID, first: str, last: str) -> list[DeadLetterEntry]:
     found = redis.xrange(dead_letters_key(organization_id), first, last, count=_PAGE)
-    return [_rejected(organization_id, *entry) for entry in cast(list[Any], found)]
+    return [_dead_letter(organization_id, *entry) for entry in cast(list[Any], found)]
 
 
-def _rejected(organization_id: UUID, id: bytes, fields: dict[bytes, bytes]) -> DeadLetterEntry:
+def _dead_letter(organization_id: UUID, id: bytes, fields: dict[bytes, bytes]) -> DeadLetterEntry:
     text = {name: value.decode(errors="backslashreplace") for name, value in fields.items()}
     attempts = text.get(b"attempts", "")
     return DeadLetterEntry(

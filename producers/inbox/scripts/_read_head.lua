@@ -1,10 +1,11 @@
 #!lua flags=allow-oom
--- What `take` and `remove` end with: this run goes on with what is at the head of the inbox, and keeps its lease
--- for another while; if the inbox is empty, the run is over, and the lease is free. To look and to free is one
--- step with whatever an append does. Returns {{id, {field, value, …}}, …}, one message at least if there is any.
-local function go_on(inbox, lease, run, lease_ms, most, most_bytes)
+-- The end of `acquire` and `ack_and_publish`: this run goes on with what is at the head of the inbox
+-- and renews its lease; if the inbox is empty, the run is over and the lease is freed. Reading and
+-- freeing are one step with respect to an append.
+-- Returns {{id, {field, value, …}}, …}, at least one message if there is any.
+local function read_head(inbox, lease, run, lease_ms, max_messages, max_bytes)
   local entries, bytes, from = {}, 0, '-'
-  for _ = 1, tonumber(most) do
+  for _ = 1, tonumber(max_messages) do
     local entry = redis.call('XRANGE', inbox, from, '+', 'COUNT', 1)[1]
     if not entry then
       break
@@ -12,7 +13,7 @@ local function go_on(inbox, lease, run, lease_ms, most, most_bytes)
     for _, value in ipairs(entry[2]) do
       bytes = bytes + #value
     end
-    if #entries > 0 and bytes > tonumber(most_bytes) then
+    if #entries > 0 and bytes > tonumber(max_bytes) then
       break
     end
     entries[#entries + 1] = entry

@@ -1,10 +1,11 @@
--- KEYS: inbox, lease, rejected
--- ARGV: run id, lease in ms, most messages, most bytes, how many rejected messages are kept;
---       how many ids, id, id, …; how many publications, channel, payload, …;
---       how many rejections, and for each how many fields and values, field, value, …
--- Publishes what became of messages and takes them out of the inbox: their batches are committed, so this needs no
--- lease. Returns what comes next (see head.lua), or false if the lease is another's. A lease that ran out and
--- that nobody took is taken again: this drain is the one that is on the way.
+-- KEYS: inbox, lease, dead letters
+-- ARGV: run id, lease in ms, max messages, max bytes, how many dead letters are kept;
+--       number of ids, id, id, …; number of publications, channel, payload, …;
+--       number of dead letters, and for each the number of fields and values, field, value, …
+-- Publishes what became of messages and removes them from the inbox. Their batches are committed, so
+-- this needs no lease.
+-- Returns what comes next (_read_head.lua), or false if the lease is another's. A lease that expired
+-- and that nobody took is taken again: this drain is the one at work.
 local at = 6
 local function next_argument()
   at = at + 1
@@ -31,4 +32,4 @@ local held = redis.call('GET', KEYS[2])
 if held and held ~= 'running ' .. ARGV[1] then
   return false
 end
-return go_on(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4])
+return read_head(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4])

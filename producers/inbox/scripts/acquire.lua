@@ -1,9 +1,9 @@
 -- KEYS: inbox, lease
--- ARGV: run id, lease in ms, most messages, most bytes
--- A drain begins, or goes on after a failure: it makes the lease its own unless another drain is running.
--- Returns the head of the inbox (see head.lua), or false if there is nothing to do here.
+-- ARGV: run id, lease in ms, max messages, max bytes
+-- A drain begins, or goes on after a failure: it takes the lease unless another drain is running.
+-- Returns the head of the inbox (_read_head.lua), or false if there is nothing to do.
 local held = redis.call('GET', KEYS[2])
 if held and held ~= 'running ' .. ARGV[1] and string.sub(held, 1, 7) ~= 'queued ' then
   return false
 end
-return go_on(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4])
+return read_head(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4])

@@ -1,10 +1,10 @@
 -- KEYS: inbox, lease
--- ARGV: bound, lease id, lease in ms, token, message, message, …
--- Appends messages up to the bound, in order, and takes the lease if it is free.
--- Returns {how many were appended, 1 if a drain is to be sent}. A client that repeats the call after a lost
--- answer finds the lease queued under its own id, and sends the drain.
-local room = tonumber(ARGV[1]) - redis.call('XLEN', KEYS[1])
-local appended = math.max(0, math.min(#ARGV - 4, room))
+-- ARGV: limit, lease id, lease in ms, token, message, message, …
+-- Appends messages up to the limit, in order, and takes the lease if it is free.
+-- Returns {how many were appended, 1 if a drain is to be sent}. A client that repeats the call after
+-- a lost answer finds the lease queued under its own id, and sends the drain.
+local free = tonumber(ARGV[1]) - redis.call('XLEN', KEYS[1])
+local appended = math.max(0, math.min(#ARGV - 4, free))
 for i = 5, 4 + appended do
   redis.call('XADD', KEYS[1], '*', 'message', ARGV[i], 'token', ARGV[4])
 end

@@ -1,6 +1,6 @@
 -- KEYS: inbox, lease
 -- ARGV: lease id, lease in ms
--- For an inbox that may be waiting with nobody on the way: takes the lease if it is free and there is work.
+-- Takes the lease if it is free and messages wait: no drain of this inbox is queued or running.
 -- Returns 1 if a drain is to be sent.
 if redis.call('XLEN', KEYS[1]) == 0 then
   return 0

@@ -35,8 +35,9 @@ from tests.bench.job import freeze, publish
 from tests.bench.peers.loop import Loop
 from worker import rules
 from worker.auth import Authorizer
-from worker.db.repository import driver_url
-from worker.drain.path import admit, is_retryable
+from worker.db.connection import driver_url
+from worker.drain.admission import Admitted, Refused, Unreadable, admit
+from worker.drain.path import is_retryable
 from worker.settings import load_settings
 
 TAG_FIELDS = dataclasses.fields(Tag)
@@ -131,13 +132,14 @@ class Service:
         """Apply one batch; return its result record."""
         now = datetime.now(timezone.utc)
         entry = StreamEntry(f"{int(now.timestamp() * 1000)}-0".encode(), message, token.encode())
-        received = admit(entry, organization_id, self.authorizer, now)
-        outcome = received.outcome
-        if received.request is not None:
-            outcome = self._transact(organization_id, received.request)
-        if outcome is None:
-            return b"{}"
-        publish(self.redis, organization_id, received.reply_to, outcome)
+        match admit(entry, organization_id, self.authorizer, now):
+            case Admitted(message=authorized) as admitted:
+                reply_to, outcome = admitted.reply_to, self._transact(organization_id, authorized)
+            case Refused(reply_to=reply_to, record=record):
+                outcome = rules.Outcome(record)
+            case Unreadable():
+                return b"{}"
+        publish(self.redis, organization_id, reply_to, outcome)
         return outcome.record
 
     def _transact(self, organization_id: UUID, request: rules.AuthorizedMessage) -> rules.Outcome:
@@ -163,7 +165,7 @@ class Service:
                 tags=_by_key(tags),
             )
             decision = rules.decide(organization_id, [request], state, now=now, new_id=self.new_id)
-            _save(session, organization_id, decision.writes, executions, tags, now)
+            _save(session, organization_id, decision.change_set, executions, tags, now)
         return decision.outcomes[0]
 
 

@@ -1,4 +1,4 @@
-"""Runs migrations on the connection that worker/db/migrate.py hands over."""
+"""Runs migrations on the connection that worker/db/migrate.py passes in."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""The worker of the harness: `celery -A tests.faults.planted worker`.
+"""The worker of the harness: `celery -A tests.faults.mutants worker`.
 
 It is the product's worker with failpoints, at which it kills itself when it is told to, and, if
 FAULTS_PLANT names one, with a bug that the harness must notice.
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import worker.db.repository
+import worker.db.statements
 from producers.inbox.protocol import Inbox, StreamEntry
 from worker.celery import app
 from worker.db.repository import Repository, Transaction
-from worker.drain.path import Drain
+from worker.drain.admission import Admitted
+from worker.drain.path import Drain, publications
 from worker.rules import decide
 
 FAILPOINTS = ("after_read", "after_lock", "before_commit", "before_publish", "amid_publish")
@@ -37,16 +38,13 @@ def reach(failpoint: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-_take, _remove, _transaction, _save = (
-    Inbox.acquire,
-    Inbox.ack_and_publish,
-    Repository.transaction,
-    Transaction.save,
-)
+_acquire, _ack_and_publish = Inbox.acquire, Inbox.ack_and_publish
+_transaction, _save = Repository.transaction, Transaction.save
+_process = Drain._process
 
 
 def acquire(self: Inbox, run_id: str, **bounds: Any) -> list[StreamEntry]:
-    entries = _take(self, run_id, **bounds)
+    entries = _acquire(self, run_id, **bounds)
     if entries:
         reach("after_read")
     return entries
@@ -61,8 +59,8 @@ def transaction(self: Repository, organization_id: UUID) -> Iterator[Transaction
         yield opened
 
 
-def save(self: Transaction, writes: Any) -> None:
-    _save(self, writes)
+def save(self: Transaction, change_set: Any) -> None:
+    _save(self, change_set)
     reach("before_commit")
 
 
@@ -77,7 +75,7 @@ def ack_and_publish(
         reach("amid_publish")
         connection.disconnect()
         self._redis.connection_pool.release(connection)
-    return _remove(self, run_id, entries, publications, *rest, **bounds)
+    return _ack_and_publish(self, run_id, entries, publications, *rest, **bounds)
 
 
 Inbox.acquire, Inbox.ack_and_publish = acquire, ack_and_publish  # type: ignore[method-assign]
@@ -87,25 +85,28 @@ Repository.transaction, Transaction.save = transaction, save  # type: ignore[met
 # --- Planted bugs --------------------------------------------------------------------------------
 
 
-def _round_that_removes_first(self: Drain, entries: Sequence[StreamEntry]) -> list[StreamEntry]:
-    received = [self._admit(entry) for entry in entries]
+def _ack_before_commit(self: Drain, entries: Sequence[StreamEntry]) -> list[StreamEntry]:
     self.inbox.ack_and_publish(self.run_id, entries, [], max_messages=self.group_size)
-    self._apply([message for message in received if message.request is not None])
-    return self._publish(received)
+    return _process(self, entries)
 
 
-def _round_that_publishes_first(self: Drain, entries: Sequence[StreamEntry]) -> list[StreamEntry]:
-    received = [self._admit(entry) for entry in entries]
-    requests = [message.request for message in received if message.request is not None]
-    with _transaction(self.store, self.organization_id) as opened:
-        state = opened.load(requests)
-        decision = decide(self.organization_id, requests, state, now=opened.now, new_id=self.new_id)
-        applied = [message for message in received if message.request]
-        for message, outcome in zip(applied, decision.outcomes, strict=True):
-            message.outcome = outcome
-        following = self._publish(received)
+def _publish_before_commit(self: Drain, entries: Sequence[StreamEntry]) -> list[StreamEntry]:
+    admitted = [each for each in map(self._admit, entries) if isinstance(each, Admitted)]
+    messages = [each.message for each in admitted]
+    with _transaction(self.repository, self.organization_id) as opened:
+        snapshot = opened.load(messages)
+        now = opened.now
+        decision = decide(self.organization_id, messages, snapshot, now=now, new_id=self.new_id)
+        to_publish = [
+            publication
+            for each, outcome in zip(admitted, decision.outcomes, strict=True)
+            for publication in publications(self.organization_id, each.reply_to, outcome)
+        ]
+        following = self.inbox.ack_and_publish(
+            self.run_id, entries, to_publish, max_messages=self.group_size
+        )
         time.sleep(0.01)
-        _save(opened, decision.writes)
+        _save(opened, decision.change_set)
     return following
 
 
@@ -121,13 +122,13 @@ def _ack_and_release_blindly(self: Inbox, *arguments: Any, **bounds: Any) -> lis
 
 def _ignore_batch_ids() -> None:
     Transaction._find_batches = lambda self, batch_ids: []  # type: ignore[method-assign]
-    statement = worker.db.repository._SAVE_BATCHES
-    worker.db.repository._SAVE_BATCHES = statement + " on conflict do nothing"  # type: ignore[misc]
+    statement = worker.db.statements.SAVE_BATCHES
+    worker.db.statements.SAVE_BATCHES = statement + " on conflict do nothing"  # type: ignore[misc]
 
 
 _plants: dict[str, Callable[[], Any]] = {
-    "remove_before_commit": lambda: setattr(Drain, "_round", _round_that_removes_first),
-    "publish_before_commit": lambda: setattr(Drain, "_round", _round_that_publishes_first),
+    "remove_before_commit": lambda: setattr(Drain, "_process", _ack_before_commit),
+    "publish_before_commit": lambda: setattr(Drain, "_process", _publish_before_commit),
     "release_blindly": lambda: setattr(Inbox, "ack_and_publish", _ack_and_release_blindly),
     "no_batch_id_check": _ignore_batch_ids,
 }

@@ -1,12 +1,18 @@
-"""The four tables, their row-level security and the two roles (design, section 5)."""
+"""The first schema: tables, row-level security, and the two roles with their rights."""
 
 from alembic import op
 
 revision = "0001"
 down_revision = None
 
-TABLES = ("flow_executions", "task_tags", "tag_batches", "tag_changes")
 WORKER, ENDPOINT = "task_tags_worker", "task_tags_endpoint"
+GRANTS = {
+    "flow_executions": "select, insert, update",
+    "task_tags": "select, insert, update",
+    "tag_batches": "select, insert, delete",
+    "tag_changes": "select, insert, delete",
+    "task_executions": "select, insert, update",
+}
 
 
 def upgrade() -> None:
@@ -14,14 +20,12 @@ def upgrade() -> None:
         create table flow_executions (
             organization_id    uuid not null,
             flow_execution_id  uuid not null,
-            task_names         jsonb,              -- null: any task name may be tagged
-            revision           bigint not null,    -- of the last change event
+            task_names         jsonb,
+            revision           bigint not null,
             created_at         timestamptz not null,
             primary key (organization_id, flow_execution_id)
         ) with (fillfactor = 70)
     """)
-    # No foreign keys: rows are written by one transaction at a time for each organization, which has just
-    # read the execution, and executions are never deleted. A key would be looked up again for each row.
     op.execute("""
         create table task_tags (
             organization_id    uuid not null,
@@ -30,8 +34,8 @@ def upgrade() -> None:
             task_name          text collate "C" not null,
             tag_type           text collate "C" not null,
             tag                text collate "C" not null,
-            tag_metadata       json,               -- as it was sent, keys sorted; jsonb would spell 1e300 out
-            metadata_digest    bytea not null,     -- equal for equal metadata; empty for null
+            tag_metadata       json,
+            metadata_digest    bytea not null,
             status             text collate "C" not null check (status in ('active', 'deleted')),
             created_at         timestamptz not null,
             created_by         text not null,
@@ -49,9 +53,9 @@ def upgrade() -> None:
         create table tag_batches (
             organization_id    uuid not null,
             batch_id           uuid not null,
-            digest             bytea not null,     -- of the request
-            result_record      json not null,      -- as it was published
-            revisions          jsonb not null,     -- of the change events it made, by execution
+            digest             bytea not null,
+            result_record      json not null,
+            revisions          jsonb not null,
             applied_at         timestamptz not null,
             primary key (organization_id, batch_id)
         )
@@ -63,22 +67,38 @@ def upgrade() -> None:
             flow_execution_id  uuid not null,
             revision           bigint not null,
             batch_id           uuid not null,
-            event              json not null,      -- as it was published
+            event              json not null,
+            changed_at         timestamptz not null,
             primary key (organization_id, flow_execution_id, revision)
         )
     """)
+    op.execute("""
+        create table task_executions (
+            organization_id    uuid not null,
+            flow_execution_id  uuid not null,
+            task_name          text collate "C" not null,
+            state              text collate "C" not null
+                               check (state in ('queued', 'running', 'completed', 'failed')),
+            state_changed_at   timestamptz not null,
+            state_changed_by   text not null,
+            primary key (organization_id, flow_execution_id, task_name)
+        ) with (fillfactor = 70)
+    """)
     for role in (WORKER, ENDPOINT):
         _create_role(role)
-    for table in TABLES:
-        _secure(table)
-    op.execute(f"grant select, insert on {', '.join(TABLES)} to {WORKER}")
-    op.execute(f"grant update on flow_executions, task_tags to {WORKER}")
-    op.execute(f"grant delete on tag_batches to {WORKER}")
-    op.execute(f"grant select on {', '.join(TABLES)} to {ENDPOINT}")
+    for table, rights in GRANTS.items():
+        op.execute(f"alter table {table} enable row level security")
+        op.execute(f"alter table {table} force row level security")
+        op.execute(f"""
+            create policy organization on {table} using (organization_id =
+                (select nullif(current_setting('app.organization_id', true), '')::uuid))
+        """)
+        op.execute(f"grant {rights} on {table} to {WORKER}")
+        op.execute(f"grant select on {table} to {ENDPOINT}")
 
 
 def _create_role(role: str) -> None:
-    """Roles are the cluster's, so one may be there already. It must not see through the policies."""
+    """Create a role, which belongs to the whole cluster and so may exist already."""
     op.execute(f"""
         do $$ begin
             if not exists (select from pg_roles where rolname = '{role}') then
@@ -94,7 +114,6 @@ def _create_role(role: str) -> None:
         "lock_timeout": "1s",
         "idle_in_transaction_session_timeout": "30s",
         "timezone": "UTC",
-        # The statements are few, go by key and run all the time: planning each anew costs more than it finds.
         "plan_cache_mode": "force_generic_plan",
         "jit": "off",
     }
@@ -109,16 +128,5 @@ def _create_role(role: str) -> None:
     """)
 
 
-def _secure(table: str) -> None:
-    """Rows of other organizations don't exist, for the owner neither; unset or empty is no organization."""
-    op.execute(f"alter table {table} enable row level security")
-    op.execute(f"alter table {table} force row level security")
-    op.execute(f"""
-        create policy organization on {table} using (
-            organization_id = nullif(current_setting('app.organization_id', true), '')::uuid
-        )
-    """)
-
-
 def downgrade() -> None:
-    op.execute(f"drop table {', '.join(TABLES)}")
+    op.execute(f"drop table {', '.join(GRANTS)}")

@@ -1,0 +1,180 @@
+"""libpq's pipeline mode, driven by the event loop: the protocol alone, no SQL.
+
+Many requests share a connection, and none waits for another's answer before it is sent. psycopg's
+own asynchronous connection takes three times as long for a read, in locks and waits that a single
+prepared statement does not need (docs/decisions.md#reads-in-pipeline-mode).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg import pq
+
+from worker.db.connection import (
+    CONNECT_ARGUMENTS,
+    DISCARD_PLANS,
+    ROLE_CHECK,
+    TABLES,
+    assert_safe_role,
+    driver_url,
+    should_discard_plans,
+)
+
+Row = tuple[bytes | None, ...]
+"""The columns of a row in PostgreSQL's binary format."""
+
+SCOPE_STATEMENT = b"scope"
+
+
+class PipelinedConnection:
+    """One connection, on which any number of transactions may be under way, each of two statements.
+
+    The first statement is the prepared one named `scope`, with the organization; the second returns
+    one row or none.
+
+    Args:
+        prepared: SQL by name and types, as in `prepare <name and types> as <SQL>`.
+    """
+
+    def __init__(self, database_url: str, prepared: Mapping[str, str]) -> None:
+        url = driver_url(database_url)
+        # As SQLAlchemy reads it, like the worker: the URL that it writes has + for a space.
+        _, self._arguments = url.get_dialect()().create_connect_args(url)
+        self._prepared = prepared
+        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._uses = 0
+        self._socket = -1  # libpq no longer tells it once the connection is lost
+        self._connecting = asyncio.Lock()
+        self._answers: deque[asyncio.Future[Row | None]] = deque()
+        self._row: Row | None = None
+        self._error: psycopg.Error | None = None
+
+    def __len__(self) -> int:
+        """Return how many answers are awaited."""
+        return len(self._answers)
+
+    async def ask(
+        self, organization_id: UUID, statement: bytes, parameters: Sequence[bytes | None]
+    ) -> Row | None:
+        """Run a prepared statement for an organization; return its row, or None.
+
+        Args:
+            parameters: In the binary format; the organization's id goes before them.
+
+        Raises:
+            psycopg.Error, UnsafeRole: From PostgreSQL, or from connecting.
+        """
+        if self._connection is None:
+            async with self._connecting:
+                if self._connection is None:
+                    self._connection = await self._open()
+        answer: asyncio.Future[Row | None] = asyncio.get_running_loop().create_future()
+        connection = self._connection.pgconn
+        values = [organization_id.bytes, *parameters]
+        self._uses += 1
+        try:
+            if should_discard_plans(self._uses):
+                connection.send_query_params(DISCARD_PLANS.encode(), [])
+            connection.send_query_prepared(SCOPE_STATEMENT, [str(organization_id).encode()])
+            connection.send_query_prepared(statement, values, [pq.Format.BINARY] * len(values), 1)
+            connection.pipeline_sync()
+            self._answers.append(answer)
+            self._flush()
+        except psycopg.OperationalError as error:
+            self.close(error)
+            raise
+        return await answer
+
+    async def _open(self) -> psycopg.AsyncConnection[Any]:
+        arguments = {**self._arguments, **CONNECT_ARGUMENTS}
+        connection = await psycopg.AsyncConnection.connect(autocommit=True, **arguments)
+        try:
+            assert_safe_role(await (await connection.execute(ROLE_CHECK, TABLES)).fetchall())
+            for name, statement in self._prepared.items():
+                await connection.execute(f"prepare {name} as {statement}".encode())
+        except BaseException:
+            await connection.close()
+            raise
+        self._uses = 0
+        connection.pgconn.nonblocking = 1
+        connection.pgconn.enter_pipeline_mode()
+        self._socket = connection.pgconn.socket
+        asyncio.get_running_loop().add_reader(self._socket, self._read)
+        return connection
+
+    def close(self, error: psycopg.Error) -> None:
+        """Close the connection, if there is one; whatever is awaited fails with this error."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._socket)
+            loop.remove_writer(self._socket)
+            connection.pgconn.finish()
+        answers, self._answers = self._answers, deque()
+        self._row = self._error = None
+        for answer in answers:
+            if not answer.done():
+                answer.set_exception(error)
+
+    def _flush(self) -> None:
+        """Send what libpq holds; the rest is sent when the server takes more."""
+        if self._connection is None:
+            return
+        loop = asyncio.get_running_loop()
+        if self._connection.pgconn.flush():
+            loop.add_writer(self._socket, self._write)
+        else:
+            loop.remove_writer(self._socket)
+
+    def _write(self) -> None:
+        try:
+            self._flush()
+        except psycopg.OperationalError as error:
+            self.close(error)
+
+    def _read(self) -> None:
+        assert self._connection is not None
+        connection = self._connection.pgconn
+        try:
+            connection.consume_input()
+            while self._answers and not connection.is_busy():
+                result = connection.get_result()
+                if result is not None:
+                    self._take(result)
+                elif connection.status == pq.ConnStatus.BAD:
+                    raise psycopg.OperationalError("the connection is lost")
+            self._flush()
+        except psycopg.OperationalError as error:
+            self.close(error)
+
+    def _take(self, result: pq.abc.PGresult) -> None:
+        """Keep the row or error of a transaction's last statement until the transaction has ended."""
+        if result.status == pq.ExecStatus.TUPLES_OK:
+            columns = range(result.nfields if result.ntuples else 0)
+            self._row = tuple(result.get_value(0, column) for column in columns) or None
+        elif result.status == pq.ExecStatus.PIPELINE_SYNC:
+            answer = self._answers.popleft()
+            row, error, self._row, self._error = self._row, self._error, None, None
+            if answer.done():
+                return  # nobody awaits it any more
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(row)
+        elif result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.PIPELINE_ABORTED):
+            self._error = _error(result)
+
+
+def _error(result: pq.abc.PGresult) -> psycopg.Error:
+    state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"XX000").decode()
+    message = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode()
+    try:
+        return psycopg.errors.lookup(state)(message)
+    except KeyError:
+        return psycopg.DatabaseError(message)

@@ -1,0 +1,190 @@
+"""The worker's SQL. Each statement says what it is for, by which index it goes, and what it returns.
+
+Statements take arrays, so their number does not grow with a batch or a group of batches. Two habits:
+
+- Arrays side by side in a select list become rows one by one; `from unnest(a, b)` copies them first.
+- `offset 0` keeps the planner from turning a look-up by key into a scan of the whole table, as it
+  does while it has no statistics of a new table; a prepared plan stays while the table grows. For the
+  same reason an update takes its values from a JSON object by key: a join could scan the table.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SCOPE: Final = "select set_config('app.organization_id', %(organization_id)s::text, true)"
+"""Sets the organization of the transaction, whose rows alone it sees and writes."""
+
+BEGIN: Final = """
+    select clock_timestamp()
+      from (select set_config('app.organization_id', %(organization_id)s::text, true),
+                   pg_advisory_xact_lock(hashtextextended(%(organization_id)s::text, 0))
+            offset 0) as locked
+"""
+"""Sets the organization, takes its lock, and returns the time at which it had it.
+
+It is a statement of its own, so that the next one sees what the transaction before committed. The
+time is read behind the lock, so that it never runs back within an organization.
+"""
+
+LOAD_BATCHES: Final = """
+    select b.batch_id, b.digest, b.result_record::text, made.executions, made.events
+      from tag_batches b
+     cross join lateral (
+           select coalesce(array_agg(flow_execution_id), '{}') as executions,
+                  coalesce(array_agg(event), '{}') as events
+             from jsonb_each_text(b.revisions) as r (id, number)
+            cross join lateral (
+                  select flow_execution_id, event::text
+                    from tag_changes
+                   where organization_id = %(organization_id)s
+                     and flow_execution_id = r.id::uuid and revision = r.number::bigint
+                  offset 0) c) as made
+     where b.organization_id = %(organization_id)s
+       and b.batch_id = any(%(batch_ids)s)
+"""
+"""Returns the stored results of batches with their change events, by the two primary keys."""
+
+LOAD_EXECUTIONS: Final = """
+    select flow_execution_id, task_names, revision
+      from flow_executions
+     where organization_id = %(organization_id)s
+       and flow_execution_id = any(%(flow_execution_ids)s)
+"""
+"""Returns the executions that messages name, by primary key."""
+
+LOAD_TAGS: Final = """
+    select t.metadata_digest, t.id, t.flow_execution_id, t.task_name, t.tag_type, t.tag,
+           t.tag_metadata, %(organization_id)s, t.status, t.created_at, t.created_by,
+           t.updated_at, t.modified_by
+      from (select unnest(%(flow_execution_ids)s) as flow_execution_id,
+                   unnest(%(task_names)s) as task_name, unnest(%(tag_types)s) as tag_type,
+                   unnest(%(tags)s) as tag) as k
+     cross join lateral (
+           select metadata_digest, id, flow_execution_id, task_name, tag_type, tag, tag_metadata,
+                  status, created_at, created_by, updated_at, modified_by
+             from task_tags
+            where organization_id = %(organization_id)s
+              and flow_execution_id = k.flow_execution_id and task_name = k.task_name
+              and tag_type = k.tag_type and tag = k.tag and status = 'active'
+           offset 0) t
+     order by t.created_at, t.id
+"""
+"""Returns the active tags of the names in operations, by task_tags_active."""
+
+LOAD_TASKS: Final = """
+    select t.*
+      from (select unnest(%(flow_execution_ids)s) as flow_execution_id,
+                   unnest(%(task_names)s) as task_name) as k
+     cross join lateral (
+           select flow_execution_id, task_name, state, state_changed_at, state_changed_by
+             from task_executions
+            where organization_id = %(organization_id)s
+              and flow_execution_id = k.flow_execution_id and task_name = k.task_name
+           offset 0) t
+"""
+"""Returns the states of the tasks that messages name, by primary key."""
+
+SAVE_BATCHES: Final = """
+    insert into tag_batches (organization_id, batch_id, digest, result_record, revisions, applied_at)
+    select %(organization_id)s, batch_id, digest, record::json, revisions::jsonb, %(now)s
+      from (select unnest(%(batch_ids)s) as batch_id, unnest(%(digests)s) as digest,
+                   unnest(%(records)s) as record, unnest(%(revisions)s) as revisions) as b
+"""
+"""Stores the results of batches."""
+
+SAVE_REGISTRATIONS: Final = """
+    insert into flow_executions (organization_id, flow_execution_id, task_names, revision, created_at)
+    select %(organization_id)s, flow_execution_id, task_names::jsonb, 0, %(now)s
+      from (select unnest(%(flow_execution_ids)s) as flow_execution_id,
+                   unnest(%(task_names)s) as task_names) as e
+        on conflict (organization_id, flow_execution_id) do update
+       set task_names = excluded.task_names
+"""
+"""Stores new executions, and new task names of known ones, by primary key."""
+
+SAVE_REVISIONS: Final = """
+    update flow_executions
+       set revision = (%(revisions)s ->> flow_execution_id::text)::bigint
+     where organization_id = %(organization_id)s
+       and flow_execution_id = any(%(flow_execution_ids)s)
+"""
+"""Stores the new revisions of executions, by primary key."""
+
+SAVE_REMOVED: Final = """
+    update task_tags
+       set status = 'deleted', updated_at = %(now)s, modified_by = %(modified_by)s ->> id::text
+     where organization_id = %(organization_id)s
+       and id = any(%(ids)s)
+"""
+"""Marks tags as deleted, by primary key."""
+
+SAVE_ADDED: Final = """
+    insert into task_tags (organization_id, id, flow_execution_id, task_name, tag_type, tag,
+                           tag_metadata, metadata_digest, status, created_at, created_by,
+                           updated_at, modified_by)
+    select %(organization_id)s, id, flow_execution_id, task_name, tag_type, tag,
+           tag_metadata::json, metadata_digest,
+           case when modified_by is null then 'active' else 'deleted' end, %(now)s, created_by,
+           case when modified_by is null then null else %(now)s end, modified_by
+      from (select unnest(%(ids)s) as id, unnest(%(flow_execution_ids)s) as flow_execution_id,
+                   unnest(%(task_names)s) as task_name, unnest(%(tag_types)s) as tag_type,
+                   unnest(%(tags)s) as tag, unnest(%(tag_metadata)s) as tag_metadata,
+                   unnest(%(metadata_digests)s) as metadata_digest,
+                   unnest(%(created_by)s) as created_by,
+                   unnest(%(modified_by)s) as modified_by) as t
+"""
+"""Stores new tags. One with `modified_by` was removed by the transaction that added it."""
+
+SAVE_TASKS: Final = """
+    insert into task_executions (organization_id, flow_execution_id, task_name, state,
+                                 state_changed_at, state_changed_by)
+    select %(organization_id)s, flow_execution_id, task_name, state, %(now)s, state_changed_by
+      from (select unnest(%(flow_execution_ids)s) as flow_execution_id,
+                   unnest(%(task_names)s) as task_name, unnest(%(states)s) as state,
+                   unnest(%(state_changed_by)s) as state_changed_by) as t
+        on conflict (organization_id, flow_execution_id, task_name) do update
+       set state = excluded.state, state_changed_at = excluded.state_changed_at,
+           state_changed_by = excluded.state_changed_by
+"""
+"""Stores the states of tasks, by primary key."""
+
+SAVE_CHANGES: Final = """
+    insert into tag_changes (organization_id, flow_execution_id, revision, batch_id, event,
+                             changed_at)
+    select %(organization_id)s, flow_execution_id, revision, batch_id, event::json, %(now)s
+      from (select unnest(%(flow_execution_ids)s) as flow_execution_id,
+                   unnest(%(revisions)s) as revision, unnest(%(batch_ids)s) as batch_id,
+                   unnest(%(events)s) as event) as c
+"""
+"""Stores change events."""
+
+PURGE_RESULTS: Final = """
+    delete from tag_batches where organization_id = %(organization_id)s and batch_id in (
+        select batch_id from tag_batches
+         where organization_id = %(organization_id)s
+           and applied_at < clock_timestamp() - %(age)s::interval
+         order by applied_at limit 10000)
+"""
+"""Deletes the oldest results beyond an age, up to 10,000 of them, by tag_batches_age."""
+
+PURGE_CHANGES: Final = """
+    delete from tag_changes where organization_id = %(organization_id)s
+       and (flow_execution_id, revision) in (
+        select flow_execution_id, revision from tag_changes
+         where organization_id = %(organization_id)s
+           and changed_at < clock_timestamp() - %(age)s::interval
+         order by changed_at, flow_execution_id, revision limit 10000)
+"""
+"""Deletes the oldest change events beyond an age, up to 10,000 of them; it reads all of them.
+
+The time never runs back within an execution, so what remains are the newest, without gaps.
+"""
+
+FORGET_FAILURE: Final = """
+    delete from tag_batches
+     where organization_id = %(organization_id)s and batch_id = %(batch_id)s::uuid
+       and result_record #>> '{error,code}' = 'internal_error'
+    returning batch_id
+"""
+"""Deletes the stored `internal_error` of a batch and returns its id, by primary key."""

@@ -1,0 +1,149 @@
+"""The one declaration of the schema: tables, constraints, indexes, policies and rights.
+
+Migrations bring a database to what is declared here; a test compares the two. Statements are in
+worker/db/statements.py and worker/api/queries.py.
+
+Every key begins with `organization_id`, and row-level security hides the rows of other
+organizations, from the owner too. There are no foreign keys: one transaction at a time writes for an
+organization, it has just read the execution, and executions are never deleted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import (
+    DDL,
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Index,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    Uuid,
+    event,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+WORKER_ROLE: Final = "task_tags_worker"
+ENDPOINT_ROLE: Final = "task_tags_endpoint"
+ROLES: Final = (WORKER_ROLE, ENDPOINT_ROLE)
+
+ROLE_SETTINGS: Final = {
+    "statement_timeout": "30s",
+    "lock_timeout": "1s",
+    "idle_in_transaction_session_timeout": "30s",
+    "transaction_timeout": "60s",  # from PostgreSQL 17 on
+    "timezone": "UTC",
+    # The statements are few and go by key: planning them each time costs more than it gains.
+    "plan_cache_mode": "force_generic_plan",
+    "jit": "off",
+}
+
+# Unset, or left empty by an earlier transaction, the setting names no organization. In a subselect
+# it is read once for each statement instead of once for each row.
+_ORGANIZATION: Final = "(select nullif(current_setting('app.organization_id', true), '')::uuid)"
+
+metadata: Final = MetaData()
+
+
+def _table(name: str, *columns: Any, worker_may: str, **options: Any) -> Table:
+    """Declare a table of organizations' rows; the endpoint's role may read it."""
+    organization_id = Column("organization_id", Uuid, primary_key=True)
+    table = Table(name, metadata, organization_id, *columns, **options)
+    for statement in (
+        f"alter table {name} enable row level security",
+        f"alter table {name} force row level security",
+        f"create policy organization on {name} using (organization_id = {_ORGANIZATION})",
+        f"grant {worker_may} on {name} to {WORKER_ROLE}",
+        f"grant select on {name} to {ENDPOINT_ROLE}",
+    ):
+        event.listen(table, "after_create", DDL(statement))  # type: ignore[no-untyped-call]
+    return table
+
+
+def _required(name: str, type_: Any) -> Column[Any]:
+    return Column(name, type_, nullable=False)
+
+
+_CODE_POINTS: Final = Text(collation="C")
+_TIME: Final = DateTime(timezone=True)
+
+flow_executions = _table(
+    "flow_executions",
+    Column("flow_execution_id", Uuid, primary_key=True),
+    Column("task_names", JSONB(none_as_null=True)),  # null: any task name may be tagged
+    _required("revision", BigInteger),  # of the last change event
+    _required("created_at", _TIME),
+    worker_may="select, insert, update",
+    postgresql_with={"fillfactor": 70},
+)
+
+task_tags = _table(
+    "task_tags",
+    Column("id", Uuid, primary_key=True),
+    _required("flow_execution_id", Uuid),
+    _required("task_name", _CODE_POINTS),
+    _required("tag_type", _CODE_POINTS),
+    _required("tag", _CODE_POINTS),
+    Column("tag_metadata", JSON),  # in canonical form; jsonb writes 1e300 in 301 digits
+    _required("metadata_digest", LargeBinary),  # equal for equal metadata; empty for null
+    _required("status", _CODE_POINTS),
+    _required("created_at", _TIME),
+    _required("created_by", Text),
+    Column("updated_at", _TIME),
+    Column("modified_by", Text),
+    CheckConstraint("status in ('active', 'deleted')", name="task_tags_status_check"),
+    worker_may="select, insert, update",
+)
+
+Index(  # finds a tag by its name, reads the tags of an execution or task, and allows one active row
+    "task_tags_active",
+    *(task_tags.c[name] for name in ("organization_id", "flow_execution_id", "task_name")),
+    *(task_tags.c[name] for name in ("tag_type", "tag", "metadata_digest")),
+    unique=True,
+    postgresql_where=text("status = 'active'"),
+)
+
+tag_batches = _table(
+    "tag_batches",
+    Column("batch_id", Uuid, primary_key=True),
+    _required("digest", LargeBinary),  # of the message
+    _required("result_record", JSON),  # as it was published
+    _required("revisions", JSONB),  # of the change events that the batch made, by execution
+    _required("applied_at", _TIME),
+    worker_may="select, insert, delete",
+)
+
+Index(  # finds the results that are old enough to be purged
+    "tag_batches_age", tag_batches.c.organization_id, tag_batches.c.applied_at
+)
+
+tag_changes = _table(
+    "tag_changes",
+    Column("flow_execution_id", Uuid, primary_key=True),
+    Column("revision", BigInteger, primary_key=True, autoincrement=False),
+    _required("batch_id", Uuid),
+    _required("event", JSON),  # as it was published
+    _required("changed_at", _TIME),
+    worker_may="select, insert, delete",
+)
+
+task_executions = _table(
+    "task_executions",
+    Column("flow_execution_id", Uuid, primary_key=True),
+    Column("task_name", _CODE_POINTS, primary_key=True),
+    _required("state", _CODE_POINTS),
+    _required("state_changed_at", _TIME),
+    _required("state_changed_by", Text),
+    CheckConstraint(
+        "state in ('queued', 'running', 'completed', 'failed')", name="task_executions_state_check"
+    ),
+    worker_may="select, insert, update",
+    postgresql_with={"fillfactor": 70},
+)
