@@ -1,9 +1,9 @@
 """make ab: compares the speed of HEAD with that of another commit, on this machine, in one run.
 
 Both versions' stacks run side by side, and one is idle while the other is measured. In each round
-every load is run twice by both, in the order A B B A, and who begins changes with the round. What
-counts is the ratio within a round, so a machine that is slower for a while slows both down. A ratio
-over 1 says that HEAD is better.
+every load is run by both in the order A B B A, once or more often, and who begins changes with the
+round. What counts is the ratio within a round, so a machine that is slower for a while slows both
+down. A ratio over 1 says that HEAD is better.
 
 The interval is the distribution-free (binomial) one of the median: the rounds' ratios in order,
 without as many at each end as heads come at most in so many tosses of a coin, with a probability of
@@ -54,6 +54,8 @@ class Load:
     name: str
     unit: str
     organizations: int = 0
+    repeats: int = 1
+    """How often A B B A is run in each round: more often where a run is short."""
 
     def run(self, side: Side, batches: int) -> float:
         """Run the load once; return its figure."""
@@ -71,8 +73,8 @@ class Load:
 LOADS: Final = (
     Load("throughput-8", "batches/s", 8),
     Load("throughput-1", "batches/s", 1),
-    Load("latency", "ms", 4),
-    Load("reads", "requests/s"),
+    Load("latency", "ms", 4, repeats=2),
+    Load("reads", "requests/s", repeats=2),
 )
 
 
@@ -131,7 +133,9 @@ def measure(sides: Sequence[Side], rounds: int, begin: float) -> Figures:
             break
         for load, kept in figures.items():
             order = (0, 1, 1, 0) if number % 2 == 0 else (1, 0, 0, 1)
-            taken = [(index, load.run(sides[index], batches[load])) for index in order]
+            taken = [
+                (index, load.run(sides[index], batches[load])) for index in order * load.repeats
+            ]
             for index in (0, 1):
                 kept[index].append(statistics.fmean(value for of, value in taken if of == index))
         words = (f"{load.name} {_ratios(load, *kept)[-1]:.3f}" for load, kept in figures.items())
