@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test faults fairness soak watchers bench check format lock clean
+.PHONY: help run demo test faults fairness soak watchers bench ab count check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,13 @@ watchers: .venv/ready  ## Measure CLIENTS=1000 WebSockets on one endpoint; nothi
 
 bench: .venv/bench  ## Compare with other queues and the limits of this machine; writes docs/bench.md; SMOKE=1
 	$(BIN)/python -m tests.bench $(if $(SMOKE),--smoke)
+
+ab: .venv/ready  ## Compare the speed of HEAD with that of BASE=<commit>; BAR=0.95 is what passes; FULL=1
+	@$(BIN)/python -m tests.bench.ab --base $(or $(BASE),$(error BASE=<commit> is missing)) \
+		--bar $(or $(BAR),0.95) $(if $(FULL),--full)
+
+count: .venv/ready  ## Count the product's code lines by package; BASE=<commit> to compare with
+	@$(BIN)/python -m tests.bench.count $(if $(BASE),--base $(BASE))
 
 check: .venv/ready  ## Linter, formatter, type checker, import rules
 	$(BIN)/ruff check .
