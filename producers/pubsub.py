@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import queue
 import threading
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from enum import Enum
 from typing import Any, Final, TypeVar
 
@@ -226,6 +227,37 @@ class LoopThread:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
             return asyncio.run_coroutine_threadsafe(job, self._loop)
+
+    def iterate(self, events: AsyncGenerator[Sequence[Result], None]) -> Iterator[Result]:
+        """Run an asynchronous iteration in the loop; yield the items of what it yields.
+
+        One task alone uses `events`, and takes no more than is asked for. It ends with this iterator,
+        or with `close`.
+        """
+        taken: queue.SimpleQueue[Sequence[Result] | None] = queue.SimpleQueue()
+        wanted = asyncio.Event()
+
+        async def pump() -> None:
+            try:
+                async with aclosing(events):
+                    async for some in events:
+                        taken.put(some)
+                        await wanted.wait()
+                        wanted.clear()
+            finally:
+                taken.put(None)
+
+        pumping = self.submit(pump())
+        try:
+            while (some := taken.get()) is not None:
+                yield from some
+                assert self._loop is not None
+                with suppress(RuntimeError):  # the loop was closed
+                    self._loop.call_soon_threadsafe(wanted.set)
+            with suppress(CancelledError):  # by `close`
+                pumping.result()
+        finally:
+            pumping.cancel()
 
     def close(self, seconds: float = 2.0) -> None:
         """Cancel all that runs in the loop, and wait for its end, so many seconds at most."""

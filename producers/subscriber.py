@@ -11,10 +11,9 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 from uuid import UUID
 
 import httpx
@@ -70,7 +69,7 @@ class Subscriber:
 
         Raises `Unavailable` if Redis can't be reached at the start; later it is waited for.
         """
-        return self._iterate(self._results(reply_to))
+        return self._thread.iterate(self._results(reply_to))
 
     def changes(self, flow_execution_id: UUID, after: int | None = None) -> Iterator[ChangeEvent]:
         """Yield the change events of an execution, without end; a gap in `revision` is a lost event.
@@ -84,7 +83,7 @@ class Subscriber:
                 for.
             ConfigurationError, RevisionExpired, ChangesRefused: With `after` alone.
         """
-        return self._iterate(self._changes(flow_execution_id, after))
+        return self._thread.iterate(self._changes(flow_execution_id, after))
 
     def aresults(self, reply_to: str) -> AsyncIterator[ResultRecord]:
         """As `results`, for asyncio."""
@@ -150,26 +149,6 @@ class Subscriber:
                     yield events
         finally:
             await redis.aclose()
-
-    def _iterate(self, events: AsyncGenerator[Sequence[Published], None]) -> Iterator[Published]:
-        """Run the asynchronous iteration in the thread, and yield what it yields."""
-
-        async def take() -> Sequence[Published] | None:
-            return await anext(events, None)
-
-        pending: Future[Sequence[Published] | None] | None = None
-        try:
-            while (some := (pending := self._thread.submit(take())).result()) is not None:
-                yield from some
-        except CancelledError:  # by `close`
-            return
-        finally:
-            if pending is not None and not pending.cancel() and not self._closed.is_set():
-                self._thread.submit(_close(events))
-
-
-async def _close(events: AsyncGenerator[Any, None]) -> None:
-    await events.aclose()
 
 
 async def _flatten(events: AsyncGenerator[Sequence[Published], None]) -> AsyncIterator[Published]:
