@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from redis import Redis
 from redis import asyncio as async_redis
+from redis.connection import parse_url
 
 _TIMEOUTS: Final[dict[str, Any]] = {
     "socket_timeout": 10,  # seconds, like the other two
@@ -29,6 +30,11 @@ def open_async_redis(url: str, **options: Any) -> async_redis.Redis:
     timeouts = {**_TIMEOUTS, "health_check_interval": 0}  # it would send pings into subscriptions
     client: async_redis.Redis = async_redis.Redis.from_url(url, **_options(url, timeouts | options))
     return client
+
+
+def url_options(url: str) -> dict[str, Any]:
+    """Return the options of a connection that a URL has, as redis-py reads it."""
+    return dict(parse_url(url))  # type: ignore[no-untyped-call]
 
 
 def _options(url: str, options: dict[str, Any]) -> dict[str, Any]:

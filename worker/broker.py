@@ -1,8 +1,9 @@
-"""The door of the Celery queue: what is no task message of ours is dropped here, before Celery parses it.
+"""The Celery app's broker: how it connects, and what may come from the Celery queue.
 
-Producers may write to that queue, and half of the ways to get a message wrong end a Celery worker. So only the
-task's name, its id, its arguments and its expiry are taken from what was received, and Celery sees a message that
-was made anew from them: no callbacks, chains or chords, no compression, no time of arrival or time limit.
+Producers may write to that queue, and half of the ways to get a message wrong end a Celery worker.
+So everything from a queue is screened before Celery parses it: only the Celery task's name, its id,
+its arguments and its expiry are kept, and Celery gets a message that is made from them, without
+callbacks, chains, compression, arrival time or time limits.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import runpy
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qs, urlencode, urlsplit
 from uuid import UUID
 
 from celery import Celery
 from celery.app.defaults import NAMESPACES, flatten
-from kombu.transport import redis
+from kombu.transport import TRANSPORT_ALIASES, redis
 from redis import Redis
 
-from producers.inbox.drain_message import DRAIN_TASK, task_message
+from producers.inbox.drain_message import DRAIN_TASK, QUEUE, task_message
+from producers.redis_client import url_options
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +33,53 @@ PURGE_TASK: Final = "task_tags.purge"
 _CELERY_KEYS: Final = frozenset(name for name, _ in flatten(NAMESPACES))
 _NUMBER_OF_ARGUMENTS: Final = {DRAIN_TASK: 2, WAKE_TASK: 0, PURGE_TASK: 0}
 _MAX_BYTES: Final = 64 * 1024
-"""Bytes; a drain message has about 600."""
+"""A drain message has about 600."""
+_TCP_OPTIONS: Final = ("socket_connect_timeout", "socket_keepalive", "socket_keepalive_options")
+
+
+def create_app(name: str, redis_url: str, **options: Any) -> Celery:
+    """Return a Celery app whose broker is the product's Redis.
+
+    Its settings are those of the celeryconfig.py that was installed with this package. Another
+    application's `celeryconfig` module and CELERY_BROKER_URL variables do not matter.
+    """
+    for variable in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
+        os.environ.pop(variable, None)
+    app = Celery(name, set_as_current=False, **options)
+    settings = runpy.run_path(str(Path(__file__).parent.parent / "celeryconfig.py"))
+    app.config_from_object(
+        {
+            **{key: value for key, value in settings.items() if key in _CELERY_KEYS},
+            "broker_url": redis_url,
+            "broker_transport": "worker.broker:Transport",
+        }
+    )
+    return app
 
 
 class Channel(redis.Channel):
-    """kombu's channel, with every message that comes from a queue screened."""
+    """kombu's channel: it connects as redis-py reads the URL, and screens what a queue delivers."""
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        options: dict[str, Any] = super()._connparams()  # type: ignore[no-untyped-call]
+        options |= url_options(self.connection.client.hostname)
+        if "path" in options:  # a unix socket
+            options = {name: options[name] for name in options if name not in _TCP_OPTIONS}
+        if asynchronous:
+            options["connection_class"] = self._in_poller(options["connection_class"])
+        return options
+
+    def _in_poller(self, connection_class: Any) -> type:
+        """Return a connection class that tells this channel's poller when it disconnects."""
+        channel = self
+
+        class Connection(connection_class):  # type: ignore[misc]
+            def disconnect(self, *args: Any, **options: Any) -> None:
+                super().disconnect(*args, **options)
+                if channel._registered:
+                    channel._on_connection_disconnect(self)  # type: ignore[no-untyped-call]
+
+        return Connection
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         client: Redis = super()._create_client(asynchronous)  # type: ignore[no-untyped-call]
@@ -47,53 +91,22 @@ class Transport(redis.Transport):
     """kombu's Redis transport with that channel."""
 
     Channel = Channel
+    can_parse_url = True
 
 
-class App(Celery):  # type: ignore[misc]
-    """A Celery app whose broker is the product's Redis, whatever CELERY_BROKER_URL says.
-
-    That variable, like a module named `celeryconfig`, may well be another application's. What it reads from the queue
-    is looked at before Celery parses it.
-    """
-
-    def __init__(self, name: str, redis_url: str, **options: Any) -> None:
-        super().__init__(name, set_as_current=False, **options)
-        self.config_from_object(_settings())
-        self._broker_url = broker_url(redis_url)
-
-    def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
-        connection = super().connection_for_read(url or self._broker_url, **options)
-        connection.transport_cls = Transport
-        return connection
-
-    def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
-        return super().connection_for_write(url or self._broker_url, **options)
-
-
-def _settings() -> dict[str, Any]:
-    """Return the settings of the celeryconfig.py that was installed with this package."""
-    settings = runpy.run_path(str(Path(__file__).parent.parent / "celeryconfig.py"))
-    return {name: value for name, value in settings.items() if name in _CELERY_KEYS}
-
-
-def broker_url(redis_url: str) -> str:
-    """Return the URL as Celery spells it: a socket is `redis+socket://` there, and a database is a path or a virtual host."""
-    parts = urlsplit(redis_url)
-    query = parse_qs(parts.query)
-    database = query.pop("db", [""])[0]
-    if parts.scheme == "unix":
-        return f"redis+socket://{parts.netloc}{parts.path}?virtual_host={database or 0}"
-    rest = urlencode(query, doseq=True)
-    return parts._replace(path=f"/{database}" if database else parts.path, query=rest).geturl()
+TRANSPORT_ALIASES["unix"] = "worker.broker:Transport"  # `celery report` reads the URL by its scheme
 
 
 def _screen_answer(answer: Any, **_: Any) -> Any:
-    message = screened(answer[1]) if answer else None
+    """Screen what comes from the workers' queue; replies to remote control have queues of their own."""
+    if not answer or answer[0] != QUEUE.encode():
+        return answer
+    message = screened(answer[1])
     return None if message is None else (answer[0], message)  # None: nothing came in time
 
 
 def screened(received: bytes) -> bytes | None:
-    """Return a task message as Celery would have sent it; None, and a line in the log, for anything else."""
+    """Return a task message as Celery sends it; None, with a line in the log, for anything else."""
     try:
         task, id, arguments, expires = _read(received)
         return task_message(task, id, arguments, expires=expires)
@@ -104,7 +117,7 @@ def screened(received: bytes) -> bytes | None:
 
 
 def _read(received: bytes) -> tuple[str, str, list[str], str | None]:
-    """Return the task's name, its id, its arguments and its expiry. Raises any exception if they aren't there."""
+    """Return the Celery task's name, its id, its arguments and its expiry, or raise any exception."""
     if len(received) > _MAX_BYTES:
         raise ValueError(f"it is longer than {_MAX_BYTES} bytes")
     message = json.loads(received)

@@ -17,7 +17,7 @@ from producers.errors import ConfigurationError
 from producers.redis_client import open_redis
 from worker import collector, log
 from worker.auth import Authorizer
-from worker.broker import App
+from worker.broker import create_app
 from worker.db.repository import Repository
 from worker.settings import load_settings
 
@@ -46,7 +46,7 @@ class NoAckTask(Task):  # type: ignore[misc]
     Request = NoAckRequest
 
 
-app = App(
+app = create_app(
     "worker",
     settings.redis_url.get_secret_value(),
     include=["worker.tasks"],

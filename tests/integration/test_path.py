@@ -14,11 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from redis import ConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
@@ -48,7 +50,7 @@ from producers.subscriber import Subscriber
 from tests.conftest import Servers
 from tests.support.malformed import HARMLESS, celery_messages
 from tests.support.waiting import eventually
-from worker.broker import App, broker_url
+from worker.broker import Channel, create_app
 
 
 @pytest.fixture
@@ -435,8 +437,8 @@ def test_another_applications_celery_settings_are_not_ours(servers: Servers, spa
         "task_default_queue = 'mine'\nbroker_url = 'memory://'\n"
     )
     program = (
-        "import os; from worker.broker import App\n"
-        "app = App('test', os.environ['TASK_TAGS_REDIS_URL'])\n"
+        "import os; from worker.broker import create_app\n"
+        "app = create_app('test', os.environ['TASK_TAGS_REDIS_URL'])\n"
         "while not (pong := app.control.ping(timeout=1)): pass\n"
         "print(app.conf.task_default_queue, pong)"
     )
@@ -514,7 +516,7 @@ def test_stale_drain_messages_do_no_harm(
     servers: Servers, producer: TagProducer, organization: UUID
 ) -> None:
     """A lease that is not the current one, an organization that doesn't exist."""
-    celery = App("test", servers.stack.redis_url)
+    celery = create_app("test", servers.stack.redis_url)
     for arguments in ((str(organization), str(uuid4())), (str(uuid4()), str(uuid4()))):
         celery.send_task(DRAIN_TASK, args=arguments)
     assert producer.apply(register_execution(uuid4())).flow_execution is not None
@@ -540,7 +542,7 @@ def test_malformed_celery_messages_are_dropped_aloud_and_hold_nobody_up(
 
 def test_remote_control_answers(servers: Servers) -> None:
     """`celery inspect` and Flower can look at the workers."""
-    celery = App("test", servers.stack.redis_url)
+    celery = create_app("test", servers.stack.redis_url)
     pong = eventually(lambda: celery.control.ping(timeout=1))
     tasks = celery.control.inspect(timeout=2).registered()
     celery.close()
@@ -582,21 +584,24 @@ def test_settings_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("redis_url", "expected"),
+    "redis_url",
     [
-        ("redis://u:p@host:6379/2", "redis://u:p@host:6379/2"),
-        ("redis://host", "redis://host"),
-        (
-            "rediss://host/?db=2&ssl_cert_reqs=required",
-            "rediss://host/2?ssl_cert_reqs=required",
-        ),
-        (
-            "unix:///run/a%20b/valkey.sock?db=3",
-            "redis+socket:///run/a%20b/valkey.sock?virtual_host=3",
-        ),
-        ("unix:///run/valkey.sock", "redis+socket:///run/valkey.sock?virtual_host=0"),
+        "redis://u:p@host:6379/2",
+        "redis://host",
+        "rediss://host/?db=2&ssl_cert_reqs=required",
+        "rediss://host?ssl_ca_certs=/ca.pem",
+        "unix:///run/a%20b/valkey.sock?db=3",
+        "unix://u:p@/run/valkey.sock",
     ],
 )
-def test_celery_gets_the_same_redis(redis_url: str, expected: str) -> None:
-    """One setting for the inbox, the channels and the broker."""
-    assert broker_url(redis_url) == expected
+def test_celery_connects_as_the_sdk_does(redis_url: str) -> None:
+    """One setting for the inbox, the channels and the broker, with the same meaning."""
+    channel = object.__new__(Channel)
+    client = create_app("test", redis_url).connection_for_read()
+    channel.connection = SimpleNamespace(client=client, default_port=6379)
+    for asynchronous in (False, True):
+        connection: Any = ConnectionPool(**channel._connparams(asynchronous)).make_connection()
+        wanted: Any = open_redis(redis_url).connection_pool.make_connection()
+        assert isinstance(connection, type(wanted))
+        for name in ("host", "port", "path", "db", "username", "password", "cert_reqs", "ca_certs"):
+            assert getattr(connection, name, None) == getattr(wanted, name, None), name

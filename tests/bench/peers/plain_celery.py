@@ -11,7 +11,6 @@ from celery import Celery
 
 from tests.bench.contenders import Contender, Item, Setting, python
 from tests.bench.job import apply_batch
-from worker.broker import broker_url
 
 
 def apply(message: str, token: str, organization_id: str) -> None:
@@ -19,9 +18,8 @@ def apply(message: str, token: str, organization_id: str) -> None:
 
 
 def make_app() -> Any:
-    app = Celery(
-        "bench", broker=broker_url(os.environ["TASK_TAGS_REDIS_URL"]), set_as_current=False
-    )
+    url = os.environ["TASK_TAGS_REDIS_URL"].replace("unix://", "redis+socket://")
+    app = Celery("bench", broker=url.replace("db=", "virtual_host="), set_as_current=False)
     app.conf.update(
         task_ignore_result=True,
         result_backend=None,
