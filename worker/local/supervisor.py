@@ -29,7 +29,7 @@ class StartupError(Exception):
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end. No `except Exception` may catch it."""
+    """A signal asked this process to end. `except Exception` does not catch it."""
 
 
 @dataclass
