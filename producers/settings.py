@@ -1,4 +1,4 @@
-"""The settings of producers. Only this module of the package reads the environment."""
+"""The settings of producers, with units and defaults; all come from the environment."""
 
 from __future__ import annotations
 

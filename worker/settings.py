@@ -1,4 +1,4 @@
-"""The settings of worker and endpoint. Only this module of the package reads the environment."""
+"""The settings of worker and endpoint, with units and defaults; all come from the environment."""
 
 from __future__ import annotations
 
