@@ -1,7 +1,8 @@
-"""The command `task-tags`: enqueue batches, read tags, watch changes and results, print the schemas.
+"""The command `task-tags`: enqueue messages, read tags, watch changes and results, print schemas.
 
-Exit codes: 0 done; 1 some batch was refused; 2 wrong input or settings; 3 Redis or the endpoint can't be
-used; 4 the inbox is full, with --block until its time was up; 5 a result did not come in time; 130 interrupted.
+Exit codes: 0 done; 1 a batch was refused; 2 wrong input or settings; 3 Redis or the endpoint can't
+be used; 4 the inbox is full (with --block: at the end of that time); 5 no result in time; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ NO_RESULT: Final = 5
 _PIECE: Final = 500
 
 app = typer.Typer(
-    help="Enqueue tag batches, read tags, and watch what becomes of them.",
+    help="Enqueue tag batches, read tags, and watch changes and results.",
     epilog="Settings: TASK_TAGS_REDIS_URL, TASK_TAGS_ENDPOINT_URL, TASK_TAGS_ORGANIZATION_ID, "
-    "TASK_TAGS_TOKEN. Exit codes: 0 done; 1 a batch was refused; 2 wrong input or settings; 3 Redis or "
-    "the endpoint can't be used; 4 the inbox is full; 5 no result in time; 130 interrupted.",
+    "TASK_TAGS_TOKEN. Exit codes: 0 done; 1 a batch was refused; 2 wrong input or settings; "
+    "3 Redis or the endpoint can't be used; 4 the inbox is full; 5 no result in time; "
+    "130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -62,7 +64,7 @@ app = typer.Typer(
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
 
 def main() -> None:
@@ -72,7 +74,7 @@ def main() -> None:
 
 @contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """Turn what can go wrong for a user into one line and an exit code."""
+    """Print an expected error as one line, and exit with its code."""
     try:
         yield
     except ConfigurationError as error:
@@ -100,7 +102,7 @@ def fail(code: int, message: str) -> NoReturn:
 @app.command()
 def enqueue(
     file: Annotated[
-        str, typer.Argument(help="JSON Lines, one message a line; - for standard input.")
+        str, typer.Argument(help="JSON Lines, one message per line; - for standard input.")
     ],
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for the results and print them.")
@@ -108,16 +110,18 @@ def enqueue(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for each result.")] = 30,
     block: Annotated[
         float | None,
-        typer.Option(min=0, metavar="SECONDS", help="Wait so long, in all, for room in the inbox."),
+        typer.Option(
+            min=0, metavar="SECONDS", help="Wait for free capacity in the inbox, so long in total."
+        ),
     ] = None,
     unchecked: Annotated[
-        bool, typer.Option("--unchecked", help="Send lines as they are; the worker checks them.")
+        bool, typer.Option("--unchecked", help="Send lines unchanged; the worker checks them.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Enqueue the batches of a file, in its order. Nothing is sent if a line is wrong."""
+    """Enqueue the messages of a file, in order. Nothing is sent if a line is wrong."""
     if wait and unchecked:
-        fail(WRONG, "--wait goes with messages that are checked")
+        fail(WRONG, "--wait can't be combined with --unchecked")
     lines = _read_lines(file)
     messages = [] if unchecked else _parse_lines(lines)
     deadline = time.monotonic() + (block or 0)
@@ -137,7 +141,7 @@ def enqueue(
 
 @app.command(name="list")
 def list_tags(
-    execution: Annotated[UUID, typer.Argument(help="The flow execution.")],
+    execution: Annotated[UUID, typer.Argument(help="The flow execution's id.")],
     task: Annotated[str | None, typer.Option(help="Only this task's tags.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -159,13 +163,14 @@ def list_tags(
 
 @app.command()
 def watch(
-    execution: Annotated[UUID, typer.Argument(help="The flow execution.")],
+    execution: Annotated[UUID, typer.Argument(help="The flow execution's id.")],
     after: Annotated[
         int | None,
         typer.Option(
             min=0,
             metavar="REVISION",
-            help="All changes after this revision, without a gap: what is missed is read from the endpoint.",
+            help="Print all changes after this revision, without gaps: those that are missed are "
+            "read from the endpoint.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -181,7 +186,7 @@ def watch(
 
 @app.command()
 def results(
-    reply_to: Annotated[str, typer.Argument(help="The reply_to of the batches, or a batch id.")],
+    reply_to: Annotated[str, typer.Argument(help="The reply_to of the messages, or a batch id.")],
     as_json: AsJson = False,
 ) -> None:
     """Print results as they are published, until interrupted."""
@@ -196,7 +201,7 @@ def schema(
         bool,
         typer.Option(
             "--asyncapi",
-            help="Print the AsyncAPI document of inbox, results and changes instead, as YAML.",
+            help="Print the AsyncAPI document of inbox, results and changes as YAML instead.",
         ),
     ] = False,
 ) -> None:
@@ -206,11 +211,11 @@ def schema(
     )
 
 
-# --- Showing -------------------------------------------------------------------------------------
+# --- Output --------------------------------------------------------------------------------------
 
 
 def escape_terminal(text: str) -> str:
-    """Return text that a terminal shows and does not obey: what is no printable character is escaped."""
+    """Escape control characters and Rich markup, so that a terminal only shows the text."""
     return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
@@ -299,9 +304,13 @@ def _apply(
     timeout: float,
     as_json: bool,
 ) -> int:
-    """Enqueue, print each result in order, and return the exit code. Until `deadline`, wait for room.
+    """Enqueue messages, print their results in order, and return the exit code.
 
-    At most so many results are awaited at a time that they find room in the inbox.
+    Args:
+        deadline: On the monotonic clock; until then, wait for free capacity in the inbox.
+        timeout: Seconds to wait for each result.
+
+    The results of at most `_PIECE` messages are awaited at a time, so that these fit in the inbox.
     """
     code = 0
     window: deque[tuple[Message, Future[ResultRecord]]] = deque()

@@ -1,4 +1,4 @@
-"""What the SDK raises. Each docstring says what the caller can do about it."""
+"""The exceptions of the SDK. Each docstring says what the caller can do about it."""
 
 from __future__ import annotations
 
@@ -32,26 +32,27 @@ __all__ = [
 
 
 class ConfigurationError(TaskTagsError):
-    """A setting is missing or wrong. Correct it; trying again as it is won't help."""
+    """A setting is missing or wrong. Correct it; retrying does not help."""
 
 
 class Unavailable(TaskTagsError):
-    """Redis (or the endpoint) can't be reached or refused to work. Try again later with the same batches.
+    """Redis or the endpoint can't be used at present. Retry later with the same batches.
 
-    Some of them may have been accepted: the same batch, enqueued again, never takes effect twice.
+    Some of them may have been accepted: a batch that is enqueued again never takes effect twice.
     """
 
 
 class RedisOutOfMemory(Unavailable):
-    """Redis has no memory left for messages. Give it more, or let the drains make room: they go on.
+    """Redis has no memory left for messages. Enqueue the same batches again later.
 
-    Then enqueue the same batches again. Waiting for the inbox (`block`) does not help: its bound is not the
-    one that was reached; a lower TASK_TAGS_INBOX_LIMIT would have been.
+    Drains continue to run and free memory; or give Redis more. `block` does not help: it waits
+    while the inbox is at its limit, which is not reached here. With a lower TASK_TAGS_INBOX_LIMIT,
+    the inbox is full before Redis is.
     """
 
 
 class InboxFull(TaskTagsError):
-    """The organization's inbox is at its bound. Enqueue `unsent` again later, in their order, or use `block`."""
+    """The inbox is at its limit. Enqueue `unsent` again later, in this order, or use `block`."""
 
     def __init__(self, unsent: Sequence[Message]) -> None:
         super().__init__(f"the inbox is full: {len(unsent)} batch(es) were not enqueued")
@@ -59,27 +60,27 @@ class InboxFull(TaskTagsError):
 
 
 class RevisionExpired(TaskTagsError):
-    """Changes after this revision were purged. Read the tags anew, and follow from the revision that they have."""
+    """Changes after this revision were purged. Read the tags, and continue from their revision."""
 
 
 class ChangesRefused(TaskTagsError):
-    """The endpoint refused to give changes: the token, the execution or the revision is wrong, as it says."""
+    """The endpoint refused the token, the execution or the revision: the text says which."""
 
 
 class ResultTimeout(TaskTagsError):
-    """No result came in time. The batch may still take effect: call `apply` with the same batch again."""
+    """No result came in time. The batch may still take effect: call `apply` with it again."""
 
 
 class ProducerClosed(TaskTagsError):
-    """The producer was closed while it waited. Use an open one."""
+    """The producer was closed while the call waited. Use an open one."""
 
 
 class BatchIdInUse(TaskTagsError):
-    """Another batch with this id is still awaited here. Give this one an id of its own."""
+    """The producer still waits for another batch with this id. Give this one a new id."""
 
 
 class BatchRefused(TaskTagsError):
-    """The worker refused the batch: nothing of it took effect, and `record` has the error."""
+    """The worker refused the batch: it had no effect, and `record` has the error."""
 
     def __init__(self, record: ResultRecord) -> None:
         error = record.error
@@ -97,19 +98,22 @@ class Unauthorized(BatchRefused):
 
 
 class Forbidden(BatchRefused):
-    """The token lacks the scope, or is another organization's. Send the batch with one that may."""
+    """The token lacks the scope, or is of another organization. Retry with another token."""
 
 
 class NotFound(BatchRefused):
-    """An execution or task name is unknown. Register it, then send the operations under a new batch id."""
+    """An execution or task name is unknown. Register it, then send a batch with a new id.
+
+    The same id gets the same error again (docs/concepts/contract.md#rule-8).
+    """
 
 
 class Conflict(BatchRefused):
-    """The batch id was used for something else. Send this batch under a new id."""
+    """The batch id was used for another batch. Send this one under a new id."""
 
 
 class InternalError(BatchRefused):
-    """The worker failed at this very batch, and kept it for its operators. Tell them the batch id."""
+    """The worker failed at this batch, and kept it for an operator. Report the batch id to them."""
 
 
 _REFUSALS: dict[str, type[BatchRefused]] = {

@@ -1,4 +1,4 @@
-"""The only reader of the environment on the producers' side: every setting, its unit and its default."""
+"""The settings of producers, with units and defaults; all come from the environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS
 
 
 def check_redis_url(value: SecretStr) -> SecretStr:
-    """Refuse what is no URL of a Redis, in words that don't quote it: it may have a password."""
+    """Return a Redis URL, or raise an error that does not quote it: it may contain a password."""
     url = value.get_secret_value()
     try:
         parts = urlsplit(url)
@@ -29,7 +29,7 @@ def check_redis_url(value: SecretStr) -> SecretStr:
 
 
 class ProducerSettings(BaseSettings):
-    """Read from variables that begin with TASK_TAGS_, as in TASK_TAGS_REDIS_URL."""
+    """Settings from variables that begin with TASK_TAGS_, such as TASK_TAGS_REDIS_URL."""
 
     model_config = SettingsConfigDict(
         env_prefix="TASK_TAGS_", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
@@ -38,15 +38,15 @@ class ProducerSettings(BaseSettings):
     redis_url: SecretStr = SecretStr("redis://localhost:6379/0")
     """Redis or Valkey, as `redis://`, `rediss://` or `unix://`."""
     endpoint_url: str = "http://localhost:8080"
-    """The read endpoint."""
+    """The URL of the endpoint, for reading and watching."""
     organization_id: UUID | None = None
-    """The organization whose inbox is written to."""
+    """The organization that messages are enqueued for."""
     token: SecretStr | None = None
-    """The bearer token that signs for the batches."""
+    """The bearer token that messages are enqueued under."""
     inbox_limit: int = Field(DEFAULT_LIMIT, ge=1)
     """How many messages may wait in the inbox before `InboxFull`."""
     lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=600)
-    """How long a drain may be silent; the same as the workers' setting."""
+    """Seconds until a lease expires that is not renewed; the same as the workers' setting."""
 
     @field_validator("redis_url")
     @classmethod
@@ -69,7 +69,11 @@ class ProducerSettings(BaseSettings):
 
 
 def load_settings(**values: Any) -> ProducerSettings:
-    """Read the environment; arguments that are not None go first. Raises `ConfigurationError`."""
+    """Read the environment; arguments that are not None take precedence.
+
+    Raises:
+        ConfigurationError: Names each variable that is wrong.
+    """
     given = {name: value for name, value in values.items() if value is not None}
     try:
         return ProducerSettings(**given)

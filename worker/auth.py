@@ -1,7 +1,8 @@
-"""Token → organization, actor, scopes (design, sections 4 and 5; rule 7). The only file that knows JWTs.
+"""Verifies tokens (docs/concepts/contract.md#tokens). The only module that knows JWTs.
 
-Keys and algorithms come from the settings, never from a token: its header is not asked where a key is.
-Tokens are neither stored nor logged; what is remembered of one is a hash.
+Keys and algorithms come from the settings, never from a token: the `kid` in its header chooses only
+among the keys of the configured JWK set. Tokens are neither stored nor logged; verified ones are
+remembered by their hash.
 """
 
 from __future__ import annotations
@@ -37,16 +38,21 @@ _UUID: Final[TypeAdapter[UUID]] = TypeAdapter(Id)
 
 
 class InvalidToken(Exception):
-    """The token proves nothing: missing, malformed, wrongly signed, or out of its time."""
+    """The token is missing, malformed, wrongly signed, expired or not valid yet."""
 
 
 class JwksUnavailable(Exception):
-    """The JWK set can't be fetched now. This says nothing about the token: try again."""
+    """The JWK set can't be fetched at present. The token may be valid: try again later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """What a token proves: who acts, for which organization, with which scopes, and when."""
+    """What a token proves: the organization, the actor, the scopes and the time of validity.
+
+    Args:
+        not_before: Seconds since the epoch.
+        expires_at: Seconds since the epoch.
+    """
 
     organization_id: UUID
     actor: str
@@ -59,7 +65,7 @@ class Principal:
 
 
 class Authorizer:
-    """Verifies tokens; the signature of each distinct one once, its time at every use."""
+    """Verifies tokens: the signature once in 5 minutes, the time of validity at every use."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -68,9 +74,14 @@ class Authorizer:
         self._grants: OrderedDict[bytes, tuple[Principal, float]] = OrderedDict()
 
     def verify(self, token: str | bytes | None, at: float) -> Principal:
-        """Return what the token grants at a time, in seconds since the epoch (leeway: 30 s).
+        """Return what a token proves at a given time.
 
-        Raises `InvalidToken`, or `JwksUnavailable` if the keys themselves can't be had.
+        Args:
+            at: Seconds since the epoch. The leeway is 30 s.
+
+        Raises:
+            InvalidToken: The token is not valid at that time.
+            JwksUnavailable: The keys can't be fetched.
         """
         if not token:
             raise InvalidToken("a token is required")
@@ -85,7 +96,7 @@ class Authorizer:
         return grant
 
     def verify_now(self, token: str) -> Principal:
-        """Return what the token grants at this moment. Raises as `verify` does."""
+        """Return what a token proves now. Raises what `verify` raises."""
         return self.verify(token, at=time.time())
 
     @property
@@ -94,9 +105,9 @@ class Authorizer:
         return self._jwks is not None
 
     def _remembered(self, digest: bytes, raw: bytes) -> Principal:
-        """Return the grant of a token whose signature was verified in the last 5 minutes, or verify it.
+        """Return what a token proves; verify it unless that was done in the last 5 minutes.
 
-        So a key that is taken out of the JWK set is soon worth nothing.
+        It is verified again, so that tokens end soon after their key is removed from the JWK set.
         """
         now = time.monotonic()
         grant, until = self._grants.get(digest, (None, now))
@@ -148,7 +159,7 @@ class Authorizer:
         raise InvalidToken("the token is signed with an unknown key")
 
     def _fetched_keys(self, refresh: bool) -> list[jwt.PyJWK]:
-        """Return the keys of the JWK set. Whatever goes wrong with that is not the token's fault."""
+        """Return the keys of the JWK set. Raises `JwksUnavailable`, whatever the failure is."""
         assert self._jwks is not None
         try:
             return self._jwks.get_signing_keys(refresh)
@@ -177,7 +188,7 @@ def _grant(claims: dict[str, Any]) -> Principal:
 
 
 def _key_source(settings: Settings) -> tuple[Any, jwt.PyJWKClient | None]:
-    """Return the one configured key, or the client for the JWK set. Raises `ConfigurationError`."""
+    """Return the configured key, or the client of the JWK set. Raises `ConfigurationError`."""
     families = {_FAMILIES.get(algorithm[:2]) for algorithm in settings.jwt_algorithms}
     if None in families or len(families) != 1:
         raise ConfigurationError(

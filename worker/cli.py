@@ -1,8 +1,7 @@
-"""The command `task-tags-admin`: the local stack, the demonstration, migrations, tokens, the endpoint, rejected
-messages.
+"""The command `task-tags-admin`: local stack, demo, migrations, tokens, endpoint, dead letters.
 
-Exit codes: 0 done; 1 the demonstration found a difference; 2 wrong input or settings; 3 something could not be
-started or reached; 130 interrupted.
+Exit codes: 0 done; 1 the demonstration found a difference; 2 wrong input or settings; 3 something
+could not be started or reached; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -30,38 +29,39 @@ from worker.auth import SCOPES, Authorizer, JwksUnavailable, sign_token
 from worker.local.supervisor import StartupError, Stopped
 from worker.settings import Settings, load_settings
 
-if TYPE_CHECKING:  # a command loads what it needs: the endpoint's process has no use for Celery
+if TYPE_CHECKING:  # commands import what they need; the endpoint needs no Celery
     from redis import Redis
 
     from worker.drain.dead_letters import DeadLetterEntry, DeadLetterRetrier
     from worker.local.stack import Stack
 
 app = typer.Typer(
-    help="Run and look after task tags.",
-    epilog="Exit codes: 0 done; 1 the demonstration found a difference; 2 wrong input or settings; 3 something "
-    "could not be started or reached; 130 interrupted.",
+    help="Run and administer task tags.",
+    epilog="Exit codes: 0 done; 1 the demonstration found a difference; 2 wrong input or settings; "
+    "3 something could not be started or reached; 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 rejected_app = typer.Typer(
-    help="Look after rejected messages: those at which the worker failed, or that could not be read.",
+    help="List, retry and drop dead letters: messages at which the worker failed, or that can't be "
+    "read.",
     no_args_is_help=True,
 )
 app.add_typer(rejected_app, name="rejected")
 
 DataDir = Annotated[
-    Path, typer.Option(help="Where the stack keeps its data, logs and secrets.", show_default=True)
+    Path, typer.Option(help="The directory for data, logs and secrets.", show_default=True)
 ]
 Port = Annotated[
     int, typer.Option(min=0, max=65535, help="The endpoint's port; 0 takes a free one.")
 ]
-Workers = Annotated[int, typer.Option(min=1, max=64, help="How many worker processes.")]
+Workers = Annotated[int, typer.Option(min=1, max=64, help="The number of worker processes.")]
 
 
 SAMPLE_EXECUTION: Final = UUID("01970000-0000-7000-8000-00000000e001")
-"""What the sample messages tag; a demo gives them ids of its own."""
+"""The execution of the sample messages; `demo` replaces it with a new one."""
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def _stack(data_dir: Path, port: int, workers: int) -> Iterator[Stack]:
-    """Run the stack; a signal that ends it is no error (130 tells that of Ctrl-C)."""
+    """Run the stack until the block ends. Exit with 130 after Ctrl-C, 0 after another signal."""
     from worker.local.stack import run_stack
 
     settings = load_settings()
@@ -111,7 +111,7 @@ def _stack(data_dir: Path, port: int, workers: int) -> Iterator[Stack]:
 
 
 def _if_set(settings: Settings, name: str) -> str | None:
-    """Return a URL that the user has set; servers of one's own are not started but used."""
+    """Return a URL if the user has set it. Such a server is used, and none is started."""
     url: SecretStr = getattr(settings, name)
     return url.get_secret_value() if name in settings.model_fields_set else None
 
@@ -128,14 +128,15 @@ def up(data_dir: DataDir = Path(".task-tags"), port: Port = 8080, workers: Worke
 @app.command()
 def demo(
     file: Annotated[
-        Path, typer.Argument(help="Messages in JSON Lines; the expected results beside it.")
+        Path,
+        typer.Argument(help="NAME.jsonl has the messages, NAME.expected.jsonl the results."),
     ] = Path("examples/document-review.jsonl"),
     data_dir: DataDir = Path(".task-tags"),
     port: Port = 8080,
     workers: Workers = 1,
-    stay: Annotated[bool, typer.Option("--stay", help="Go on until Ctrl-C.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="Keep running until Ctrl-C.")] = False,
 ) -> None:
-    """Start the stack, send a sample flow through the queue, and show what becomes of it."""
+    """Start the stack, send a sample flow through the queue, and print results and changes."""
     from worker.local.demo import Demo
 
     sample = Demo.load(file)
@@ -155,14 +156,15 @@ def demo(
 @app.command(name="migrate")
 def migrate_command(
     worker_password: Annotated[
-        str | None, typer.Option(envvar="TASK_TAGS_WORKER_PASSWORD", help="For task_tags_worker.")
+        str | None,
+        typer.Option(envvar="TASK_TAGS_WORKER_PASSWORD", help="For the role task_tags_worker."),
     ] = None,
     endpoint_password: Annotated[
         str | None,
-        typer.Option(envvar="TASK_TAGS_ENDPOINT_PASSWORD", help="For task_tags_endpoint."),
+        typer.Option(envvar="TASK_TAGS_ENDPOINT_PASSWORD", help="For the role task_tags_endpoint."),
     ] = None,
 ) -> None:
-    """Bring TASK_TAGS_DATABASE_URL, as the tables' owner, to the current tables and roles."""
+    """Create or update tables and roles. TASK_TAGS_DATABASE_URL names the owner of the tables."""
     from worker.db.migrate import migrate
     from worker.db.tables import ROLES
 
@@ -176,12 +178,12 @@ def migrate_command(
 
 @app.command()
 def token(
-    org: Annotated[UUID, typer.Option(help="The organization.")],
+    org: Annotated[UUID, typer.Option(help="The organization's id.")],
     sub: Annotated[str, typer.Option(help="The actor.")] = "developer",
     scope: Annotated[
         list[str] | None, typer.Option(help=f"Any of {', '.join(SCOPES)}; all by default.")
     ] = None,
-    days: Annotated[float, typer.Option(min=0, max=36500, help="How long it is valid.")] = 1,
+    days: Annotated[float, typer.Option(min=0, max=36500, help="Days until it expires.")] = 1,
 ) -> None:
     """Sign a token with TASK_TAGS_JWT_SECRET, for development."""
     scopes = tuple(word for each in scope or SCOPES for word in each.split())
@@ -213,21 +215,21 @@ def endpoint(
 
 @app.command()
 def openapi() -> None:
-    """Print the OpenAPI document of the endpoint, which is the same whatever the settings are."""
+    """Print the OpenAPI document of the endpoint. It does not depend on settings."""
     from worker.api.app import create_app
 
     settings = Settings.model_construct(jwt_secret=SecretStr("-" * 32))  # reads no environment
     print(json.dumps(create_app(settings)._app.openapi(), indent=2))
 
 
-# --- Rejected messages ---------------------------------------------------------------------------
+# --- Dead letters --------------------------------------------------------------------------------
 
-Org = Annotated[UUID, typer.Option(help="The organization.")]
+Org = Annotated[UUID, typer.Option(help="The organization's id.")]
 Ids = Annotated[
-    list[str] | None, typer.Argument(metavar="[ID]...", help="As `rejected list` shows them.")
+    list[str] | None, typer.Argument(metavar="[ID]...", help="As `rejected list` prints them.")
 ]
-All = Annotated[bool, typer.Option("--all", help="All that are rejected now, the oldest first.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+All = Annotated[bool, typer.Option("--all", help="All current dead letters, the oldest first.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
 
 @rejected_app.command(name="list")
@@ -235,7 +237,7 @@ def list_rejected(
     org: Annotated[UUID | None, typer.Option(help="Only this organization's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List rejected messages, the oldest of each organization first.
+    """List dead letters, the oldest of each organization first.
 
     A line has: organization, id, time, attempts, batch id, size in bytes, reason.
     """
@@ -254,11 +256,11 @@ def list_rejected(
 
 @rejected_app.command()
 def show(
-    id: Annotated[str, typer.Argument(help="As `rejected list` shows it.")],
+    id: Annotated[str, typer.Argument(help="As `rejected list` prints it.")],
     org: Org,
     as_json: AsJson = False,
 ) -> None:
-    """Show one rejected message whole."""
+    """Print one dead letter in full."""
     from producers.cli import escape_terminal, out
     from worker.drain.dead_letters import DeadLetterNotFound, find
 
@@ -281,14 +283,16 @@ def retry(
     ids: Ids = None,
     everything: All = False,
     token: Annotated[
-        str, typer.Option(envvar="TASK_TAGS_TOKEN", help="Your own token, which signs for them.")
+        str,
+        typer.Option(envvar="TASK_TAGS_TOKEN", help="Your token, under which they are enqueued."),
     ] = "",
 ) -> None:
-    """Enqueue rejected messages again, once their cause is gone.
+    """Enqueue dead letters again, after their cause is fixed.
 
-    Tokens are never kept, so you sign for the messages: you become the actor of what they change. They take
-    effect behind all that was enqueued since, no longer in their turn. Wants the worker's settings; a message
-    that the worker would refuse, or whose batch id can't be read, stays rejected (exit code 2).
+    Tokens are not kept, so the messages are enqueued under your token: you become the actor of what
+    they change. They go to the end of the inbox, behind everything that was enqueued since. The
+    command needs the worker's settings. A message that the worker would refuse, or whose batch id
+    can't be read, stays a dead letter (exit code 2).
     """
     from worker.drain.dead_letters import server_time
 
@@ -304,7 +308,7 @@ def retry(
 
 @rejected_app.command()
 def drop(org: Org, ids: Ids = None, everything: All = False) -> None:
-    """Forget rejected messages for good."""
+    """Delete dead letters permanently."""
     from worker.drain import dead_letters
 
     with _redis() as redis:
@@ -323,15 +327,15 @@ def _for_each(
     everything: bool,
     do: Callable[[DeadLetterEntry], str],
 ) -> None:
-    """Do something with each of the messages and say so; exit with 2 if it can't be done with one of them.
+    """Apply `do` to each dead letter and print what it returns; exit with 2 if it fails for one.
 
-    What is rejected meanwhile is left alone: a retry that fails again would never come to an end.
+    Dead letters that are added meanwhile are left alone: a retry that fails again would never end.
     """
     from producers.cli import err, escape_terminal, out
     from worker.drain.dead_letters import DeadLetterNotFound, RetryRefused, dead_letters, find
 
     if bool(ids) == everything:
-        fail(2, "name the messages by their ids, or all of them by --all")
+        fail(2, "give either the ids of dead letters or --all")
     wrong = False
     for id in ids or [each.id for each in dead_letters(redis, org)]:
         try:
@@ -369,7 +373,7 @@ def _operator(redis: Redis, org: UUID, token: str) -> Iterator[DeadLetterRetrier
 
 
 def _rejected_line(summary: dict[str, Any]) -> str:
-    """Return one line of Rich markup; a table would cut the ids off that are to be copied."""
+    """Return one line of Rich markup: a table would truncate the ids, which users copy."""
     from producers.cli import escape_terminal
 
     return "  ".join(

@@ -1,4 +1,4 @@
-"""Logs as JSON, one line a record: what came from outside is a field, never part of the text."""
+"""Logs as JSON, one entry per line. Values from outside are fields, never part of the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pythonjsonlogger.json import JsonFormatter
 
 
 def configure(level: str) -> None:
-    """Send this process's logs to standard error. `level`: a name of the standard library's."""
+    """Send this process's logs to standard error.
+
+    Args:
+        level: The name of a level of the standard library, such as INFO.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter(

@@ -1,7 +1,7 @@
 """The rules of a batch (docs/concepts/contract.md): pure, without a clock, I/O or random ids.
 
 A snapshot and messages go in; outcomes and a change set come out. The caller loads the snapshot and
-saves the change set in one transaction (worker/db/repository.py), so what is decided here happens.
+saves the change set in one transaction (worker/db/repository.py).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from producers.contract.results import (
 from producers.contract.values import canonical_json
 
 TagKey = tuple[int, str, str, str]
-"""A tag's name: flow execution, task name, tag type, tag. With its metadata it identifies the tag.
+"""Flow execution, task name, tag type, tag. Together with the metadata they identify a tag.
 
-Ids are looked up as integers, here and below: a UUID hashes and compares in Python.
+Ids are looked up as integers, here and below, because a UUID hashes and compares in Python.
 """
 
 TaskKey = tuple[UUID, str]
-"""A task of an execution: the execution's id, and the task's name."""
+"""A flow execution's id and a task name. Together they identify a task."""
 
 
 def tag_key(named: TagOperation | Tag) -> TagKey:
@@ -53,8 +53,8 @@ def tag_key(named: TagOperation | Tag) -> TagKey:
 def stored_metadata(tag_metadata: Any) -> tuple[bytes | None, bytes]:
     """Return validated metadata as it is stored: canonical JSON, and its digest of 16 bytes.
 
-    For null: None, and no bytes. Two digests are equal if and only if the metadata are the same JSON
-    (docs/concepts/contract.md#rule-2).
+    For null, these are None and no bytes. Two digests are equal if and only if the metadata are the
+    same (docs/concepts/contract.md#rule-2).
     """
     if tag_metadata is None:
         return None, b""
@@ -69,12 +69,15 @@ _NEW_HASHER: Final = hashlib.blake2b(digest_size=16).copy
 
 @dataclass(frozen=True, slots=True)
 class AuthorizedMessage:
-    """A message that is well formed and authorized, with the actor of its token (rule 7)."""
+    """A message that is well formed and authorized.
+
+    Its actor is that of its token (docs/concepts/contract.md#rule-7).
+    """
 
     message: Message
     actor: str
     digest: bytes
-    """The message's digest: the same for two messages that ask for the same."""
+    """Equal for two messages that ask for the same."""
 
 
 @dataclass(slots=True)
@@ -98,12 +101,12 @@ class StoredResult:
 
 @dataclass(slots=True)
 class Snapshot:
-    """What the transaction found of all that the messages name. `decide` updates it."""
+    """What is stored of everything that the messages name. `decide` updates it."""
 
     batches: dict[UUID, StoredResult] = field(default_factory=dict)
     executions: dict[int, Execution] = field(default_factory=dict)
     tags: dict[TagKey, dict[bytes, Tag]] = field(default_factory=dict)
-    """The active tags, by their metadata's digest."""
+    """The active tags by key, and then by the digest of their metadata."""
     tasks: dict[TaskKey, Task] = field(default_factory=dict)
     """The tasks that have a state."""
 
@@ -132,13 +135,13 @@ class NewChange:
 
 @dataclass(slots=True)
 class ChangeSet:
-    """What has to be stored so that the outcomes are true. Every value is final."""
+    """What must be stored before the outcomes are published. Every value is final."""
 
     batches: list[NewBatch] = field(default_factory=list)
     registrations: dict[UUID, Execution] = field(default_factory=dict)
     revisions: dict[UUID, int] = field(default_factory=dict)
     added: dict[int, NewTag] = field(default_factory=dict)
-    """New rows, by id; one that was removed again is a deleted row (rule 4)."""
+    """New rows by id, also of tags that are removed again (docs/concepts/contract.md#rule-4)."""
     removed: dict[int, Tag] = field(default_factory=dict)
     tasks: dict[TaskKey, Task] = field(default_factory=dict)
     changes: list[NewChange] = field(default_factory=list)
@@ -154,7 +157,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The outcomes in the order of the messages, and the change set that makes them true."""
+    """The outcomes in the order of the messages, and the change set to store with them."""
 
     outcomes: list[Outcome]
     change_set: ChangeSet
@@ -168,11 +171,11 @@ def decide(
     now: datetime,
     new_id: Callable[[], UUID],
 ) -> Decision:
-    """Apply messages one after the other to `snapshot`; each sees what those before it did.
+    """Apply messages to `snapshot` one after the other; each sees the effects of those before it.
 
     Args:
         now: The transaction's time, UTC.
-        new_id: Returns the ids of new tags, each greater than the last.
+        new_id: Returns an id for a new tag, greater than the ones before.
     """
     processor = BatchProcessor(organization_id, snapshot, now, new_id)
     outcomes = [processor.process(each) for each in messages]
@@ -188,8 +191,8 @@ def decide_failure(
 ) -> tuple[Outcome, ChangeSet]:
     """Decide that a message ends in `internal_error` and is never applied under its batch id.
 
-    It has to be stored: another drain may hold a copy of the message, and apply it later than the
-    batches behind it.
+    The error must be stored: another drain may have a copy of the message, and would otherwise
+    apply it after the batches behind it.
     """
     batch_id = authorized.message.batch_id
     error = ErrorInfo(code="internal_error", message=text, details=[])
@@ -199,11 +202,11 @@ def decide_failure(
 
 
 ExecutionChanges = dict[int, list[Change | StateChange]]
-"""What one message changed, by execution, in the order of its operations."""
+"""What one message changes, by execution, in the order of its operations."""
 
 
 class BatchProcessor:
-    """The snapshot as it changes from message to message, and the change set that adds up."""
+    """Applies messages to a snapshot, and collects the change set of all of them."""
 
     def __init__(
         self,
@@ -247,7 +250,7 @@ class BatchProcessor:
         return Outcome(record, events)
 
     def _repeat(self, batch_id: UUID, digest: bytes, known: StoredResult) -> Outcome:
-        """Answer the same batch again as before, and another batch under its id with a conflict."""
+        """Return the stored outcome for the same batch, a conflict for another one with its id."""
         if digest == known.digest:
             return Outcome(known.record, known.events)
         error = ErrorInfo(
@@ -256,7 +259,10 @@ class BatchProcessor:
         return Outcome(error_record(self.organization_id, batch_id, error).encode())
 
     def _register(self, message: RegisterExecution) -> RegistrationStatus:
-        """Register an execution, or add task names; null means every name, so it stays null."""
+        """Register an execution, or add task names (docs/concepts/contract.md#rule-15).
+
+        Null allows every name, so it stays null.
+        """
         names = None if message.task_names is None else frozenset(message.task_names)
         execution = self.snapshot.executions.get(message.flow_execution_id.int)
         if execution is None:
@@ -274,7 +280,7 @@ class BatchProcessor:
         self.change_set.registrations[execution.id] = execution
 
     def _find_unknown(self, message: TagBatch | SetTaskState) -> list[ErrorDetail]:
-        """Return each use of an execution or task that this organization does not have (rule 5)."""
+        """Return each use of an unknown execution or task (docs/concepts/contract.md#rule-5)."""
         if isinstance(message, SetTaskState):
             named: Iterable[tuple[int | None, TagOperation | SetTaskState]] = [(None, message)]
         else:
@@ -317,7 +323,7 @@ class BatchProcessor:
         if digest in active:
             return "already_exists"
         flow_execution_key, task_name, tag_type, name = key
-        tag = Tag(  # by position: keywords take twice the time
+        tag = Tag(  # by position, because keywords take twice the time
             self.new_id(),
             operation.flow_execution_id,
             task_name,
@@ -355,7 +361,7 @@ class BatchProcessor:
         return "removed" if digests else "not_found"
 
     def _advance_revisions(self, changes: ExecutionChanges) -> dict[UUID, int]:
-        """Give each execution that really changed its next revision."""
+        """Give each execution that the message really changed its next revision."""
         revisions = {}
         for key in changes:
             execution = self.snapshot.executions[key]
@@ -383,7 +389,7 @@ class BatchProcessor:
         return tuple(events)
 
     def _record(self, message: Message, **outcome: Any) -> bytes:
-        """Encode the result record of what took effect, as `ResultRecord.encode` does."""
+        """Encode the result record of an applied message, as `ResultRecord.encode` does."""
         return to_json(
             {
                 "batch_id": message.batch_id,

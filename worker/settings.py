@@ -1,4 +1,4 @@
-"""The only reader of the environment on the worker's side: every setting, its unit and its default."""
+"""The settings of worker and endpoint, with units and defaults; all come from the environment."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 
 
 class Settings(BaseSettings):
-    """Read from variables that begin with TASK_TAGS_, as in TASK_TAGS_DATABASE_URL."""
+    """Settings from variables that begin with TASK_TAGS_, such as TASK_TAGS_DATABASE_URL."""
 
     model_config = SettingsConfigDict(
         env_prefix="TASK_TAGS_", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
     )
 
     database_url: SecretStr = SecretStr("postgresql://localhost/task_tags")
-    """PostgreSQL, with the role to connect as."""
+    """The URL of PostgreSQL, with the role to connect as."""
     redis_url: SecretStr = SecretStr(DEFAULT_REDIS_URL)
-    """Redis or Valkey: the inboxes, the Celery queue and the channels."""
+    """The URL of Redis or Valkey, which has the inboxes, the Celery queue and the channels."""
 
     jwt_algorithms: Annotated[tuple[str, ...], NoDecode] = ("HS256",)
-    """Signature algorithms that tokens may use, separated by commas; all of one family."""
+    """The signature algorithms that tokens may use, separated by commas; all of one family."""
     jwt_secret: SecretStr | None = None
     """The secret for HS256, HS384 or HS512: at least 32 bytes."""
     jwt_public_key: str | None = None
     """The public key in PEM for EdDSA, ES256, RS256 and the like."""
     jwt_jwks_url: str | None = None
-    """Where the public keys are served as a JWK set."""
+    """The URL of a JWK set with the public keys."""
     jwt_audience: str | None = None
-    """The `aud` that tokens must have; not checked if unset."""
+    """The `aud` that tokens must have; not checked if it is not set."""
     jwt_issuer: str | None = None
-    """The `iss` that tokens must have; not checked if unset."""
+    """The `iss` that tokens must have; not checked if it is not set."""
 
     group_size: int = Field(100, ge=1, le=1000)
-    """At most so many messages are applied in one transaction."""
+    """The most messages that are applied in one transaction."""
     drain_budget_seconds: float = Field(0.25, gt=0, le=60)
-    """After this time a drain goes to the end of the queue, so that other organizations have a turn."""
+    """Seconds until a drain goes to the end of the queue, behind other organizations' drains."""
     lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=600)
-    """How long a drain may be silent before another one may be sent for its inbox."""
+    """Seconds until a lease that its drain does not renew expires; another may be sent then."""
     retention_days: float = Field(30, gt=0)
-    """How long a batch's result is stored: within this time the same batch never takes effect twice."""
+    """Days for which a result is stored. In this time, the same batch never takes effect twice."""
     changes_retention_days: float | None = Field(None, gt=0)
-    """How long a change event is stored; for ever if unset."""
+    """Days for which a change event is stored; for ever if it is not set."""
     inbox_limit: int = Field(DEFAULT_LIMIT, ge=1)
     """How many messages may wait in an inbox before the endpoint answers 429."""
     endpoint_connections: int = Field(4, ge=1, le=1000)
-    """Database connections of one endpoint process."""
+    """The number of database connections of one endpoint process."""
     log_level: str = "INFO"
 
     @field_validator("database_url")

@@ -1,6 +1,6 @@
-"""The endpoint: puts together what can be read, watched and written over HTTP, and the page that shows it.
+"""The endpoint as one application: routes for reading, watching and writing, and the live page.
 
-Every answer that it can give is in its OpenAPI document; the pages load nothing from elsewhere.
+Its OpenAPI document has every answer that it can give. Its pages load nothing from other servers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ _PAGE: Final = {
 _PAGE_HEADERS: Final = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
 }
 
@@ -78,16 +79,17 @@ for path in _PAGE:
 
 
 class Endpoint:
-    """The application. It gives each request an id, and refuses a body that is declared too large.
+    """The ASGI application. Gives requests ids, and refuses a body that is declared too large.
 
-    It sends what is asked most often straight to its handler: FastAPI's routing costs more than the rest.
+    The most frequent request, `GET /task-tags`, goes directly to its handler, because FastAPI's
+    routing takes longer than the read.
     """
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
 
     def end_streams(self) -> None:
-        """End what would go on for ever."""
+        """End the streams of Server-Sent Events, which have no end by themselves."""
         self._app.state.ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,7 +121,7 @@ class Endpoint:
             await self._app(scope, receive, send_with_id)
 
     async def _read_tags(self, request: Request) -> Response:
-        """Answer as FastAPI would."""
+        """Call the handler of `GET /task-tags`, and answer its exceptions as FastAPI does."""
         try:
             return await reads.read_tags(request)
         except Exception as error:
@@ -130,7 +132,7 @@ class Endpoint:
 
 
 class Server(uvicorn.Server):
-    """Ends streams when it is told to end: it would wait for them."""
+    """Ends the endpoint's streams at shutdown; otherwise uvicorn waits for them."""
 
     def __init__(self, config: uvicorn.Config, endpoint: Endpoint) -> None:
         super().__init__(config)
@@ -142,7 +144,7 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings, host: str, port: int) -> None:
-    """Serve the endpoint until the process is told to end."""
+    """Serve the endpoint until a signal ends the process."""
     endpoint = create_app(settings)
     config = uvicorn.Config(
         endpoint,
@@ -162,7 +164,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
 
 
 def create_app(settings: Settings) -> Endpoint:
-    """Return the application. It connects when it starts, and starts also while its servers are away."""
+    """Build the application. It connects at startup, but also starts without its servers."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -193,7 +195,7 @@ def create_app(settings: Settings) -> Endpoint:
     app = FastAPIOffline(
         title="task tags",
         version="1.0.0",
-        description="Reads, watches and changes the tags that are on the tasks of flow executions.",
+        description="Read, watch and change the tags on the tasks of flow executions.",
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
@@ -215,9 +217,9 @@ def create_app(settings: Settings) -> Endpoint:
 
 
 def _exact(described: dict[str, Any]) -> dict[str, Any]:
-    """Return FastAPI's document with the bearer scheme, and without what is never sent.
+    """Return FastAPI's document with the bearer scheme, and without answers that are never sent.
 
-    FastAPI makes it once and keeps it, so this may be told of one that is exact already.
+    FastAPI keeps the document, so this may receive one that it has changed already.
     """
     if "securitySchemes" in described.get("components", {}):
         return described
@@ -236,14 +238,14 @@ def _exact(described: dict[str, Any]) -> dict[str, Any]:
         read = described["paths"][path]["get"]["responses"]["200"]
         read["content"]["application/json"]["example"] = [example]
     stream = described["paths"]["/task-tags/changes/events"]["get"]["responses"]["200"]
-    del stream["content"]["application/json"]  # what FastAPI takes every answer for
+    del stream["content"]["application/json"]  # FastAPI adds it to every answer
     components = described.setdefault("components", {})
     components["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
     }
     for unused in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(unused, None)
-    # Bodies are read by hand, so FastAPI does not know what they are made of.
+    # The routes read bodies themselves, so FastAPI does not know the models.
     operation = TagOperation.model_json_schema(ref_template="#/components/schemas/{model}")
     components["schemas"].setdefault("TagOperation", operation)
     return described

@@ -10,7 +10,11 @@ from worker.auth import Authorizer, InvalidToken, JwksUnavailable, Principal
 
 
 async def require_scope(connection: HTTPConnection, scope: str) -> Principal:
-    """Return what the bearer token in the headers grants. Raises a `ApiError`: 401, 403 or 503."""
+    """Return what the bearer token in the headers proves, if it has the scope.
+
+    Raises:
+        ApiError: 401, 403, or 503 if the keys can't be fetched.
+    """
     return await authenticate(connection.app.state.authorizer, bearer_token(connection), scope)
 
 
@@ -21,7 +25,11 @@ def bearer_token(connection: HTTPConnection) -> str:
 
 
 async def authenticate(authorizer: Authorizer, token: str, scope: str) -> Principal:
-    """Return what a token grants now. Raises a `ApiError`: 401, 403, or 503 if there are no keys."""
+    """Return what a token proves now, if it has the scope.
+
+    Raises:
+        ApiError: 401, 403, or 503 if the keys can't be fetched.
+    """
     if not token:
         raise ApiError(401, "unauthorized", "a bearer token is required")
     try:

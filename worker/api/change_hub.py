@@ -1,7 +1,8 @@
 """The executions that are watched in this process: one Redis subscription for all watchers.
 
-Pub/sub may lose an event, repeat it or deliver it late, all silently. So the table is asked for the
-last revisions whenever a subscription begins, and every two seconds; `GapFiller` does the rest.
+Pub/sub may lose an event, repeat it or deliver it late, and does not report it. So the last
+revisions are read from the table whenever a subscription begins, and every 2 s. `GapFiller` puts
+the events in order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from worker.api.queries import Reader
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS: Final = 2.0
-"""The table is asked for the last revisions this often, at least."""
+"""The longest time between two reads of the last revisions."""
 _POLL_RETRY_SECONDS: Final = 1.0
 _GATHER_SECONDS: Final = 0.02
 _MAX_ASKED: Final = 1000
@@ -55,20 +56,25 @@ class ExecutionFeed(Listener):
         except (ValueError, LookupError, TypeError):
             revision = None
         if not isinstance(revision, int):
-            logger.warning("what was published is not a change event: skipped")
+            logger.warning("skipped a publication that is not a change event")
             return
         before = self.revision
         self._events.receive(revision, payload, len(payload))
         self._wake(before)
 
     def advance(self, revision: int) -> None:
-        """Take note that the table has a revision."""
+        """Take over a revision of the table, if it is greater than the one known here."""
         before = self.revision
         self._events.advance(revision)
         self._wake(before)
 
     def reconcile(self, stored: int, assumed: int) -> None:
-        """Take over the table's revision; `assumed` is what was known here when it was asked."""
+        """Take over the last revision of the table, even if it is less than the one known here.
+
+        Args:
+            stored: The last revision in the table.
+            assumed: The revision known here when the table was read.
+        """
         before = self.revision
         if self._events.reconcile(stored, assumed):
             self._refresh()
@@ -114,18 +120,18 @@ class ChangeHub:
                 del self._feeds[key]
 
     async def run(self) -> None:
-        """Ask the table for last revisions until cancelled: at once after a refresh, else each 2 s."""
+        """Read the last revisions until cancelled: every 2 s, or at once if a feed asks for it."""
         while True:
             await wait_at_most(POLL_SECONDS, self._refresh.wait())
             self._refresh.clear()
             try:
                 await self._poll()
-            except Exception as error:  # whatever it is, watchers would miss lost events for ever
+            except Exception as error:  # without this loop, watchers would miss lost events
                 if not isinstance(error, (psycopg.Error, TimeoutError)):
                     logger.exception("revisions can't be read")
                 self._refresh.set()
                 await asyncio.sleep(_POLL_RETRY_SECONDS)
-            await asyncio.sleep(_GATHER_SECONDS)  # watchers that arrive together are asked for once
+            await asyncio.sleep(_GATHER_SECONDS)  # one read for watchers that arrive together
 
     async def _poll(self) -> None:
         by_organization: dict[UUID, list[UUID]] = {}

@@ -1,6 +1,6 @@
-"""What the endpoint says when it can't do what was asked: one shape for every error (design, section 4).
+"""The errors of the endpoint: one shape for all (docs/concepts/contract.md#rule-14).
 
-Also what its OpenAPI document says of these errors.
+Also their descriptions in the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """Ends a request with an error. `message` says nothing that the caller may not know."""
+    """Ends a request with an error. The caller receives `message`, so it must not have secrets."""
 
     def __init__(
         self, status: int, code: str, message: str, details: list[ErrorDetail] | None = None
@@ -119,7 +119,7 @@ async def on_unavailable(request: Request, error: Exception) -> Response:
 
 
 async def on_gone(request: Request, error: Exception) -> Response:
-    """Nobody is there any more to be told."""
+    """Return an answer that is not sent, because the client has disconnected."""
     return Response(status_code=400)
 
 
@@ -133,7 +133,7 @@ def _request_fields(request: Request) -> dict[str, str]:
     return {"request_id": request.state.request_id, "path": request.url.path[:200]}
 
 
-# --- What the document says of them --------------------------------------------------------------
+# --- The OpenAPI document ------------------------------------------------------------------------
 
 
 def documented_error(

@@ -1,8 +1,8 @@
 """Change events over a WebSocket or as Server-Sent Events: stored events first, then live ones.
 
-A watcher is a cursor and nothing more: it takes the next events from the hub's buffer or from the
-table, sends them, and only then looks for more. So nothing is queued for a slow watcher; one that
-reads nothing is disconnected (worker/api/limits.py).
+Each watcher has a cursor, which takes the next events from the hub's buffer or from the table.
+These are sent before it takes more, so nothing is queued for a slow watcher. A watcher that reads
+nothing is disconnected (worker/api/limits.py).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ Event = tuple[int, bytes]
 
 
 class ChangeCursor:
-    """What one watcher asked for, and how far it has come."""
+    """What one watcher asked for, and the last revision that it has reached."""
 
     def __init__(self, connection: HTTPConnection, query: FeedQuery, principal: Principal) -> None:
         self.after = query.after
@@ -73,13 +73,16 @@ class ChangeCursor:
         self._filter = change_filter(query)
 
     async def check(self) -> None:
-        """Raise an `ApiError` if there is no such execution, or its next changes can't be read."""
+        """Raise `ApiError` if there is no such execution, or its next changes can't be read."""
         await stored_changes(self._reader, self._organization_id, self._query, self.after, limit=1)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield events in the order of their revisions, without end; filtered ones are left out.
+        """Yield the events that pass the filters in the order of their revisions, without end.
 
-        Raises an `ApiError` if events were purged in the meantime. Waits while the database is away.
+        While the database is unavailable, it retries every second.
+
+        Raises:
+            ApiError: Events were purged in the meantime.
         """
         execution = self._query.flow_execution_id
         with self._hub.watch(self._organization_id, execution) as feed:
@@ -118,7 +121,7 @@ _EXPIRED: Final = ApiError(401, "unauthorized", "the token has expired")
 
 @router.websocket("/task-tags/changes")
 async def watch_changes(websocket: WebSocket) -> None:
-    """Send each change event as a text frame. The token comes in a header, or in the first frame."""
+    """Send change events as text frames. The token is in a header, or in the first frame."""
     await websocket.accept()
     request_id = str(uuid4())
     try:
@@ -144,7 +147,11 @@ async def _send_events(websocket: WebSocket, cursor: ChangeCursor) -> None:
 
 
 async def _receive_tokens(websocket: WebSocket, principal: Principal) -> None:
-    """Raise a `ApiError` when the token expires, unless a new one of the same organization came before."""
+    """Receive new tokens until the last one expires.
+
+    Raises:
+        ApiError: It has expired, or a frame is not a new token of the same organization.
+    """
     while True:
         try:
             async with asyncio.timeout(max(0, _expires_in(principal))):
@@ -166,7 +173,7 @@ async def _first_token(websocket: WebSocket) -> str:
 
 
 async def receive_token(websocket: WebSocket) -> str:
-    """Return the token of the next frame. Raises a `ApiError` if it is anything else."""
+    """Return the token in the next frame. Raises `ApiError` if the frame is anything else."""
     message = await websocket.receive()
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(message.get("code", 1005))
@@ -181,7 +188,7 @@ async def receive_token(websocket: WebSocket) -> str:
 
 
 async def _refuse(websocket: WebSocket, problem: ApiError, request_id: str) -> None:
-    """Say why, as every error is said, and close."""
+    """Send the error in the shape that all errors have, and close."""
     code = _CLOSE_CODES[problem.status]
     reason = problem.message.encode()[:_REASON_BYTES].decode(errors="ignore")
     with suppress(WebSocketDisconnect, RuntimeError):
@@ -193,7 +200,7 @@ async def _refuse(websocket: WebSocket, problem: ApiError, request_id: str) -> N
 
 
 class EventStream(Response):
-    """An answer that goes on."""
+    """Sends events until the token expires, the client disconnects or the endpoint ends."""
 
     def __init__(
         self, cursor: ChangeCursor, principal: Principal, request_id: str, ending: asyncio.Event
@@ -231,7 +238,10 @@ class EventStream(Response):
             await write(b"id: %d\nevent: change\ndata: %b\n\n" % (revision, event))
 
     async def _ping(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Show that the connection lives; and how far a watcher with filters has come."""
+        """Send a ping every 15 s: a comment, so that a dead connection is noticed, and an id.
+
+        The id is the revision that was reached, for a watcher whose filters skip the last events.
+        """
         while True:
             await asyncio.sleep(PING_SECONDS)
             await write(b": ping\nid: %d\n\n" % self._watcher.after)
@@ -252,7 +262,7 @@ async def _end(ending: asyncio.Event) -> None:
 _LAST_EVENT_ID: Final[dict[str, Any]] = {
     "name": "Last-Event-ID",
     "in": "header",
-    "description": "The revision of the last event that was received; it goes before `after`.",
+    "description": "The revision of the last event received; takes precedence over `after`.",
     "schema": {"type": "string"},
 }
 
@@ -263,7 +273,8 @@ _LAST_EVENT_ID: Final[dict[str, Any]] = {
     response_model=None,
     responses={
         200: {
-            "description": "First the stored events after a revision, then each that comes: `id` is its revision.",
+            "description": "The stored events after a revision, then new ones as they come. "
+            "`id` is the revision.",
             "content": {
                 "text/event-stream": {
                     "example": f"id: 42\nevent: change\ndata: {json.dumps(EVENT_EXAMPLE)}\n\n"

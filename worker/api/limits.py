@@ -1,6 +1,6 @@
 """Limits of a connection, below the application: large headers, slow clients, broken requests.
 
-uvicorn has no setting for them. Answers have the shape that all errors of the endpoint have.
+uvicorn has no settings for them. Answers have the shape of all errors of the endpoint.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ MAX_BODY_BYTES: Final = 1024 * 1024
 MAX_FRAME_BYTES: Final = 64 * 1024
 REQUEST_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 5.0
-"""A closed connection is cut if the rest is not taken in this time."""
+"""A closed connection is aborted if the client does not read the rest in this time."""
 STALL_SECONDS: Final = 5.0
-"""A connection that takes nothing of what is to be sent for so long is given up."""
+"""A connection is given up if its client reads nothing of what is buffered for this time."""
 TOO_SLOW: Final = 1013
 IDLE_SECONDS: Final = 0.25
-"""Nothing more seems to come of what is not read."""
+"""After a faulty frame, a connection is closed when nothing has arrived for this time."""
 
 
 def error_body(code: str, message: str, details: list[Any], request_id: str) -> bytes:
-    """Return the one shape of an error (design, section 4)."""
+    """Return an error as JSON (docs/concepts/contract.md#rule-14)."""
     error = {"message": message, "code": code, "details": details}
     return json.dumps({"error": error, "request_id": request_id}, ensure_ascii=False).encode()
 
 
 class WriteStallTimer:
-    """Watches a connection whose other end takes nothing: once it is paused, its buffer must get smaller."""
+    """Gives a connection up if its client reads nothing.
+
+    While writing is paused, the buffer must get smaller every 5 s.
+    """
 
     def __init__(self, transport: asyncio.Transport, give_up: Callable[[], None]) -> None:
         self._transport = transport
@@ -59,7 +62,11 @@ class WriteStallTimer:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """Closes a connection whose request is not complete in 10 s, or whose head is over 32 KiB, or which takes no answer."""
+    """Closes a connection that breaks a limit.
+
+    A request must be complete in 10 s, its head has at most 32 KiB, and the client must read the
+    answer.
+    """
 
     _stall: WriteStallTimer
     _deadline: asyncio.TimerHandle | None = None
@@ -148,7 +155,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 def _refusal(status: int, reason: str, code: str) -> bytes:
-    """Return a whole answer, for a request that never reaches the application."""
+    """Return a whole HTTP response, for a request that does not reach the application."""
     request_id = str(uuid4())
     body = error_body(code, reason.lower(), [], request_id)
     head = (
@@ -159,7 +166,7 @@ def _refusal(status: int, reason: str, code: str) -> bytes:
 
 
 class LimitedWebSocket(WebSocketsSansIOProtocol):
-    """Gives up a connection that takes nothing, or that was closed and is not let go by its other end."""
+    """Gives a connection up if its client reads nothing, or stays connected after the close."""
 
     _stall: WriteStallTimer
     _cutting: asyncio.TimerHandle | None = None
@@ -170,7 +177,7 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
         self._stall = WriteStallTimer(transport, self._too_slow)
 
     def pause_writing(self) -> None:
-        """Read nothing either: each ping would be answered into the buffer."""
+        """Stop reading, too: the answer to each ping would go into the buffer."""
         super().pause_writing()
         self.transport.pause_reading()
         self._stall.begin()
@@ -182,7 +189,7 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
 
     def _too_slow(self) -> None:
-        """Say goodbye behind what is not taken, without waiting for its turn."""
+        """Write a close frame behind the buffered data, although writing is paused; disconnect."""
         if not self.close_sent and not self.disconnected:
             self.conn.send_close(TOO_SLOW, "too slow: connect again with after")
             self.transport.write(b"".join(self.conn.data_to_send()))
@@ -195,7 +202,11 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
             self._cutting = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
 
     def handle_parser_exception(self) -> None:
-        """Say what is wrong, and let the rest of it come, unread: a connection that is closed before loses what was said."""
+        """Send the close frame, and discard what the client still sends before disconnecting.
+
+        With unread data, disconnecting would reset the connection, and the client could lose the
+        close frame.
+        """
         assert self.conn.close_sent is not None
         code, reason = self.conn.close_sent.code, self.conn.close_sent.reason
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
@@ -209,7 +220,7 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused_at is None:
             super().data_received(data)
-            if not self.handshake_initiated:  # the head is complete, and not one of a handshake
+            if not self.handshake_initiated:  # a complete head that is no handshake
                 self.transport.write(_refusal(400, "Bad Request", "bad_request"))
                 self.transport.close()
                 self._cut_soon()

@@ -1,4 +1,4 @@
-"""Reads query strings: the parameters of every route, and what is wrong with them."""
+"""Reads query strings: the parameters of every route, and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ Query = TypeVar("Query", bound=BaseModel)
 
 
 def parse_query(connection: HTTPConnection, model: type[Query]) -> Query:
-    """Read the query string. Raises a `ApiError` with what is missing, wrong, unknown or doubled."""
+    """Read the query string.
+
+    Raises:
+        ApiError: 400, with the parameters that are missing, wrong, unknown or repeated.
+    """
     given = connection.query_params.multi_items()
     values: dict[str, Any] = dict(given)
     if len(values) < len(given) or not _repeatable(model).isdisjoint(values):
@@ -48,7 +52,7 @@ def _repeatable(model: type[BaseModel]) -> frozenset[str]:
 
 
 def openapi_parameters(model: type[BaseModel], *headers: dict[str, Any]) -> dict[str, Any]:
-    """Return what the OpenAPI document says of parameters that `parameters` reads."""
+    """Return the OpenAPI description of the parameters that `parse_query` reads."""
     schema = model.model_json_schema()
     required = schema.get("required", [])
     query = [
@@ -59,7 +63,7 @@ def openapi_parameters(model: type[BaseModel], *headers: dict[str, Any]) -> dict
 
 
 def _digits(value: Any) -> Any:
-    """Take a number as its digits alone; "+1", " 1" and "1_0" would be numbers too."""
+    """Convert digits to a number. Python alone would also accept "+1", " 1" and "1_0"."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
         return int(value)
     raise PydanticCustomError("number", "must be a whole number")
@@ -78,7 +82,7 @@ class ExecutionQuery(NoQuery):
 
 
 class Filters(ExecutionQuery):
-    """Which tags are wanted; each that is given must fit, a list by one of its values."""
+    """Which tags to return: each filter that is given must match, a list with one of its values."""
 
     tag_type: list[TagType] = Field([], max_length=100, description="Only tags of these types.")
     tag: list[TagName] = Field([], max_length=100, description="Only these tags.")

@@ -1,4 +1,4 @@
-"""What the endpoint reads. Each statement says what it is for, by which index, and what it returns."""
+"""Reads the database for the endpoint. Each statement says what it returns, and by which index."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ READ_SECONDS: Final = 10.0
 """A read that takes longer ends with `TimeoutError`."""
 
 SCOPE: Final = "select set_config('app.organization_id', $1::text, true)"
-"""Sets the organization of the transaction, whose rows alone it sees."""
+"""Sets the organization of the transaction, which sees only its rows."""
 
 _TAG: Final = """
         id, flow_execution_id, task_name, tag_type, tag, tag_metadata, organization_id, status,
@@ -45,7 +45,8 @@ READ_TAGS: Final = f"""
 """
 """Returns the revision and the active tags of an execution as JSON, by task_tags_active.
 
-It is one statement, so that the tags are those of the revision; null if the reader knows it.
+It is one statement, so that the tags are those of the revision. They are null if the reader knows
+the revision.
 """
 
 # $1 to $3 as above, $4 types, $5 tags, $6 and $7 time and id of the last tag before, $8 limit.
@@ -76,7 +77,8 @@ It reads all active tags of the execution or task by task_tags_active, and sorts
 # $1 organization, $2 flow execution, $3 task name or null.
 _READ_TASKS: Final = f"""
     with named as (
-           select jsonb_array_elements_text(e.task_names) as task_name, null::json as tag, 0 as place
+           select jsonb_array_elements_text(e.task_names) as task_name,
+                  null::json as tag, 0 as place
              {_EXECUTION}
             union all
            select task_name, null, 0
@@ -136,7 +138,8 @@ _READ_CHANGES: Final = """
 """
 """Returns the events after a revision in order, and the revision of the first, by primary key.
 
-It reads one event after the other, for events may be large: the first may exceed the characters.
+It reads one event after the other, because they may be large. The first may exceed the limit of
+characters.
 """
 
 # $1 organization, $2 flow executions.
@@ -145,7 +148,7 @@ _READ_REVISIONS: Final = """
       from flow_executions
      where organization_id = $1 and flow_execution_id = any($2)
 """
-"""Returns the known ones of the executions with their last revisions, by primary key."""
+"""Returns those of the executions that exist, with their last revisions, by primary key."""
 
 # $1 organization, $2 batch.
 _READ_RECORD: Final = """
@@ -154,7 +157,10 @@ _READ_RECORD: Final = """
 """Returns the digest and the stored result of a batch, by primary key."""
 
 _OF_TASK: Final = "($3 is null or task_name = $3)"
-"""A plan that is made once can't look up the task by the index as long as there may be none."""
+"""A prepared plan can't look this up by the index, because $3 may be null.
+
+So `task` is a statement without it.
+"""
 
 PREPARED: Final = {
     "scope (text)": SCOPE,
@@ -173,15 +179,15 @@ class StoredChanges(NamedTuple):
     """Stored change events of an execution after some revision."""
 
     revision: int
-    """The execution's last."""
+    """The last revision of the execution."""
     first: int | None
-    """The revision of the first of the events; None if there are none."""
+    """The revision of the first event; None if there are no events."""
     events: list[bytes]
-    """As they were published."""
+    """In order, as they were published."""
 
 
 class TagFilter(NamedTuple):
-    """Which of an execution's tags to return; None, or an empty list, means any."""
+    """Which of an execution's tags to return; None and empty lists mean any."""
 
     task_name: str | None
     tag_types: Sequence[str]
@@ -195,7 +201,7 @@ class Page(NamedTuple):
     tags: bytes
     """A JSON array."""
     after: str | None
-    """When the last of them was created, and its id; None if there are no more."""
+    """The time of creation and the id of the last tag, as text; None if no more tags follow."""
 
 
 class Tasks(NamedTuple):
@@ -203,7 +209,7 @@ class Tasks(NamedTuple):
 
     revision: int
     registered: int
-    """How many task names are registered."""
+    """The number of registered task names."""
     tasks: bytes
     """A JSON array."""
 
@@ -220,7 +226,7 @@ class Reader:
         ]
 
     async def check(self) -> None:
-        """Run a small query, over a connection whose role was checked."""
+        """Run a small query, on a connection whose role has been checked."""
         nobody = UUID(int=0)
         await self.record(nobody, nobody)
 
@@ -250,7 +256,13 @@ class Reader:
         limit: int,
         max_bytes: int,
     ) -> StoredChanges | None:
-        """Return change events as they are stored, in order; None if there is no such execution."""
+        """Return change events as they are stored, in order; None if there is no such execution.
+
+        Args:
+            after: The revision that precedes the first event.
+            limit: Events, at most.
+            max_bytes: Characters in all events, at most; the first event may exceed it.
+        """
         parameters = [flow_execution_id.bytes, *map(_bigint, (after, limit, max_bytes))]
         found = await self._ask(organization_id, b"changes", parameters)
         if found is None:
@@ -271,7 +283,7 @@ class Reader:
         """Return a page of the wanted active tags; None if there is no such execution.
 
         Args:
-            after: When the last tag before the page was created, and its id, both as text.
+            after: The time of creation and the id of the last tag before the page, as text.
             limit: Tags in the page, at most; None for all.
         """
         created_at, id = after or (None, None)
@@ -325,7 +337,7 @@ class Reader:
     async def _ask(
         self, organization_id: UUID, statement: bytes, parameters: Sequence[bytes | None]
     ) -> Row | None:
-        """Ask on the least busy connection; once more on a new one if it was lost."""
+        """Run a statement on the least busy connection; retry once if the connection was lost."""
         connection = min(self._connections, key=len)
         try:
             async with asyncio.timeout(READ_SECONDS):

@@ -1,4 +1,7 @@
-"""What can be read over HTTP: tags, tasks, stored changes and results (design, section 4: Reading)."""
+"""The routes that read: tags, tasks, stored changes and stored results.
+
+What they return is in docs/concepts/contract.md#rule-14.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,12 @@ def reader_of(request: Any) -> Reader:
 
 
 def _cursor(value: Any) -> tuple[str, str]:
-    """Read a cursor: when the last tag of the page before was created, and its id."""
+    """Parse a cursor: the time of creation and the id of the last tag of the previous page."""
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{8,200}", value):
         text = base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode("ascii", "replace")
         with suppress(ValueError):
             if found := _CURSOR.fullmatch(text):
-                datetime.fromisoformat(found[1])  # there are no thirteen months
+                datetime.fromisoformat(found[1])  # the pattern allows a thirteenth month
                 return found[1], found[2]
     raise PydanticCustomError("cursor", "must be the next_cursor of an earlier answer")
 
@@ -59,12 +62,12 @@ _CURSOR: Final = re.compile(
 
 class TagsQuery(Filters):
     limit: Number | None = Field(
-        None, ge=1, le=1000, description="Answer in pages of so many tags at most."
+        None, ge=1, le=1000, description="Return a page of at most this many tags."
     )
     cursor: Annotated[
         tuple[str, str] | None,
         BeforeValidator(_cursor),
-        WithJsonSchema({"type": "string", "description": "The next_cursor of the page before."}),
+        WithJsonSchema({"type": "string", "description": "The next_cursor of the previous page."}),
     ] = None
 
 
@@ -73,12 +76,12 @@ class ChangesQuery(FeedQuery):
         100,
         ge=1,
         le=1000,
-        description="The most events in one answer, which also ends after 1 MiB.",
+        description="The most events in one answer, which ends earlier at about 1 MiB.",
     )
 
 
 def _known_revisions(header: str | None) -> list[int]:
-    """Return the revisions that If-None-Match names; what is not one of our tags matches nothing."""
+    """Return the revisions that If-None-Match names; entity tags of other kinds match nothing."""
     if header is None:
         return []
     tags = re.findall(r'(?:W/)?"([0-9]{1,18})"', header[:4096])
@@ -89,14 +92,14 @@ def _known_revisions(header: str | None) -> list[int]:
 
 
 class TagPage(BaseModel):
-    """Some of the tags; `next_cursor` asks for those behind them, and is null if there are none."""
+    """A page of tags; `next_cursor` asks for the next page, and is null if there is none."""
 
     tags: list[Tag]
     next_cursor: str | None
 
 
 class TaskAnswer(BaseModel):
-    """A task of an execution: its last recorded state, if there is one, and its active tags."""
+    """A task of an execution: its last recorded state, if it has one, and its active tags."""
 
     flow_execution_id: UUID
     task_name: str
@@ -146,7 +149,7 @@ _RECORD: Final = {
 }
 _ETAG: Final = {
     "ETag": {
-        "description": "The execution's revision, quoted.",
+        "description": "The execution's revision, in quotes.",
         "schema": {"type": "string", "examples": ['"42"']},
     },
     "X-Request-ID": {"schema": {"type": "string"}},
@@ -171,11 +174,11 @@ def _json(body: bytes, headers: dict[str, str] | None = None) -> Response:
     responses={
         200: {
             "description": "The active tags by time of creation; none for an unknown task. "
-            "With `limit` or `cursor` a page of them.",
+            "With `limit` or `cursor`, a page of them.",
             "content": {"application/json": {"example": [TAG_EXAMPLE]}},
             "headers": _ETAG,
         },
-        304: {"description": "The execution has the revision that was named.", "headers": _ETAG},
+        304: {"description": "If-None-Match names the execution's revision.", "headers": _ETAG},
         **ERRORS,
     },
     openapi_extra=openapi_parameters(
@@ -231,12 +234,13 @@ async def _read_page(
     response_model=list[TaskAnswer],
     responses={
         200: {
-            "description": "Each task that is registered, has an active tag or a state, by name.",
+            "description": "Each task that is registered or has an active tag or a state, by name.",
             "content": {"application/json": {"example": [TASK_EXAMPLE]}},
             "headers": {
                 **_ETAG,
                 "ETag": {
-                    "description": "The execution's revision, and the number of task names that are registered.",
+                    "description": "The execution's revision and the number of registered task "
+                    "names, in quotes.",
                     "schema": {"type": "string", "examples": ['"42.3"']},
                 },
             },
@@ -266,7 +270,7 @@ async def read_tasks(request: Request) -> Response:
             "content": {"application/json": {"example": [EVENT_EXAMPLE]}},
             "headers": {
                 "Link": {
-                    "description": 'Where it goes on, if there is more: `rel="next"`.',
+                    "description": 'The URL of the next events, if there are more: `rel="next"`.',
                     "schema": {"type": "string"},
                 },
                 "X-Request-ID": {"schema": {"type": "string"}},
@@ -278,9 +282,9 @@ async def read_tasks(request: Request) -> Response:
     openapi_extra=openapi_parameters(ChangesQuery),
 )
 async def read_changes(request: Request) -> Response:
-    """Who changed what, when, and in which batch: what was published, as it was published.
+    """Read who changed what, when, and in which batch. Events are as they were published.
 
-    With filters, events have only the changes that fit, and those without any are left out.
+    With filters, events have only the changes that match, and events without any are left out.
     """
     principal = await require_scope(request, READ)
     query = parse_query(request, ChangesQuery)
@@ -304,7 +308,12 @@ async def stored_changes(
     limit: int,
     max_bytes: int = 1024 * 1024,
 ) -> StoredChanges:
-    """Return stored events after a revision, of all changes. Raises a `ApiError` if they can't be had."""
+    """Return the stored events after a revision, with all their changes.
+
+    Raises:
+        ApiError: 404 if there is no such execution, 400 if `after` is beyond its last revision, 410
+            if the next event was purged.
+    """
     found = await reader.changes(organization_id, query.flow_execution_id, after, limit, max_bytes)
     if found is None:
         raise NOT_FOUND
@@ -319,7 +328,7 @@ async def stored_changes(
 
 
 def change_filter(wanted: Filters) -> Any:
-    """Return what leaves of an event the changes that are wanted, and nothing of one without any."""
+    """Return a function that keeps the wanted changes of an event, or returns None without any."""
     if not (wanted.task_name or wanted.tag_type or wanted.tag):
         return lambda event: event
 
@@ -352,7 +361,10 @@ def change_filter(wanted: Filters) -> Any:
     },
 )
 async def read_batch(request: Request, batch_id: UUID) -> Response:
-    """404 while the batch is not applied, and for one that was refused: nothing is stored of that."""
+    """Read the result of a batch. 404 until it is stored.
+
+    The errors `bad_request`, `unauthorized` and `forbidden` are never stored.
+    """
     principal = await require_scope(request, READ)
     parse_query(request, NoQuery)
     stored = await reader_of(request).record(principal.organization_id, batch_id)

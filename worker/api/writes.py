@@ -1,6 +1,6 @@
-"""The routes that write: they enqueue under their caller's token, and wait for the result.
+"""The routes that write: they enqueue a message under the caller's token, and wait for its result.
 
-So there is one way to write, that of every producer, and an answer is what the worker decided.
+So the endpoint writes in the same way as any producer, and the worker decides every answer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _POLL_SECONDS: Final = 1.0
 _THREADS: Final = 40
 _LARGE_BYTES: Final = 64 * 1024
 _KEYS: Final = UUID("0b6c2b55-7f0c-5d0e-8a39-5f2a4c9d6e10")
-"""The name space of the batch ids that are made of Idempotency-Keys."""
+"""The namespace of the batch ids that are made from Idempotency-Keys."""
 _STATUS_OF: Final = {
     "bad_request": 400,
     "unauthorized": 401,
@@ -89,14 +89,21 @@ class WriteService:
     pubsub: PubSubMultiplexer
     reader: Reader
     threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
-    """Those that wait for Redis; reads must not wait for one."""
+    """Limits the threads that wait for Redis. Reads have others, so these can't hold them up."""
 
     async def apply(
         self, organization_id: UUID, message: Message, token: str, seconds: float
     ) -> ResultRecord | None:
-        """Enqueue a message and return its result; None if there is none in time. Raises a `ApiError`: 400, 429 or 503.
+        """Enqueue a message and return its result; None if there is none in time.
 
-        Each request hears a channel of its own: two that use one batch id for different things have different results.
+        Each request has its own results channel, because two requests with the same batch id may
+        ask for different things, and then have different results.
+
+        Args:
+            seconds: How long to wait; 0 does not wait.
+
+        Raises:
+            ApiError: 400, 409, 429 or 503.
         """
         if not seconds:
             await self._enqueue(organization_id, message, token)
@@ -126,7 +133,7 @@ class WriteService:
         published: asyncio.Future[ResultRecord],
         seconds: float,
     ) -> ResultRecord | None:
-        """Wait for what is published, and look now and then at what is stored, for pub/sub may lose it."""
+        """Wait for the result; read the stored one every second, because pub/sub may lose it."""
         clock = asyncio.get_running_loop().time
         end = clock() + seconds
         while (left := end - clock()) > 0:
@@ -159,7 +166,7 @@ def _invalid(error: InvalidMessage) -> ApiError:
 
 
 async def _body(request: Request) -> bytes:
-    """Return the body, at most as long as a message may be."""
+    """Read the body. Raises `ApiError` (413) if it is longer than a message may be."""
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -170,7 +177,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _batch_id(request: Request, principal: Principal) -> UUID:
-    """Return the batch id: a new one, or the one that this actor's Idempotency-Key stands for."""
+    """Return a new batch id, or the one that is made from the actor's Idempotency-Key."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return uuid7()
@@ -183,7 +190,10 @@ def _batch_id(request: Request, principal: Principal) -> UUID:
 
 
 def prefer_wait(request: Request) -> float:
-    """Return how many seconds the caller wants to wait (RFC 7240: `wait`, and `respond-async` after that or at once)."""
+    """Return how many seconds to wait for the result, by the header Prefer (RFC 7240).
+
+    `wait` takes precedence over `respond-async`, which means 0.
+    """
     headers = ",".join(request.headers.getlist("prefer"))
     wanted = [each.strip().lower() for each in headers.split(",")]
     waits = [found[1] for each in wanted if (found := re.fullmatch(r"wait\s*=\s*(\d{1,9})", each))]
@@ -193,7 +203,7 @@ def prefer_wait(request: Request) -> float:
 
 
 async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Response:
-    """Make a message of the request, apply it, and answer with its result."""
+    """Make a message from the request, apply it, and answer with its result."""
     principal = await require_scope(request, scope)
     parse_query(request, NoQuery)
     service: WriteService = request.app.state.write_service
@@ -201,7 +211,7 @@ async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Respon
     try:
         raw = await _body(request)
         read = partial(parse_body, kind, raw, batch_id=batch_id, **rest)
-        # A large one may take a second to tell what is wrong with it.
+        # It may take a second to find what is wrong with a large one.
         message = read() if len(raw) < _LARGE_BYTES else await run_in_threadpool(read)
     except InvalidMessage as error:
         raise _invalid(error) from None
@@ -218,11 +228,11 @@ async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Respon
     return Response(to_json(body), status, headers, "application/json")
 
 
-# --- What the document says ----------------------------------------------------------------------
+# --- The OpenAPI document ------------------------------------------------------------------------
 
 
 class TagsBody(BaseModel):
-    """The operations of one batch: they take effect together or not at all."""
+    """The operations of one batch. They take effect together or not at all."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -230,13 +240,13 @@ class TagsBody(BaseModel):
 
 
 class TagsResult(BaseModel):
-    """A status for each operation, in their order."""
+    """A status for each operation, in the same order."""
 
     tags: list[OperationResult]
 
 
 class RegistrationBody(BaseModel):
-    """The task names that may be tagged; null is any."""
+    """The task names to register; null allows every task name."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -260,33 +270,34 @@ class StateResult(BaseModel):
 
 
 class Accepted(BaseModel):
-    """The batch was enqueued, and will be applied; its result is at `Location` then."""
+    """The batch is enqueued. Once it is applied, its result can be read at `Location`."""
 
     batch_id: UUID
 
 
 _LOCATION: Final = {
-    "Location": {"description": "Where the result is stored.", "schema": {"type": "string"}},
+    "Location": {"description": "The path of the stored result.", "schema": {"type": "string"}},
     "X-Request-ID": {"schema": {"type": "string"}},
 }
 _HEADERS: Final[tuple[dict[str, Any], ...]] = (
     {
         "name": "Idempotency-Key",
         "in": "header",
-        "description": "The same key of the same actor is the same batch: it takes effect once.",
+        "description": "The same key of the same actor is the same batch, which takes effect once.",
         "schema": {"type": "string", "maxLength": 200},
     },
     {
         "name": "Prefer",
         "in": "header",
-        "description": "`respond-async` does not wait for the result; `wait=5` waits 5 seconds, 60 at most.",
+        "description": "`respond-async` does not wait for the result; `wait=5` waits up to 5 "
+        "seconds (at most 60).",
         "schema": {"type": "string"},
     },
 )
 
 
 def _describe(body: type[BaseModel], scope: str) -> dict[str, Any]:
-    """Return what the OpenAPI document says of a request that is read by hand, and of its answers."""
+    """Return the OpenAPI description of a request that the route reads, and of its answers."""
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
     content = {"application/json": {"schema": schema}}
@@ -348,7 +359,7 @@ _STATE: Final = _describe(StateBody, EXECUTIONS_WRITE)
         200: _answers(
             TagsResult,
             {"tags": [{"status": "added"}, {"status": "already_exists"}]},
-            "Applied: a status for each operation, in their order.",
+            "Applied: a status for each operation, in the same order.",
         ),
         **_TAGS["responses"],
     },
@@ -360,7 +371,7 @@ async def change_tags(request: Request) -> Response:
 
 @router.put(
     "/flow-executions/{flow_execution_id}",
-    summary="Register a flow execution, or let its task names grow",
+    summary="Register a flow execution, or add task names to it",
     response_model=None,
     responses={
         200: _answers(

@@ -1,6 +1,7 @@
-"""One-dimensional PostgreSQL arrays in the binary format, made at once: psycopg looks at each element anew.
+"""One-dimensional PostgreSQL arrays in the binary format.
 
-Source of the format: array_recv() and array_send() in PostgreSQL's arrayfuncs.c: number of dimensions, whether there are
+They are made in one step, because psycopg handles each element separately. The format is that of
+array_recv() and array_send() in PostgreSQL's arrayfuncs.c: number of dimensions, whether there are
 nulls, type of the elements, length, lower bound, then each element with its length in front.
 """
 
@@ -41,7 +42,7 @@ class Bigints(bytes):
 
 
 def uuids(values: Sequence[int]) -> Uuids:
-    """Make a uuid[] of the integers that UUIDs are."""
+    """Make a uuid[] of UUIDs as integers."""
     return Uuids(_array(2950, len(values), [_SIXTEEN + value.to_bytes(16) for value in values]))
 
 
@@ -54,7 +55,7 @@ def texts(values: Sequence[str | None]) -> Texts:
 
 
 def encoded_texts(values: Sequence[bytes | None]) -> Texts:
-    """Make a text[] of what is UTF-8 already."""
+    """Make a text[] of texts in UTF-8."""
     return Texts(_array(25, len(values), length_prefixed(values), None in values))
 
 
@@ -63,7 +64,7 @@ def byteas(values: Sequence[bytes]) -> Byteas:
 
 
 def decode(array: bytes | None) -> list[bytes]:
-    """Return the elements of an array without nulls."""
+    """Return the elements of an array that has no nulls."""
     found, at = [], 20
     while array is not None and at < len(array):
         (length,) = _READ_LENGTH(array, at)
@@ -113,6 +114,6 @@ class _Bigints(_Array):
 
 
 def register(connection: psycopg.Connection[Any]) -> None:
-    """Let a connection take these arrays as parameters."""
+    """Make a connection accept these arrays as parameters."""
     for made, dumper in ((Uuids, _Uuids), (Texts, _Texts), (Byteas, _Byteas), (Bigints, _Bigints)):
         connection.adapters.register_dumper(made, dumper)

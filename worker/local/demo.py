@@ -1,6 +1,6 @@
-"""The demonstration: sends a sample flow through the real queue, shows all that comes back, and compares.
+"""The demonstration: sends a sample flow through the queue, prints and checks what comes back.
 
-Each run uses executions and batches of its own, made from those of the sample, so that it can be repeated.
+Each run replaces the ids of the sample's executions and batches, so that it can be repeated.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ WAIT_SECONDS: Final = 30.0
 
 Published = ResultRecord | ChangeEvent
 Events = dict[tuple[UUID, int], ChangeEvent]
-"""By execution and revision: an event that is published again is the same event."""
+"""Change events by execution and revision: one that is published twice counts once."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """What the run came to: the last line to print, everything that is not as expected, and an execution to look at."""
+    """The outcome of a run.
+
+    Args:
+        summary: The last line to print.
+        differences: Everything that is not as expected.
+        execution: A flow execution of the run, to look at.
+    """
 
     summary: str
     differences: list[str]
@@ -50,7 +56,7 @@ def _console() -> Console:
 
 @dataclass
 class Demo:
-    """A sample: messages as they are sent, and what each is expected to come to."""
+    """A sample: the messages to send, and the expected outcome of each."""
 
     messages: list[dict[str, Any]]
     expected: list[Any]
@@ -58,7 +64,7 @@ class Demo:
 
     @classmethod
     def load(cls, file: Path) -> Demo:
-        """Read FILE.jsonl and FILE.expected.jsonl: one line a message. Raises `StartupError`."""
+        """Read NAME.jsonl and NAME.expected.jsonl, a line per message. Raises `StartupError`."""
         try:
             messages, expected = (
                 [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -75,7 +81,7 @@ class Demo:
     def run(
         self, redis_url: str, endpoint_url: str, organization_id: UUID, token: str
     ) -> DemoReport:
-        """Send the sample and print what happens, as it happens."""
+        """Send the sample, print results and changes as they arrive, and compare them."""
         run = uuid4()
         messages = [_renamed(message, run) for message in self.messages]
         executions = list(dict.fromkeys(_executions(messages)))
@@ -108,7 +114,7 @@ class Demo:
         records: list[ResultRecord],
         events: Events,
     ) -> None:
-        """Show what comes until there is a result for each message, or nothing comes any more."""
+        """Print what arrives until every message has a result, or nothing arrives for 30 s."""
         started = time.monotonic()
         while len(records) < len(self.messages) and (each := _next(received, WAIT_SECONDS)):
             if not records and isinstance(each, ResultRecord):
@@ -127,7 +133,11 @@ class Demo:
     def _read(
         self, endpoint_url: str, token: str, executions: list[UUID]
     ) -> tuple[list[dict[str, Any]], dict[UUID, int]]:
-        """Read and show the active tags of each execution over HTTP."""
+        """Read the active tags of each execution over HTTP, and print them.
+
+        Returns:
+            The tags, and the revision of each execution that is registered.
+        """
         tags: list[dict[str, Any]] = []
         revisions = {}
         headers = {"Authorization": f"Bearer {token}"}
@@ -137,7 +147,7 @@ class Demo:
             for execution in executions:
                 response = client.get("/task-tags", params={"flow_execution_id": str(execution)})
                 if response.status_code != 200:
-                    continue  # the execution that nobody registered
+                    continue  # the sample uses an execution that is not registered
                 revisions[execution] = int(response.headers["etag"].strip('"'))
                 self.console.print(f"\ntags of {execution}, revision {revisions[execution]}")
                 self.console.print(tag_table(response.json()))
@@ -152,7 +162,7 @@ class Demo:
             yield f"{len(messages)} batches, but {len(records)} results"
         for message, record, expected in zip(messages, records, self.expected, strict=False):
             if str(record.batch_id) != message["batch_id"]:
-                yield f"batch {message['batch_id']} was answered out of its turn"
+                yield f"batch {message['batch_id']} was answered out of order"
             elif _outcome(record) != expected:
                 yield f"batch {record.batch_id}: {_outcome(record)} instead of {expected}"
 
@@ -164,7 +174,7 @@ def _outcome(record: ResultRecord) -> Any:
 
 
 def _compare_replay(events: Events, tags: list[dict[str, Any]]) -> Iterator[str]:
-    """The change events, replayed, are the tags that a reader sees."""
+    """Yield a difference if replaying the change events does not give the tags that were read."""
     replayed = {}
     for _, event in sorted(events.items()):
         for change in event.changes:
@@ -177,7 +187,7 @@ def _compare_replay(events: Events, tags: list[dict[str, Any]]) -> Iterator[str]
 
 
 def _renamed(message: dict[str, Any], run: UUID) -> dict[str, Any]:
-    """Return the message with the ids of this run instead of the sample's."""
+    """Return the message with this run's ids instead of the sample's."""
 
     def rename(value: Any) -> Any:
         if isinstance(value, list):

