@@ -1,7 +1,7 @@
 # One image for all parts; docker-compose.yml says which command each runs.
 FROM python:3.13-slim AS build
 WORKDIR /src
-COPY requirements.lock pyproject.toml README.md LICENSE celeryconfig.py ./
+COPY requirements.lock pyproject.toml README.md LICENSE celeryconfig.py task_tags.py ./
 COPY producers producers
 COPY worker worker
 RUN python -m venv /opt/task-tags \

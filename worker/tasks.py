@@ -1,4 +1,4 @@
-"""What Celery sees: drain, wake, purge. Each only fetches its tools and calls the room that does the work."""
+"""The Celery tasks: drain, wake, purge. Each gets its resources and calls the module that works."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerResources:
-    """What the tasks of one process share; made at the first task, so never before a fork."""
+    """What the Celery tasks of one process share; made at the first one, so never before a fork."""
 
     redis: Redis
     repository: Repository
@@ -34,7 +34,7 @@ class WorkerResources:
 
 
 @cache
-def _tools() -> WorkerResources:
+def _resources() -> WorkerResources:
     redis = open_redis(settings.redis_url.get_secret_value())
     repository = Repository(settings.database_url.get_secret_value())
     return WorkerResources(redis, repository, Authorizer(settings), Uuid7())
@@ -46,25 +46,25 @@ def drain(organization_id: str, lease_id: str) -> None:
     organization, lease = UUID(organization_id), UUID(lease_id)
     run = str(uuid4())
     logger.debug("drain", extra={"lease": str(lease), "run": run})
-    tools = _tools()
+    resources = _resources()
     Drain(
-        inbox=Inbox(tools.redis, organization, lease_ms=settings.lease_ms),
+        inbox=Inbox(resources.redis, organization, lease_ms=settings.lease_ms),
         organization_id=organization,
         run_id=run,
-        repository=tools.repository,
-        authorizer=tools.authorizer,
-        requeue=lambda: send_drain(tools.redis, organization, run),
+        repository=resources.repository,
+        authorizer=resources.authorizer,
+        requeue=lambda: send_drain(resources.redis, organization, run),
         group_size=settings.group_size,
         budget_seconds=settings.drain_budget_seconds,
         stopping=_stopping,
-        new_id=tools.new_id,
+        new_id=resources.new_id,
     ).run()
 
 
 @app.task(name=WAKE_TASK)
 def wake() -> None:
-    """Send a drain for every inbox where messages wait and nobody is on the way."""
-    redis = _tools().redis
+    """Send a drain for every inbox in which messages wait and no drain is queued or running."""
+    redis = _resources().redis
     organization_ids = list(scan_inboxes(redis))
     claims = claim_idle(redis, organization_ids, lambda: str(uuid4()), settings.lease_ms)
     for organization_id, lease_id in claims:
@@ -75,16 +75,18 @@ def wake() -> None:
 
 @app.task(name=PURGE_TASK)
 def purge() -> None:
-    """Forget results and changes older than their retention. Organizations are those that have an inbox."""
-    tools = _tools()
+    """Delete results and changes older than their retention, of organizations that have an inbox."""
+    resources = _resources()
     results = changes = 0
-    for organization_id in scan_inboxes(tools.redis):
-        results += tools.repository.purge_results(organization_id, settings.retention)
+    for organization_id in scan_inboxes(resources.redis):
+        results += resources.repository.purge_results(organization_id, settings.retention)
         if settings.changes_retention is not None:
-            changes += tools.repository.purge_changes(organization_id, settings.changes_retention)
+            changes += resources.repository.purge_changes(
+                organization_id, settings.changes_retention
+            )
     logger.info("purged", extra={"results": results, "changes": changes})
 
 
 def _stopping() -> bool:
-    """Whether this process was told to end: the state that Celery's own consumer looks at."""
+    """Return whether this process was told to end: the state that Celery's own consumer looks at."""
     return any(value not in (None, False) for value in (state.should_stop, state.should_terminate))

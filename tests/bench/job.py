@@ -15,7 +15,7 @@ from redis import Redis
 from producers.contract.values import Uuid7
 from producers.inbox.protocol import StreamEntry
 from producers.redis_client import open_redis
-from worker import collector
+from tests.bench import collector
 from worker.auth import Authorizer
 from worker.db.repository import Repository
 from worker.drain.admission import Admitted, Refused, admit

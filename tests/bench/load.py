@@ -12,7 +12,7 @@ import psycopg
 from producers.contract.messages import TagBatch, add
 from tests.bench.contenders import Item
 from tests.bench.servers import EMPTY, Servers
-from worker import collector
+from tests.bench import collector
 from worker.rules import stored_metadata
 
 MILLION: Final = "million"

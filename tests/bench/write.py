@@ -20,7 +20,7 @@ from tests.bench.names import OURS, OWN_LOAD, SAME_RATE
 from tests.bench.read import spread
 from tests.bench.servers import EMPTY, Servers, servers
 from tests.bench.session import Session, enqueue
-from worker import collector
+from tests.bench import collector
 
 TUNED_ON: Final = Load(10, 8, 0)
 Say = Callable[[str], None]

@@ -1,0 +1,117 @@
+"""The public names of the SDK: `from task_tags import TagProducer`.
+
+They are loaded at their first use, so `import task_tags` is fast. A name that is not listed here is
+private, and may change without notice.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from producers.client import AsyncTagProducer, BatchBuilder, TagProducer
+    from producers.contract.encoding import parse_message
+    from producers.contract.errors import ErrorDetail, ErrorInfo
+    from producers.contract.messages import (
+        ANY_METADATA,
+        Message,
+        RegisterExecution,
+        SetTaskState,
+        TagBatch,
+        TagOperation,
+        add,
+        register_execution,
+        remove,
+        set_task_state,
+    )
+    from producers.contract.results import (
+        Change,
+        ChangeEvent,
+        OperationResult,
+        ResultRecord,
+        StateChange,
+        Tag,
+        Task,
+    )
+    from producers.errors import (
+        BadRequest,
+        BatchIdInUse,
+        BatchRefused,
+        ChangesRefused,
+        ConfigurationError,
+        Conflict,
+        Forbidden,
+        InboxFull,
+        InternalError,
+        InvalidMessage,
+        NotFound,
+        ProducerClosed,
+        RedisOutOfMemory,
+        ResultTimeout,
+        RevisionExpired,
+        TaskTagsError,
+        Unauthorized,
+        Unavailable,
+    )
+    from producers.subscriber import Subscriber
+
+__all__ = [
+    "ANY_METADATA",
+    "AsyncTagProducer",
+    "BadRequest",
+    "BatchBuilder",
+    "BatchIdInUse",
+    "BatchRefused",
+    "Change",
+    "ChangeEvent",
+    "ChangesRefused",
+    "ConfigurationError",
+    "Conflict",
+    "ErrorDetail",
+    "ErrorInfo",
+    "Forbidden",
+    "InboxFull",
+    "InternalError",
+    "InvalidMessage",
+    "Message",
+    "NotFound",
+    "OperationResult",
+    "ProducerClosed",
+    "RedisOutOfMemory",
+    "RegisterExecution",
+    "ResultRecord",
+    "ResultTimeout",
+    "RevisionExpired",
+    "SetTaskState",
+    "StateChange",
+    "Subscriber",
+    "Tag",
+    "TagBatch",
+    "TagOperation",
+    "TagProducer",
+    "Task",
+    "TaskTagsError",
+    "Unauthorized",
+    "Unavailable",
+    "add",
+    "parse_message",
+    "register_execution",
+    "remove",
+    "set_task_state",
+]
+
+_MODULES = ("contract.encoding", "contract.results", "errors", "client", "subscriber")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in _MODULES:
+            found = vars(import_module(f"producers.{module}"))
+            if name in found:
+                return globals().setdefault(name, found[name])
+    raise AttributeError(f"module 'task_tags' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,41 @@
+"""What is public in the SDK, and what it costs to import it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import task_tags
+
+PUBLIC = """
+    ANY_METADATA AsyncTagProducer BadRequest BatchBuilder BatchIdInUse BatchRefused Change ChangeEvent
+    ChangesRefused ConfigurationError Conflict ErrorDetail ErrorInfo Forbidden InboxFull InternalError
+    InvalidMessage Message NotFound OperationResult ProducerClosed RedisOutOfMemory RegisterExecution
+    ResultRecord ResultTimeout RevisionExpired SetTaskState StateChange Subscriber Tag TagBatch
+    TagOperation TagProducer Task TaskTagsError Unauthorized Unavailable add parse_message
+    register_execution remove set_task_state
+""".split()
+
+
+def test_the_public_names_are_these() -> None:
+    """A name that is added, renamed or removed is a change of the public interface."""
+    assert sorted(task_tags.__all__) == sorted(PUBLIC)
+    assert dir(task_tags) == sorted(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(task_tags, name) is not None
+    with pytest.raises(AttributeError):
+        task_tags.Inbox
+
+
+def test_importing_the_module_loads_nothing_of_the_sdk() -> None:
+    """So it takes less than 30 ms: names are loaded at their first use (a deadline of ten times that)."""
+    program = """
+import sys, time
+began = time.perf_counter()
+import task_tags
+assert time.perf_counter() - began < 0.3
+assert not {"producers", "redis", "pydantic"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
