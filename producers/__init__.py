@@ -1,1 +1,1 @@
-"""What a flow runner installs. Deliberately empty: importing a part must not load its neighbours."""
+"""What a flow runner installs. Empty on purpose: a part must not load its neighbours."""

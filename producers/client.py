@@ -128,11 +128,11 @@ class TagProducer:
         return [batch.batch_id for batch in batches]
 
     def submit(self, message: Message, block: float | None = None) -> Future[ResultRecord]:
-        """Enqueue a batch and return the future of its result record, whether that is an error or not.
+        """Enqueue a batch and return the future of its result record, be it an error or not.
 
-        Until the result arrives, the same batch is enqueued again after a lost connection, and after
-        5, 10, 20, 40 and every 60 s: it never takes effect twice. Cancel the future to stop that. The
-        result arrives on a channel of this producer, whatever the batch's `reply_to`.
+        Until the result arrives, the same batch is enqueued again after a lost connection, and
+        after 5, 10, 20, 40 and every 60 s: it never takes effect twice. Cancel the future to stop
+        that. The result arrives on a channel of this producer, whatever the batch's `reply_to`.
 
         Args:
             block: Seconds to wait for free capacity in the inbox.

@@ -17,7 +17,7 @@ _EVENTS: Final = TypeAdapter(list[ChangeEvent])
 
 
 def client_options(url: str, token: str) -> dict[str, Any]:
-    """Return the arguments of an httpx client. An endpoint on this machine is reached without a proxy."""
+    """Return the arguments of an httpx client, without a proxy for an endpoint on this machine."""
     return {
         "base_url": url,
         "headers": {"Authorization": f"Bearer {token}"},

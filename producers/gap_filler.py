@@ -1,9 +1,9 @@
-"""Puts the numbered events of one feed in order, whatever pub/sub does to them. Pure: no I/O, no clock.
+"""Puts the numbered events of one feed in order. Pure: no I/O, no clock.
 
-Pub/sub may lose an event, repeat it or deliver it late, and does so silently. But events are numbered
-1, 2, 3 … without gaps, and all of them are stored. So what is published is trusted only as far as
-its number goes: a reader takes the events after the last one it has passed on from the few that are
-buffered here, and from the store if the next one is not among them.
+Pub/sub may lose an event, repeat it or deliver it late, and does so silently. But events are
+numbered 1, 2, 3 … without gaps, and all of them are stored. So what is published is trusted only as
+far as its number goes: a reader takes the events after the last one it has passed on from the few
+that are buffered here, and from the store if the next one is not among them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one subscription to Redis pub/sub, which reconnects. Every listener of the product uses it.
 
-It is asyncio at its core; `LoopThread` runs it for callers that are not. Pub/sub keeps nothing for a
-listener that is away, so a listener learns when its subscription begins, for the first time and
+It is asyncio at its core; `LoopThread` runs it for callers that are not. Pub/sub keeps nothing for
+a listener that is away, so a listener learns when its subscription begins, for the first time and
 again after each lost connection: whatever was published before may be lost.
 """
 
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class Listener:
-    """Receives what is published on a channel. Its methods run in the event loop, and must not block."""
+    """Receives what is published on a channel. Its methods run in the event loop: never block."""
 
     def on_subscribed(self) -> None:
         """The subscription has begun, or begun again: what was published before may be lost."""
@@ -183,7 +183,7 @@ class ListenEvent(Enum):
 
 
 class EventQueue(Listener):
-    """Queues what is published on a channel. A reader that falls 32 MiB behind loses what is queued."""
+    """Queues what is published on a channel. A reader 32 MiB behind loses what is queued."""
 
     def __init__(self) -> None:
         self._events: list[bytes | ListenEvent] = []
@@ -203,7 +203,7 @@ class EventQueue(Listener):
         self._arrived.set()
 
     async def take(self, seconds: float) -> Sequence[bytes | ListenEvent]:
-        """Return all that has arrived; wait up to so many seconds for something, then return nothing."""
+        """Return all that has arrived; if nothing has, wait for so many seconds at most."""
         await wait_at_most(seconds, self._arrived.wait())
         self._arrived.clear()
         events, self._events, self._bytes = self._events, [], 0
@@ -231,8 +231,8 @@ class LoopThread:
     def iterate(self, events: AsyncGenerator[Sequence[Result], None]) -> Iterator[Result]:
         """Run an asynchronous iteration in the loop; yield the items of what it yields.
 
-        One task alone uses `events`, and takes no more than is asked for. It ends with this iterator,
-        or with `close`.
+        One task alone uses `events`, and takes no more than is asked for. It ends with this
+        iterator, or with `close`.
         """
         taken: queue.SimpleQueue[Sequence[Result] | None] = queue.SimpleQueue()
         wanted = asyncio.Event()

@@ -18,8 +18,8 @@ _TIMEOUTS: Final[dict[str, Any]] = {
 def open_redis(url: str, **options: Any) -> Redis:
     """Return a client for `redis://`, `rediss://` or `unix://`. It connects at its first use.
 
-    It speaks RESP2: redis-py formats a log line for each push message of RESP3, logged or not, which
-    took two thirds of the time to receive a change event.
+    It speaks RESP2: redis-py formats a log line for each push message of RESP3, logged or not,
+    which took two thirds of the time to receive a change event.
     """
     client: Redis = Redis.from_url(url, **_options(url, _TIMEOUTS | options))
     return client

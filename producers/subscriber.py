@@ -1,7 +1,7 @@
 """Subscribes to results and to changes, across lost connections.
 
-Pub/sub keeps nothing for a subscriber that is away. A lost result is asked for by enqueuing the same
-batch again, which `TagProducer.apply` does; lost changes are read from the endpoint, for a
+Pub/sub keeps nothing for a subscriber that is away. A lost result is asked for by enqueuing the
+same batch again, which `TagProducer.apply` does; lost changes are read from the endpoint, for a
 subscriber that asks for all of them (`after`).
 """
 
@@ -42,8 +42,8 @@ Published = TypeVar("Published", ResultRecord, ChangeEvent)
 class Subscriber:
     """Receives the results of a `reply_to`, or the changes of an execution, of one organization.
 
-    Arguments that are left out come from the environment (`ProducerSettings`). Iterate with `for`, or
-    with `async for` over the methods whose names begin with `a`. Raises `ConfigurationError`.
+    Arguments that are left out come from the environment (`ProducerSettings`). Iterate with `for`,
+    or with `async for` over the methods whose names begin with `a`. Raises `ConfigurationError`.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class Subscriber:
         return self._thread.iterate(self._results(reply_to))
 
     def changes(self, flow_execution_id: UUID, after: int | None = None) -> Iterator[ChangeEvent]:
-        """Yield the change events of an execution, without end; a gap in `revision` is a lost event.
+        """Yield the change events of an execution, without end; a gap in `revision` is a loss.
 
         Args:
             after: A revision. All events after it are yielded in order, without a gap or a
                 repetition: lost events are read from the endpoint, with the token.
 
         Raises:
-            Unavailable: Redis, or the endpoint, can't be reached at the start; later they are waited
-                for.
+            Unavailable: Redis, or the endpoint, can't be reached at the start; later they are
+                waited for.
             ConfigurationError, RevisionExpired, ChangesRefused: With `after` alone.
         """
         return self._thread.iterate(self._changes(flow_execution_id, after))
@@ -159,7 +159,7 @@ async def _flatten(events: AsyncGenerator[Sequence[Published], None]) -> AsyncIt
 
 
 class _ExecutionChanges:
-    """All changes of an execution after a revision: as published, and from the endpoint what is missing."""
+    """All changes of an execution after a revision: published ones, and lost ones fetched."""
 
     def __init__(
         self, fetch: Callable[[int], Awaitable[Sequence[ChangeEvent]]], after: int

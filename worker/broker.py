@@ -98,7 +98,7 @@ TRANSPORT_ALIASES["unix"] = "worker.broker:Transport"  # `celery report` reads t
 
 
 def _screen_answer(answer: Any, **_: Any) -> Any:
-    """Screen what comes from the workers' queue; replies to remote control have queues of their own."""
+    """Screen what comes from the workers' queue; replies to remote control have other queues."""
     if not answer or answer[0] != QUEUE.encode():
         return answer
     message = screened(answer[1])
@@ -117,7 +117,7 @@ def screened(received: bytes) -> bytes | None:
 
 
 def _read(received: bytes) -> tuple[str, str, list[str], str | None]:
-    """Return the Celery task's name, its id, its arguments and its expiry, or raise any exception."""
+    """Return the Celery task's name, id, arguments and expiry, or raise any exception."""
     if len(received) > _MAX_BYTES:
         raise ValueError(f"it is longer than {_MAX_BYTES} bytes")
     message = json.loads(received)

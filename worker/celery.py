@@ -33,8 +33,8 @@ except ConfigurationError as error:
 class NoAckRequest(Request):  # type: ignore[misc]
     """A delivery from a queue that is consumed without acknowledgement.
 
-    kombu's Redis transport acknowledges it all the same, and if the connection breaks at that moment,
-    the worker ends.
+    kombu's Redis transport acknowledges it all the same, and if the connection breaks at that
+    moment, the worker ends.
     """
 
     def acknowledge(self) -> None:
@@ -77,7 +77,7 @@ def _check(**_: Any) -> None:
 
 
 def _wait_for(what: str, reach: Callable[[], Any], away: type[Exception]) -> None:
-    """Retry until a server answers, with a backoff of up to a second; log once that it is awaited."""
+    """Retry until a server answers, with a backoff of up to a second; log it once."""
     seconds = 0.05
     while True:
         try:
@@ -95,7 +95,8 @@ def _wait_for(what: str, reach: Callable[[], Any], away: type[Exception]) -> Non
 def _freeze_garbage_collector(**_: Any) -> None:
     """Exempt what exists from garbage collection, and collect seldom from now on.
 
-    A drain makes many objects and no cycles; searching all modules for some took a fifth of its time.
+    A drain makes many objects and no cycles; searching all modules for some took a fifth of its
+    time.
     """
     gc.collect()
     gc.freeze()

@@ -75,7 +75,7 @@ def wake() -> None:
 
 @app.task(name=PURGE_TASK)
 def purge() -> None:
-    """Delete results and changes older than their retention, of organizations that have an inbox."""
+    """Delete results and changes beyond their retention, of organizations with an inbox."""
     resources = _resources()
     results = changes = 0
     for organization_id in scan_inboxes(resources.redis):
@@ -88,5 +88,5 @@ def purge() -> None:
 
 
 def _stopping() -> bool:
-    """Return whether this process was told to end: the state that Celery's own consumer looks at."""
+    """Return whether this process is to end: the state that Celery's own consumer looks at."""
     return any(value not in (None, False) for value in (state.should_stop, state.should_terminate))

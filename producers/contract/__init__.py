@@ -1,1 +1,1 @@
-"""The contract between producers, workers and readers: what may be said. It needs pydantic alone."""
+"""The contract between producers, workers and readers. It needs pydantic alone."""

@@ -1,4 +1,4 @@
-"""Reads messages: bytes become a message, or an `InvalidMessage` that lists every fault in words."""
+"""Reads messages: bytes become a message, or an `InvalidMessage` that lists every fault."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def parse_canonical(raw: bytes) -> tuple[Message, bytes]:
 
 
 def parse_body(kind: str, raw: bytes, **rest: Any) -> Message:
-    """Build a message from a JSON object and from the fields in `rest` that the object must not have.
+    """Build a message from a JSON object and the fields in `rest`, which the object must not have.
 
     The object has the fields of this kind alone, none of those that all messages have. Raises
     `InvalidMessage` with every fault.

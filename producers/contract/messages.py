@@ -136,7 +136,7 @@ class BaseMessage(StrictModel):
         return encoded
 
     def canonical_bytes(self) -> bytes:
-        """Serialize in the canonical form (docs/concepts/contract.md#canonical-form), at any length."""
+        """Serialize in canonical form (docs/concepts/contract.md#canonical-form), at any length."""
         return self.model_dump_json().encode()
 
     def digest(self) -> bytes:
@@ -153,7 +153,7 @@ def digest(canonical: bytes) -> bytes:
 
 
 class TagBatch(BaseMessage):
-    """1 to 100 operations that take effect together or not at all (docs/concepts/contract.md#rule-5)."""
+    """1 to 100 operations, applied together or not at all (docs/concepts/contract.md#rule-5)."""
 
     model_config = ConfigDict(
         json_schema_extra={"required": ["schema_version", "kind", "batch_id", "tags"]}
@@ -163,7 +163,7 @@ class TagBatch(BaseMessage):
     tags: Annotated[list[TagOperation], Field(min_length=1, max_length=MAX_OPERATIONS)]
 
     def canonical_bytes(self) -> bytes:
-        """Serialize in the canonical form; `tag_metadata` stays out where that differs from null."""
+        """Serialize in canonical form; `tag_metadata` stays out where that differs from null."""
         left_out = {
             index: {"tag_metadata"}
             for index, operation in enumerate(self.tags)

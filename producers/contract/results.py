@@ -35,7 +35,7 @@ class Recording(TolerantModel):
 
 
 class ResultRecord(TolerantModel):
-    """The result of a message: a status for each operation, in the order of the request, or one error.
+    """The result of a message: a status for each operation, in their order, or one error.
 
     The rule is docs/concepts/contract.md#rule-6.
     """
@@ -61,7 +61,7 @@ class ResultRecord(TolerantModel):
 
     @property
     def statuses(self) -> list[str]:
-        """The statuses in the order of the operations; one for other messages; none for an error."""
+        """The statuses in their order; one for other messages than batches, none for an error."""
         found = (self.flow_execution, self.task_execution, *(self.tags or ()))
         return [each.status for each in found if each is not None]
 
@@ -79,7 +79,7 @@ class ResultRecord(TolerantModel):
 
 @dataclass(slots=True)
 class Tag:
-    """A tag as it is stored, read and published; the last two fields are null until it is modified."""
+    """A tag as it is stored and published; the last two fields are null until it is modified."""
 
     id: UUID
     flow_execution_id: UUID

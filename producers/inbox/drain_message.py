@@ -19,7 +19,7 @@ from redis import Redis
 QUEUE: Final = "task-tags"
 """The Redis list, which has the name of the Celery queue in celeryconfig.py."""
 DRAIN_TASK: Final = "task_tags.drain"
-"""The Celery task that applies an inbox; its arguments are the organization's id and the lease id."""
+"""The Celery task that applies an inbox; its arguments are organization id and lease id."""
 
 
 def send_drain(redis: Redis, organization_id: UUID, lease_id: str) -> None:

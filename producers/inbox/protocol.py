@@ -4,7 +4,8 @@ An inbox is an organization's Redis stream of messages that are accepted and not
 lease is a key that says `queued <lease id>` or `running <run id>`: a drain of the inbox is in the
 Celery queue, or working. Each delivery of a drain message is a run with an id of its own. Each step
 is one Lua script, so no step is ever seen half done. The keys, the states and the argument why
-nothing is lost are in docs/concepts/inbox-protocol.md; tests/unit/test_inbox_model.py searches them.
+nothing is lost are in docs/concepts/inbox-protocol.md; tests/unit/test_inbox_model.py searches
+them.
 
 Three facts carry it:
 
@@ -70,8 +71,8 @@ class StreamEntry:
 class DeadLetter:
     """A message that is kept for an operator, without its token (worker/drain/dead_letters.py).
 
-    `rejected_at` is in UTC, `attempts` says how often it was applied in vain, and `batch_id` is None
-    if it could not be read.
+    `rejected_at` is in UTC, `attempts` says how often it was applied in vain, and `batch_id` is
+    None if it could not be read.
     """
 
     message: bytes
@@ -109,8 +110,8 @@ class Inbox:
     Args:
         redis: A client that does not decode responses.
         limit: How many messages the inbox may hold.
-        lease_ms: How long a lease lives without renewal, in milliseconds. Producers and workers must
-            agree on it only roughly.
+        lease_ms: How long a lease lives without renewal, in milliseconds. Producers and workers
+            must agree on it only roughly.
     """
 
     def __init__(
@@ -157,8 +158,8 @@ class Inbox:
     ) -> list[StreamEntry]:
         """Begin a drain, or go on after a failure; return what is at the head of the inbox.
 
-        If nothing is returned, the run is over: the inbox is empty and the lease is free, or another
-        drain is running.
+        If nothing is returned, the run is over: the inbox is empty and the lease is free, or
+        another drain is running.
         """
         return self._entries(
             self._run(
@@ -221,7 +222,8 @@ class Inbox:
 def scan_inboxes(redis: Redis) -> Iterator[UUID]:
     """Yield every organization that has an inbox, which the names of the keys tell.
 
-    So there is no list of them that could be lost, or that a producer would need the right to write.
+    So there is no list of them that could be lost, or that a producer would need the right to
+    write.
     """
     return scan_organizations(redis, inbox_key)
 
@@ -239,7 +241,7 @@ def scan_organizations(redis: Redis, key_of: Callable[[UUID], str]) -> Iterator[
 def claim_idle(
     redis: Redis, organization_ids: Iterable[UUID], new_lease_id: Callable[[], str], lease_ms: int
 ) -> list[tuple[UUID, str]]:
-    """Take the free lease of every inbox in which messages wait; return those to send a drain for."""
+    """Take the free leases of inboxes in which messages wait; return those to send drains for."""
     claims = [(organization_id, new_lease_id()) for organization_id in organization_ids]
     script = Script(redis, _source("claim_idle"))
     with redis.pipeline(transaction=False) as pipe:

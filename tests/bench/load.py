@@ -10,9 +10,9 @@ from uuid import NAMESPACE_OID, UUID, uuid5
 import psycopg
 
 from producers.contract.messages import TagBatch, add
+from tests.bench import collector
 from tests.bench.contenders import Item
 from tests.bench.servers import EMPTY, Servers
-from tests.bench import collector
 from worker.rules import stored_metadata
 
 MILLION: Final = "million"

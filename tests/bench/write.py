@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from tests.bench import collector
 from tests.bench import contenders as contest
 from tests.bench.contenders import NAMES, Contender, Setting
 from tests.bench.load import MILLION, PREFILLED, Batches, Load, prefill
@@ -20,7 +21,6 @@ from tests.bench.names import OURS, OWN_LOAD, SAME_RATE
 from tests.bench.read import spread
 from tests.bench.servers import EMPTY, Servers, servers
 from tests.bench.session import Session, enqueue
-from tests.bench import collector
 
 TUNED_ON: Final = Load(10, 8, 0)
 Say = Callable[[str], None]

@@ -33,7 +33,7 @@ DISCARD_PLANS: Final = "discard plans"
 
 
 class UnsafeRole(Exception):
-    """The database role sees through row-level security: connect as the role that `migrate` made."""
+    """The role sees through row-level security: connect as the one that `migrate` made."""
 
 
 def driver_url(database_url: str) -> Any:
@@ -53,9 +53,9 @@ def assert_safe_role(found: Sequence[Any]) -> None:
 def should_discard_plans(uses: int) -> bool:
     """Whether a connection should plan its statements again at this use: the 2nd, 4th, 8th, 16th …
 
-    PostgreSQL keeps a prepared plan until the table is analyzed, which takes a minute or more. A plan
-    made while an organization had a few hundred rows may read all of them for each look-up, and its
-    cost then grows with what the organization stores.
+    PostgreSQL keeps a prepared plan until the table is analyzed, which takes a minute or more. A
+    plan made while an organization had a few hundred rows may read all of them for each look-up,
+    and its cost then grows with what the organization stores.
     """
     return uses > 1 and uses & (uses - 1) == 0
 
@@ -74,7 +74,7 @@ _TRANSIENT_STATES: Final = (
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same transaction may succeed later: lost connections, deadlocks, resources, shutdowns.
+    """Whether the same transaction may succeed later, as after a lost connection or a deadlock.
 
     A missing table, column or right and an outdated plan count too: statements are the same for all
     batches, and a migration cures them. The codes are listed at

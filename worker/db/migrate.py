@@ -19,9 +19,9 @@ _LOCK: Final = 0x7461_736B_7461_6773  # "tasktags"
 def migrate(owner_url: str, passwords: dict[str, str]) -> None:
     """Run the missing migrations and set passwords of roles, by role name.
 
-    Several at once wait for one another. A password reaches the server as a SCRAM verifier, so no log
-    has it. Raises SQLAlchemy's `DBAPIError` if the server can't be reached or the role may not do
-    that, and Alembic's `CommandError` if the database is of a newer or unknown version.
+    Several at once wait for one another. A password reaches the server as a SCRAM verifier, so no
+    log has it. Raises SQLAlchemy's `DBAPIError` if the server can't be reached or the role may not
+    do that, and Alembic's `CommandError` if the database is of a newer or unknown version.
     """
     config = Config()
     config.set_main_option("script_location", str(files("worker.db") / "migrations"))

@@ -154,7 +154,7 @@ class PipelinedConnection:
             self.close(error)
 
     def _take(self, result: pq.abc.PGresult) -> None:
-        """Keep the row or error of a transaction's last statement until the transaction has ended."""
+        """Keep the row or error of a transaction's last statement until it has ended."""
         if result.status == pq.ExecStatus.TUPLES_OK:
             columns = range(result.nfields if result.ntuples else 0)
             self._row = tuple(result.get_value(0, column) for column in columns) or None

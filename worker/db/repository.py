@@ -118,7 +118,7 @@ class Repository:
 
     @contextmanager
     def _connection(self) -> Iterator[psycopg.Connection]:
-        """Lend the connection as psycopg's own, for SQLAlchemy has no pipelines; replace a broken one.
+        """Lend psycopg's connection, for SQLAlchemy has no pipelines; replace a broken one.
 
         SQLAlchemy asks a server a few questions first. If they fail, it raises errors of its own:
         they are no batch's fault either, and may pass like psycopg's.

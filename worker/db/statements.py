@@ -1,11 +1,13 @@
-"""The worker's SQL. Each statement says what it is for, by which index it goes, and what it returns.
+"""The worker's SQL: what each statement is for, by which index it goes, what it returns.
 
-Statements take arrays, so their number does not grow with a batch or a group of batches. Two habits:
+Statements take arrays, so their number does not grow with a batch or a group of batches. Two
+habits:
 
-- Arrays side by side in a select list become rows one by one; `from unnest(a, b)` copies them first.
+- Arrays side by side in a select list become rows one by one; `from unnest(a, b)` copies them
+  first.
 - `offset 0` keeps the planner from turning a look-up by key into a scan of the whole table, as it
-  does while it has no statistics of a new table; a prepared plan stays while the table grows. For the
-  same reason an update takes its values from a JSON object by key: a join could scan the table.
+  does while it has no statistics of a new table; a prepared plan stays while the table grows. For
+  the same reason an update takes its values from a JSON object by key: a join could scan the table.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ LOAD_TASKS: Final = """
 """Returns the states of the tasks that messages name, by primary key."""
 
 SAVE_BATCHES: Final = """
-    insert into tag_batches (organization_id, batch_id, digest, result_record, revisions, applied_at)
+    insert into tag_batches (organization_id, batch_id, digest, result_record, revisions,
+                             applied_at)
     select %(organization_id)s, batch_id, digest, record::json, revisions::jsonb, %(now)s
       from (select unnest(%(batch_ids)s) as batch_id, unnest(%(digests)s) as digest,
                    unnest(%(records)s) as record, unnest(%(revisions)s) as revisions) as b
@@ -94,7 +97,8 @@ SAVE_BATCHES: Final = """
 """Stores the results of batches."""
 
 SAVE_REGISTRATIONS: Final = """
-    insert into flow_executions (organization_id, flow_execution_id, task_names, revision, created_at)
+    insert into flow_executions (organization_id, flow_execution_id, task_names, revision,
+                                 created_at)
     select %(organization_id)s, flow_execution_id, task_names::jsonb, 0, %(now)s
       from (select unnest(%(flow_execution_ids)s) as flow_execution_id,
                    unnest(%(task_names)s) as task_names) as e

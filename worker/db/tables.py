@@ -4,8 +4,8 @@ Migrations bring a database to what is declared here; a test compares the two. S
 worker/db/statements.py and worker/api/queries.py.
 
 Every key begins with `organization_id`, and row-level security hides the rows of other
-organizations, from the owner too. There are no foreign keys: one transaction at a time writes for an
-organization, it has just read the execution, and executions are never deleted.
+organizations, from the owner too. There are no foreign keys: one transaction at a time writes for
+an organization, it has just read the execution, and executions are never deleted.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def apply_in_transaction(
     messages: Sequence[AuthorizedMessage],
     new_id: Uuid7,
 ) -> list[Outcome]:
-    """Load, decide and save in one transaction; return the outcomes in the order of the messages."""
+    """Load, decide and save in one transaction; return the outcomes in the messages' order."""
     with repository.transaction(organization_id) as transaction:
         snapshot = transaction.load(messages)  # before `now`, so that it is sent with the lock
         now = transaction.now
