@@ -9,97 +9,37 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# fmt: off
 if TYPE_CHECKING:
     from producers.client import AsyncTagProducer, BatchBuilder, TagProducer
     from producers.contract.encoding import parse_message
     from producers.contract.errors import ErrorDetail, ErrorInfo
     from producers.contract.messages import (
-        ANY_METADATA,
-        Message,
-        RegisterExecution,
-        SetTaskState,
-        TagBatch,
-        TagOperation,
-        add,
-        register_execution,
-        remove,
-        set_task_state,
+        ANY_METADATA, Message, RegisterExecution, SetTaskState, TagBatch, TagOperation, add,
+        register_execution, remove, set_task_state
     )
     from producers.contract.results import (
-        Change,
-        ChangeEvent,
-        OperationResult,
-        ResultRecord,
-        StateChange,
-        Tag,
-        Task,
+        Change, ChangeEvent, OperationResult, ResultRecord, StateChange, Tag, Task
     )
     from producers.errors import (
-        BadRequest,
-        BatchIdInUse,
-        BatchRefused,
-        ChangesRefused,
-        ConfigurationError,
-        Conflict,
-        Forbidden,
-        InboxFull,
-        InternalError,
-        InvalidMessage,
-        NotFound,
-        ProducerClosed,
-        RedisOutOfMemory,
-        ResultTimeout,
-        RevisionExpired,
-        TaskTagsError,
-        Unauthorized,
-        Unavailable,
+        BadRequest, BatchIdInUse, BatchRefused, ChangesRefused, ConfigurationError, Conflict,
+        Forbidden, InboxFull, InternalError, InvalidMessage, NotFound, ProducerClosed,
+        RedisOutOfMemory, ResultTimeout, RevisionExpired, TaskTagsError, Unauthorized,
+        Unavailable
     )
     from producers.subscriber import Subscriber
 
 __all__ = [
-    "ANY_METADATA",
-    "AsyncTagProducer",
-    "BadRequest",
-    "BatchBuilder",
-    "BatchIdInUse",
-    "BatchRefused",
-    "Change",
-    "ChangeEvent",
-    "ChangesRefused",
-    "ConfigurationError",
-    "Conflict",
-    "ErrorDetail",
-    "ErrorInfo",
-    "Forbidden",
-    "InboxFull",
-    "InternalError",
-    "InvalidMessage",
-    "Message",
-    "NotFound",
-    "OperationResult",
-    "ProducerClosed",
-    "RedisOutOfMemory",
-    "RegisterExecution",
-    "ResultRecord",
-    "ResultTimeout",
-    "RevisionExpired",
-    "SetTaskState",
-    "StateChange",
-    "Subscriber",
-    "Tag",
-    "TagBatch",
-    "TagOperation",
-    "TagProducer",
-    "Task",
-    "TaskTagsError",
-    "Unauthorized",
-    "Unavailable",
-    "add",
-    "parse_message",
-    "register_execution",
-    "remove",
-    "set_task_state",
+    "ANY_METADATA", "AsyncTagProducer", "BadRequest", "BatchBuilder", "BatchIdInUse",
+    "BatchRefused", "Change", "ChangeEvent", "ChangesRefused", "ConfigurationError", "Conflict",
+    "ErrorDetail", "ErrorInfo", "Forbidden", "InboxFull", "InternalError", "InvalidMessage",
+    "Message", "NotFound", "OperationResult", "ProducerClosed", "RedisOutOfMemory",
+    "RegisterExecution", "ResultRecord", "ResultTimeout", "RevisionExpired", "SetTaskState",
+    "StateChange", "Subscriber", "Tag", "TagBatch", "TagOperation", "TagProducer", "Task",
+    "TaskTagsError", "Unauthorized", "Unavailable", "add", "parse_message",
+    "register_execution", "remove", "set_task_state",
 ]
+# fmt: on
 
 _MODULES = ("contract.encoding", "contract.results", "errors", "client", "subscriber")
 
