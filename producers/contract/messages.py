@@ -136,7 +136,7 @@ class BaseMessage(StrictModel):
         return encoded
 
     def canonical_bytes(self) -> bytes:
-        """Serialize in canonical form (docs/concepts/contract.md#canonical-form), at any length."""
+        """Serialize in canonical form, docs/concepts/contract.md#canonical-form-and-digest."""
         return self.model_dump_json().encode()
 
     def digest(self) -> bytes:
