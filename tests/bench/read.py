@@ -27,7 +27,8 @@ from producers.contract.results import Tag
 from tests.bench.names import NAIVE, OURS, PGBENCH
 from tests.bench.servers import ENDPOINT as ENDPOINT_ROLE
 from tests.bench.servers import RUN, Servers
-from worker.api.queries import READ_TAGS, SCOPE
+from worker.api.queries import READ_TAGS
+from worker.db.connection import scope_statement
 from worker.local.servers import Postgres
 from worker.local.stack import ENDPOINT, command, free_port
 from worker.local.supervisor import ProcessSpec, Supervisor
@@ -41,6 +42,8 @@ CONNECTIONS: Final = (1, 2, 4, 8, 16)
 PGBENCH_CLIENTS: Final = (1, 2, 4, 8)
 
 Say = Callable[[str], None]
+
+_SCOPE: Final = scope_statement("$1", "public")
 
 
 @dataclass(frozen=True)
@@ -328,7 +331,7 @@ class Http:
 
 def transaction(pipeline: bool) -> str:
     """Return the endpoint's transaction as a script of pgbench; in a pipeline, it is one by itself."""
-    lines = [f"{_script(SCOPE)};", f"{_script(READ_TAGS)};"]
+    lines = [f"{_script(scope_statement('$1', 'public'))};", f"{_script(READ_TAGS)};"]
     if pipeline:
         lines = ["\\startpipeline", *lines, "\\endpipeline"]
     else:
@@ -417,7 +420,7 @@ class Pgbench:
         found = "null" if case.not_modified else str(length)
         read = _script(READ_TAGS)
         test = f"select 1 / count(*) from ({read}) as r (revision, tags) where length(tags) is not distinct from {found};"
-        script = f"begin;\n{_script(SCOPE)};\n{test}\ncommit;\n"
+        script = f"begin;\n{_script(scope_statement('$1', 'public'))};\n{test}\ncommit;\n"
         self._pgbench(case, script, 1, "-t", "1")
 
     def _best(self, case: Case) -> tuple[int, bool]:

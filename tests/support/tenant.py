@@ -14,7 +14,7 @@ from producers.contract.values import Uuid7
 from producers.inbox.protocol import Inbox
 from tests.support.waiting import eventually
 from worker.auth import Authorizer
-from worker.db.repository import Repository
+from worker.db.repository import Repository, Transaction
 from worker.drain.path import Drain
 from worker.rules import AuthorizedMessage, Decision, decide
 
@@ -138,14 +138,13 @@ def requests_of(*messages: Message) -> list[AuthorizedMessage]:
 
 
 def applied(repository: Repository, organization: UUID, *messages: Message) -> Decision:
+    """Apply messages in one transaction, as a drain does, and return what was decided."""
     requests = requests_of(*messages)
-    with repository.transaction(organization) as transaction:
-        decision = decide(
-            organization,
-            requests,
-            transaction.load(requests),
-            now=transaction.now,
-            new_id=Uuid7(),
-        )
+
+    def apply(transaction: Transaction) -> Decision:
+        snapshot, now = transaction.load(requests), transaction.now
+        decision = decide(organization, requests, snapshot, now=now, new_id=Uuid7())
         transaction.save(decision.change_set)
-    return decision
+        return decision
+
+    return repository.transact(organization, apply)

@@ -16,9 +16,6 @@ from worker.rules import StoredResult
 READ_SECONDS: Final = 10.0
 """A read that takes longer ends with `TimeoutError`."""
 
-SCOPE: Final = "select set_config('app.organization_id', $1::text, true)"
-"""Sets the organization of the transaction, which sees only its rows."""
-
 _TAG: Final = """
         id, flow_execution_id, task_name, tag_type, tag, tag_metadata, organization_id, status,
         to_char(created_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as created_at,
@@ -163,7 +160,6 @@ So `task` is a statement without it.
 """
 
 PREPARED: Final = {
-    "scope (text)": SCOPE,
     "tags (uuid, uuid, text, bigint[])": READ_TAGS,
     "task (uuid, uuid, text, bigint[])": READ_TAGS.replace(_OF_TASK, "task_name = $3"),
     "page (uuid, uuid, text, text[], text[], text, text, bigint)": _READ_PAGE,

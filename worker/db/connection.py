@@ -13,6 +13,7 @@ from worker.db.tables import metadata
 # A silent server is noticed within 5 s while connecting, and within about 20 s afterwards.
 CONNECT_ARGUMENTS: Final[dict[str, Any]] = {
     "connect_timeout": 5,
+    "client_encoding": "UTF8",
     "keepalives_idle": 10,
     "keepalives_interval": 3,
     "keepalives_count": 3,
@@ -28,6 +29,50 @@ ROLE_CHECK: Final = """
 """
 """Returns one row: whether the current role sees through row-level security. Takes `TABLES`."""
 TABLES: Final = {"tables": list(metadata.tables)}
+
+SCHEMA: Final = """
+    select nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace
+     where relname = 'organizations' and relkind = 'r' and has_schema_privilege(n.oid, 'usage')
+     order by nspname = 'public' desc, nspname = any(current_schemas(false)) desc limit 1
+"""
+"""Returns the schema of the tables, or no row before `migrate` has run."""
+
+# What a transaction sets for itself, whatever role, database, environment or pooler have set: all
+# that can change bytes, meaning, isolation or how long a statement waits.
+_SESSION_SETTINGS: Final = {
+    "timezone": "UTC",
+    "datestyle": "ISO, YMD",
+    "intervalstyle": "postgres",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    "standard_conforming_strings": "on",
+    "row_security": "on",
+    "statement_timeout": "30s",
+    "lock_timeout": "100ms",
+    "idle_in_transaction_session_timeout": "30s",
+    "plan_cache_mode": "force_generic_plan",
+    "jit": "off",
+}
+
+
+def scope_statement(organization_id: str, schema: str) -> str:
+    """Return the statement that sets a transaction's organization and all session settings.
+
+    Args:
+        organization_id: The placeholder for the organization's id.
+        schema: The schema of the tables.
+    """
+    settings = {"search_path": schema, **_SESSION_SETTINGS}
+    values = ", ".join(
+        f"set_config('{name}', '{value.replace(chr(39), chr(39) * 2)}', true)"
+        for name, value in settings.items()
+    )
+    return f"""
+        select set_config('app.organization_id', {organization_id}::text, true), {values},
+               case current_setting('synchronous_commit')
+               when 'off' then set_config('synchronous_commit', 'on', true) end
+    """
+
 
 DISCARD_PLANS: Final = "discard plans"
 

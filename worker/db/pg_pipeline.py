@@ -20,9 +20,11 @@ from worker.db.connection import (
     CONNECT_ARGUMENTS,
     DISCARD_PLANS,
     ROLE_CHECK,
+    SCHEMA,
     TABLES,
     assert_safe_role,
     driver_url,
+    scope_statement,
     should_discard_plans,
 )
 
@@ -35,7 +37,7 @@ SCOPE_STATEMENT = b"scope"
 class PipelinedConnection:
     """One connection, on which any number of transactions may be under way, each of two statements.
 
-    The first statement is the prepared one named `scope`, with the organization; the second returns
+    The first sets the organization and the session settings; the second, one of `prepared`, returns
     one row or none.
 
     Args:
@@ -96,7 +98,11 @@ class PipelinedConnection:
         connection = await psycopg.AsyncConnection.connect(autocommit=True, **arguments)
         try:
             assert_safe_role(await (await connection.execute(ROLE_CHECK, TABLES)).fetchall())
-            for name, statement in self._prepared.items():
+            found = await (await connection.execute(SCHEMA)).fetchone()
+            schema = found[0] if found else "public"
+            await connection.execute("select set_config('search_path', %s, false)", [schema])
+            prepared = {"scope (text)": scope_statement("$1", schema), **self._prepared}
+            for name, statement in prepared.items():
                 await connection.execute(f"prepare {name} as {statement}".encode())
         except BaseException:
             await connection.close()

@@ -6,10 +6,10 @@ The statements are in worker/db/statements.py; what the endpoint reads is in wor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, LiteralString, cast
+from typing import Any, LiteralString, TypeVar, cast
 from uuid import UUID
 
 import psycopg
@@ -24,9 +24,11 @@ from worker.db.connection import (
     CONNECT_ARGUMENTS,
     DISCARD_PLANS,
     ROLE_CHECK,
+    SCHEMA,
     TABLES,
     assert_safe_role,
     driver_url,
+    scope_statement,
     should_discard_plans,
 )
 from worker.rules import (
@@ -43,6 +45,12 @@ from worker.rules import (
     tag_key,
 )
 
+Result = TypeVar("Result")
+
+
+class UnknownOrganization(Exception):
+    """The organization has no row yet, and nothing was written: add the row and begin again."""
+
 
 class Repository:
     """The worker's database: one connection, opened at the first transaction."""
@@ -57,6 +65,7 @@ class Repository:
         )
         event.listen(self._engine, "connect", self._prepare)
         self._uses = 0
+        self._scope = b""
 
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
@@ -75,8 +84,18 @@ class Repository:
             self._uses += 1
             if should_discard_plans(self._uses):
                 connection.execute(DISCARD_PLANS)
-            yield Transaction(connection, organization_id)
+            yield Transaction(connection, organization_id, self._scope)
             connection.execute("commit")  # not commit(): see _connection
+
+    def transact(self, organization_id: UUID, work: Callable[[Transaction], Result]) -> Result:
+        """Do some work in one transaction; the first one of an organization adds its row before."""
+        try:
+            with self.transaction(organization_id) as transaction:
+                return work(transaction)
+        except UnknownOrganization:
+            self._execute(organization_id, statements.ADD_ORGANIZATION)
+            with self.transaction(organization_id) as transaction:
+                return work(transaction)
 
     def purge_results(self, organization_id: UUID, age: timedelta) -> int:
         """Delete stored results that are older than `age`; return how many."""
@@ -88,16 +107,23 @@ class Repository:
 
     def _purge(self, statement: LiteralString, organization_id: UUID, age: timedelta) -> int:
         """Delete 10,000 rows in each transaction, so that nobody waits for long."""
-        parameters = {"organization_id": organization_id, "age": age}
         purged = 0
         while True:
-            with self._connection() as connection, connection.pipeline():
-                connection.execute(statements.SCOPE, {"organization_id": organization_id})
-                found = connection.execute(statement, parameters)
-                connection.execute("commit")
-            purged += found.rowcount
-            if found.rowcount < 10_000:
+            deleted = self._execute(organization_id, statement, age=age).rowcount
+            purged += deleted
+            if deleted < 10_000:
                 return purged
+
+    def _execute(
+        self, organization_id: UUID, statement: LiteralString, **parameters: Any
+    ) -> psycopg.Cursor[Any]:
+        """Run one statement in a transaction of the organization, without its lock."""
+        values = {"organization_id": organization_id, **parameters}
+        with self._connection() as connection, connection.pipeline():
+            connection.execute(self._scope, values)
+            cursor = connection.execute(statement, values)
+            connection.execute("commit")
+        return cursor
 
     def forget_failure(self, organization_id: UUID, batch_id: UUID) -> bool:
         """Delete the stored `internal_error` of a batch, so that it can be applied under its id.
@@ -105,8 +131,7 @@ class Repository:
         Nothing else is ever deleted here: what took effect must not take effect again. Returns
         whether there was such a failure.
         """
-        with self.transaction(organization_id) as transaction:
-            return transaction.forget_failure(batch_id)
+        return self.transact(organization_id, lambda it: it.forget_failure(batch_id))
 
     def close(self) -> None:
         self._engine.dispose()
@@ -114,6 +139,12 @@ class Repository:
     def _prepare(self, connection: psycopg.Connection, _: Any) -> None:
         pg_arrays.register(connection)
         connection.prepare_threshold = 0
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        connection.read_only = connection.deferrable = False
+        found = connection.execute(SCHEMA).fetchone()
+        connection.rollback()
+        schema = found[0] if found else "public"
+        self._scope = scope_statement("%(organization_id)s", schema).encode()
         self._uses = 0
 
     @contextmanager
@@ -145,17 +176,24 @@ class Repository:
 class Transaction:
     """What happens between the lock and the commit."""
 
-    def __init__(self, connection: psycopg.Connection, organization_id: UUID) -> None:
+    def __init__(self, connection: psycopg.Connection, organization_id: UUID, scope: bytes) -> None:
         self._connection = connection
         self._organization_id = organization_id
-        self._begun = self._send(statements.BEGIN)
+        self._send(scope)
+        self._locked = self._send(statements.LOCK)
         self._now: datetime | None = None
 
     @property
     def now(self) -> datetime:
-        """The database's time, one clock for all workers, read while the lock is held."""
+        """The database's time, one clock for all workers, read while the lock is held.
+
+        Raises `UnknownOrganization` if there is no row to lock: read this before any write.
+        """
         if self._now is None:
-            ((self._now,),) = self._begun.fetchall()
+            found = self._locked.fetchone()
+            if found is None:
+                raise UnknownOrganization
+            (self._now,) = found
         return cast(datetime, self._now)
 
     def load(self, messages: Sequence[AuthorizedMessage]) -> Snapshot:
@@ -180,6 +218,7 @@ class Transaction:
 
     def save(self, change_set: ChangeSet) -> None:
         """Store what was decided. A statement that has nothing to do is left out."""
+        _ = self.now  # the lock is held
         for statement, rows, columns in (
             (statements.SAVE_REGISTRATIONS, change_set.registrations, _registration_columns),
             (statements.SAVE_REVISIONS, change_set.revisions, _revision_columns),
@@ -197,16 +236,17 @@ class Transaction:
         return dict(map(_batch, self._find_batches(batch_ids)))
 
     def forget_failure(self, batch_id: UUID) -> bool:
+        _ = self.now  # the lock is held
         return bool(self._send(statements.FORGET_FAILURE, batch_id=batch_id).fetchall())
 
     def _find_batches(self, batch_ids: Sequence[UUID]) -> Iterable[Any]:
         ids = pg_arrays.uuids([id.int for id in batch_ids])
         return self._send(statements.LOAD_BATCHES, batch_ids=ids)
 
-    def _send(self, statement: LiteralString, **parameters: Any) -> psycopg.Cursor[Any]:
+    def _send(self, statement: LiteralString | bytes, **parameters: Any) -> psycopg.Cursor[Any]:
         """Queue a statement; its result is waited for when it is read."""
         values = {"organization_id": self._organization_id, **parameters}
-        if "%(now)s" in statement:
+        if isinstance(statement, str) and "%(now)s" in statement:
             values["now"] = self.now
         return self._connection.cursor(binary=True).execute(statement, values)
 

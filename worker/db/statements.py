@@ -14,20 +14,24 @@ from __future__ import annotations
 
 from typing import Final
 
-SCOPE: Final = "select set_config('app.organization_id', %(organization_id)s::text, true)"
-"""Sets the organization of the transaction, whose rows alone it sees and writes."""
-
-BEGIN: Final = """
+LOCK: Final = """
     select clock_timestamp()
-      from (select set_config('app.organization_id', %(organization_id)s::text, true),
-                   pg_advisory_xact_lock(hashtextextended(%(organization_id)s::text, 0))
-            offset 0) as locked
+      from (select from organizations where organization_id = %(organization_id)s
+               for update) as locked
 """
-"""Sets the organization, takes its lock, and returns the time at which it had it.
+"""Locks the organization's row, by primary key, and returns the time; no row: it is not known yet.
 
 It is a statement of its own, so that the next one sees what the transaction before committed. The
-time is read behind the lock, so that it never runs back within an organization.
+time is read behind the lock, so that it never runs back within an organization: written without the
+subquery, it would be read before.
 """
+
+ADD_ORGANIZATION: Final = """
+    insert into organizations (organization_id, created_at)
+    values (%(organization_id)s, clock_timestamp())
+        on conflict do nothing
+"""
+"""Adds an organization, in a transaction of its own."""
 
 LOAD_BATCHES: Final = """
     select b.batch_id, b.digest, b.result_record::text, made.executions, made.events

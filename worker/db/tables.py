@@ -36,7 +36,7 @@ ROLES: Final = (WORKER_ROLE, ENDPOINT_ROLE)
 
 ROLE_SETTINGS: Final = {
     "statement_timeout": "30s",
-    "lock_timeout": "1s",
+    "lock_timeout": "100ms",
     "idle_in_transaction_session_timeout": "30s",
     "transaction_timeout": "60s",  # from PostgreSQL 17 on
     "timezone": "UTC",
@@ -73,6 +73,16 @@ def _required(name: str, type_: Any) -> Column[Any]:
 
 _CODE_POINTS: Final = Text(collation="C")
 _TIME: Final = DateTime(timezone=True)
+
+# One row for each organization, which its transactions lock. The worker may list all organizations,
+# to find work.
+organizations = _table(
+    "organizations",
+    _required("created_at", _TIME),
+    worker_may="select, insert, update",
+)
+_LIST: Final = f"create policy list on organizations for select to {WORKER_ROLE} using (true)"
+event.listen(organizations, "after_create", DDL(_LIST))  # type: ignore[no-untyped-call]
 
 flow_executions = _table(
     "flow_executions",

@@ -24,7 +24,7 @@ from producers.contract.values import Uuid7
 from producers.inbox.protocol import DeadLetter, Inbox, StreamEntry
 from worker.auth import Authorizer, JwksUnavailable
 from worker.db.connection import is_transient
-from worker.db.repository import Repository
+from worker.db.repository import Repository, Transaction
 from worker.drain.admission import Admission, Admitted, Refused, Unreadable, admit, fail_admission
 from worker.rules import AuthorizedMessage, Outcome, decide, decide_failure
 
@@ -173,13 +173,16 @@ class Drain:
         outcome, change_set = decide_failure(self.organization_id, admitted.message, text)
         reason = f"internal_error: {type(error).__name__}"
         dead_letter = DeadLetter.of(admitted.entry, reason, self.now(), _ATTEMPTS, batch_id)
-        with self.repository.transaction(self.organization_id) as transaction:
+
+        def store(transaction: Transaction) -> Outcome:
             known = transaction.batches([batch_id]).get(batch_id)
             if known is not None:
                 return Outcome(known.record, known.events)
             transaction.save(change_set)
             self.inbox.add_dead_letter(dead_letter)
-        return outcome
+            return outcome
+
+        return self.repository.transact(self.organization_id, store)
 
     def _requeue(self) -> None:
         if self.inbox.requeue(self.run_id):
@@ -206,7 +209,8 @@ def apply_in_transaction(
     new_id: Uuid7,
 ) -> list[Outcome]:
     """Load, decide and save in one transaction; return the outcomes in the messages' order."""
-    with repository.transaction(organization_id) as transaction:
+
+    def apply(transaction: Transaction) -> list[Outcome]:
         snapshot = transaction.load(messages)  # before `now`, so that it is sent with the lock
         now = transaction.now
         microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
@@ -214,7 +218,9 @@ def apply_in_transaction(
             organization_id, messages, snapshot, now=now, new_id=partial(new_id, microseconds)
         )
         transaction.save(decision.change_set)
-    return decision.outcomes
+        return decision.outcomes
+
+    return repository.transact(organization_id, apply)
 
 
 def publications(

@@ -7,6 +7,7 @@ down_revision = None
 
 WORKER, ENDPOINT = "task_tags_worker", "task_tags_endpoint"
 GRANTS = {
+    "organizations": "select, insert, update",
     "flow_executions": "select, insert, update",
     "task_tags": "select, insert, update",
     "tag_batches": "select, insert, delete",
@@ -16,6 +17,12 @@ GRANTS = {
 
 
 def upgrade() -> None:
+    op.execute("""
+        create table organizations (
+            organization_id    uuid not null primary key,
+            created_at         timestamptz not null
+        )
+    """)
     op.execute("""
         create table flow_executions (
             organization_id    uuid not null,
@@ -95,6 +102,7 @@ def upgrade() -> None:
         """)
         op.execute(f"grant {rights} on {table} to {WORKER}")
         op.execute(f"grant select on {table} to {ENDPOINT}")
+    op.execute(f"create policy list on organizations for select to {WORKER} using (true)")
 
 
 def _create_role(role: str) -> None:
@@ -111,7 +119,7 @@ def _create_role(role: str) -> None:
     """)
     settings = {
         "statement_timeout": "30s",
-        "lock_timeout": "1s",
+        "lock_timeout": "100ms",
         "idle_in_transaction_session_timeout": "30s",
         "timezone": "UTC",
         "plan_cache_mode": "force_generic_plan",
