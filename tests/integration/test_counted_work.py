@@ -10,10 +10,10 @@ from uuid import UUID
 import psycopg
 import pytest
 from redis import Redis
-from sqlalchemy import make_url
 
 from producers.contract.messages import RegisterExecution, TagBatch, add, remove
 from tests.conftest import Servers
+from tests.support.database import own_database
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually
 from worker.api.queries import Reader
@@ -168,17 +168,9 @@ MISLEADING = 15
 def young(servers: Servers) -> Iterator[Servers]:
     """The same servers, with a database of its own that nobody has used."""
 
-    def in_young(url: str) -> str:
-        return make_url(url).set(database="young").render_as_string(hide_password=False)
-
-    with servers.owner() as connection:
-        connection.execute("create database young")
-        urls = [
-            in_young(each) for each in (servers.owner_url, servers.worker_url, servers.endpoint_url)
-        ]
-        migrate(urls[0], {})
-        yield Servers(servers.stack, servers.settings, *urls)
-        connection.execute("drop database young with (force)")
+    with own_database(servers, "young") as young:
+        migrate(young.owner_url, {})
+        yield young
 
 
 def test_a_plan_from_a_misleading_moment_is_not_kept_by_a_drain(

@@ -1,0 +1,218 @@
+"""What a statement reads is bounded by what it answers or writes, not by what is stored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg.types.json import Jsonb
+
+from tests.conftest import Servers
+from tests.support.database import own_database
+from worker.api import queries
+from worker.db import pg_arrays, statements
+from worker.db.migrate import migrate
+
+# Three organizations have the same rows; the second is asked for. Each of 400 executions has 50
+# active tags, ten on each of five tasks; the first 50 have 100 changes each, of a batch each. A
+# hundred batches and changes are a day old.
+FILL: Final = """
+    create function pg_temp.id(n int) returns uuid return lpad(to_hex(n), 32, '0')::uuid;
+    create function pg_temp.moment(n int) returns timestamptz
+           return now() - interval '1 day' * (n < 100)::int + interval '1 ms' * n;
+    insert into flow_executions
+    select pg_temp.id(o), pg_temp.id(n), '["task-0", "task-1", "task-2", "task-3", "task-4"]',
+           100, now()
+      from generate_series(1, 3) as o, generate_series(0, 399) as n;
+    insert into task_tags
+    select pg_temp.id(o), pg_temp.id(n), pg_temp.id(n % 400), 'task-' || n / 400 % 5, 'type',
+           'tag-' || n / 400, json_build_object('n', n), int4send(n),
+           case when n < 20000 then 'active' else 'deleted' end, pg_temp.moment(n), 'ada'
+      from generate_series(1, 3) as o, generate_series(0, 24999) as n;
+    insert into tag_batches
+    select pg_temp.id(o), pg_temp.id(n), int4send(n), '{"error": {"code": "internal_error"}}',
+           jsonb_build_object(pg_temp.id(n % 50), n / 50 + 1), pg_temp.moment(n)
+      from generate_series(1, 3) as o, generate_series(0, 4999) as n;
+    insert into tag_changes
+    select pg_temp.id(o), pg_temp.id(n % 50), n / 50 + 1, pg_temp.id(n), '{}', pg_temp.moment(n)
+      from generate_series(1, 3) as o, generate_series(0, 4999) as n;
+    insert into task_executions
+    select pg_temp.id(o), pg_temp.id(n % 400), 'task-' || n / 400, 'queued', now(), 'ada'
+      from generate_series(1, 3) as o, generate_series(0, 1999) as n;
+    analyze;
+"""
+ORGANIZATION: Final = UUID(int=2)
+EXECUTION: Final = 7
+
+
+class Case(NamedTuple):
+    """How many rows a statement returns, aggregates or writes with these parameters."""
+
+    rows: int
+    parameters: dict[str, Any]
+
+
+def case(rows: int, **parameters: Any) -> Case:
+    return Case(rows, {"organization_id": ORGANIZATION, **parameters})
+
+
+def uuids(*numbers: int) -> pg_arrays.Uuids:
+    return pg_arrays.uuids(numbers)
+
+
+def texts(pattern: str) -> pg_arrays.Texts:
+    return pg_arrays.texts([pattern.format(n) for n in range(5)])
+
+
+def by_id(value: Any, *numbers: int) -> Jsonb:
+    return Jsonb({str(UUID(int=number)): value for number in numbers})
+
+
+NOW: Final = {"now": datetime.now(timezone.utc)}
+AGE: Final = {"age": timedelta(hours=1)}
+EXECUTIONS: Final = {"flow_execution_ids": uuids(*range(5))}
+TASKS: Final = {"flow_execution_ids": uuids(*[EXECUTION] * 5), "task_names": texts("task-{}")}
+TAG_IDS: Final = [EXECUTION + 400 * n for n in range(5)]
+TAG_KEYS: Final = {**TASKS, "tag_types": texts("type"), "tags": texts("tag-{}")}
+NEW: Final = uuids(*range(100_000, 100_005))
+DIGESTS: Final = pg_arrays.byteas([b"digest"] * 5)
+JSON: Final = texts("{}")
+BY: Final = texts("ada")
+NOBODY: Final = pg_arrays.texts([None] * 5)
+NEW_TAGS: Final = {"ids": NEW, "tag_metadata": JSON, "metadata_digests": DIGESTS, "created_by": BY}
+NEW_CHANGES: Final = {"revisions": pg_arrays.bigints(range(101, 106)), "batch_ids": NEW}
+NEW_RESULTS: Final = {"batch_ids": NEW, "digests": DIGESTS, "records": JSON, "revisions": JSON}
+
+# By the names in worker/db/statements.py and in queries.PREPARED, there with parameters in order.
+# The first word is the name; others tell several cases of a statement apart.
+OF_WORKER: Final = {
+    "SCOPE": case(1),
+    "BEGIN": case(1),
+    "LOAD_BATCHES": case(5 + 5, batch_ids=uuids(*range(1000, 1005))),  # with one event each
+    "LOAD_EXECUTIONS": case(5, **EXECUTIONS),
+    "LOAD_TAGS": case(5, **TAG_KEYS),
+    "LOAD_TASKS": case(5, **TASKS),
+    "SAVE_BATCHES": case(5, **NEW_RESULTS, **NOW),
+    "SAVE_REGISTRATIONS": case(5, **EXECUTIONS, task_names=texts('["task-{}"]'), **NOW),
+    "SAVE_REVISIONS": case(5, **EXECUTIONS, revisions=by_id(101, *range(5))),
+    "SAVE_REMOVED": case(5, ids=uuids(*TAG_IDS), modified_by=by_id("ada", *TAG_IDS), **NOW),
+    "SAVE_ADDED": case(5, **TAG_KEYS, **NEW_TAGS, modified_by=NOBODY, **NOW),
+    "SAVE_TASKS": case(5, **TASKS, states=texts("failed"), state_changed_by=BY, **NOW),
+    "SAVE_CHANGES": case(5, **EXECUTIONS, **NEW_CHANGES, events=JSON, **NOW),
+    "PURGE_RESULTS": case(100, **AGE),
+    "PURGE_CHANGES": case(100, **AGE),
+    "FORGET_FAILURE": case(1, batch_id=UUID(int=1000)),
+}
+ONE: Final = {"flow_execution_id": UUID(int=EXECUTION)}
+ANY: Final = {"task_name": None, "tag_types": None, "tags": None, "after": None, "after_id": None}
+NO_REVISIONS: Final = pg_arrays.bigints([])
+OF_ENDPOINT: Final = {
+    "scope": case(1),
+    "tags": case(1 + 50, **ONE, task_name=None, known=NO_REVISIONS),
+    "tags of a known revision": case(1, **ONE, task_name=None, known=pg_arrays.bigints([100])),
+    "task": case(1 + 10, **ONE, task_name="task-1", known=NO_REVISIONS),
+    "page of all": case(1 + 50, **ONE, **ANY, limit=None),
+    "page of 5": case(1 + 5, **ONE, **ANY, limit=5),
+    "tasks": case(1 + 50 + 5 + 5, **ONE, task_name=None),  # tags, states and registered names
+    "tasks of a name": case(1 + 10 + 1 + 1, **ONE, task_name="task-1"),
+    "changes": case(1 + 10, **ONE, after=20, limit=10, max_characters=1_000_000),
+    "revisions": case(5, **EXECUTIONS),
+    "record": case(1, batch_id=UUID(int=1000)),
+}
+EXCEPTIONS: Final = {
+    "page of 5": "all tags are read and sorted, until pages are read by index",
+    "tasks of a name": "the name is compared after reading, until pages are read by index",
+    "PURGE_RESULTS": "all results are read in order, until the purge uses an index",
+    "PURGE_CHANGES": "all change events are read and sorted, until the purge uses an index",
+}
+PREPARED: Final = {head.split()[0]: (head, sql) for head, sql in queries.PREPARED.items()}
+SCANS: Final = ("Seq Scan", "Index Scan", "Index Only Scan", "Bitmap Heap Scan")
+REMOVED: Final = ("Rows Removed by Filter", "Rows Removed by Index Recheck")
+
+
+@pytest.fixture(scope="module")
+def filled(servers: Servers) -> Iterator[Servers]:
+    with own_database(servers, "filled") as own:
+        migrate(own.owner_url, {})
+        with own.owner() as connection:
+            connection.execute(FILL.encode())
+        yield own
+
+
+def explain(url: str, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Run a statement as it is run in production, prepared, and return its plan; undo it.
+
+    EXPLAIN takes no parameters for a prepared statement, so they go to the server as in production
+    and come back as types and literals.
+    """
+    with psycopg.connect(url) as connection:
+        pg_arrays.register(connection)
+        connection.execute(statements.SCOPE, {"organization_id": ORGANIZATION})
+        described = [
+            connection.execute(
+                "select quote_nullable(%(v)s::text), pg_typeof(%(v)s)::text", {"v": v}
+            )
+            for v in parameters.values()
+        ]
+        literals, types = zip(*[found.fetchall()[0] for found in described], strict=True)
+        if name in PREPARED:
+            head, sql = PREPARED[name]
+        else:
+            head, sql = f"{name} ({', '.join(types)})", getattr(statements, name)
+            numbers = {parameter: f"${n}" for n, parameter in enumerate(parameters, 1)}
+            sql = re.sub(r"%\((\w+)\)s", lambda mark: numbers[mark[1]], sql)
+        connection.execute(f"prepare {head} as {sql}".encode())
+        found = connection.execute(
+            f"explain (analyze, format json) execute {name} ({', '.join(literals)})".encode()
+        ).fetchall()
+        connection.rollback()
+    plan: dict[str, Any] = found[0][0][0]["Plan"]
+    return plan
+
+
+def scanned(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield each scan of a table with the number of rows that it read.
+
+    Entries of an index that the scan passed over are not told by PostgreSQL.
+    """
+    if plan["Node Type"] in SCANS:
+        rows = plan["Actual Rows"] + sum(plan.get(removed, 0) for removed in REMOVED)
+        yield f"{plan['Node Type']} on {plan['Relation Name']}", rows * plan["Actual Loops"]
+    for part in plan.get("Plans", ()):
+        yield from scanned(part)
+
+
+def answered(plan: dict[str, Any]) -> float:
+    """Return how many rows a statement returns or writes."""
+    if plan["Node Type"] == "ModifyTable":
+        (plan,) = (part for part in plan["Plans"] if part["Parent Relationship"] == "Outer")
+    return float(plan["Actual Rows"])
+
+
+@pytest.mark.parametrize("name", [*OF_WORKER, *OF_ENDPOINT])
+def test_a_statement_reads_what_it_answers_or_writes(filled: Servers, name: str) -> None:
+    """At most three rows for each, and ten more, among thousands of its organization's rows and of
+    others'. A statement that may read more must do so, or it is no exception any longer.
+    """
+    found = OF_WORKER.get(name) or OF_ENDPOINT[name]
+    url = filled.worker_url if name in OF_WORKER else filled.endpoint_url
+    plan = explain(url, name.split()[0], found.parameters)
+    scans = list(scanned(plan))
+    read, most = sum(rows for _, rows in scans), 3 * found.rows + 10
+    assert max(read, answered(plan)) >= found.rows, "the case does not find what it says"
+    if name in EXCEPTIONS:
+        assert read > most, f"remove the exception: {scans}"
+    else:
+        assert read <= most, scans
+
+
+def test_every_statement_has_a_case() -> None:
+    """None is added without one, and no case or exception is of a statement that is gone."""
+    assert set(OF_WORKER) == {name for name in vars(statements) if name.isupper()}
+    assert {name.split()[0] for name in OF_ENDPOINT} == set(PREPARED)
+    assert set(EXCEPTIONS) <= {*OF_WORKER, *OF_ENDPOINT}
