@@ -44,7 +44,7 @@ beat_schedule = {
     "wake": {"task": "task_tags.wake", "schedule": 5.0, "options": {"expires": 5.0}},
     "purge": {
         "task": "task_tags.purge",
-        "schedule": crontab(hour=3, minute=17),
+        "schedule": crontab(minute=17),
         "options": {"expires": 3600.0},
     },
 }

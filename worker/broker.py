@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 WAKE_TASK: Final = "task_tags.wake"
 PURGE_TASK: Final = "task_tags.purge"
 _CELERY_KEYS: Final = frozenset(name for name, _ in flatten(NAMESPACES))
-_NUMBER_OF_ARGUMENTS: Final = {DRAIN_TASK: 2, WAKE_TASK: 0, PURGE_TASK: 0}
+_NUMBERS_OF_ARGUMENTS: Final = {DRAIN_TASK: (2,), WAKE_TASK: (0,), PURGE_TASK: (0, 1)}
 _MAX_BYTES: Final = 64 * 1024
 """A drain message has about 600."""
 _TCP_OPTIONS: Final = ("socket_connect_timeout", "socket_keepalive", "socket_keepalive_options")
@@ -126,7 +126,7 @@ def _read(received: bytes) -> tuple[str, str, list[str], str | None]:
     if message["content-type"] != "application/json" or headers.get("compression"):
         raise ValueError("its body is not plain JSON")
     arguments, named, _ = json.loads(base64.b64decode(body))
-    if not isinstance(id, str) or named != {} or len(arguments) != _NUMBER_OF_ARGUMENTS[task]:
+    if not isinstance(id, str) or named != {} or len(arguments) not in _NUMBERS_OF_ARGUMENTS[task]:
         raise ValueError("its id or its arguments are wrong")
     if expires is not None:
         expires = datetime.fromisoformat(expires).astimezone(timezone.utc).isoformat()

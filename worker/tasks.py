@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from functools import cache
 from uuid import UUID, uuid4
 
+import psycopg
 from celery.worker import state
 from redis import Redis
 
 from producers.contract.values import Uuid7
-from producers.inbox.drain_message import DRAIN_TASK, send_drain
+from producers.inbox.drain_message import DRAIN_TASK, send_drain, send_task
 from producers.inbox.protocol import Inbox, claim_idle, scan_inboxes
 from producers.redis_client import open_redis
 from worker.auth import Authorizer
@@ -74,17 +76,39 @@ def wake() -> None:
 
 
 @app.task(name=PURGE_TASK)
-def purge() -> None:
-    """Delete results and changes beyond their retention, of organizations with an inbox."""
-    resources = _resources()
-    results = changes = 0
-    for organization_id in scan_inboxes(resources.redis):
-        results += resources.repository.purge_results(organization_id, settings.retention)
-        if settings.changes_retention is not None:
-            changes += resources.repository.purge_changes(
-                organization_id, settings.changes_retention
-            )
-    logger.info("purged", extra={"results": results, "changes": changes})
+def purge(after: str = str(UUID(int=0))) -> None:
+    """Delete results and changes beyond their retention, of the organizations after an id.
+
+    A purge goes to the end of the Celery queue when its time is up, as a drain does, and goes on
+    where it ended. What fails for one organization is tried again an hour later.
+    """
+    resources, last = _resources(), UUID(after)
+    deadline = time.monotonic() + settings.drain_budget_seconds
+    while organizations := resources.repository.organizations(last):
+        for last in organizations:
+            try:
+                _purge_organization(resources.repository, last)
+            except psycopg.Error as error:
+                extra = {"organization": str(last), "error": type(error).__name__}
+                logger.warning("an organization could not be purged", extra=extra)
+            if time.monotonic() > deadline or _stopping():
+                send_task(resources.redis, PURGE_TASK, [str(last)])
+                return
+    logger.info("purged")
+
+
+def _purge_organization(repository: Repository, organization_id: UUID) -> None:
+    retentions = (
+        (repository.purge_results, settings.retention),
+        (repository.purge_changes, settings.changes_retention),
+    )
+    for purge_some, retention in retentions:
+        deleted = 0
+        while retention is not None and (some := purge_some(organization_id, retention)):
+            deleted += some
+        if deleted:
+            extra = {"organization": str(organization_id), "rows": deleted}
+            logger.info("purged", extra=extra)
 
 
 def _stopping() -> bool:

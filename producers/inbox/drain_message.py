@@ -24,8 +24,12 @@ DRAIN_TASK: Final = "task_tags.drain"
 
 def send_drain(redis: Redis, organization_id: UUID, lease_id: str) -> None:
     """Put a drain message on the queue. Raises what redis-py raises."""
-    arguments = [str(organization_id), lease_id]
-    redis.lpush(QUEUE, task_message(DRAIN_TASK, str(uuid4()), arguments))
+    send_task(redis, DRAIN_TASK, [str(organization_id), lease_id])
+
+
+def send_task(redis: Redis, task: str, arguments: Sequence[str]) -> None:
+    """Put a task message on the queue. Raises what redis-py raises."""
+    redis.lpush(QUEUE, task_message(task, str(uuid4()), arguments))
 
 
 def task_message(

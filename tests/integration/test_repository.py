@@ -262,7 +262,7 @@ def test_security_is_enabled_and_forced_and_every_key_begins_with_the_organizati
             "where rolname like 'task_tags_%'"
         ).fetchall()
     assert sorted(flags) == sorted((table, True, True) for table in TABLES)
-    assert len(keys) == 8
+    assert len(keys) == 9
     assert {column for _, column in keys} == {"organization_id"}
     assert roles == [(False,), (False,)]
 

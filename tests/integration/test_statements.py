@@ -16,6 +16,7 @@ from tests.conftest import Servers
 from tests.support.database import own_database
 from worker.api import queries
 from worker.db import pg_arrays, statements
+from worker.db.connection import scope_statement
 from worker.db.migrate import migrate
 
 # Three organizations have the same rows; the second is asked for. Each of 400 executions has 50
@@ -25,6 +26,7 @@ FILL: Final = """
     create function pg_temp.id(n int) returns uuid return lpad(to_hex(n), 32, '0')::uuid;
     create function pg_temp.moment(n int) returns timestamptz
            return now() - interval '1 day' * (n < 100)::int + interval '1 ms' * n;
+    insert into organizations select pg_temp.id(o), now() from generate_series(1, 3) as o;
     insert into flow_executions
     select pg_temp.id(o), pg_temp.id(n), '["task-0", "task-1", "task-2", "task-3", "task-4"]',
            100, now()
@@ -91,8 +93,9 @@ NEW_RESULTS: Final = {"batch_ids": NEW, "digests": DIGESTS, "records": JSON, "re
 # By the names in worker/db/statements.py and in queries.PREPARED, there with parameters in order.
 # The first word is the name; others tell several cases of a statement apart.
 OF_WORKER: Final = {
-    "SCOPE": case(1),
-    "BEGIN": case(1),
+    "LOCK": case(1),
+    "LIST_ORGANIZATIONS": case(1),
+    "ADD_ORGANIZATION": case(0),
     "LOAD_BATCHES": case(5 + 5, batch_ids=uuids(*range(1000, 1005))),  # with one event each
     "LOAD_EXECUTIONS": case(5, **EXECUTIONS),
     "LOAD_TAGS": case(5, **TAG_KEYS),
@@ -112,7 +115,6 @@ ONE: Final = {"flow_execution_id": UUID(int=EXECUTION)}
 ANY: Final = {"task_name": None, "tag_types": None, "tags": None, "after": None, "after_id": None}
 NO_REVISIONS: Final = pg_arrays.bigints([])
 OF_ENDPOINT: Final = {
-    "scope": case(1),
     "tags": case(1 + 50, **ONE, task_name=None, known=NO_REVISIONS),
     "tags of a known revision": case(1, **ONE, task_name=None, known=pg_arrays.bigints([100])),
     "task": case(1 + 10, **ONE, task_name="task-1", known=NO_REVISIONS),
@@ -127,8 +129,6 @@ OF_ENDPOINT: Final = {
 EXCEPTIONS: Final = {
     "page of 5": "all tags are read and sorted, until pages are read by index",
     "tasks of a name": "the name is compared after reading, until pages are read by index",
-    "PURGE_RESULTS": "all results are read in order, until the purge uses an index",
-    "PURGE_CHANGES": "all change events are read and sorted, until the purge uses an index",
 }
 PREPARED: Final = {head.split()[0]: (head, sql) for head, sql in queries.PREPARED.items()}
 SCANS: Final = ("Seq Scan", "Index Scan", "Index Only Scan", "Bitmap Heap Scan")
@@ -152,7 +152,8 @@ def explain(url: str, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """
     with psycopg.connect(url) as connection:
         pg_arrays.register(connection)
-        connection.execute(statements.SCOPE, {"organization_id": ORGANIZATION})
+        scope = scope_statement("%(organization_id)s", "public").encode()
+        connection.execute(scope, {"organization_id": ORGANIZATION})
         described = [
             connection.execute(
                 "select quote_nullable(%(v)s::text), pg_typeof(%(v)s)::text", {"v": v}

@@ -97,22 +97,18 @@ class Repository:
             with self.transaction(organization_id) as transaction:
                 return work(transaction)
 
+    def organizations(self, after: UUID) -> list[UUID]:
+        """Return the organizations with the next ids after this one, up to 1,000 of them."""
+        rows = self._execute(after, statements.LIST_ORGANIZATIONS).fetchall()
+        return [organization_id for (organization_id,) in rows]
+
     def purge_results(self, organization_id: UUID, age: timedelta) -> int:
-        """Delete stored results that are older than `age`; return how many."""
-        return self._purge(statements.PURGE_RESULTS, organization_id, age)
+        """Delete up to 1,000 stored results that are older than `age`; return how many."""
+        return self._execute(organization_id, statements.PURGE_RESULTS, age=age).rowcount
 
     def purge_changes(self, organization_id: UUID, age: timedelta) -> int:
-        """Delete stored change events that are older than `age`; return how many."""
-        return self._purge(statements.PURGE_CHANGES, organization_id, age)
-
-    def _purge(self, statement: LiteralString, organization_id: UUID, age: timedelta) -> int:
-        """Delete 10,000 rows in each transaction, so that nobody waits for long."""
-        purged = 0
-        while True:
-            deleted = self._execute(organization_id, statement, age=age).rowcount
-            purged += deleted
-            if deleted < 10_000:
-                return purged
+        """Delete up to 1,000 stored change events that are older than `age`; return how many."""
+        return self._execute(organization_id, statements.PURGE_CHANGES, age=age).rowcount
 
     def _execute(
         self, organization_id: UUID, statement: LiteralString, **parameters: Any

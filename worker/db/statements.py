@@ -168,26 +168,36 @@ SAVE_CHANGES: Final = """
 """Stores change events."""
 
 PURGE_RESULTS: Final = """
-    delete from tag_batches where organization_id = %(organization_id)s and batch_id in (
-        select batch_id from tag_batches
-         where organization_id = %(organization_id)s
-           and applied_at < clock_timestamp() - %(age)s::interval
-         order by applied_at limit 10000)
+    delete from tag_batches
+     where organization_id = %(organization_id)s
+       and batch_id = any(array(
+           select batch_id from tag_batches
+            where organization_id = %(organization_id)s
+              and applied_at < (select clock_timestamp() - %(age)s::interval)
+            order by applied_at limit 1000))
 """
-"""Deletes the oldest results beyond an age, up to 10,000 of them, by tag_batches_age."""
+"""Deletes the oldest results beyond an age, up to 1,000, by tag_batches_age and primary key."""
 
 PURGE_CHANGES: Final = """
-    delete from tag_changes where organization_id = %(organization_id)s
-       and (flow_execution_id, revision) in (
-        select flow_execution_id, revision from tag_changes
-         where organization_id = %(organization_id)s
-           and changed_at < clock_timestamp() - %(age)s::interval
-         order by changed_at, flow_execution_id, revision limit 10000)
+    delete from tag_changes
+     where organization_id = %(organization_id)s
+       and ctid = any(array(
+           select ctid from tag_changes
+            where organization_id = %(organization_id)s
+              and changed_at < (select clock_timestamp() - %(age)s::interval)
+            order by changed_at, flow_execution_id, revision limit 1000))
 """
-"""Deletes the oldest change events beyond an age, up to 10,000 of them; it reads all of them.
+"""Deletes the oldest change events beyond an age, up to 1,000 of them, by tag_changes_age.
 
-The time never runs back within an execution, so what remains are the newest, without gaps.
+The time never runs back within an execution, so what remains of one are its newest events.
 """
+
+LIST_ORGANIZATIONS: Final = """
+    select organization_id from organizations
+     where organization_id > %(organization_id)s
+     order by organization_id limit 1000
+"""
+"""Returns the organizations after an id, up to 1,000, by primary key: the worker may list them."""
 
 FORGET_FAILURE: Final = """
     delete from tag_batches

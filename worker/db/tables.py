@@ -144,6 +144,10 @@ tag_changes = _table(
     worker_may="select, insert, delete",
 )
 
+Index(  # finds the change events that are old enough to be purged
+    "tag_changes_age", tag_changes.c.organization_id, tag_changes.c.changed_at
+)
+
 task_executions = _table(
     "task_executions",
     Column("flow_execution_id", Uuid, primary_key=True),

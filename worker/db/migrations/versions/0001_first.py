@@ -79,6 +79,7 @@ def upgrade() -> None:
             primary key (organization_id, flow_execution_id, revision)
         )
     """)
+    op.execute("create index tag_changes_age on tag_changes (organization_id, changed_at)")
     op.execute("""
         create table task_executions (
             organization_id    uuid not null,
