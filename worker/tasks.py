@@ -113,4 +113,5 @@ def _purge_organization(repository: Repository, organization_id: UUID) -> None:
 
 def _stopping() -> bool:
     """Return whether this process is to end: the state that Celery's own consumer looks at."""
-    return any(value not in (None, False) for value in (state.should_stop, state.should_terminate))
+    values = (state.should_stop, state.should_terminate)
+    return any(value is not None and value is not False for value in values)  # 0 is an exit code

@@ -24,6 +24,11 @@ def dead_letters_key(organization_id: UUID) -> str:
     return f"task-tags:{{{organization_id}}}:rejected"
 
 
+def failing_key(organization_id: UUID) -> str:
+    """Return the key that counts the failures of the message at the head of the inbox."""
+    return f"task-tags:{{{organization_id}}}:failing"
+
+
 def results_channel(organization_id: UUID, reply_to: str) -> str:
     """Return the channel on which the results of messages with this `reply_to` are published."""
     return f"task-tags:{{{organization_id}}}:results:{reply_to}"

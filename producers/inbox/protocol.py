@@ -33,7 +33,7 @@ from redis import Redis
 from redis.commands.core import Script
 from redis.exceptions import NoScriptError
 
-from producers.contract.channels import dead_letters_key, inbox_key, lease_key
+from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
 from producers.contract.encoding import MAX_READABLE_BYTES
 from producers.contract.messages import MAX_MESSAGE_BYTES
 
@@ -126,6 +126,7 @@ class Inbox:
         self._inbox = inbox_key(organization_id)
         self._lease = lease_key(organization_id)
         self._dead_letters = dead_letters_key(organization_id)
+        self._failing = failing_key(organization_id)
         self._limit = limit
         self._lease_ms = lease_ms
 
@@ -196,13 +197,25 @@ class Inbox:
         for dead_letter in dead_letters:
             fields = list(chain.from_iterable(dead_letter.fields().items()))
             arguments += [len(fields), *fields]
-        keys = [self._inbox, self._lease, self._dead_letters]
+        keys = [self._inbox, self._lease, self._dead_letters, self._failing]
         return self._entries(self._run("ack_and_publish", keys, arguments))
 
     def add_dead_letter(self, dead_letter: DeadLetter) -> None:
         """Keep a message for an operator; its entry stays in the inbox until it is acknowledged."""
         fields = cast(Any, dead_letter.fields())
         self._redis.xadd(self._dead_letters, fields, maxlen=DEAD_LETTER_LIMIT, approximate=True)
+
+    def count_failure(self, entry: StreamEntry, error: str) -> tuple[int, int]:
+        """Count a failure of an entry; return how many there were, and seconds since the first.
+
+        The count survives processes, and is gone with its entry.
+        """
+        attempts, seconds = self._run("count_failure", [self._failing], [entry.id, error])
+        return attempts, seconds
+
+    def disconnect(self) -> None:
+        """Close the connections, so that the next one goes through the URL and its names again."""
+        self._redis.connection_pool.disconnect(inuse_connections=False)
 
     def requeue(self, run_id: str) -> bool:
         """Keep the lease for a drain that goes to the end of the queue; False: it is another's."""

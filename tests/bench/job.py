@@ -19,10 +19,10 @@ from tests.bench import collector
 from worker.auth import Authorizer
 from worker.db.repository import Repository
 from worker.drain.admission import Admitted, Refused, admit
+from worker.drain.blame import is_server_fault
 from worker.drain.path import (
     FIRST_BACKOFF_SECONDS,
     apply_in_transaction,
-    is_retryable,
     publications,
 )
 from worker.rules import AuthorizedMessage, Outcome
@@ -91,7 +91,7 @@ def _apply(tools: Tools, organization_id: UUID, authorized: AuthorizedMessage) -
                 tools.repository, organization_id, [authorized], tools.new_id
             )
         except Exception as error:
-            if not is_retryable(error):
+            if not is_server_fault(error):
                 raise
             time.sleep(FIRST_BACKOFF_SECONDS)
         else:

@@ -30,9 +30,10 @@ from producers.contract.values import Uuid7
 from tests.conftest import Servers
 from tests.support.tenant import applied, requests_of
 from tests.support.waiting import eventually
-from worker.db.connection import UnsafeRole, is_transient
+from worker.db.connection import UnsafeRole
 from worker.db.migrate import migrate
 from worker.db.repository import Repository
+from worker.drain.blame import is_server_fault
 from worker.drain.path import apply_in_transaction
 from worker.rules import Execution, Snapshot, decide
 
@@ -344,7 +345,7 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         silent = Repository(f"postgresql://u:p@127.0.0.1:{server.getsockname()[1]}/x")
         with pytest.raises(psycopg.OperationalError) as caught:
             silent.check()
-    assert is_transient(caught.value)
+    assert is_server_fault(caught.value)
 
 
 def test_a_wrong_password_is_waited_out(servers: Servers) -> None:
@@ -354,7 +355,7 @@ def test_a_wrong_password_is_waited_out(servers: Servers) -> None:
         refused = Repository(wrong.render_as_string(hide_password=False))
         with pytest.raises(psycopg.Error) as caught:
             refused.check()
-        assert is_transient(caught.value) == passes
+        assert is_server_fault(caught.value) == passes
 
 
 @pytest.mark.parametrize(
@@ -370,17 +371,19 @@ def test_a_wrong_password_is_waited_out(servers: Servers) -> None:
         ("25006", True),
         ("23505", False),
         ("22P02", False),
-        ("42501", True),
-        ("42P01", True),
+        ("42501", False),
+        ("42P01", False),
         ("42601", False),
-        ("0A000", True),
+        ("0A000", False),
         ("54000", False),
         ("XX000", False),
     ],
 )
-def test_errors_that_may_pass_are_told_from_those_that_last(state: str, passes: bool) -> None:
-    """Lost connections, deadlocks, serialization, a full disk, a restart, a migration: the same transaction may succeed."""
-    assert is_transient(psycopg.errors.lookup(state)("x")) == passes
+def test_errors_of_servers_are_told_from_those_that_need_a_witness(
+    state: str, passes: bool
+) -> None:
+    """Lost connections, deadlocks, a full disk or a restart say nothing of a message."""
+    assert is_server_fault(psycopg.errors.lookup(state)("x")) == passes
 
 
 def test_migrating_again_changes_nothing_and_sets_passwords(servers: Servers) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-import psycopg
 from sqlalchemy import make_url
 
 from worker.db.tables import metadata
@@ -52,6 +51,7 @@ _SESSION_SETTINGS: Final = {
     "idle_in_transaction_session_timeout": "30s",
     "plan_cache_mode": "force_generic_plan",
     "jit": "off",
+    "enable_seqscan": "off",  # every statement has its index, also while a table is small
 }
 
 
@@ -103,28 +103,3 @@ def should_discard_plans(uses: int) -> bool:
     and its cost then grows with what the organization stores.
     """
     return uses > 1 and uses & (uses - 1) == 0
-
-
-_TRANSIENT_CLASSES: Final = ("08", "0A", "40", "53", "57", "58")
-_TRANSIENT_STATES: Final = (
-    "42P01",  # a migration is missing: there is no such table
-    "42703",  # no such column
-    "42883",  # no such function
-    "42501",  # no such right
-    "25006",  # a standby, after a failover
-    "25P03",  # the session was idle too long: this process stood still in a transaction
-    "25P04",  # so did the transaction
-    "55P03",  # a lock was held too long
-)
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same transaction may succeed later, as after a lost connection or a deadlock.
-
-    A missing table, column or right and an outdated plan count too: statements are the same for all
-    batches, and a migration cures them. The codes are listed at
-    https://www.postgresql.org/docs/current/errcodes-appendix.html.
-    """
-    if isinstance(error, psycopg.Error) and (state := error.sqlstate):
-        return state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES
-    return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))

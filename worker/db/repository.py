@@ -66,6 +66,13 @@ class Repository:
         event.listen(self._engine, "connect", self._prepare)
         self._uses = 0
         self._scope = b""
+        self._database_url = database_url
+        self.failed_statement: str | None = None
+        """The statement at which the last transaction failed; None: in its begin or commit."""
+
+    def clone(self) -> Repository:
+        """Return a repository of the same database, with a new connection."""
+        return Repository(self._database_url)
 
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
@@ -80,12 +87,18 @@ class Repository:
         Its statements are sent in two parts: the lock with all look-ups, and all writes with the
         commit.
         """
-        with self._connection() as connection, connection.pipeline():
-            self._uses += 1
-            if should_discard_plans(self._uses):
-                connection.execute(DISCARD_PLANS)
-            yield Transaction(connection, organization_id, self._scope)
-            connection.execute("commit")  # not commit(): see _connection
+        transaction: Transaction | None = None
+        try:
+            with self._connection() as connection, connection.pipeline() as pipeline:
+                self._uses += 1
+                if should_discard_plans(self._uses):
+                    connection.execute(DISCARD_PLANS)
+                transaction = Transaction(connection, pipeline, organization_id, self._scope)
+                yield transaction
+                connection.execute("commit")  # not commit(): see _connection
+        except psycopg.Error:
+            self.failed_statement = transaction.failed_statement() if transaction else None
+            raise
 
     def transact(self, organization_id: UUID, work: Callable[[Transaction], Result]) -> Result:
         """Do some work in one transaction; the first one of an organization adds its row before."""
@@ -161,8 +174,9 @@ class Repository:
         connection = cast(psycopg.Connection, lent.driver_connection)
         try:
             yield connection
-        except BaseException:
-            if connection.closed:
+        except BaseException as error:
+            # After an error of the server's state, the next connection may lead to another server.
+            if connection.closed or isinstance(error, psycopg.Error):
                 lent.invalidate()
             raise
         finally:
@@ -172,8 +186,16 @@ class Repository:
 class Transaction:
     """What happens between the lock and the commit."""
 
-    def __init__(self, connection: psycopg.Connection, organization_id: UUID, scope: bytes) -> None:
+    def __init__(
+        self,
+        connection: psycopg.Connection,
+        pipeline: psycopg.Pipeline,
+        organization_id: UUID,
+        scope: bytes,
+    ) -> None:
         self._connection = connection
+        self._pipeline = pipeline
+        self._sent: list[tuple[str | bytes, psycopg.Cursor[Any]]] = []
         self._organization_id = organization_id
         self._send(scope)
         self._locked = self._send(statements.LOCK)
@@ -231,6 +253,17 @@ class Transaction:
         """Return what is stored of these batches, with the change events that they made."""
         return dict(map(_batch, self._find_batches(batch_ids)))
 
+    def wait(self) -> None:
+        """Wait until all that was sent has succeeded. Raises the error of what did not."""
+        self._pipeline.sync()
+
+    def failed_statement(self) -> str | None:
+        """Return the statement that failed; None if it was the begin or the commit."""
+        for statement, cursor in self._sent[2:]:
+            if cursor.pgresult is None:
+                return str(statement)
+        return None
+
     def forget_failure(self, batch_id: UUID) -> bool:
         _ = self.now  # the lock is held
         return bool(self._send(statements.FORGET_FAILURE, batch_id=batch_id).fetchall())
@@ -244,7 +277,9 @@ class Transaction:
         values = {"organization_id": self._organization_id, **parameters}
         if isinstance(statement, str) and "%(now)s" in statement:
             values["now"] = self.now
-        return self._connection.cursor(binary=True).execute(statement, values)
+        cursor = self._connection.cursor(binary=True)
+        self._sent.append((statement, cursor))
+        return cursor.execute(statement, values)
 
 
 # --- Rows to objects -----------------------------------------------------------------------------

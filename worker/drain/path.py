@@ -11,33 +11,46 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any, Final, assert_never
+from typing import Final, assert_never
 from uuid import UUID
 
-from redis import exceptions as redis_errors
+import psycopg
+from redis.exceptions import RedisError
 
 from producers.contract.channels import changes_channel, results_channel
 from producers.contract.values import Uuid7
 from producers.inbox.protocol import DeadLetter, Inbox, StreamEntry
 from worker.auth import Authorizer, JwksUnavailable
-from worker.db.connection import is_transient
 from worker.db.repository import Repository, Transaction
 from worker.drain.admission import Admission, Admitted, Refused, Unreadable, admit, fail_admission
+from worker.drain.blame import attempts_to_blame, is_server_fault, log_wait
 from worker.rules import AuthorizedMessage, Outcome, decide, decide_failure
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS: Final = 0.05
 MAX_BACKOFF_SECONDS: Final = 1.0
-_ATTEMPTS: Final = 2
-"""A message is to blame for a failure at its second attempt, which is made for it alone."""
+_ONE_BY_ONE: Final = "a transaction failed: applying its messages one by one"
 
 
 def _utc_now() -> datetime:
     return datetime.now(timezone.utc)
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A drain between two waits in the Celery queue."""
+
+    deadline: float
+    answered: int = 0
+    failures: int = 0
+    """Failures since the last group that succeeded."""
+    alone: int = 0
+    """How many messages are still to be applied one by one."""
 
 
 @dataclass(slots=True)
@@ -67,38 +80,75 @@ class Drain:
     def run(self) -> int:
         """Drain the inbox until it is empty, the lease is lost or the budget is used up.
 
-        Returns how many messages were answered. Errors that may pass are waited out in place, so
-        that nothing overtakes the messages at the head.
+        Returns how many messages were answered. Each turn processes one group at least. Faults of
+        servers are waited out in place, so that nothing overtakes the messages at the head, until
+        the budget is used up; then the drain goes to the end of the queue: others have a turn.
         """
-        answered, failures = 0, 0
-        deadline = time.monotonic() + self.budget_seconds
-        entries: list[StreamEntry] | None = None
+        turn = _Turn(time.monotonic() + self.budget_seconds)
         while True:
             try:
-                if entries is None:
-                    entries = self.inbox.acquire(self.run_id, max_messages=self.group_size)
-                while entries:
-                    if time.monotonic() > deadline or self.stopping():
-                        # If Redis has no memory for that, draining goes on: it frees some.
-                        deadline = time.monotonic() + FIRST_BACKOFF_SECONDS + self.budget_seconds
-                        self._requeue()
-                        return answered
-                    count = len(entries)
-                    entries = self._process(entries)
-                    answered += count
-                    failures = 0
-                return answered
+                self._drain(turn)
+                return turn.answered
+            except psycopg.errors.LockNotAvailable:  # another worker has the organization
+                self._requeue()
+                return turn.answered
             except Exception as error:
-                if not is_retryable(error) or (self.stopping() and failures):
+                if not is_server_fault(error) and not isinstance(error, psycopg.Error):
                     raise
-                entries = None
-                failures += 1
-                self._back_off(failures, error)
+                if self._ends_turn(turn, error):
+                    return turn.answered
 
-    def _process(self, entries: Sequence[StreamEntry]) -> list[StreamEntry]:
-        """Take a group all the way; return the group that comes next."""
+    def _drain(self, turn: _Turn) -> None:
+        """Process group after group until the turn is over. Raises what breaks one of them."""
+        entries = self.inbox.acquire(self.run_id, max_messages=self.group_size)
+        while entries:
+            group = entries[:1] if turn.alone else entries
+            try:
+                entries = self._process(group, alone=bool(turn.alone))
+            except Exception as error:
+                if turn.alone or is_server_fault(error):
+                    raise
+                # One message of the group may be to blame: apply them one by one.
+                log_wait(
+                    "a transaction failed: applying its messages one by one",
+                    self.organization_id,
+                    error,
+                )
+                turn.alone = len(entries)
+                time.sleep(FIRST_BACKOFF_SECONDS)
+                continue
+            turn.answered += len(group)
+            turn.failures, turn.alone = 0, max(0, turn.alone - 1)
+            if entries and (time.monotonic() > turn.deadline or self.stopping()):
+                # If Redis has no memory for that, draining goes on: it frees some.
+                turn.deadline = time.monotonic() + FIRST_BACKOFF_SECONDS + self.budget_seconds
+                self._requeue()
+                return
+
+    def _ends_turn(self, turn: _Turn, error: Exception) -> bool:
+        """Log a server's fault, and pause; return whether the turn is over."""
+        log_wait("a drain failed", self.organization_id, error)
+        turn.failures, turn.alone = turn.failures + 1, 0
+        if isinstance(error, RedisError):
+            self.inbox.disconnect()
+        if self.stopping():
+            return True  # the lease runs out, and another worker goes on
+        if time.monotonic() > turn.deadline:
+            with suppress(RedisError, OSError):  # else it goes on here
+                self._requeue()
+                return True
+        time.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (turn.failures - 1), MAX_BACKOFF_SECONDS))
+        return False
+
+    def _process(self, entries: Sequence[StreamEntry], *, alone: bool = False) -> list[StreamEntry]:
+        """Take a group all the way; return the group that comes next.
+
+        Args:
+            alone: The group is one message, which failed before: it may be to blame.
+        """
         admissions = [self._admit(entry) for entry in entries]
-        outcomes = iter(self._apply([each for each in admissions if isinstance(each, Admitted)]))
+        admitted = [each for each in admissions if isinstance(each, Admitted)]
+        outcomes = iter(self._apply(admitted, alone=alone))
         to_publish: list[tuple[str, bytes]] = []
         dead_letters: list[DeadLetter] = []
         for admission in admissions:
@@ -131,37 +181,26 @@ class Drain:
             logger.exception("a message could not be read", extra={"entry": entry.id.decode()})
             return fail_admission(entry, self.organization_id, error, now)
 
-    def _apply(self, admitted: Sequence[Admitted]) -> list[Outcome]:
-        """Apply messages in one transaction; if it fails for a lasting reason, each by itself.
-
-        Returns the outcomes in the order of the messages.
-        """
+    def _apply(self, admitted: Sequence[Admitted], *, alone: bool) -> list[Outcome]:
+        """Apply messages in one transaction; return the outcomes in their order."""
         if not admitted:
             return []
         try:
             return self._transact([each.message for each in admitted])
         except Exception as error:
-            if is_retryable(error):
+            if not alone:
                 raise
-            logger.warning(
-                "a transaction failed: applying its messages one by one",
-                extra={**self._described(error), "messages": len(admitted)},
+            attempts = attempts_to_blame(
+                error, admitted[0].entry, self.inbox, self.repository, self.organization_id
             )
-            time.sleep(FIRST_BACKOFF_SECONDS)
-            return [self._apply_alone(each) for each in admitted]
-
-    def _apply_alone(self, admitted: Admitted) -> Outcome:
-        try:
-            return self._transact([admitted.message])[0]
-        except Exception as error:
-            if is_retryable(error):
+            if not attempts:
                 raise
-            return self._fail(admitted, error)
+            return [self._fail(admitted[0], error, attempts)]
 
     def _transact(self, messages: Sequence[AuthorizedMessage]) -> list[Outcome]:
         return apply_in_transaction(self.repository, self.organization_id, messages, self.new_id)
 
-    def _fail(self, admitted: Admitted, error: Exception) -> Outcome:
+    def _fail(self, admitted: Admitted, error: Exception, attempts: int) -> Outcome:
         """Store `internal_error` as the answer to the message to blame, and keep a dead letter.
 
         The dead letter is written before the commit: after a crash in between, the message would be
@@ -172,7 +211,7 @@ class Drain:
         text = "the worker failed at this batch; nothing of it took effect"
         outcome, change_set = decide_failure(self.organization_id, admitted.message, text)
         reason = f"internal_error: {type(error).__name__}"
-        dead_letter = DeadLetter.of(admitted.entry, reason, self.now(), _ATTEMPTS, batch_id)
+        dead_letter = DeadLetter.of(admitted.entry, reason, self.now(), attempts, batch_id)
 
         def store(transaction: Transaction) -> Outcome:
             known = transaction.batches([batch_id]).get(batch_id)
@@ -187,19 +226,6 @@ class Drain:
     def _requeue(self) -> None:
         if self.inbox.requeue(self.run_id):
             self.requeue()
-
-    def _back_off(self, failures: int, error: Exception) -> None:
-        seconds = min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), MAX_BACKOFF_SECONDS)
-        if failures in (1, 10, 100):
-            extra = {**self._described(error), "failures": failures}
-            logger.warning("a drain failed; retrying", extra=extra)
-        time.sleep(seconds)
-
-    def _described(self, error: Exception) -> dict[str, Any]:
-        """Return the log fields of an error: of its text the first line, which quotes no row."""
-        cause = str(error).partition("\n")[0][:200]
-        organization = str(self.organization_id)
-        return {"organization": organization, "error": type(error).__name__, "cause": cause}
 
 
 def apply_in_transaction(
@@ -230,14 +256,3 @@ def publications(
     for flow_execution_id, event in outcome.events:
         yield changes_channel(organization_id, flow_execution_id), event
     yield results_channel(organization_id, reply_to), outcome.record
-
-
-def is_retryable(error: Exception) -> bool:
-    """Whether the same group may succeed later, without a change in its messages."""
-    passing = (
-        redis_errors.ConnectionError,
-        redis_errors.TimeoutError,
-        redis_errors.OutOfMemoryError,
-        JwksUnavailable,
-    )
-    return isinstance(error, passing) or is_transient(error)

@@ -1,4 +1,4 @@
--- KEYS: inbox, lease, dead letters
+-- KEYS: inbox, lease, dead letters, failing
 -- ARGV: run id, lease in ms, max messages, max bytes, how many dead letters are kept;
 --       number of ids, id, id, …; number of publications, channel, payload, …;
 --       number of dead letters, and for each the number of fields and values, field, value, …
@@ -28,6 +28,7 @@ end
 for first = 1, #ids, 1000 do
   redis.call('XDEL', KEYS[1], unpack(ids, first, math.min(first + 999, #ids)))
 end
+redis.call('DEL', KEYS[4])
 local held = redis.call('GET', KEYS[2])
 if held and held ~= 'running ' .. ARGV[1] then
   return false

@@ -37,7 +37,7 @@ from worker import rules
 from worker.auth import Authorizer
 from worker.db.connection import driver_url
 from worker.drain.admission import Admitted, Refused, Unreadable, admit
-from worker.drain.path import is_retryable
+from worker.drain.blame import is_server_fault
 from worker.settings import load_settings
 
 TAG_FIELDS = dataclasses.fields(Tag)
@@ -146,7 +146,7 @@ class Service:
         try:
             return self._once(organization_id, request)
         except DBAPIError as error:
-            if error.orig is None or not is_retryable(error.orig):
+            if error.orig is None or not is_server_fault(error.orig):
                 raise
             return self._once(organization_id, request)  # on another connection
 

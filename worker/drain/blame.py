@@ -1,0 +1,136 @@
+"""Whose fault is a failed transaction: the message's, or the server's?
+
+A message is to blame for what our own code finds in it, and for a statement that keeps failing
+while a witness succeeds: a transaction of the same organization, on a new connection and rolled
+back, that runs every statement with harmless values. Failures of begin and commit have no witness.
+Whatever is no message's fault is waited out, so that nothing is refused for a server's fault.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+import psycopg
+from redis.exceptions import RedisError
+
+from producers.contract.messages import (
+    Message,
+    TagBatch,
+    add,
+    register_execution,
+    remove,
+    set_task_state,
+)
+from producers.contract.values import Uuid7
+from producers.inbox.protocol import Inbox, StreamEntry
+from worker.auth import JwksUnavailable
+from worker.db.repository import Repository, Transaction
+from worker.rules import AuthorizedMessage, decide
+
+logger = logging.getLogger(__name__)
+
+MIN_ATTEMPTS: Final = 5
+MIN_SECONDS: Final = 10.0
+_OWN_ATTEMPTS: Final = 2
+_LOG_SECONDS: Final = 60.0
+_CONNECTION_CLASSES: Final = ("08", "40", "53", "57", "58")
+_STATE_CODES: Final = ("25006", "25P03", "25P04", "55P03")
+_REMEDIES: Final = {
+    "42": "run task-tags-admin migrate",
+    "53": "give the server disk, memory or connections",
+    "25006": "the server is read-only: let the URL lead to the primary",
+    "28": "correct the credentials in TASK_TAGS_DATABASE_URL",
+}
+_logged: dict[str, float] = {}
+
+
+def is_server_fault(error: Exception) -> bool:
+    """Whether an error comes from a server or from the way to it, and says nothing of a message."""
+    if isinstance(error, psycopg.Error):
+        state = error.sqlstate
+        if state is None:
+            return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
+        return state.startswith(_CONNECTION_CLASSES) or state in _STATE_CODES
+    return isinstance(error, (RedisError, OSError, JwksUnavailable))
+
+
+def attempts_to_blame(
+    error: Exception, entry: StreamEntry, inbox: Inbox, repository: Repository, organization: UUID
+) -> int:
+    """Return how often a message has failed, if it is to blame for it; 0 if it is not.
+
+    The message failed alone, and not for the first time.
+
+    It is for an exception of our own code, and for the failure of a statement after 5 of them in
+    10 s or more, each followed by a witness that succeeded.
+    """
+    if is_server_fault(error):
+        return 0
+    if not isinstance(error, psycopg.Error) or error.sqlstate is None:
+        return _OWN_ATTEMPTS
+    if repository.failed_statement is None or not witness(repository, organization):
+        return 0
+    attempts, seconds = inbox.count_failure(entry, f"{error.sqlstate} {type(error).__name__}")
+    return attempts if attempts >= MIN_ATTEMPTS and seconds >= MIN_SECONDS else 0
+
+
+def witness(repository: Repository, organization_id: UUID) -> bool:
+    """Run every statement of a drain with harmless values; return whether it succeeded."""
+    execution, new_id = uuid4(), Uuid7()
+    rounds: tuple[tuple[Message, ...], ...] = (
+        (
+            register_execution(execution),
+            set_task_state(execution, "task", "queued"),
+            TagBatch(tags=[add(execution, "task", "type", "witness")]),
+        ),
+        (TagBatch(tags=[remove(execution, "task", "type", "witness")]),),
+    )
+
+    def run(transaction: Transaction) -> None:
+        for messages in rounds:
+            some = [AuthorizedMessage(each, "witness", each.digest()) for each in messages]
+            snapshot, now = transaction.load(some), transaction.now
+            transaction.save(
+                decide(organization_id, some, snapshot, now=now, new_id=new_id).change_set
+            )
+        transaction.wait()
+        raise _Undo
+
+    fresh = repository.clone()
+    try:
+        fresh.transact(organization_id, run)
+    except _Undo:
+        return True
+    except Exception as error:
+        log_wait("a witness failed as well", organization_id, error)
+    finally:
+        fresh.close()
+    return False
+
+
+class _Undo(Exception):
+    """Rolls the witness back."""
+
+
+def log_wait(what: str, organization_id: UUID, error: Exception) -> None:
+    """Log an error that is waited out, once a minute for each kind, with its cause and a remedy."""
+    fields = described(organization_id, error)
+    kind = f"{what} {fields['error']}"
+    now = time.monotonic()
+    if now - _logged.get(kind, -_LOG_SECONDS) >= _LOG_SECONDS:
+        _logged[kind] = now
+        logger.warning("%s; retrying", what, extra=fields)
+
+
+def described(organization_id: UUID, error: Exception) -> dict[str, Any]:
+    """Return the log fields of an error: of its text the first line, which quotes no row."""
+    cause = str(error).partition("\n")[0][:200]
+    fields = {"organization": str(organization_id), "error": type(error).__name__, "cause": cause}
+    state = getattr(error, "sqlstate", None)
+    if state is not None:
+        remedy = _REMEDIES.get(state) or _REMEDIES.get(state[:2])
+        fields |= {"sqlstate": state, "remedy": remedy or "see the server's log"}
+    return fields
