@@ -17,7 +17,7 @@ import pytest
 from producers.cli import escape_terminal
 from producers.client import TagProducer
 from producers.contract.messages import TagBatch, add, register_execution
-from tests.conftest import Servers
+from tests.support.servers import Servers
 from tests.support.waiting import eventually
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -17,7 +17,7 @@ from openapi_spec_validator import validate
 
 from producers.client import TagProducer
 from producers.contract.messages import TagBatch, add, register_execution, remove
-from tests.conftest import Servers
+from tests.support.servers import Servers
 from worker.api.limits import REQUEST_SECONDS
 
 

@@ -13,7 +13,7 @@ from redis import Redis
 from sqlalchemy import make_url
 
 from producers.contract.messages import RegisterExecution, TagBatch, add, remove
-from tests.conftest import Servers
+from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually
 from worker.api.queries import Reader

@@ -21,8 +21,8 @@ from producers.contract.messages import (
     register_execution,
     remove,
 )
-from tests.conftest import Servers
 from tests.integration.test_api import problem
+from tests.support.servers import Servers
 from tests.support.tenant import applied
 from worker.auth import EXECUTIONS_WRITE, WRITE
 from worker.db.repository import Repository

@@ -40,7 +40,7 @@ from producers.contract.messages import (
 )
 from producers.contract.results import ChangeEvent, ResultRecord, StateChange
 from producers.inbox.protocol import Inbox, StreamEntry
-from tests.conftest import Servers
+from tests.support.servers import Servers
 from tests.unit.test_rules import ONE, TWO, UNKNOWN, ReferenceModel
 from worker.auth import Authorizer
 from worker.db.repository import Repository, Transaction

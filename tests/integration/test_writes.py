@@ -27,8 +27,8 @@ from producers.contract.encoding import MAX_DETAILS
 from producers.contract.messages import MAX_MESSAGE_BYTES, register_execution
 from producers.contract.results import ResultRecord
 from producers.redis_client import open_redis
-from tests.conftest import Servers
 from tests.integration.test_api import problem
+from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually
 from worker.auth import EXECUTIONS_WRITE, READ, WRITE, Authorizer, sign_token
