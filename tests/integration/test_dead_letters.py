@@ -16,7 +16,7 @@ from producers.contract.encoding import parse_canonical
 from producers.contract.messages import MAX_MESSAGE_BYTES
 from producers.errors import InboxFull
 from producers.inbox.protocol import Inbox
-from tests.e2e.test_cli import run
+from tests.support.commands import run
 from tests.support.tenant import Tenant, broken_for, killed, tagging
 from worker.auth import READ
 from worker.drain.dead_letters import (
