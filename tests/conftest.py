@@ -9,25 +9,22 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import httpx
-import psycopg
 import pytest
 from redis import Redis
 
 from producers.client import TagProducer
 from producers.contract.messages import register_execution
 from producers.redis_client import open_redis
+from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, listening
-from worker.auth import SCOPES, Authorizer, sign_token
+from worker.auth import Authorizer
 from worker.db.repository import Repository
 from worker.local.servers import Postgres, find_server_paths, load_or_create_secret
-from worker.local.stack import DATABASE, Stack, run_stack, signing_settings
-from worker.settings import Settings
+from worker.local.stack import DATABASE, run_stack, signing_settings
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started in the background of a script: the processes under test would ignore Ctrl-C as well.
@@ -38,29 +35,6 @@ for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:
         name != "TASK_TAGS_NO_BROWSER"
     ):  # says what can't be tested here; see tests/support/browser.py
         del os.environ[name]
-
-
-@dataclass(frozen=True)
-class Servers:
-    """The running stack, and the ways into it that its users don't have."""
-
-    stack: Stack
-    settings: Settings
-    owner_url: str
-    worker_url: str
-    endpoint_url: str
-
-    def token(self, organization_id: UUID, *scopes: str, sub: str = "ada") -> str:
-        return sign_token(
-            self.settings,
-            organization_id=organization_id,
-            actor=sub,
-            scopes=scopes or SCOPES,
-            lifetime=timedelta(hours=1),
-        )
-
-    def owner(self) -> psycopg.Connection:
-        return psycopg.connect(self.owner_url, autocommit=True)
 
 
 @pytest.fixture(scope="session")

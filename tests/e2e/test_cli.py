@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,33 +16,11 @@ import pytest
 from producers.cli import escape_terminal
 from producers.client import TagProducer
 from producers.contract.messages import TagBatch, add, register_execution
-from tests.conftest import Servers
+from tests.support.commands import environment, run
+from tests.support.servers import Servers
 from tests.support.waiting import eventually
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def environment(servers: Servers | None, **values: str) -> dict[str, str]:
-    given = dict(servers.stack.environment) if servers else {}
-    return {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **given, **values}
-
-
-def run(
-    servers: Servers | None,
-    *arguments: str,
-    module: str = "producers.cli",
-    stdin: str = "",
-    **values: str,
-) -> subprocess.CompletedProcess[str]:
-    code = f"from {module} import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment(servers, **values),
-    )
 
 
 @pytest.fixture

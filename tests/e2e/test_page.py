@@ -16,8 +16,8 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from producers.client import TagProducer
 from producers.contract.messages import TagBatch, TagOperation, add, remove
-from tests.conftest import Servers
 from tests.support.browser import address, open_browser
+from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.auth import READ, SCOPES, sign_token
 

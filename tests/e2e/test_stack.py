@@ -19,7 +19,7 @@ import httpx
 import psycopg
 import pytest
 
-from tests.conftest import Servers
+from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.local.servers import Postgres, find_server_paths, load_or_create_secret, wait_for_orphan
 

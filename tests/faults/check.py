@@ -11,7 +11,7 @@ import psycopg
 
 from producers.contract.messages import Message, TagBatch
 from producers.contract.results import ResultRecord
-from tests.unit.test_rules import ReferenceModel, _same
+from tests.support.reference_model import ReferenceModel, json_equal
 
 MOST_STORIES: Final = 20
 
@@ -145,7 +145,7 @@ def _check_tags(
         verdict.add("lost", f"{len(rows)} active tags instead of {len(model.rows)}")
     for row in rows:
         named = dict(zip(parts, row[:4], strict=True))
-        if not any(_same(each["tag_metadata"], row[4]) for each in model.matching(named)):
+        if not any(json_equal(each["tag_metadata"], row[4]) for each in model.matching(named)):
             verdict.add("doubled", f"the active tag {row} is not the model's")
 
 

@@ -17,7 +17,8 @@ from openapi_spec_validator import validate
 
 from producers.client import TagProducer
 from producers.contract.messages import TagBatch, add, register_execution, remove
-from tests.conftest import Servers
+from tests.support.api_errors import error_of
+from tests.support.servers import Servers
 from worker.api.limits import REQUEST_SECONDS
 
 
@@ -43,16 +44,6 @@ def read(http: httpx.Client, execution: UUID | str, **more: Any) -> httpx.Respon
     headers = more.pop("headers", {})
     query = {"flow_execution_id": str(execution), **more}
     return http.get("/task-tags", params=query, headers=headers)
-
-
-def problem(response: httpx.Response) -> dict[str, Any]:
-    """Check the one shape of errors, and return its inner part."""
-    body = response.json()
-    assert set(body) == {"error", "request_id"}
-    assert set(body["error"]) == {"message", "code", "details"}
-    assert UUID(body["request_id"])
-    error: dict[str, Any] = body["error"]
-    return error
 
 
 def test_the_active_tags_of_an_execution_are_read(
@@ -129,7 +120,7 @@ def test_an_unknown_and_a_foreign_execution_are_answered_alike(
         foreign, unknown = read(stranger, execution), read(stranger, uuid4())
     for response in (foreign, unknown):
         assert response.status_code == 404
-        assert problem(response)["code"] == "not_found"
+        assert error_of(response)["code"] == "not_found"
     mask = re.compile(rb'"request_id": "[^"]*"')
     assert mask.sub(b"", foreign.content) == mask.sub(b"", unknown.content)
 
@@ -166,7 +157,7 @@ def test_a_wrong_parameter_is_named(http: httpx.Client, query: str, field: str) 
     """400 with the parameter and a reason, without its value."""
     response = http.get(f"/task-tags?{query.format(id=uuid4())}")
     assert response.status_code == 400
-    error = problem(response)
+    error = error_of(response)
     assert error["code"] == "bad_request"
     assert [detail["field"] for detail in error["details"]] == [field]
 
@@ -176,7 +167,7 @@ def test_a_bad_batch_id_is_named(http: httpx.Client) -> None:
     for wrong in ("x", "%00", "0" * 500):
         response = http.get(f"/task-tags/batches/{wrong}")
         assert response.status_code == 400
-        assert problem(response)["details"][0]["field"] == "batch_id"
+        assert error_of(response)["details"][0]["field"] == "batch_id"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +189,7 @@ def test_a_missing_or_wrong_token_is_401(
         f"{servers.stack.endpoint_url}/task-tags?flow_execution_id={uuid4()}", headers=headers
     )
     assert response.status_code == status
-    assert problem(response)["code"] == code
+    assert error_of(response)["code"] == code
     assert response.headers["www-authenticate"] == "Bearer"
     assert "garbage" not in response.text
 
@@ -211,7 +202,7 @@ def test_a_token_without_the_scope_is_403(servers: Servers, organization: UUID) 
         headers={"Authorization": f"Bearer {token}"},
     )
     assert response.status_code == 403
-    assert problem(response)["code"] == "forbidden"
+    assert error_of(response)["code"] == "forbidden"
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
@@ -219,7 +210,7 @@ def test_other_methods_are_refused(http: httpx.Client, method: str) -> None:
     """405 with what is allowed; a method that HTTP does not know is a bad request."""
     response = http.request(method, "/task-tags")
     assert response.status_code == (400 if method == "BREW" else 405)
-    problem(response)
+    error_of(response)
     if response.status_code == 405:
         assert "GET" in response.headers["allow"]
 
@@ -229,7 +220,7 @@ def test_unknown_paths_are_404_in_the_same_shape(http: httpx.Client) -> None:
     for path in ("/page", "/nothing", "/task-tags/", "/task-tags/%00", "/../etc/passwd"):
         response = http.get(path)
         assert response.status_code == 404
-        assert problem(response)["code"] == "not_found"
+        assert error_of(response)["code"] == "not_found"
 
 
 def test_health_and_readiness_need_no_token(servers: Servers) -> None:
@@ -246,7 +237,7 @@ def test_a_large_body_is_413(http: httpx.Client) -> None:
     """Before any of it is read."""
     response = http.request("GET", "/task-tags", content=b"x" * (1024 * 1024 + 1))
     assert response.status_code == 413
-    assert problem(response)["code"] == "body_too_large"
+    assert error_of(response)["code"] == "body_too_large"
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from websockets.sync.client import ClientConnection, connect
 from producers.client import TagProducer
 from producers.contract.channels import changes_channel
 from producers.contract.messages import SetTaskState, TagBatch, add, register_execution
-from tests.conftest import Servers
 from tests.support.memory import resident
+from tests.support.servers import Servers
 from tests.support.tenant import applied
 from tests.support.waiting import eventually
 from worker.auth import SCOPES, sign_token

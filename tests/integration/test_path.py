@@ -47,8 +47,8 @@ from producers.inbox.protocol import Inbox
 from producers.pubsub import EventQueue, ListenEvent, PubSubMultiplexer
 from producers.redis_client import open_async_redis, open_redis
 from producers.subscriber import Subscriber
-from tests.conftest import Servers
 from tests.support.malformed import HARMLESS, celery_messages
+from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.broker import Channel, create_app
 

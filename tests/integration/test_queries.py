@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import make_url
 
 from producers.contract.messages import TagBatch, add, register_execution
-from tests.conftest import Servers
+from tests.support.servers import Servers
 from tests.support.tenant import applied
 from worker.api.queries import Reader
 from worker.db.connection import UnsafeRole

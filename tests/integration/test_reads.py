@@ -21,8 +21,8 @@ from producers.contract.messages import (
     register_execution,
     remove,
 )
-from tests.conftest import Servers
-from tests.integration.test_api import problem
+from tests.support.api_errors import error_of
+from tests.support.servers import Servers
 from tests.support.tenant import applied
 from worker.auth import EXECUTIONS_WRITE, WRITE
 from worker.db.repository import Repository
@@ -86,7 +86,7 @@ def etag(http: httpx.Client, path: str, execution: UUID, **query: Any) -> str:
 def refused(response: httpx.Response, field: str) -> None:
     """Check that a parameter is refused by its name."""
     assert response.status_code == 400, response.text
-    error = problem(response)
+    error = error_of(response)
     assert error["code"] == "bad_request"
     assert [(each["index"], each["field"]) for each in error["details"]] == [(None, field)]
 
@@ -239,8 +239,8 @@ def test_tasks_of_unknown_and_foreign_executions_are_404(
             foreign = http.get(path, params=parameters, headers=headers)
             unknown = read(http, path, uuid4(), **query)
             assert foreign.status_code == unknown.status_code == 404
-            assert problem(foreign) == problem(unknown)
-            assert problem(foreign)["code"] == "not_found"
+            assert error_of(foreign) == error_of(unknown)
+            assert error_of(foreign)["code"] == "not_found"
 
 
 def test_reading_tasks_needs_a_token_with_the_scope(
@@ -251,7 +251,7 @@ def test_reading_tasks_needs_a_token_with_the_scope(
     assert httpx.get(url).status_code == 401
     token = servers.token(organization, WRITE, EXECUTIONS_WRITE)
     response = httpx.get(url, headers={"Authorization": f"Bearer {token}"})
-    assert (response.status_code, problem(response)["code"]) == (403, "forbidden")
+    assert (response.status_code, error_of(response)["code"]) == (403, "forbidden")
 
 
 def test_wrong_parameters_of_tasks_are_named(http: httpx.Client, execution: UUID) -> None:

@@ -19,7 +19,7 @@ from producers.contract.results import ResultRecord
 from producers.errors import Unavailable
 from producers.redis_client import open_redis
 from producers.subscriber import Subscriber
-from tests.conftest import Servers
+from tests.support.servers import Servers
 from tests.support.waiting import eventually
 
 FILE = Path(__file__).parents[2] / "docker" / "redis-users.acl"

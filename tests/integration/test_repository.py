@@ -27,7 +27,7 @@ from producers.contract.messages import (
 )
 from producers.contract.results import ResultRecord
 from producers.contract.values import Uuid7
-from tests.conftest import Servers
+from tests.support.servers import Servers
 from tests.support.tenant import applied, requests_of
 from tests.support.waiting import eventually
 from worker.db.connection import UnsafeRole

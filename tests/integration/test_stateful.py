@@ -1,7 +1,7 @@
 """Rules, storage and inbox together, on real servers, under any sequence of messages and faults.
 
 Hypothesis sends messages and lets drains run, die and overtake one another, in an order that it makes up. The
-naive model of tests/unit/test_rules.py is told of each message once, when it is sent. Whatever happened, in the end
+naive model of tests/support/reference_model.py is told of each message once, when it is sent. Whatever happened, in the end
 answers, tags, revisions and change events must be the model's.
 """
 
@@ -40,12 +40,13 @@ from producers.contract.messages import (
 )
 from producers.contract.results import ChangeEvent, ResultRecord, StateChange
 from producers.inbox.protocol import Inbox, StreamEntry
-from tests.conftest import Servers
-from tests.unit.test_rules import ONE, TWO, UNKNOWN, ReferenceModel
+from tests.support.reference_model import ReferenceModel
+from tests.support.servers import Servers
 from worker.auth import Authorizer
 from worker.db.repository import Repository, Transaction
 from worker.drain.path import Drain
 
+ONE, TWO, UNKNOWN = UUID(int=11), UUID(int=12), UUID(int=13)
 REJECTED = "rejected"
 LEASE_MS = 600_000  # a lease runs out when the test says so, however slow the machine is
 

@@ -22,7 +22,7 @@ from producers.contract.results import ChangeEvent
 from producers.errors import ChangesRefused, RevisionExpired, Unavailable
 from producers.pubsub import ListenEvent
 from producers.subscriber import Subscriber, _ExecutionChanges
-from tests.conftest import Servers
+from tests.support.servers import Servers
 from tests.support.tenant import applied
 from tests.support.waiting import eventually
 from worker.db.repository import Repository

@@ -27,8 +27,8 @@ from producers.contract.encoding import MAX_DETAILS
 from producers.contract.messages import MAX_MESSAGE_BYTES, register_execution
 from producers.contract.results import ResultRecord
 from producers.redis_client import open_redis
-from tests.conftest import Servers
-from tests.integration.test_api import problem
+from tests.support.api_errors import error_of
+from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually
 from worker.auth import EXECUTIONS_WRITE, READ, WRITE, Authorizer, sign_token
@@ -99,7 +99,7 @@ def revision(http: httpx.Client, execution: UUID | str) -> str:
 def refused(response: httpx.Response, status: int, code: str) -> list[tuple[Any, Any]]:
     """Check that an answer is this error; return index and field of each detail."""
     assert response.status_code == status, response.text
-    error = problem(response)
+    error = error_of(response)
     assert error["code"] == code
     assert response.headers["x-request-id"] == response.json()["request_id"]
     for detail in error["details"]:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID, uuid4
 
 from producers.contract.messages import Message, TagBatch, add
 from producers.contract.results import ChangeEvent, ResultRecord
 from producers.contract.values import Uuid7
 from producers.inbox.protocol import Inbox
+from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.auth import Authorizer
 from worker.db.repository import Repository, Transaction
 from worker.drain.path import Drain
 from worker.rules import AuthorizedMessage, Decision, decide
-
-if TYPE_CHECKING:
-    from tests.conftest import Servers
 
 EXECUTION = uuid4()
 

@@ -1,8 +1,9 @@
-"""What each part loads: a flow runner's install has nothing of the worker's (design, section 6)."""
+"""What each part imports, in the product and in the tests."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +26,12 @@ WORKERS_OWN = {
     "jwt",
     "worker",
 }
+
+
+OF_A_TEST_MODULE = re.compile(
+    r"^ *(?:from|import) +(?:\.|tests(?:\.| +import +)(?:unit|integration|e2e|conftest)\b).*",
+    re.MULTILINE,
+)
 
 
 def base_install() -> Iterator[Distribution]:
@@ -104,3 +111,27 @@ def test_the_rules_load_no_celery_redis_or_sqlalchemy() -> None:
     site = Path(sysconfig.get_paths()["purelib"])
     modules = loaded(site, f"sys.path.append({str(REPOSITORY)!r}); import worker.rules")
     assert not modules & {"celery", "kombu", "redis", "sqlalchemy", "psycopg", "fastapi"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from {tests}.unit.test_rules import batch",
+        "    from {tests}.e2e import test_cli",
+        "from {tests} import conftest",
+        "import {tests}.integration.test_api",
+        "from .test_rules import batch",
+    ],
+)
+def test_an_import_from_a_test_module_is_noticed(line: str) -> None:
+    """In each form that an import can have."""
+    line = line.format(tests="tests")
+    assert OF_A_TEST_MODULE.findall(f"import json\n{line}\n") == [line]
+
+
+def test_nothing_is_imported_from_a_test_module() -> None:
+    """What several tests use is in tests/support."""
+    files = list((REPOSITORY / "tests").rglob("*.py"))
+    assert Path(__file__) in files
+    found = {file: OF_A_TEST_MODULE.findall(file.read_text()) for file in files}
+    assert not [f"{file}: {line}" for file, lines in found.items() for line in lines]

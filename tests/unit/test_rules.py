@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID
@@ -25,6 +23,7 @@ from producers.contract.messages import (
 )
 from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, Task
 from producers.contract.values import Uuid7
+from tests.support.reference_model import ReferenceModel, json_equal
 from worker.rules import AuthorizedMessage, Decision, Snapshot, decide
 
 ORGANIZATION = UUID(int=1)
@@ -281,114 +280,6 @@ def test_a_state_of_what_is_unknown_is_not_found() -> None:
 # --- Against a naive model -----------------------------------------------------------------------
 
 
-@dataclass
-class ReferenceModel:
-    """A list of rows, one operation at a time: the rules in their plainest words."""
-
-    names: dict[UUID, set[str] | None] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    answers: dict[UUID, tuple[str, Any]] = field(default_factory=dict)
-    revisions: dict[UUID, int] = field(default_factory=dict)
-    states: dict[tuple[UUID, str], str] = field(default_factory=dict)
-
-    def send(self, message: Message) -> Any:
-        asked = json.loads(message.encode())
-        asked.pop("reply_to")
-        text = json.dumps(_plain(asked), sort_keys=True)
-        if message.batch_id in self.answers:
-            known, answer = self.answers[message.batch_id]
-            return answer if known == text else "conflict"
-        answer = {
-            "flow_execution": self.register,
-            "task_execution": self.record,
-            "tag_batch": self.tag,
-        }[asked["kind"]](asked)
-        self.answers[message.batch_id] = text, answer
-        return answer
-
-    def register(self, asked: dict[str, Any]) -> list[str]:
-        execution, names = UUID(asked["flow_execution_id"]), asked["task_names"]
-        if execution not in self.names:
-            self.names[execution] = None if names is None else set(names)
-            return ["registered"]
-        if names is None or self.names[execution] is None:
-            self.names[execution] = None
-        else:
-            self.names[execution] |= set(names)  # type: ignore[operator]
-        return ["already_exists"]
-
-    def knows(self, asked: dict[str, Any]) -> bool:
-        names = self.names.get(UUID(asked["flow_execution_id"]), set())
-        return names is None or asked["task_name"] in names
-
-    def record(self, asked: dict[str, Any]) -> Any:
-        if not self.knows(asked):
-            return "not_found"
-        execution = UUID(asked["flow_execution_id"])
-        if self.states.get((execution, asked["task_name"])) == asked["state"]:
-            return ["unchanged"]
-        self.states[execution, asked["task_name"]] = asked["state"]
-        self.revisions[execution] = self.revisions.get(execution, 0) + 1
-        return ["recorded"]
-
-    def tag(self, asked: dict[str, Any]) -> Any:
-        if not all(map(self.knows, asked["tags"])):
-            return "not_found"
-        changed: set[UUID] = set()
-        answer = []
-        for operation in asked["tags"]:
-            status = (
-                self.add(operation) if operation["operation"] == "add" else self.drop(operation)
-            )
-            answer.append(status)
-            if status in ("added", "removed"):
-                changed.add(UUID(operation["flow_execution_id"]))
-        for execution in changed:
-            self.revisions[execution] = self.revisions.get(execution, 0) + 1
-        return answer
-
-    def matching(self, operation: dict[str, Any]) -> list[dict[str, Any]]:
-        parts = ("flow_execution_id", "task_name", "tag_type", "tag")
-        return [row for row in self.rows if all(row[part] == operation[part] for part in parts)]
-
-    def add(self, operation: dict[str, Any]) -> str:
-        metadata = operation.get("tag_metadata")
-        if any(_same(row["tag_metadata"], metadata) for row in self.matching(operation)):
-            return "already_exists"
-        self.rows.append({**operation, "tag_metadata": metadata})
-        return "added"
-
-    def drop(self, operation: dict[str, Any]) -> str:
-        gone = [
-            row
-            for row in self.matching(operation)
-            if "tag_metadata" not in operation
-            or _same(row["tag_metadata"], operation["tag_metadata"])
-        ]
-        self.rows = [row for row in self.rows if not any(row is other for other in gone)]
-        return "removed" if gone else "not_found"
-
-
-def _plain(value: Any) -> Any:
-    """Tell booleans from numbers, and nothing else from anything."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _same(one: Any, other: Any) -> bool:
-    """JSON equality: 1 is 1.0, but not true."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return bool(one == other)
-
-
 metadata = st.recursive(
     st.none()
     | st.booleans()
@@ -478,4 +369,4 @@ def test_any_sequence_of_messages_agrees_with_the_naive_model(
     for tag in active:
         row = {"flow_execution_id": str(tag.flow_execution_id), "task_name": tag.task_name}
         row |= {"tag_type": tag.tag_type, "tag": tag.tag}
-        assert any(_same(r["tag_metadata"], tag.tag_metadata) for r in naive.matching(row))
+        assert any(json_equal(r["tag_metadata"], tag.tag_metadata) for r in naive.matching(row))
