@@ -12,6 +12,7 @@ import pytest
 from redis import Redis
 
 from producers.contract.messages import RegisterExecution, TagBatch, add, remove
+from tests.support.database import own_database
 from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually

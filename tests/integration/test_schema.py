@@ -6,8 +6,8 @@ import subprocess
 
 from sqlalchemy import create_engine
 
-from tests.conftest import Servers
 from tests.support.database import own_database
+from tests.support.servers import Servers
 from worker.db.connection import TABLES, driver_url
 from worker.db.migrate import migrate
 from worker.db.tables import ENDPOINT_ROLE, ROLE_SETTINGS, ROLES, WORKER_ROLE, metadata

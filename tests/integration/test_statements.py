@@ -12,8 +12,8 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from tests.conftest import Servers
 from tests.support.database import own_database
+from tests.support.servers import Servers
 from worker.api import queries
 from worker.db import pg_arrays, statements
 from worker.db.connection import scope_statement

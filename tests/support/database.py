@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from worker.local.stack import DATABASE
 
 if TYPE_CHECKING:
-    from tests.conftest import Servers
+    from tests.support.servers import Servers
 
 
 @contextmanager

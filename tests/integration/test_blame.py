@@ -1,0 +1,162 @@
+"""Whose fault is a failed transaction: nothing is refused for a server's fault."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from producers.contract.channels import dead_letters_key, failing_key
+from tests.support.tenant import Tenant, broken_for, tagging
+from tests.support.waiting import eventually
+from worker.drain.blame import witness
+
+CODES = (
+    *("XX000", "XX001", "26000", "42P05", "55000", "23505", "54000", "72000", "3F000", "25P02"),
+    *("P0001", "22P02", "42P01", "42501", "0A000", "53200", "57014", "40001", "25006"),
+)
+
+
+@contextmanager
+def broken_server(tenant: Tenant, code: str, table: str = "task_tags") -> Iterator[None]:
+    """Let every insert of this organization into a table fail with an SQLSTATE."""
+    name = f"broken_{tenant.organization.hex}"
+    with tenant.servers.owner() as connection:
+        connection.execute(
+            f"""
+            create function {name}() returns trigger language plpgsql as $$ begin
+                if new.organization_id = '{tenant.organization}' then
+                    raise exception 'broken' using errcode = '{code}';
+                end if;
+                return new;
+            end $$
+            """.encode()
+        )
+        trigger = f"create trigger {name} before insert on {table} for each row"
+        connection.execute(f"{trigger} execute function {name}()".encode())
+        try:
+            yield
+        finally:
+            connection.execute(f"drop function {name} cascade".encode())
+
+
+@contextmanager
+def drained(tenant: Tenant, **changes: Any) -> Iterator[None]:
+    """Drain in the background, turn after turn as workers do, and to the end after the block."""
+    ending = threading.Event()
+
+    def drain() -> None:
+        while not ending.is_set() or tenant.redis.xlen(tenant.inbox._inbox):
+            Tenant.drain(tenant, budget_seconds=0.25, **changes)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join(60)
+        tenant.drain()  # what was published has arrived
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_no_batch_is_refused_for_what_fails_at_the_server(
+    tenant: Tenant, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the code of the error: a witness fails as well, so the batches wait."""
+    monkeypatch.setattr("worker.drain.blame.MIN_SECONDS", 0.0)
+    with drained(tenant):
+        with broken_server(tenant, code):
+            tenant.send(*[tagging(f"{number}") for number in range(20)])
+            time.sleep(1.0)  # the fault lasts for so long
+        eventually(lambda: len(tenant.tags()) == 20)
+    assert tenant.outcomes() == [["added"]] * 20
+    assert tenant.tags() == [f"{number}" for number in range(20)]
+    assert not tenant.redis.exists(dead_letters_key(tenant.organization))
+
+
+def test_a_commit_that_fails_is_waited_out(tenant: Tenant) -> None:
+    """A deferred constraint fails there; no witness commits, so no message is to blame."""
+    name = f"deferred_{tenant.organization.hex}"
+    with tenant.servers.owner() as connection:
+        connection.execute(
+            f"""
+            create function {name}() returns trigger language plpgsql as $$ begin
+                if new.tag = '{name}' then raise exception 'at the commit'; end if;
+                return null;
+            end $$;
+            create constraint trigger {name} after insert on task_tags
+            deferrable initially deferred for each row execute function {name}()
+            """.encode()
+        )
+        tenant.send(tagging(name), tagging("behind"))
+        with drained(tenant):
+            time.sleep(1.0)
+            assert tenant.tags() == []
+            connection.execute(f"drop function {name} cascade".encode())
+    assert tenant.outcomes() == [["added"], ["added"]]
+
+
+def test_a_message_that_fails_in_the_database_is_refused_after_a_while(tenant: Tenant) -> None:
+    """Five failures in ten seconds, counted across turns; those behind it then take effect."""
+    began = time.monotonic()
+    with broken_for(tenant, "poison"):
+        tenant.send(tagging("before"), tagging("poison"), tagging("behind"))
+        with drained(tenant):
+            eventually(lambda: "before" in tenant.tags())
+            eventually(lambda: tenant.redis.hget(failing_key(tenant.organization), "attempts"))
+            eventually(lambda: "behind" in tenant.tags(), seconds=40)
+    assert time.monotonic() - began >= 9
+    assert tenant.outcomes() == [["added"], "internal_error", ["added"]]
+    assert tenant.redis.xlen(dead_letters_key(tenant.organization)) == 1
+    assert not tenant.redis.exists(failing_key(tenant.organization))
+
+
+def test_a_failing_drain_lets_others_have_a_turn(tenant: Tenant) -> None:
+    """It goes to the end of the queue when its budget is used up."""
+    with broken_server(tenant, "XX000"):
+        tenant.send(tagging("a"))
+        began = time.monotonic()
+        assert Tenant.drain(tenant, budget_seconds=0.25) == 0
+        assert time.monotonic() - began < 2.5
+    assert tenant.handed_over == ["run"]
+
+
+def test_a_witness_leaves_nothing_behind(tenant: Tenant) -> None:
+    """It runs every statement, and is rolled back."""
+    before = rows(tenant)
+    assert witness(tenant.repository, tenant.organization)
+    assert rows(tenant) == before
+
+
+def rows(tenant: Tenant) -> list[Any]:
+    tables = ("flow_executions", "task_tags", "tag_batches", "tag_changes", "task_executions")
+    with tenant.servers.owner() as connection:
+        return [
+            connection.execute(
+                f"select count(*) from {table} where organization_id = %s".encode(),
+                [tenant.organization],
+            ).fetchone()
+            for table in tables
+        ]
+
+
+def test_a_locked_organization_is_handed_over_at_once(tenant: Tenant) -> None:
+    """Another worker has it: this one is free for other organizations."""
+    tenant.send(tagging("a"))
+    with tenant.servers.owner() as connection, connection.transaction():
+        connection.execute(
+            "select from organizations where organization_id = %s for update",
+            [tenant.organization],
+        )
+        began = time.monotonic()
+        assert Tenant.drain(tenant, budget_seconds=30) == 0
+        assert time.monotonic() - began < 5
+    assert tenant.handed_over == ["run"]
+    tenant.drain()
+    assert tenant.tags() == ["a"]
