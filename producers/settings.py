@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from producers.errors import ConfigurationError
-from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS
+from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, MAX_LEASE_SECONDS
 
 
 def check_redis_url(value: SecretStr) -> SecretStr:
@@ -45,7 +45,7 @@ class ProducerSettings(BaseSettings):
     """The bearer token that messages are enqueued under."""
     inbox_limit: int = Field(DEFAULT_LIMIT, ge=1)
     """How many messages may wait in the inbox before `InboxFull`."""
-    lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=600)
+    lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=MAX_LEASE_SECONDS)
     """Seconds until a lease expires that is not renewed; the same as the workers' setting."""
 
     @field_validator("redis_url")

@@ -13,7 +13,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from producers.errors import ConfigurationError
-from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS
+from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, MAX_LEASE_SECONDS
 from producers.settings import check_redis_url
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     """The most messages that are applied in one transaction."""
     drain_budget_seconds: float = Field(0.25, gt=0, le=60)
     """Seconds until a drain goes to the end of the queue, behind other organizations' drains."""
-    lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=600)
+    lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=MAX_LEASE_SECONDS)
     """Seconds until a lease that its drain does not renew expires; another may be sent then."""
     retention_days: float = Field(30, gt=0)
     """Days for which a result is stored. In this time, the same batch never takes effect twice."""

@@ -20,6 +20,8 @@ Three facts carry it:
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,18 +33,27 @@ from uuid import UUID
 
 from redis import Redis
 from redis.commands.core import Script
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
 from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
 from producers.contract.encoding import MAX_READABLE_BYTES
 from producers.contract.messages import MAX_MESSAGE_BYTES
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LIMIT: Final = 10_000
 LEASE_MS: Final = 8_000
 DEAD_LETTER_LIMIT: Final = 10_000
 _CHUNK_MESSAGES: Final = 200
 _CHUNK_BYTES: Final = 1024 * 1024
-_WITH_READ_HEAD: Final = ("acquire", "ack_and_publish")
+MAX_LEASE_SECONDS: Final = 60
+_INCLUDES: Final = {
+    "append": ("_lease",),
+    "acquire": ("_lease", "_read_head"),
+    "ack_and_publish": ("_lease", "_read_head"),
+    "requeue": ("_lease",),
+    "claim_idle": ("_lease",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +213,8 @@ class Inbox:
 
     def add_dead_letter(self, dead_letter: DeadLetter) -> None:
         """Keep a message for an operator; its entry stays in the inbox until it is acknowledged."""
-        fields = cast(Any, dead_letter.fields())
-        self._redis.xadd(self._dead_letters, fields, maxlen=DEAD_LETTER_LIMIT, approximate=True)
+        fields = list(chain.from_iterable(dead_letter.fields().items()))
+        self._run("add_dead_letter", [self._dead_letters], [DEAD_LETTER_LIMIT, *fields])
 
     def count_failure(self, entry: StreamEntry, error: str) -> tuple[int, int]:
         """Count a failure of an entry; return how many there were, and seconds since the first.
@@ -227,9 +238,22 @@ class Inbox:
 
     def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
         try:
-            return self._redis.evalsha(_sha(name), len(keys), *keys, *args)
-        except NoScriptError:  # the server was restarted, or its scripts were flushed
-            return self._redis.eval(_source(name), len(keys), *keys, *args)
+            try:
+                return self._redis.evalsha(_sha(name), len(keys), *keys, *args)
+            except NoScriptError:  # the server was restarted, or its scripts were flushed
+                return self._redis.eval(_source(name), len(keys), *keys, *args)
+        except ResponseError as error:
+            if name == "repair" or "WRONGTYPE" not in str(error) or not self._repair():
+                raise
+            return self._run(name, keys, args)
+
+    def _repair(self) -> bool:
+        """Move keys of a wrong type out of the way, or delete a lease; return whether one was."""
+        keys = [self._lease, self._failing, self._inbox, self._dead_letters]
+        wrong = self._run("repair", keys, [f":aside:{time.time_ns()}"])
+        for key in wrong:
+            logger.error("a key had a wrong type: it was moved aside", extra={"key": key.decode()})
+        return bool(wrong)
 
 
 def scan_inboxes(redis: Redis) -> Iterator[UUID]:
@@ -286,10 +310,15 @@ def _entry(id: bytes, fields: list[bytes]) -> StreamEntry:
 
 @cache
 def _source(name: str) -> str:
-    """Return a script, with the function that it shares with another one."""
-    names = ["_read_head", name] if name in _WITH_READ_HEAD else [name]
+    """Return a script, with the functions that it shares with others behind its first line."""
     scripts = files("producers.inbox").joinpath("scripts")
-    return "".join(scripts.joinpath(f"{each}.lua").read_text() for each in names)
+    own, *included = (
+        scripts.joinpath(f"{each}.lua").read_text() for each in (name, *_INCLUDES.get(name, ()))
+    )
+    flags, newline, rest = own.partition("\n")
+    if not flags.startswith("#!"):
+        return "".join([*included, own])
+    return "".join([flags, newline, *included, rest])
 
 
 @cache

@@ -48,7 +48,7 @@ from worker.drain.path import Drain
 
 ONE, TWO, UNKNOWN = UUID(int=11), UUID(int=12), UUID(int=13)
 REJECTED = "rejected"
-LEASE_MS = 600_000  # a lease runs out when the test says so, however slow the machine is
+LEASE_MS = 60_000  # a lease runs out when the test says so, however slow the machine is
 
 
 class Killed(BaseException):

@@ -1,4 +1,3 @@
-#!lua flags=allow-oom
 -- The end of `acquire` and `ack_and_publish`: this run goes on with what is at the head of the inbox
 -- and renews its lease; if the inbox is empty, the run is over and the lease is freed. Reading and
 -- freeing are one step with respect to an append.

@@ -1,22 +1,24 @@
+#!lua flags=allow-oom
 -- KEYS: inbox, lease, dead letters, failing
 -- ARGV: run id, lease in ms, max messages, max bytes, how many dead letters are kept;
 --       number of ids, id, id, …; number of publications, channel, payload, …;
 --       number of dead letters, and for each the number of fields and values, field, value, …
 -- Publishes what became of messages and removes them from the inbox. Their batches are committed, so
--- this needs no lease.
+-- this needs no lease. What can fail (a key of a wrong type) comes before what can't be undone.
 -- Returns what comes next (_read_head.lua), or false if the lease is another's. A lease that expired
 -- and that nobody took is taken again: this drain is the one at work.
+local held = held_lease(KEYS[2])
 local at = 6
 local function next_argument()
   at = at + 1
   return ARGV[at - 1]
 end
-local ids = {}
+local ids, publications = {}, {}
 for i = 1, tonumber(next_argument()) do
   ids[i] = next_argument()
 end
-for _ = 1, tonumber(next_argument()) do
-  redis.call('PUBLISH', next_argument(), next_argument())
+for i = 1, tonumber(next_argument()) do
+  publications[i] = {next_argument(), next_argument()}
 end
 for _ = 1, tonumber(next_argument()) do
   local fields = {}
@@ -29,7 +31,9 @@ for first = 1, #ids, 1000 do
   redis.call('XDEL', KEYS[1], unpack(ids, first, math.min(first + 999, #ids)))
 end
 redis.call('DEL', KEYS[4])
-local held = redis.call('GET', KEYS[2])
+for _, publication in ipairs(publications) do
+  redis.call('PUBLISH', publication[1], publication[2])
+end
 if held and held ~= 'running ' .. ARGV[1] then
   return false
 end

@@ -1,8 +1,9 @@
+#!lua flags=allow-oom
 -- KEYS: inbox, lease
 -- ARGV: run id, lease in ms, max messages, max bytes
 -- A drain begins, or goes on after a failure: it takes the lease unless another drain is running.
 -- Returns the head of the inbox (_read_head.lua), or false if there is nothing to do.
-local held = redis.call('GET', KEYS[2])
+local held = held_lease(KEYS[2])
 if held and held ~= 'running ' .. ARGV[1] and string.sub(held, 1, 7) ~= 'queued ' then
   return false
 end

@@ -3,15 +3,15 @@
 -- Appends messages up to the limit, in order, and takes the lease if it is free.
 -- Returns {how many were appended, 1 if a drain is to be sent}. A client that repeats the call after
 -- a lost answer finds the lease queued under its own id, and sends the drain.
+local held = held_lease(KEYS[2])
 local free = tonumber(ARGV[1]) - redis.call('XLEN', KEYS[1])
 local appended = math.max(0, math.min(#ARGV - 4, free))
 for i = 5, 4 + appended do
   redis.call('XADD', KEYS[1], '*', 'message', ARGV[i], 'token', ARGV[4])
 end
-local taken = 0
 local queued = 'queued ' .. ARGV[2]
-if appended > 0 and (redis.call('SET', KEYS[2], queued, 'NX', 'PX', ARGV[3])
-    or redis.call('GET', KEYS[2]) == queued) then
-  taken = 1
+if appended == 0 or (held and held ~= queued) then
+  return {appended, 0}
 end
-return {appended, taken}
+redis.call('SET', KEYS[2], queued, 'PX', ARGV[3])
+return {appended, 1}

@@ -5,6 +5,7 @@
 if redis.call('XLEN', KEYS[1]) == 0 then
   return 0
 end
+held_lease(KEYS[2])
 if redis.call('SET', KEYS[2], 'queued ' .. ARGV[1], 'NX', 'PX', ARGV[2]) then
   return 1
 end

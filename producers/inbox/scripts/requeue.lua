@@ -3,7 +3,7 @@
 -- ARGV: run id, lease in ms
 -- The drain goes to the end of the Celery queue and keeps the lease while it waits there.
 -- Returns 1 if its message is to be sent, 0 if the lease is another's.
-local queued, held = 'queued ' .. ARGV[1], redis.call('GET', KEYS[1])
+local queued, held = 'queued ' .. ARGV[1], held_lease(KEYS[1])
 if held and held ~= 'running ' .. ARGV[1] and held ~= queued then
   return 0
 end

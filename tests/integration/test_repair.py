@@ -1,0 +1,57 @@
+"""Keys that somebody else has set: no lease holds an inbox for ever, and no wrong type blocks it."""
+
+from __future__ import annotations
+
+import pytest
+
+from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
+from tests.support.tenant import Tenant, tagging
+
+
+@pytest.mark.parametrize("milliseconds", [None, 61_000, 600_000])
+@pytest.mark.parametrize("value", ["running somebody", "queued somebody", "junk", ""])
+def test_a_lease_that_nobody_frees_is_free(
+    tenant: Tenant, value: str, milliseconds: int | None
+) -> None:
+    """Without a time to live, or with more than 60 s left: for a drain and for an append."""
+    key = lease_key(tenant.organization)
+    tenant.redis.set(key, value, px=milliseconds)
+    assert tenant.inbox.append([tagging("a").encode()], tenant.token, "lease").lease_taken
+    tenant.redis.set(key, value, px=milliseconds)
+    tenant.drain()
+    assert tenant.tags() == ["a"]
+
+
+def test_a_lease_that_another_run_holds_is_kept(tenant: Tenant) -> None:
+    """One that will expire belongs to its holder."""
+    tenant.redis.set(lease_key(tenant.organization), "running another", px=60_000)
+    assert not tenant.inbox.append([tagging("a").encode()], tenant.token, "lease").lease_taken
+    assert tenant.drain() == 0
+
+
+def test_keys_of_a_wrong_type_are_mended(
+    tenant: Tenant, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lease or count is deleted; what may hold messages is renamed aside, with an error in the log."""
+    organization, redis = tenant.organization, tenant.redis
+    for key in (lease_key(organization), inbox_key(organization), dead_letters_key(organization)):
+        redis.delete(key)
+        redis.rpush(key, "x")
+    redis.set(failing_key(organization), "x")
+    tenant.send(tagging("a"), b"no message")
+    tenant.drain()
+    assert tenant.tags() == ["a"]
+    assert redis.xlen(dead_letters_key(organization)) == 1
+    aside = [key.decode() for key in redis.scan_iter(f"*{organization}*:aside:*")]
+    assert sorted(key.split(":aside:")[0] for key in aside) == sorted(
+        [inbox_key(organization), dead_letters_key(organization)]
+    )
+    assert len([each for each in caplog.records if each.levelname == "ERROR"]) >= 2
+
+
+def test_nothing_is_published_by_a_step_that_fails(tenant: Tenant) -> None:
+    """A dead-letter stream of a wrong type: each result is published once all the same."""
+    tenant.redis.set(dead_letters_key(tenant.organization), "x")
+    tenant.send(tagging("a"), b"no message", tagging("b"))
+    tenant.drain()
+    assert tenant.outcomes() == [["added"], ["added"]]
