@@ -19,13 +19,14 @@ if TYPE_CHECKING:
         register_execution, remove, set_task_state
     )
     from producers.contract.results import (
-        Change, ChangeEvent, OperationResult, ResultRecord, StateChange, Tag, Task
+        Change, ChangeEvent, OperationResult, ResultRecord, StateChange, Tag, Task,
+        UnknownChange
     )
     from producers.errors import (
         BadRequest, BatchIdInUse, BatchRefused, ChangesRefused, ConfigurationError, Conflict,
         Forbidden, InboxFull, InternalError, InvalidMessage, NotFound, ProducerClosed,
-        RedisOutOfMemory, ResultTimeout, RevisionExpired, TaskTagsError, Unauthorized,
-        Unavailable
+        RedisOutOfMemory, ResultTimeout, RevisionExpired, TaskTagsError, TokenExpired,
+        Unauthorized, Unavailable
     )
     from producers.subscriber import Subscriber
 
@@ -36,8 +37,8 @@ __all__ = [
     "Message", "NotFound", "OperationResult", "ProducerClosed", "RedisOutOfMemory",
     "RegisterExecution", "ResultRecord", "ResultTimeout", "RevisionExpired", "SetTaskState",
     "StateChange", "Subscriber", "Tag", "TagBatch", "TagOperation", "TagProducer", "Task",
-    "TaskTagsError", "Unauthorized", "Unavailable", "add", "parse_message",
-    "register_execution", "remove", "set_task_state",
+    "TaskTagsError", "TokenExpired", "Unauthorized", "Unavailable", "UnknownChange", "add",
+    "parse_message", "register_execution", "remove", "set_task_state",
 ]
 # fmt: on
 

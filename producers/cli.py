@@ -30,7 +30,7 @@ from producers.client import TagProducer
 from producers.contract.encoding import parse_message
 from producers.contract.errors import InvalidMessage, describe
 from producers.contract.messages import Message
-from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange
+from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, UnknownChange
 from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.endpoint import client_options, error_summary
 from producers.errors import (
@@ -235,7 +235,9 @@ def change_lines(event: ChangeEvent) -> str:
     return "\n".join(f"{where}  {_changed(change)}  by {who}" for change in event.changes)
 
 
-def _changed(change: Change | StateChange) -> str:
+def _changed(change: Change | StateChange | UnknownChange) -> str:
+    if isinstance(change, UnknownChange):
+        return f"[yellow]?[/] {escape_terminal(change.change)}"
     if isinstance(change, StateChange):
         return f"[blue]=[/] {escape_terminal(f'{change.task.task_name}  {change.task.state}')}"
     sign = "[green]+[/]" if change.change == "added" else "[red]-[/]"

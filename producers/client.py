@@ -6,7 +6,10 @@ Synchronous and asyncio callers share it: they wait on futures that one listenin
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -36,6 +39,7 @@ from producers.errors import (
     InboxFull,
     ProducerClosed,
     ResultTimeout,
+    TokenExpired,
     Unavailable,
     refusal,
 )
@@ -50,6 +54,7 @@ RESEND_SECONDS: Final = 5.0
 MAX_RESEND_SECONDS: Final = 60.0
 _RETRY_SECONDS: Final = 0.2
 _POLL_SECONDS: Final = 0.5
+_EXPIRED_SECONDS: Final = 60.0
 _MIN_PAUSE_SECONDS: Final = 0.01
 _MAX_PAUSE_SECONDS: Final = 0.2
 
@@ -203,7 +208,14 @@ class TagProducer:
         return False
 
     def _append(self, encoded: Sequence[bytes]) -> int:
-        return self._enqueuer.enqueue(self._organization_id, encoded, self._token())
+        return self._enqueuer.enqueue(self._organization_id, encoded, self._valid_token())
+
+    def _valid_token(self) -> str:
+        """Return the token, the second one if the first is expired. Raises `TokenExpired`."""
+        for _ in range(2):
+            if not _is_expired(token := self._token()):
+                return token
+        raise TokenExpired("the token has expired: nothing was enqueued")
 
     def close(self) -> None:
         """Close all connections; futures that still wait fail with `ProducerClosed`."""
@@ -328,6 +340,16 @@ class BatchBuilder(Generic[Enqueued, Applied]):
         return self._apply(self.build(), timeout)
 
 
+def _is_expired(token: str) -> bool:
+    """Whether a JWT expired more than a minute ago. What is no JWT is left to the worker."""
+    try:
+        payload = token.split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        return float(claims["exp"]) + _EXPIRED_SECONDS < time.time()
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return False
+
+
 def _accepted(record: ResultRecord) -> ResultRecord:
     if record.error is not None:
         raise refusal(record)
@@ -351,6 +373,7 @@ class _ResultListener(Listener):
         self, redis_url: str, organization_id: UUID, resend: Callable[[Sequence[Message]], None]
     ) -> None:
         self._redis_url = redis_url
+        self._organization_id = organization_id
         self._reply_to = f"producer-{uuid4()}"
         self._channel = results_channel(organization_id, self._reply_to)
         self._resend = resend
@@ -360,6 +383,7 @@ class _ResultListener(Listener):
         self._subscribed = threading.Event()
         self._thread = LoopThread("task-tags-results")
         self._running: Future[None] | None = None
+        self._pid = os.getpid()
 
     def register(self, message: Message, enqueue: Callable[[Message], Any]) -> Future[ResultRecord]:
         """Enqueue a message that names this listener in `reply_to`; return its result's future."""
@@ -422,6 +446,11 @@ class _ResultListener(Listener):
         """Subscribe, and return once that is confirmed. Raises `Unavailable` after 5 s."""
         if self._closed.is_set():
             raise ProducerClosed("the producer was closed")
+        if self._pid != os.getpid():  # a fork has neither the thread nor what it was waiting for
+            self._pid, self._lock, self._running = os.getpid(), threading.Lock(), None
+            self._waiting, self._subscribed = {}, threading.Event()
+            self._reply_to = f"producer-{uuid4()}"
+            self._channel = results_channel(self._organization_id, self._reply_to)
         with self._lock:
             if self._running is None or self._running.done():
                 self._running = self._thread.submit(self._run())

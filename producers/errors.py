@@ -25,6 +25,7 @@ __all__ = [
     "ResultTimeout",
     "RevisionExpired",
     "TaskTagsError",
+    "TokenExpired",
     "Unauthorized",
     "Unavailable",
     "refusal",
@@ -69,6 +70,10 @@ class ChangesRefused(TaskTagsError):
 
 class ResultTimeout(TaskTagsError):
     """No result came in time. The batch may still take effect: call `apply` with it again."""
+
+
+class TokenExpired(TaskTagsError):
+    """The token expired more than a minute ago; nothing was enqueued. Get a new one."""
 
 
 class ProducerClosed(TaskTagsError):
@@ -129,4 +134,4 @@ _REFUSALS: dict[str, type[BatchRefused]] = {
 def refusal(record: ResultRecord) -> BatchRefused:
     """Return the exception for a result record that is an error."""
     assert record.error is not None
-    return _REFUSALS[record.error.code](record)
+    return _REFUSALS.get(record.error.code, BatchRefused)(record)

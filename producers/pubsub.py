@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import queue
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
@@ -215,12 +216,18 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Coroutine[Any, Any, Result]) -> Future[Result]:
         """Start a coroutine in the loop, and return its future."""
+        if self._pid != os.getpid():  # a fork has no thread, and a lock that it may have held
+            self._begin()
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from typing import Any, Final
 
 from pythonjsonlogger.json import JsonFormatter
+
+logger = logging.getLogger(__name__)
 
 
 def configure(level: str) -> None:
@@ -27,3 +31,19 @@ def configure(level: str) -> None:
     root.setLevel(level.upper())
     for chatty in ("celery.worker.strategy", "celery.app.trace", "celery.beat", "httpx", "kombu"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
+
+
+_LOG_SECONDS: Final = 60.0
+_MAX_KINDS: Final = 10_000
+_logged: dict[tuple[str, ...], float] = {}
+
+
+def log_limited(message: str, **fields: Any) -> None:
+    """Log a warning once a minute for each message, organization and kind of error."""
+    kind = (message, str(fields.get("organization")), str(fields.get("error")))
+    now = time.monotonic()
+    if now - _logged.get(kind, -_LOG_SECONDS) >= _LOG_SECONDS:
+        if len(_logged) > _MAX_KINDS:
+            _logged.clear()
+        _logged[kind] = now
+        logger.warning(message, extra=fields)

@@ -382,7 +382,7 @@ class BatchProcessor:
                 batch_id=batch_id,
                 changed_by=actor,
                 changed_at=self.now,
-                changes=changes[flow_execution_id.int],
+                changes=list(changes[flow_execution_id.int]),
             ).encode()
             self.change_set.changes.append(NewChange(flow_execution_id, revision, batch_id, event))
             events.append((flow_execution_id, event))

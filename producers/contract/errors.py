@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 from uuid import UUID
 
 from pydantic import Field
 
-from producers.contract.values import TolerantModel
+from producers.contract.values import TolerantModel, tolerant
 
 ErrorCode = Literal[
     "bad_request", "unauthorized", "forbidden", "not_found", "conflict", "internal_error"
@@ -29,7 +29,7 @@ class ErrorDetail(TolerantModel):
 class ErrorInfo(TolerantModel):
     """Why a message, or an HTTP request, had no effect; `details` lists every fault found."""
 
-    code: ErrorCode
+    code: Annotated[ErrorCode, tolerant(ErrorCode)]
     message: str
     details: list[ErrorDetail] = Field(default=[])
 

@@ -7,31 +7,33 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self, cast
 from uuid import UUID
 
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import Field, PlainValidator, TypeAdapter, model_validator
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError, to_json
 
 from producers.contract.errors import ErrorInfo
 from producers.contract.messages import TaskState
-from producers.contract.values import Id, TolerantModel
+from producers.contract.values import Id, TolerantModel, tolerant
 
 OperationStatus = Literal["added", "already_exists", "removed", "not_found"]
 RegistrationStatus = Literal["registered", "already_exists"]
 RecordingStatus = Literal["recorded", "unchanged"]
+TagStatus = Literal["active", "deleted"]
 
 
 # --- Result records ------------------------------------------------------------------------------
 
 
 class OperationResult(TolerantModel):
-    status: OperationStatus
+    status: Annotated[OperationStatus, tolerant(OperationStatus)]
 
 
 class Registration(TolerantModel):
-    status: RegistrationStatus
+    status: Annotated[RegistrationStatus, tolerant(RegistrationStatus)]
 
 
 class Recording(TolerantModel):
-    status: RecordingStatus
+    status: Annotated[RecordingStatus, tolerant(RecordingStatus)]
 
 
 class ResultRecord(TolerantModel):
@@ -88,7 +90,7 @@ class Tag:
     tag: str
     tag_metadata: Any
     organization_id: UUID
-    status: Literal["active", "deleted"]
+    status: Annotated[TagStatus, tolerant(TagStatus)]
     created_at: datetime
     created_by: str
     updated_at: datetime | None
@@ -109,7 +111,7 @@ class Task:
 
     flow_execution_id: UUID
     task_name: str
-    state: TaskState
+    state: Annotated[TaskState, tolerant(TaskState)]
     state_changed_at: datetime
     state_changed_by: str
 
@@ -120,6 +122,24 @@ class StateChange:
 
     change: Literal["state"]
     task: Task
+
+
+@dataclass(slots=True)
+class UnknownChange:
+    """A change of a kind that this version does not know."""
+
+    change: str
+
+
+def _unknown_change(value: Any) -> UnknownChange:
+    kind = value.get("change") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind in ("added", "removed", "state"):
+        raise PydanticCustomError("change", "is not valid")
+    return UnknownChange(kind)
+
+
+_KnownChange = Annotated[Change | StateChange, Field(discriminator="change")]
+_UnknownChange = Annotated[UnknownChange, PlainValidator(_unknown_change)]
 
 
 @dataclass(slots=True)
@@ -135,7 +155,7 @@ class ChangeEvent:
     batch_id: UUID
     changed_by: str
     changed_at: datetime
-    changes: list[Annotated[Change | StateChange, Field(discriminator="change")]]
+    changes: list[_KnownChange | SkipJsonSchema[_UnknownChange]]
 
     @staticmethod
     def decode(encoded: bytes | str) -> ChangeEvent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import secrets
 import threading
@@ -10,7 +11,7 @@ import time
 from typing import Annotated, Any, Final, cast
 from uuid import UUID, SafeUUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError, PydanticSerializationError, to_json
 
 MAX_METADATA_BYTES: Final = 8 * 1024
@@ -42,6 +43,17 @@ class TolerantModel(StrictModel):
     model_config = ConfigDict(extra="ignore")
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise PydanticCustomError("string_type", "must be a string")
+    return value
+
+
+def tolerant(known: Any) -> Any:
+    """Return what a reader accepts for a set of words: any text, for words may be added later."""
+    return PlainValidator(_text, json_schema_input_type=known)
+
+
 # --- UUIDv7 --------------------------------------------------------------------------------------
 
 
@@ -53,6 +65,11 @@ class Uuid7:
     """
 
     def __init__(self) -> None:
+        self._begin()
+        # A fork would go on with the same ids, and with a lock that a lost thread may hold.
+        os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._last_us = -1
         self._next = 0

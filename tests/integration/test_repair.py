@@ -29,9 +29,7 @@ def test_a_lease_that_another_run_holds_is_kept(tenant: Tenant) -> None:
     assert tenant.drain() == 0
 
 
-def test_keys_of_a_wrong_type_are_mended(
-    tenant: Tenant, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_keys_of_a_wrong_type_are_mended(tenant: Tenant, caplog: pytest.LogCaptureFixture) -> None:
     """A lease or count is deleted; what may hold messages is renamed aside, with an error in the log."""
     organization, redis = tenant.organization, tenant.redis
     for key in (lease_key(organization), inbox_key(organization), dead_letters_key(organization)):

@@ -38,7 +38,7 @@ from producers.contract.messages import (
     add,
     remove,
 )
-from producers.contract.results import ChangeEvent, ResultRecord, StateChange
+from producers.contract.results import Change, ChangeEvent, ResultRecord
 from producers.inbox.protocol import Inbox, StreamEntry
 from tests.support.reference_model import ReferenceModel
 from tests.support.servers import Servers
@@ -397,7 +397,7 @@ class Machine(RuleBasedStateMachine):
                 event = ChangeEvent.decode(text)
                 assert event.revision == revision
                 for change in event.changes:
-                    if not isinstance(change, StateChange):
+                    if isinstance(change, Change):
                         (left.add if change.change == "added" else left.remove)(change.tag.id)
         assert len(rows) == sum(self.naive.revisions.values())
         return left

@@ -360,7 +360,7 @@ def test_any_sequence_of_messages_agrees_with_the_naive_model(
         for change in stored_event.changes:
             if isinstance(change, StateChange):
                 recorded[change.task.flow_execution_id, change.task.task_name] = change.task.state
-            else:
+            elif isinstance(change, Change):
                 (replayed.add if change.change == "added" else replayed.remove)(change.tag.id)
     assert recorded == naive.states
     assert {key: task.state for key, task in state.tasks.items()} == naive.states

@@ -14,6 +14,7 @@ from producers.contract.errors import ErrorCode, ErrorInfo, InvalidMessage, desc
 from producers.contract.messages import Message, TagBatch, digest
 from producers.inbox.protocol import DeadLetter, StreamEntry
 from worker.auth import EXECUTIONS_WRITE, WRITE, Authorizer, InvalidToken
+from worker.log import log_limited
 from worker.rules import AuthorizedMessage, error_record
 
 
@@ -71,6 +72,7 @@ def admit(
         batch_id, reply_to = error.batch_id, error.reply_to or str(error.batch_id)
 
     def refuse(error: ErrorInfo) -> Refused:
+        log_limited(f"messages are refused: {error.code}", organization=str(organization_id))
         return Refused(entry, reply_to, error_record(organization_id, batch_id, error).encode())
 
     try:

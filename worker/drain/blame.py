@@ -8,8 +8,6 @@ Whatever is no message's fault is waited out, so that nothing is refused for a s
 
 from __future__ import annotations
 
-import logging
-import time
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -28,14 +26,12 @@ from producers.contract.values import Uuid7
 from producers.inbox.protocol import Inbox, StreamEntry
 from worker.auth import JwksUnavailable
 from worker.db.repository import Repository, Transaction
+from worker.log import log_limited
 from worker.rules import AuthorizedMessage, decide
-
-logger = logging.getLogger(__name__)
 
 MIN_ATTEMPTS: Final = 5
 MIN_SECONDS: Final = 10.0
 _OWN_ATTEMPTS: Final = 2
-_LOG_SECONDS: Final = 60.0
 _CONNECTION_CLASSES: Final = ("08", "40", "53", "57", "58")
 _STATE_CODES: Final = ("25006", "25P03", "25P04", "55P03")
 _REMEDIES: Final = {
@@ -44,7 +40,6 @@ _REMEDIES: Final = {
     "25006": "the server is read-only: let the URL lead to the primary",
     "28": "correct the credentials in TASK_TAGS_DATABASE_URL",
 }
-_logged: dict[str, float] = {}
 
 
 def is_server_fault(error: Exception) -> bool:
@@ -117,12 +112,7 @@ class _Undo(Exception):
 
 def log_wait(what: str, organization_id: UUID, error: Exception) -> None:
     """Log an error that is waited out, once a minute for each kind, with its cause and a remedy."""
-    fields = described(organization_id, error)
-    kind = f"{what} {fields['error']}"
-    now = time.monotonic()
-    if now - _logged.get(kind, -_LOG_SECONDS) >= _LOG_SECONDS:
-        _logged[kind] = now
-        logger.warning("%s; retrying", what, extra=fields)
+    log_limited(f"{what}; retrying", **described(organization_id, error))
 
 
 def described(organization_id: UUID, error: Exception) -> dict[str, Any]:

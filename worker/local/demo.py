@@ -22,7 +22,7 @@ from rich.console import Console
 from producers.cli import change_lines, result_line, tag_table
 from producers.client import TagProducer
 from producers.contract.channels import changes_channel, results_channel
-from producers.contract.results import ChangeEvent, ResultRecord
+from producers.contract.results import Change, ChangeEvent, ResultRecord
 from producers.pubsub import Listener, LoopThread, PubSubMultiplexer
 from producers.redis_client import open_async_redis
 from worker.local.supervisor import StartupError
@@ -178,9 +178,9 @@ def _compare_replay(events: Events, tags: list[dict[str, Any]]) -> Iterator[str]
     replayed = {}
     for _, event in sorted(events.items()):
         for change in event.changes:
-            if change.change == "added":
+            if isinstance(change, Change) and change.change == "added":
                 replayed[change.tag.id] = change.tag
-            elif change.change == "removed":
+            elif isinstance(change, Change):
                 replayed.pop(change.tag.id, None)
     if {str(id) for id in replayed} != {tag["id"] for tag in tags}:
         yield "the change events do not add up to the tags that were read"
