@@ -18,8 +18,8 @@ import httpx
 from redis.client import PubSub
 from rich.console import Console
 
-from producers.cli import change_lines, result_line, tag_table
 from producers.client import TagProducer
+from producers.console import change_lines, result_line, tag_table
 from producers.contract.channels import changes_channel, results_channel
 from producers.contract.results import ChangeEvent, ResultRecord
 from producers.endpoint import client_options
