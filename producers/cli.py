@@ -11,26 +11,33 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 import httpx
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from producers.client import TagProducer
+from producers.console import (
+    AsJson,
+    change_lines,
+    err,
+    fail,
+    out,
+    print_error,
+    result_line,
+    show,
+    tag_table,
+)
 from producers.contract.encoding import parse_message
 from producers.contract.errors import InvalidMessage, describe
 from producers.contract.messages import Message
-from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, UnknownChange
+from producers.contract.results import ResultRecord
 from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.endpoint import client_options, error_summary
 from producers.errors import (
@@ -61,42 +68,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
 
 def main() -> None:
-    with errors_as_lines():
-        app()
-
-
-@contextmanager
-def errors_as_lines() -> Iterator[None]:
-    """Print an expected error as one line, and exit with its code."""
     try:
-        yield
+        app()
     except ConfigurationError as error:
-        fail(WRONG, str(error))
+        fail(WRONG, error)
     except (Unavailable, httpx.TransportError, httpx.InvalidURL) as error:
-        fail(UNAVAILABLE, str(error) or type(error).__name__)
+        fail(UNAVAILABLE, error)
     except InboxFull as error:
-        fail(FULL, str(error))
+        fail(FULL, error)
     except ResultTimeout as error:
-        fail(NO_RESULT, str(error))
+        fail(NO_RESULT, error)
     except TaskTagsError as error:
-        fail(REFUSED, str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
-
-
-def fail(code: int, message: str) -> NoReturn:
-    err.print(f"[bold red]error:[/] {escape(message)}")
-    sys.exit(code)
+        fail(REFUSED, error)
 
 
 @app.command()
@@ -135,8 +121,7 @@ def enqueue(
             sent += accepted
             if accepted < len(piece):
                 fail(FULL, f"the inbox is full: {sent} of {len(encoded)} batches were enqueued")
-    say = json.dumps({"enqueued": sent}) if as_json else f"{sent} batches enqueued"
-    out.print(say, markup=False)
+    show(f"{sent} batches enqueued", json.dumps({"enqueued": sent}), as_json)
 
 
 @app.command(name="list")
@@ -156,7 +141,7 @@ def list_tags(
     tags: list[dict[str, Any]] = response.json()
     if as_json:
         for tag in tags:
-            _print_json(tag)
+            typer.echo(json.dumps(tag, ensure_ascii=False))
     else:
         out.print(tag_table(tags) if tags else "no active tags")
 
@@ -178,10 +163,8 @@ def watch(
     """Print the changes of a flow execution as they are published, until interrupted."""
     with Subscriber() as subscriber:
         for event in subscriber.changes(execution, after):
-            if as_json:
-                _print_json(json.loads(event.encode()))
-            else:
-                out.print(change_lines(event))
+            line = json.dumps(json.loads(event.encode()), ensure_ascii=False)
+            show(change_lines(event), line, as_json)
 
 
 @app.command()
@@ -206,67 +189,13 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON Schemas of messages, results and change events."""
-    sys.stdout.write(
-        asyncapi_document() if asyncapi else json.dumps(json_schemas(), indent=2) + "\n"
+    typer.echo(
+        asyncapi_document() if asyncapi else json.dumps(json_schemas(), indent=2), nl=not asyncapi
     )
 
 
-# --- Output --------------------------------------------------------------------------------------
-
-
-def escape_terminal(text: str) -> str:
-    """Escape control characters and Rich markup, so that a terminal only shows the text."""
-    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
-
-
-def result_line(record: ResultRecord) -> str:
-    """Return a result as one line of Rich markup."""
-    if record.error is not None:
-        details = "; ".join(describe(detail) for detail in record.error.details[:3])
-        more = f" ({details})" if details else ""
-        said = f"[red]{record.error.code}[/]: {record.error.message}"
-        return f"{record.batch_id}  {said}{escape(more)}"
-    return f"{record.batch_id}  [green]{', '.join(record.statuses)}[/]"
-
-
-def change_lines(event: ChangeEvent) -> str:
-    """Return a change event as lines of Rich markup, one for each change."""
-    where, who = f"{event.flow_execution_id} #{event.revision}", escape_terminal(event.changed_by)
-    return "\n".join(f"{where}  {_changed(change)}  by {who}" for change in event.changes)
-
-
-def _changed(change: Change | StateChange | UnknownChange) -> str:
-    if isinstance(change, UnknownChange):
-        return f"[yellow]?[/] {escape_terminal(change.change)}"
-    if isinstance(change, StateChange):
-        return f"[blue]=[/] {escape_terminal(f'{change.task.task_name}  {change.task.state}')}"
-    sign = "[green]+[/]" if change.change == "added" else "[red]-[/]"
-    tag = change.tag
-    return f"{sign} {escape_terminal(f'{tag.task_name}  {tag.tag_type}: {tag.tag}')}"
-
-
-def tag_table(tags: Sequence[dict[str, Any]]) -> Table:
-    """Return active tags, as the endpoint serves them, as a table."""
-    table = Table("task", "type", "tag", "metadata", "by", "at", box=None, pad_edge=False)
-    for tag in tags:
-        metadata = tag["tag_metadata"]
-        text = "" if metadata is None else json.dumps(metadata, ensure_ascii=False)
-        cells = [tag["task_name"], tag["tag_type"], tag["tag"], text, tag["created_by"]]
-        table.add_row(*[escape_terminal(cell) for cell in cells], tag["created_at"][:19] + "Z")
-    return table
-
-
 def _print_record(record: ResultRecord, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(record.encode().decode() + "\n")
-        sys.stdout.flush()
-    else:
-        out.print(result_line(record))
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    show(result_line(record), record.encode().decode(), as_json)
 
 
 def _progress(pieces: list[Any]) -> Any:
@@ -293,7 +222,7 @@ def _parse_lines(lines: Sequence[bytes]) -> list[Message]:
         except InvalidMessage as error:
             wrong += 1
             for detail in error.details[:20]:
-                err.print(f"[bold red]error:[/] line {number}: {escape(describe(detail))}")
+                print_error(f"line {number}: {describe(detail)}")
     if wrong:
         fail(WRONG, f"nothing was enqueued: {wrong} of {len(lines)} lines are wrong")
     return messages
@@ -330,7 +259,7 @@ def _finish(message: Message, future: Future[ResultRecord], timeout: float, as_j
         record = future.result(timeout)
     except FutureTimeout:
         future.cancel()
-        err.print(f"[bold red]error:[/] {message.batch_id}: no result in {timeout:g} s")
+        print_error(f"{message.batch_id}: no result in {timeout:g} s")
         return NO_RESULT
     _print_record(record, as_json)
     return REFUSED if record.error is not None else 0

@@ -8,16 +8,14 @@ remembered by their hash.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Any, Final
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 import jwt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from producers.contract.values import Id
 from producers.errors import ConfigurationError
@@ -34,7 +32,10 @@ _REMEMBERED: Final = 10_000
 _REMEMBERED_SECONDS: Final = 300.0
 _JWKS_SECONDS: Final = 300
 _FAMILIES: Final = {"HS": "jwt_secret", "RS": "key", "PS": "key", "ES": "key", "Ed": "key"}
-_UUID: Final[TypeAdapter[UUID]] = TypeAdapter(Id)
+_WRONG_CLAIMS: Final = {
+    "sub": "the token's sub must have 1 to 200 characters",
+    "org": "the token's org must be a UUID",
+}
 
 
 class InvalidToken(Exception):
@@ -45,20 +46,23 @@ class JwksUnavailable(Exception):
     """The JWK set can't be fetched at present. The token may be valid: try again later."""
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """What a token proves: the organization, the actor, the scopes and the time of validity.
+def _scopes(claim: object) -> object:
+    """Return the scopes of a claim that is a list, or one string with spaces."""
+    return claim.split() if isinstance(claim, str) else claim
 
-    Args:
-        not_before: Seconds since the epoch.
-        expires_at: Seconds since the epoch.
-    """
 
-    organization_id: UUID
-    actor: str
-    scopes: frozenset[str]
-    not_before: float
-    expires_at: float
+class Principal(BaseModel):
+    """What a token's claims prove: organization, actor, scopes and the time of validity."""
+
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+    actor: Annotated[str, Field(alias="sub", min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
+    organization_id: Id = Field(alias="org")
+    scopes: Annotated[frozenset[Any], BeforeValidator(_scopes)] = Field(frozenset(), alias="scope")
+    not_before: float = Field(0, alias="nbf")
+    """Seconds since the epoch."""
+    expires_at: float = Field(alias="exp")
+    """Seconds since the epoch."""
 
     def allows(self, scope: str) -> bool:
         return scope in self.scopes
@@ -112,15 +116,15 @@ class Authorizer:
         now = time.monotonic()
         grant, until = self._grants.get(digest, (None, now))
         if grant is None or now >= until:
-            grant = _grant(self._claims(raw))
+            grant = self._verified(raw)
             self._grants[digest] = grant, now + _REMEMBERED_SECONDS
             if len(self._grants) > _REMEMBERED:
                 self._grants.popitem(last=False)
         return grant
 
-    def _claims(self, raw: bytes) -> dict[str, Any]:
+    def _verified(self, raw: bytes) -> Principal:
         try:
-            return jwt.decode(
+            claims = jwt.decode(
                 raw.decode("ascii"),
                 self._signing_key(raw),
                 algorithms=self._algorithms,
@@ -129,13 +133,17 @@ class Authorizer:
                 options={
                     "require": ["exp", "sub", "org"],
                     "verify_aud": self._settings.jwt_audience is not None,
-                    "verify_iss": self._settings.jwt_issuer is not None,
                     # `verify` compares these with the time at which the message was accepted.
                     "verify_exp": False,
                     "verify_nbf": False,
                     "verify_iat": False,
                 },
             )
+            return Principal.model_validate(claims)
+        except ValidationError as error:
+            wrong = str(error.errors()[0]["loc"][0])
+            text = _WRONG_CLAIMS.get(wrong, "the token's claims have wrong types")
+            raise InvalidToken(text) from None
         except jwt.MissingRequiredClaimError as error:
             raise InvalidToken(f"the token has no {error.claim}") from None
         except jwt.InvalidAudienceError:
@@ -148,43 +156,14 @@ class Authorizer:
     def _signing_key(self, raw: bytes) -> Any:
         if self._jwks is None:
             return self._key
+        kid = jwt.get_unverified_header(raw).get("kid", "")
         try:
-            kid = jwt.get_unverified_header(raw).get("kid")
-        except jwt.InvalidTokenError:
-            raise InvalidToken("the token is not valid") from None
-        for refresh in (False, True):
-            for key in self._fetched_keys(refresh):
-                if key.key_id == kid:
-                    return key.key
-        raise InvalidToken("the token is signed with an unknown key")
-
-    def _fetched_keys(self, refresh: bool) -> list[jwt.PyJWK]:
-        """Return the keys of the JWK set. Raises `JwksUnavailable`, whatever the failure is."""
-        assert self._jwks is not None
-        try:
-            return self._jwks.get_signing_keys(refresh)
+            for refresh in (False, True):
+                if found := self._jwks.match_kid(self._jwks.get_signing_keys(refresh), kid):
+                    return found.key
         except (jwt.PyJWTError, OSError, ValueError) as error:
             raise JwksUnavailable("the JWK set can't be fetched") from error
-
-
-def _grant(claims: dict[str, Any]) -> Principal:
-    actor = claims["sub"]
-    if not isinstance(actor, str) or not 1 <= len(actor) <= 200 or "\x00" in actor:
-        raise InvalidToken("the token's sub must have 1 to 200 characters")
-    try:
-        actor.encode()
-        organization_id = _UUID.validate_python(claims["org"])
-    except (ValidationError, UnicodeEncodeError):
-        raise InvalidToken("the token's org must be a UUID") from None
-    scope = claims.get("scope", "")
-    try:
-        not_before, expires_at = float(claims.get("nbf", 0)), float(claims["exp"])
-        scopes = frozenset(scope.split() if isinstance(scope, str) else map(str, scope))
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidToken("the token's claims have wrong types") from None
-    if not (math.isfinite(not_before) and math.isfinite(expires_at)):
-        raise InvalidToken("the token's claims have wrong types")
-    return Principal(organization_id, actor, scopes, not_before, expires_at)
+        raise InvalidToken("the token is signed with an unknown key")
 
 
 def _key_source(settings: Settings) -> tuple[Any, jwt.PyJWKClient | None]:

@@ -11,28 +11,35 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final
 from uuid import UUID
 
 import psycopg
 import typer
 from pydantic import SecretStr
-from redis import RedisError
+from redis import Redis, RedisError
 from sqlalchemy.exc import DBAPIError
 
+from producers.console import AsJson, escape_terminal, fail, out, print_error, show
 from producers.errors import ConfigurationError, InboxFull, Unavailable
+from producers.redis_client import open_redis
 from worker import log
 from worker.auth import SCOPES, Authorizer, JwksUnavailable, sign_token
+from worker.db.repository import Repository
+from worker.drain import dead_letters
+from worker.drain.dead_letters import (
+    DeadLetterEntry,
+    DeadLetterNotFound,
+    DeadLetterRetrier,
+    RetryRefused,
+)
 from worker.local.supervisor import StartupError, Stopped
 from worker.settings import Settings, load_settings
 
-if TYPE_CHECKING:  # commands import what they need; the endpoint needs no Celery
-    from redis import Redis
-
-    from worker.drain.dead_letters import DeadLetterEntry, DeadLetterRetrier
+if TYPE_CHECKING:  # commands import what they need
     from worker.local.stack import Stack
 
 app = typer.Typer(
@@ -51,9 +58,7 @@ rejected_app = typer.Typer(
 )
 app.add_typer(rejected_app, name="rejected")
 
-DataDir = Annotated[
-    Path, typer.Option(help="The directory for data, logs and secrets.", show_default=True)
-]
+DataDir = Annotated[Path, typer.Option(help="The directory for data, logs and secrets.")]
 Port = Annotated[
     int, typer.Option(min=0, max=65535, help="The endpoint's port; 0 takes a free one.")
 ]
@@ -67,23 +72,16 @@ SAMPLE_EXECUTION: Final = UUID("01970000-0000-7000-8000-00000000e001")
 def main() -> None:
     try:
         app()
-    except (StartupError, psycopg.Error) as error:
-        fail(3, str(error))
+    except ConfigurationError as error:
+        fail(2, error)
     except DBAPIError as error:
-        fail(3, str(error.orig))
-    except (InboxFull, Unavailable, JwksUnavailable) as error:
-        fail(3, str(error))
+        fail(3, error.orig)
     except RedisError as error:
         fail(3, f"Redis can't be used: {error}")
-    except ConfigurationError as error:
-        fail(2, str(error))
     except OSError as error:
         fail(3, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
-
-
-def fail(code: int, message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+    except (StartupError, psycopg.Error, InboxFull, Unavailable, JwksUnavailable) as error:
+        fail(3, error)
 
 
 def say(line: str) -> None:
@@ -95,6 +93,7 @@ def _stack(data_dir: Path, port: int, workers: int) -> Iterator[Stack]:
     """Run the stack until the block ends. Exit with 130 after Ctrl-C, 0 after another signal."""
     from worker.local.stack import run_stack
 
+    print(f"task tags: starting on {data_dir}", flush=True)
     settings = load_settings()
     try:
         with run_stack(
@@ -119,7 +118,6 @@ def _if_set(settings: Settings, name: str) -> str | None:
 @app.command()
 def up(data_dir: DataDir = Path(".task-tags"), port: Port = 8080, workers: Workers = 1) -> None:
     """Start PostgreSQL, Valkey, a worker, beat and the endpoint, and run them until Ctrl-C."""
-    print(f"task tags: starting on {data_dir}", flush=True)
     with _stack(data_dir, port, workers) as stack:
         _tell(stack)
         stack.supervisor.watch(say)
@@ -140,7 +138,6 @@ def demo(
     from worker.local.demo import Demo
 
     sample = Demo.load(file)
-    print(f"task tags: starting on {data_dir}", flush=True)
     with _stack(data_dir, port, workers) as stack:
         report = sample.run(stack.redis_url, stack.endpoint_url, stack.organization_id, stack.token)
         for difference in report.differences:
@@ -229,7 +226,6 @@ Ids = Annotated[
     list[str] | None, typer.Argument(metavar="[ID]...", help="As `rejected list` prints them.")
 ]
 All = Annotated[bool, typer.Option("--all", help="All current dead letters, the oldest first.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
 
 @rejected_app.command(name="list")
@@ -241,40 +237,33 @@ def list_rejected(
 
     A line has: organization, id, time, attempts, batch id, size in bytes, reason.
     """
-    from producers.cli import out
-    from worker.drain.dead_letters import dead_letters, organizations
-
     with _redis() as redis:
-        for organization_id in [org] if org else organizations(redis):
-            for each in dead_letters(redis, organization_id):
+        for organization_id in [org] if org else dead_letters.organizations(redis):
+            for each in dead_letters.dead_letters(redis, organization_id):
                 summary = each.summary()
-                if as_json:
-                    print(json.dumps(summary))
-                else:
-                    out.print(_rejected_line(summary))
+                # Not a table: it would truncate the ids, which users copy.
+                cells = ("-" if value is None else str(value) for value in summary.values())
+                show("  ".join(map(escape_terminal, cells)), json.dumps(summary), as_json)
 
 
-@rejected_app.command()
-def show(
+@rejected_app.command(name="show")
+def show_rejected(
     id: Annotated[str, typer.Argument(help="As `rejected list` prints it.")],
     org: Org,
     as_json: AsJson = False,
 ) -> None:
     """Print one dead letter in full."""
-    from producers.cli import escape_terminal, out
-    from worker.drain.dead_letters import DeadLetterNotFound, find
-
     with _redis() as redis:
         try:
-            rejected = find(redis, org, id)
+            rejected = dead_letters.find(redis, org, id)
         except DeadLetterNotFound as error:
-            fail(2, str(error))
+            fail(2, error)
     fields = {**rejected.summary(), "message": rejected.text}
-    if as_json:
-        print(json.dumps(fields))
-    else:
-        for name, value in fields.items():
-            out.print(f"{name:<15}  {'' if value is None else escape_terminal(str(value))}")
+    lines = (
+        f"{name:<15}  {'' if value is None else escape_terminal(str(value))}"
+        for name, value in fields.items()
+    )
+    show("\n".join(lines), json.dumps(fields), as_json)
 
 
 @rejected_app.command()
@@ -294,14 +283,21 @@ def retry(
     command needs the worker's settings. A message that the worker would refuse, or whose batch id
     can't be read, stays a dead letter (exit code 2).
     """
-    from worker.drain.dead_letters import server_time
+    from producers.client import TagProducer
 
     if not token:
         fail(2, "TASK_TAGS_TOKEN is not set")
-    with _redis() as redis, _operator(redis, org, token) as operator:
+    settings = load_settings()
+    redis_url = settings.redis_url.get_secret_value()
+    with (
+        _redis() as redis,
+        closing(Repository(settings.database_url.get_secret_value())) as repository,
+        TagProducer(redis_url=redis_url, organization_id=org, token=token) as producer,
+    ):
+        retrier = DeadLetterRetrier(redis, repository, Authorizer(settings), token, producer.send)
 
-        def enqueue_again(rejected: DeadLetterEntry) -> str:
-            return f"enqueued again: {operator.retry(rejected, server_time(redis))}"
+        def enqueue_again(entry: DeadLetterEntry) -> str:
+            return f"enqueued again: {retrier.retry(entry, dead_letters.server_time(redis))}"
 
         _for_each(redis, org, ids, everything, enqueue_again)
 
@@ -309,12 +305,10 @@ def retry(
 @rejected_app.command()
 def drop(org: Org, ids: Ids = None, everything: All = False) -> None:
     """Delete dead letters permanently."""
-    from worker.drain import dead_letters
-
     with _redis() as redis:
 
-        def forget(message: DeadLetterEntry) -> str:
-            dead_letters.drop(redis, message)
+        def forget(entry: DeadLetterEntry) -> str:
+            dead_letters.drop(redis, entry)
             return "dropped"
 
         _for_each(redis, org, ids, everything, forget)
@@ -331,54 +325,21 @@ def _for_each(
 
     Dead letters that are added meanwhile are left alone: a retry that fails again would never end.
     """
-    from producers.cli import err, escape_terminal, out
-    from worker.drain.dead_letters import DeadLetterNotFound, RetryRefused, dead_letters, find
-
     if bool(ids) == everything:
         fail(2, "give either the ids of dead letters or --all")
     wrong = False
-    for id in ids or [each.id for each in dead_letters(redis, org)]:
+    for id in ids or [each.id for each in dead_letters.dead_letters(redis, org)]:
         try:
-            out.print(f"{escape_terminal(id)}  {do(find(redis, org, id))}")
+            out.print(f"{escape_terminal(id)}  {do(dead_letters.find(redis, org, id))}")
         except (DeadLetterNotFound, RetryRefused) as error:
             wrong = True
-            err.print(f"[bold red]error:[/] {escape_terminal(id)}: {escape_terminal(str(error))}")
+            print_error(f"{id}: {error}")
     if wrong:
         sys.exit(2)
 
 
-@contextmanager
-def _redis() -> Iterator[Redis]:
-    from producers.redis_client import open_redis
-
-    with open_redis(load_settings().redis_url.get_secret_value()) as redis:
-        yield redis
-
-
-@contextmanager
-def _operator(redis: Redis, org: UUID, token: str) -> Iterator[DeadLetterRetrier]:
-    from producers.client import TagProducer
-    from worker.db.repository import Repository
-    from worker.drain.dead_letters import DeadLetterRetrier
-
-    settings = load_settings()
-    authorizer = Authorizer(settings)
-    redis_url = settings.redis_url.get_secret_value()
-    repository = Repository(settings.database_url.get_secret_value())
-    with TagProducer(redis_url=redis_url, organization_id=org, token=token) as producer:
-        try:
-            yield DeadLetterRetrier(redis, repository, authorizer, token, producer.send)
-        finally:
-            repository.close()
-
-
-def _rejected_line(summary: dict[str, Any]) -> str:
-    """Return one line of Rich markup: a table would truncate the ids, which users copy."""
-    from producers.cli import escape_terminal
-
-    return "  ".join(
-        escape_terminal("-" if each is None else str(each)) for each in summary.values()
-    )
+def _redis() -> Redis:
+    return open_redis(load_settings().redis_url.get_secret_value())
 
 
 # --- Helpers -------------------------------------------------------------------------------------
@@ -386,11 +347,10 @@ def _rejected_line(summary: dict[str, Any]) -> str:
 
 def _tell(stack: Stack, execution: UUID = SAMPLE_EXECUTION) -> None:
     """Print how to look at an execution, and how to use the stack from another terminal."""
-    exports: dict[str, Any] = stack.environment
     page = f"{stack.endpoint_url}/#execution={execution}&token={stack.token}"
     print(f"\n  live page  {page}\n  API        {stack.endpoint_url}/docs")
     print("\nTry in another terminal, and see it on the page:\n")
-    for name, value in exports.items():
+    for name, value in stack.environment.items():
         print(f"  export {name}={shlex.quote(value)}")
     command = (
         "task-tags enqueue --unchecked examples/document-review.jsonl && "

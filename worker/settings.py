@@ -6,30 +6,20 @@ import logging
 from datetime import timedelta
 from typing import Annotated
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from producers.errors import ConfigurationError
-from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, MAX_LEASE_SECONDS
-from producers.settings import check_redis_url
-
-DEFAULT_REDIS_URL = "redis://localhost:6379/0"
+from producers.settings import InboxSettings
 
 
-class Settings(BaseSettings):
+class Settings(InboxSettings):
     """Settings from variables that begin with TASK_TAGS_, such as TASK_TAGS_DATABASE_URL."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="TASK_TAGS_", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
-    )
 
     database_url: SecretStr = SecretStr("postgresql://localhost/task_tags")
     """The URL of PostgreSQL, with the role to connect as."""
-    redis_url: SecretStr = SecretStr(DEFAULT_REDIS_URL)
-    """The URL of Redis or Valkey, which has the inboxes, the Celery queue and the channels."""
 
     jwt_algorithms: Annotated[tuple[str, ...], NoDecode] = ("HS256",)
     """The signature algorithms that tokens may use, separated by commas; all of one family."""
@@ -48,14 +38,10 @@ class Settings(BaseSettings):
     """The most messages that are applied in one transaction."""
     drain_budget_seconds: float = Field(0.25, gt=0, le=60)
     """Seconds until a drain goes to the end of the queue, behind other organizations' drains."""
-    lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=MAX_LEASE_SECONDS)
-    """Seconds until a lease that its drain does not renew expires; another may be sent then."""
     retention_days: float = Field(30, gt=0)
     """Days for which a result is stored. In this time, the same batch never takes effect twice."""
     changes_retention_days: float | None = Field(None, gt=0)
     """Days for which a change event is stored; for ever if it is not set."""
-    inbox_limit: int = Field(DEFAULT_LIMIT, ge=1)
-    """How many messages may wait in an inbox before the endpoint answers 429."""
     endpoint_connections: int = Field(4, ge=1, le=1000)
     """The number of database connections of one endpoint process."""
     log_level: str = "INFO"
@@ -73,11 +59,6 @@ class Settings(BaseSettings):
             )
         return value
 
-    @field_validator("redis_url")
-    @classmethod
-    def _is_redis(cls, value: SecretStr) -> SecretStr:
-        return check_redis_url(value)
-
     @field_validator("log_level")
     @classmethod
     def _is_level(cls, value: str) -> str:
@@ -91,10 +72,6 @@ class Settings(BaseSettings):
         return tuple(value.replace(" ", "").split(",")) if isinstance(value, str) else value
 
     @property
-    def lease_ms(self) -> int:
-        return int(self.lease_seconds * 1000)
-
-    @property
     def retention(self) -> timedelta:
         return timedelta(days=self.retention_days)
 
@@ -104,13 +81,4 @@ class Settings(BaseSettings):
         return None if days is None else timedelta(days=days)
 
 
-def load_settings() -> Settings:
-    """Read the environment. Raises `ConfigurationError`."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        lines = [
-            f"TASK_TAGS_{str(fault['loc'][0]).upper() if fault['loc'] else ''}: {fault['msg']}"
-            for fault in error.errors(include_url=False, include_input=False)
-        ]
-        raise ConfigurationError("; ".join(lines)) from None
+load_settings = Settings.load

@@ -43,7 +43,7 @@ class Workers:
     def last_words(self) -> str:
         lines: list[str] = []
         for child in self._children:
-            lines += self._supervisor.log(child).read_text(errors="replace").splitlines()[-8:]
+            lines += self._supervisor.log(child.name).read_text(errors="replace").splitlines()[-8:]
         return " | ".join(line.strip() for line in lines if line.strip())[-600:]
 
     def cpu_seconds(self) -> float:

