@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self, cast
 from uuid import UUID
 
-from pydantic import Field, PlainValidator, TypeAdapter, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError, to_json
 
@@ -139,7 +139,11 @@ def _unknown_change(value: Any) -> UnknownChange:
 
 
 _KnownChange = Annotated[Change | StateChange, Field(discriminator="change")]
-_UnknownChange = Annotated[UnknownChange, PlainValidator(_unknown_change)]
+_UnknownChange = Annotated[
+    UnknownChange,
+    PlainValidator(_unknown_change),
+    PlainSerializer(lambda change: {"change": change.change}, return_type=dict[str, str]),
+]
 
 
 @dataclass(slots=True)

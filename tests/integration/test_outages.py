@@ -120,6 +120,9 @@ def test_valkey_may_be_killed_and_nothing_accepted_is_lost(
 
     thread = threading.Thread(target=collect)
     thread.start()
+    channel = changes_channel(fragile.stack.organization_id, execution)
+    with open_redis(fragile.stack.redis_url) as redis:
+        eventually(lambda: dict(redis.pubsub_numsub(channel))[channel.encode()])
     producer.apply(tagging(execution, "before"))
     results: list[Any] = []
     applying = threading.Thread(
@@ -131,7 +134,6 @@ def test_valkey_may_be_killed_and_nothing_accepted_is_lost(
     applying.join()
     assert [result.status for result in results[0].tags] == ["added"]
     with open_redis(fragile.stack.redis_url) as redis:
-        channel = changes_channel(fragile.stack.organization_id, execution)
         eventually(lambda: dict(redis.pubsub_numsub(channel))[channel.encode()])
     producer.apply(tagging(execution, "after"))
     eventually(lambda: [e for e in events if e.revision == 3])
