@@ -21,6 +21,8 @@ worker_cancel_long_running_tasks_on_connection_loss = False
 
 broker_connection_retry_on_startup = True
 broker_connection_max_retries = None
+# An answer such as READONLY or NOPERM is waited out like a lost connection.
+broker_channel_error_retry = True
 broker_transport_options = {
     "socket_timeout": 10,
     "socket_connect_timeout": 2,

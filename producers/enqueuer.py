@@ -45,7 +45,7 @@ class Enqueuer:
         Raises `RedisOutOfMemory` or `Unavailable`.
         """
         accepted = 0
-        with redis_errors():
+        with self._redis_errors():
             inbox = self._inbox(organization_id)
             for chunk in chunks(encoded):
                 lease_id = str(uuid4())
@@ -59,8 +59,23 @@ class Enqueuer:
 
     def free_capacity(self, organization_id: UUID) -> int:
         """Return how many messages the inbox would accept now. Raises `Unavailable`."""
-        with redis_errors():
+        with self._redis_errors():
             return self._inbox(organization_id).free_capacity()
+
+    @contextmanager
+    def _redis_errors(self) -> Iterator[None]:
+        """Turn what Redis raises into what the SDK raises.
+
+        A server that answers with an error may no longer be the right one: the next call connects
+        again, through the URL and its names.
+        """
+        try:
+            yield
+        except OutOfMemoryError as error:
+            raise RedisOutOfMemory("Redis has no memory left: nothing more is accepted") from error
+        except (RedisError, OSError) as error:
+            self.redis.connection_pool.disconnect(inuse_connections=False)
+            raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         self.redis.close()
@@ -76,14 +91,3 @@ class Enqueuer:
             logger.warning("the batch is accepted, but the workers learn of it late")
             with suppress(RedisError, OSError):
                 self._inbox(organization_id).release(lease_id)
-
-
-@contextmanager
-def redis_errors() -> Iterator[None]:
-    """Turn what Redis raises into what the SDK raises."""
-    try:
-        yield
-    except OutOfMemoryError as error:
-        raise RedisOutOfMemory("Redis has no memory left: nothing more is accepted") from error
-    except (RedisError, OSError) as error:
-        raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error

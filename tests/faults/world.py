@@ -115,7 +115,7 @@ class World:
 
     def mend(self) -> None:
         """Start again what has ended; here everything is meant to end often."""
-        self.supervisor._quick_deaths.clear()
+        self.supervisor._quick_exits.clear()
         self.supervisor.restart_ended(lambda _: None)
 
     def redis(self) -> Any:

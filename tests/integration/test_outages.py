@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from producers.client import TagProducer
 from producers.contract.channels import changes_channel
 from producers.contract.messages import TagBatch, add, register_execution
 from producers.contract.results import ChangeEvent
+from producers.errors import Unavailable
+from producers.inbox.drain_message import QUEUE
 from producers.redis_client import open_redis
 from producers.subscriber import Subscriber
 from tests.support.waiting import eventually
@@ -45,8 +48,13 @@ class Fragile:
     def restart(self) -> None:
         """Let the supervisor see what has ended, until all of it runs."""
         eventually(lambda: any(p.poll() is not None for _, p in self.stack.supervisor.running))
-        self.stack.supervisor.restart_ended(lambda _: None)
-        eventually(lambda: all(child.ready() for child, _ in self.stack.supervisor.running))
+        eventually(self._runs)
+
+    def _runs(self) -> bool:
+        supervisor = self.stack.supervisor
+        supervisor.restart_ended(lambda _: None)
+        alive = all(process.poll() is None for _, process in supervisor.running)
+        return alive and all(child.ready() for child, _ in supervisor.running)
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +259,60 @@ def test_an_endpoint_that_ends_lets_go_of_all_who_watch(
         f"{url}{query}&after=1".replace("http", "ws"), additional_headers=headers
     ) as again:
         assert '"revision":2' in again.recv(20)
+
+
+# --- Answers that are errors ---------------------------------------------------------------------
+
+
+@contextmanager
+def demoted(redis: Any) -> Iterator[None]:
+    """The server is a replica of one that does not answer: whatever writes gets READONLY."""
+    redis.replicaof("127.0.0.1", "1")
+    try:
+        yield
+    finally:
+        redis.replicaof("NO", "ONE")
+
+
+@contextmanager
+def forbidden(redis: Any) -> Iterator[None]:
+    """The user may neither pop nor run scripts: NOPERM."""
+    redis.execute_command("ACL", "SETUSER", "default", "-brpop", "-evalsha", "-eval")
+    try:
+        yield
+    finally:
+        redis.execute_command("ACL", "SETUSER", "default", "+@all")
+
+
+@contextmanager
+def queue_of_a_wrong_type(redis: Any) -> Iterator[None]:
+    """Somebody has set the key of the Celery queue to a string: WRONGTYPE."""
+    redis.delete(QUEUE)
+    redis.set(QUEUE, "x")
+    try:
+        yield
+    finally:
+        redis.delete(QUEUE)
+
+
+@pytest.mark.parametrize("fault", [demoted, forbidden, queue_of_a_wrong_type])
+def test_an_error_as_answer_ends_nothing(
+    fragile: Fragile, producer: TagProducer, execution: UUID, fault: Any
+) -> None:
+    """Worker, beat and endpoint run on, and go on once the server is well."""
+    names = ("worker-1", "beat", "endpoint")
+    pids = [fragile.pid(name) for name in names]
+    log = fragile.stack.supervisor.log("worker-1")
+    before = log.read_text().count("Connection to broker lost")
+    with open_redis(fragile.stack.redis_url) as redis, fault(redis):
+        futures = []
+        with suppress(Unavailable):
+            futures.append(producer.submit(tagging(execution, "during")))
+        eventually(lambda: log.read_text().count("Connection to broker lost") > before)
+        for name in names:
+            running = next(p for c, p in fragile.stack.supervisor.running if c.name == name)
+            assert running.poll() is None, name
+    assert producer.apply(tagging(execution, "after"), 60).statuses == ["added"]
+    for future in futures:
+        assert future.result(60).statuses == ["added"]
+    assert [fragile.pid(name) for name in names] == pids

@@ -19,7 +19,7 @@ from typing import Any, Final
 START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 12.0
 _QUICK_EXIT_SECONDS: Final = 5.0
-_MAX_QUICK_EXITS: Final = 5
+_MAX_DELAY_SECONDS: Final = 30.0
 _PR_SET_PDEATHSIG: Final = 1
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -53,7 +53,8 @@ class Supervisor:
         self.afterwards: list[Callable[[], None]] = []
         """Called when all children have ended."""
         self.running: list[tuple[ProcessSpec, subprocess.Popen[bytes]]] = []
-        self._quick_deaths: dict[str, int] = {}
+        self._quick_exits: dict[str, int] = {}
+        self._restart_at: dict[int, float] = {}
         self._started: dict[str, float] = {}
 
     def __enter__(self) -> Supervisor:
@@ -100,27 +101,31 @@ class Supervisor:
             say(f"{child.name:<11} ready in {time.monotonic() - begin:.1f} s")
 
     def watch(self, say: Callable[[str], None]) -> None:
-        """Restart children that end, until a signal raises `Stopped`.
-
-        Raises:
-            StartupError: A child ended 5 times in a row within 5 s after its start.
-        """
+        """Restart children that end, until a signal raises `Stopped`."""
         while True:
             self.restart_ended(say)
             time.sleep(0.2)
 
     def restart_ended(self, say: Callable[[str], None]) -> None:
-        """Restart the children that have ended."""
+        """Restart the children that have ended; one that keeps ending waits, up to 30 s.
+
+        It never ends the others: they may be the databases, and what ends it may pass.
+        """
+        now = time.monotonic()
         for place, (child, process) in enumerate(self.running):
             if process.poll() is None:
                 continue
-            lasted = time.monotonic() - self._started[child.name] >= _QUICK_EXIT_SECONDS
-            deaths = 0 if lasted else self._quick_deaths.get(child.name, 0) + 1
-            self._quick_deaths[child.name] = deaths
-            if deaths >= _MAX_QUICK_EXITS:
-                raise self._failure(child, "keeps ending")
-            say(f"{child.name} ended with {process.returncode}: starting it again")
-            self.running[place] = child, self._spawn(child)
+            if process.pid not in self._restart_at:
+                quick = now - self._started[child.name] < _QUICK_EXIT_SECONDS
+                exits = self._quick_exits.get(child.name, 0) + 1 if quick else 0
+                self._quick_exits[child.name] = exits
+                delay = min(2.0 ** (exits - 2), _MAX_DELAY_SECONDS) if exits > 2 else 0.0
+                self._restart_at[process.pid] = now + delay
+                when = f" in {delay:g} s" if delay else ""
+                say(f"{child.name} ended with {process.returncode}: starting it again{when}")
+            if now >= self._restart_at[process.pid]:
+                del self._restart_at[process.pid]
+                self.running[place] = child, self._spawn(child)
 
     def _spawn(self, child: ProcessSpec) -> subprocess.Popen[bytes]:
         self._started[child.name] = time.monotonic()
