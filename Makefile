@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test faults fairness soak watchers bench ab count check format lock clean
+.PHONY: help run demo unit test faults fairness soak watchers bench ab count check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -13,6 +13,10 @@ run: .venv/ready  ## Start the local stack, send the sample flow through it, sta
 
 demo: .venv/ready  ## The same, but end with exit code 0 if all is as expected
 	@$(BIN)/python -m worker.cli demo --port 0
+
+# Without the plugin of hypothesis, which takes a second to load and has nothing that is used here.
+unit: .venv/ready  ## Run the tests that need no server, in less than 10 seconds
+	$(BIN)/python -m pytest tests/unit -p no:hypothesispytest
 
 test: .venv/ready  ## Run all tests, in two processes with a stack each, then `make check`
 	$(BIN)/python -m pytest -n 2 --dist worksteal

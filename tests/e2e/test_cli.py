@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,11 +17,20 @@ import pytest
 from producers.client import TagProducer
 from producers.console import escape_terminal
 from producers.contract.messages import TagBatch, add, register_execution
+from producers.contract.schemas import asyncapi_document
 from tests.support.commands import environment, run
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLES = REPOSITORY / "examples"
+HOSTILE = {
+    "TASK_TAGS_REDIS_URL": "garbage",
+    "TASK_TAGS_DATABASE_URL": "garbage",
+    "TASK_TAGS_ENDPOINT_URL": "garbage",
+    "TASK_TAGS_JWT_SECRET": "short",
+    "TASK_TAGS_JWT_ALGORITHMS": "none",
+}
 
 
 @pytest.fixture
@@ -179,6 +189,35 @@ def test_the_schemas_are_printed() -> None:
     """For code generators; no settings are needed."""
     done = run(None, "schema")
     assert set(json.loads(done.stdout)) == {"message", "result", "change_event"}
+
+
+def printed(module: str, command: str) -> bytes:
+    """Return what a command prints, under settings that no other command would take."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {module} import main; main()", *command.split()[1:]],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, **HOSTILE},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
+
+
+def test_the_checked_in_openapi_document_is_what_the_command_prints() -> None:
+    """To the byte, wherever it is run: settings change nothing."""
+    command, file = "task-tags-admin openapi", "docs/openapi.json"
+    output = printed("worker.cli", command)
+    same = output == (REPOSITORY / file).read_bytes()
+    assert same, f"{file} is not what it should be; run: .venv/bin/{command} > {file}"
+    assert output.endswith(b"\n}\n")
+
+
+def test_the_asyncapi_document_is_printed_as_it_is_written() -> None:
+    """To the byte, wherever it is run: the checked-in file, then the schemas of the models."""
+    output = printed("producers.cli", "task-tags schema --asyncapi")
+    assert output == asyncapi_document().encode()
+    assert output.startswith((REPOSITORY / "producers" / "contract" / "asyncapi.yaml").read_bytes())
+    assert output.endswith(b"}\n")
 
 
 def test_a_token_is_minted_for_development(servers: Servers, organization: UUID) -> None:

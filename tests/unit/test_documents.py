@@ -1,4 +1,4 @@
-"""The AsyncAPI and OpenAPI documents: printed as they are checked in, valid, true to the code.
+"""The AsyncAPI and OpenAPI documents: they are valid, and true to the code.
 
 asyncapi-3.0.0.schema.json is the official JSON Schema of AsyncAPI, as it is in @asyncapi/specs 6.11.1
 (schemas/3.0.0-without-$id.json). Apache-2.0; Copyright 2016-2025 AsyncAPI Initiative. This product includes
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from datetime import datetime, timezone
@@ -54,19 +51,11 @@ from worker.api.errors import ApiError, ErrorAnswer
 from worker.api.feeds import receive_token
 
 REPOSITORY: Final = Path(__file__).parents[2]
-ASYNCAPI: Final = REPOSITORY / "producers" / "contract" / "asyncapi.yaml"
 OPENAPI: Final = REPOSITORY / "docs" / "openapi.json"
 INBOX: Final = {
     "tag_batch": "TagBatch",
     "flow_execution": "RegisterExecution",
     "task_execution": "SetTaskState",
-}
-HOSTILE: Final = {
-    "TASK_TAGS_REDIS_URL": "garbage",
-    "TASK_TAGS_DATABASE_URL": "garbage",
-    "TASK_TAGS_ENDPOINT_URL": "garbage",
-    "TASK_TAGS_JWT_SECRET": "short",
-    "TASK_TAGS_JWT_ALGORITHMS": "none",
 }
 
 document: Final = YAML(typ="safe", pure=True).load(asyncapi_document())
@@ -114,38 +103,6 @@ def without_nulls(value: Any) -> Any:
         return {name: each for name, each in fields.items() if each is not None}
 
     return json.loads(json.dumps(value), object_hook=kept)
-
-
-# --- The files -----------------------------------------------------------------------------------
-
-
-def printed(module: str, command: str) -> bytes:
-    """Return what a command prints, under settings that no other command would take."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {module} import main; main()", *command.split()[1:]],
-        capture_output=True,
-        timeout=60,
-        env={**os.environ, **HOSTILE},
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    return done.stdout
-
-
-def test_the_checked_in_openapi_document_is_what_the_command_prints() -> None:
-    """To the byte, wherever it is run: settings change nothing."""
-    command, file = "task-tags-admin openapi", "docs/openapi.json"
-    output = printed("worker.cli", command)
-    same = output == OPENAPI.read_bytes()
-    assert same, f"{file} is not what it should be; run: .venv/bin/{command} > {file}"
-    assert output.endswith(b"\n}\n")
-
-
-def test_the_asyncapi_document_is_printed_as_it_is_written() -> None:
-    """To the byte, wherever it is run: the checked-in file, then the schemas of the models."""
-    output = printed("producers.cli", "task-tags schema --asyncapi")
-    assert output == asyncapi_document().encode()
-    assert output.startswith(ASYNCAPI.read_bytes())
-    assert output.endswith(b"}\n")
 
 
 # --- The AsyncAPI document -----------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Final, NamedTuple
 
 import pytest
@@ -34,6 +34,7 @@ class Faults(NamedTuple):
 
 
 NO_FAULTS: Final = Faults()
+ONE_OF_EACH: Final = Faults(crash=1, expire=1, lose=1, deliver_again=1, again=1)
 ALL_FAULTS: Final = Faults(crash=1, expire=2, lose=1, deliver_again=1, again=1)
 
 
@@ -319,6 +320,41 @@ def steps(state: State, bugs: Bugs) -> Steps:
     yield from deliver_again(state)
 
 
+@dataclass(eq=False)
+class Core:
+    """All states that differ in the faults that are left alone; their steps are worked out once."""
+
+    state: State
+    """The one that has one fault of each kind left."""
+    bugs: Bugs
+
+    @cached_property
+    def moves(self) -> list[tuple[str, Faults, Core]]:
+        """The steps: each with its name, the faults that it takes, and where it leads."""
+        return [
+            (name, difference(ONE_OF_EACH, after.left), core(normal(after, self.bugs), self.bugs))
+            for name, after in steps(self.state, self.bugs)
+        ]
+
+
+def core(state: State, bugs: Bugs) -> Core:
+    return _core(state._replace(left=ONE_OF_EACH), bugs)
+
+
+_core: Final = cache(Core)
+
+
+def difference(faults: Faults, others: Faults) -> Faults:
+    return Faults(*map(int.__sub__, faults, others))
+
+
+@cache
+def spend(left: Faults, spent: Faults) -> Faults | None:
+    """Return the faults that are left then, or None if there are not enough."""
+    rest = difference(left, spent)
+    return rest if min(rest) >= 0 else None
+
+
 @dataclass
 class Graph:
     """The states in the order in which they were found, how each was found, and where each leads."""
@@ -341,19 +377,22 @@ def search(
     faults: Faults, bugs: Bugs = NO_BUGS, until: Callable[[State], bool] = lambda _: False
 ) -> Graph:
     """Find every state, breadth first; stop at the first for which `until` is true."""
-    first = State(faults)
-    graph, places = Graph([first], [(0, "")]), {first: 0}
-    for place, state in enumerate(graph.states):  # which grows meanwhile
+    graph = Graph([State(faults)], [(0, "")])
+    nodes = [(faults, core(State(faults), bugs))]
+    places = {nodes[0]: 0}
+    for place, (left, here) in enumerate(nodes):  # which grows meanwhile
         edges: list[tuple[str, int]] = []
         graph.edges.append(edges)
-        for name, named in steps(state, bugs):
-            after = normal(named, bugs)
-            there = places.setdefault(after, len(graph.states))
-            if there == len(graph.states):
-                graph.states.append(after)
+        for name, spent, following in here.moves:
+            if (rest := spend(left, spent)) is None:
+                continue
+            there = places.setdefault((rest, following), len(nodes))
+            if there == len(nodes):
+                nodes.append((rest, following))
+                graph.states.append(State(rest, *following.state[1:]))
                 graph.found.append((place, name))
             edges.append((name, there))
-        if until(state):
+        if until(graph.states[place]):
             break
     return graph
 
