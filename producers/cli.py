@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
@@ -20,20 +20,9 @@ from uuid import UUID
 
 import httpx
 import typer
-from rich.progress import track
 
+from producers import console
 from producers.client import TagProducer
-from producers.console import (
-    AsJson,
-    change_lines,
-    err,
-    fail,
-    out,
-    print_error,
-    result_line,
-    show,
-    tag_table,
-)
 from producers.contract.encoding import parse_message
 from producers.contract.errors import InvalidMessage, describe
 from producers.contract.messages import Message
@@ -74,15 +63,15 @@ def main() -> None:
     try:
         app()
     except ConfigurationError as error:
-        fail(WRONG, error)
+        console.fail(WRONG, error)
     except (Unavailable, httpx.TransportError, httpx.InvalidURL) as error:
-        fail(UNAVAILABLE, error)
+        console.fail(UNAVAILABLE, error)
     except InboxFull as error:
-        fail(FULL, error)
+        console.fail(FULL, error)
     except ResultTimeout as error:
-        fail(NO_RESULT, error)
+        console.fail(NO_RESULT, error)
     except TaskTagsError as error:
-        fail(REFUSED, error)
+        console.fail(REFUSED, error)
 
 
 @app.command()
@@ -103,32 +92,33 @@ def enqueue(
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Send lines unchanged; the worker checks them.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Enqueue the messages of a file, in order. Nothing is sent if a line is wrong."""
     if wait and unchecked:
-        fail(WRONG, "--wait can't be combined with --unchecked")
+        console.fail(WRONG, "--wait can't be combined with --unchecked")
     lines = _read_lines(file)
     messages = [] if unchecked else _parse_lines(lines)
     deadline = time.monotonic() + (block or 0)
     with TagProducer() as producer:
         if wait:
-            sys.exit(_apply(producer, messages, deadline, timeout, as_json))
-        sent = 0
+            sys.exit(_print_results(_submit(producer, messages, deadline), timeout, as_json))
         encoded = lines if unchecked else [message.encode() for message in messages]
-        for piece in _progress([encoded[i : i + _PIECE] for i in range(0, len(encoded), _PIECE)]):
+        for start in console.progress(range(0, len(encoded), _PIECE)):
+            piece = encoded[start : start + _PIECE]
             accepted = producer.send(piece, deadline - time.monotonic())
-            sent += accepted
             if accepted < len(piece):
-                fail(FULL, f"the inbox is full: {sent} of {len(encoded)} batches were enqueued")
-    show(f"{sent} batches enqueued", json.dumps({"enqueued": sent}), as_json)
+                sent = f"{start + accepted} of {len(encoded)}"
+                console.fail(FULL, f"the inbox is full: {sent} batches were enqueued")
+    done = json.dumps({"enqueued": len(encoded)})
+    console.show(f"{len(encoded)} batches enqueued", [done], as_json)
 
 
 @app.command(name="list")
 def list_tags(
     execution: Annotated[UUID, typer.Argument(help="The flow execution's id.")],
     task: Annotated[str | None, typer.Option(help="Only this task's tags.")] = None,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Read the active tags of a flow execution from the endpoint."""
     settings = load_settings()
@@ -137,13 +127,10 @@ def list_tags(
         response = client.get("/task-tags", params=query)
     if response.status_code != 200:
         code = UNAVAILABLE if response.status_code >= 500 else REFUSED
-        fail(code, error_summary(response))
+        console.fail(code, error_summary(response))
     tags: list[dict[str, Any]] = response.json()
-    if as_json:
-        for tag in tags:
-            typer.echo(json.dumps(tag, ensure_ascii=False))
-    else:
-        out.print(tag_table(tags) if tags else "no active tags")
+    lines = (json.dumps(tag, ensure_ascii=False) for tag in tags)
+    console.show(console.tag_table(tags) if tags else "no active tags", lines, as_json)
 
 
 @app.command()
@@ -158,19 +145,19 @@ def watch(
             "read from the endpoint.",
         ),
     ] = None,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Print the changes of a flow execution as they are published, until interrupted."""
     with Subscriber() as subscriber:
         for event in subscriber.changes(execution, after):
             line = json.dumps(json.loads(event.encode()), ensure_ascii=False)
-            show(change_lines(event), line, as_json)
+            console.show(console.change_lines(event), [line], as_json)
 
 
 @app.command()
 def results(
     reply_to: Annotated[str, typer.Argument(help="The reply_to of the messages, or a batch id.")],
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Print results as they are published, until interrupted."""
     with Subscriber() as subscriber:
@@ -189,18 +176,12 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON Schemas of messages, results and change events."""
-    typer.echo(
-        asyncapi_document() if asyncapi else json.dumps(json_schemas(), indent=2), nl=not asyncapi
-    )
+    document = asyncapi_document() if asyncapi else json.dumps(json_schemas(), indent=2) + "\n"
+    typer.echo(document, nl=False)
 
 
 def _print_record(record: ResultRecord, as_json: bool) -> None:
-    show(result_line(record), record.encode().decode(), as_json)
-
-
-def _progress(pieces: list[Any]) -> Any:
-    """Show a progress bar on a terminal, and nothing elsewhere."""
-    return track(pieces, "enqueuing", console=err, transient=True, disable=not err.is_terminal)
+    console.show(console.result_line(record), [record.encode().decode()], as_json)
 
 
 # --- Enqueuing -----------------------------------------------------------------------------------
@@ -210,7 +191,7 @@ def _read_lines(file: str) -> list[bytes]:
     try:
         raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
-        fail(WRONG, f"{file}: {error.strerror}")
+        console.fail(WRONG, f"{file}: {error.strerror}")
     return [line for line in raw.split(b"\n") if line.strip()]
 
 
@@ -222,44 +203,40 @@ def _parse_lines(lines: Sequence[bytes]) -> list[Message]:
         except InvalidMessage as error:
             wrong += 1
             for detail in error.details[:20]:
-                print_error(f"line {number}: {describe(detail)}")
+                console.print_error(f"line {number}: {describe(detail)}")
     if wrong:
-        fail(WRONG, f"nothing was enqueued: {wrong} of {len(lines)} lines are wrong")
+        console.fail(WRONG, f"nothing was enqueued: {wrong} of {len(lines)} lines are wrong")
     return messages
 
 
-def _apply(
-    producer: TagProducer,
-    messages: Sequence[Message],
-    deadline: float,
-    timeout: float,
-    as_json: bool,
-) -> int:
-    """Enqueue messages, print their results in order, and return the exit code.
+Submitted = Iterator[tuple[Message, Future[ResultRecord]]]
+
+
+def _submit(producer: TagProducer, messages: Sequence[Message], deadline: float) -> Submitted:
+    """Submit messages, at most `_PIECE` ahead of the results, so that these fit in the inbox.
 
     Args:
         deadline: On the monotonic clock; until then, wait for free capacity in the inbox.
-        timeout: Seconds to wait for each result.
-
-    The results of at most `_PIECE` messages are awaited at a time, so that these fit in the inbox.
     """
+    waiting: deque[tuple[Message, Future[ResultRecord]]] = deque()
+    for message in console.progress(messages):
+        waiting.append((message, producer.submit(message, deadline - time.monotonic())))
+        if len(waiting) == _PIECE:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _print_results(submitted: Submitted, timeout: float, as_json: bool) -> int:
+    """Print results in order, each after so many seconds at most, and return the exit code."""
     code = 0
-    window: deque[tuple[Message, Future[ResultRecord]]] = deque()
-    for message in _progress(list(messages)):
-        window.append((message, producer.submit(message, deadline - time.monotonic())))
-        if len(window) == _PIECE:
-            code = _finish(*window.popleft(), timeout, as_json) or code
-    while window:
-        code = _finish(*window.popleft(), timeout, as_json) or code
+    for message, result in submitted:
+        try:
+            record = result.result(timeout)
+        except FutureTimeout:
+            result.cancel()
+            console.print_error(f"{message.batch_id}: no result in {timeout:g} s")
+            code = NO_RESULT
+        else:
+            _print_record(record, as_json)
+            code = REFUSED if record.error is not None else code
     return code
-
-
-def _finish(message: Message, future: Future[ResultRecord], timeout: float, as_json: bool) -> int:
-    try:
-        record = future.result(timeout)
-    except FutureTimeout:
-        future.cancel()
-        print_error(f"{message.batch_id}: no result in {timeout:g} s")
-        return NO_RESULT
-    _print_record(record, as_json)
-    return REFUSED if record.error is not None else 0

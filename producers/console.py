@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 
 from producers.contract.errors import describe
 from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, UnknownChange
+
+Item = TypeVar("Item")
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -35,12 +38,18 @@ def print_error(error: object) -> None:
     err.print(f"[bold red]error:[/] {escape_terminal(line)}")
 
 
-def show(markup: str, json_line: str, as_json: bool) -> None:
-    """Print the JSON as it is, or the text, which is Rich markup."""
+def show(text: RenderableType, json_lines: Iterable[str], as_json: bool) -> None:
+    """Print JSON lines as they are; or else the text, whose strings are Rich markup."""
     if as_json:
-        typer.echo(json_line)
+        for line in json_lines:
+            typer.echo(line)
     else:
-        out.print(markup)
+        out.print(text)
+
+
+def progress(items: Sequence[Item]) -> Iterable[Item]:
+    """Show a progress bar on a terminal, and nothing elsewhere."""
+    return track(items, "enqueuing", console=err, transient=True, disable=not err.is_terminal)
 
 
 def escape_terminal(text: str) -> str:

@@ -31,7 +31,7 @@ MAX_TOKEN_BYTES: Final = 8 * 1024
 _REMEMBERED: Final = 10_000
 _REMEMBERED_SECONDS: Final = 300.0
 _JWKS_SECONDS: Final = 300
-_FAMILIES: Final = {"HS": "jwt_secret", "RS": "key", "PS": "key", "ES": "key", "Ed": "key"}
+_SYMMETRIC: Final = {"HS": True, "RS": False, "PS": False, "ES": False, "Ed": False}
 _WRONG_CLAIMS: Final = {
     "sub": "the token's sub must have 1 to 200 characters",
     "org": "the token's org must be a UUID",
@@ -168,13 +168,13 @@ class Authorizer:
 
 def _key_source(settings: Settings) -> tuple[Any, jwt.PyJWKClient | None]:
     """Return the configured key, or the client of the JWK set. Raises `ConfigurationError`."""
-    families = {_FAMILIES.get(algorithm[:2]) for algorithm in settings.jwt_algorithms}
-    if None in families or len(families) != 1:
+    symmetric = {_SYMMETRIC.get(algorithm[:2]) for algorithm in settings.jwt_algorithms}
+    if symmetric not in ({True}, {False}):
         raise ConfigurationError(
             "TASK_TAGS_JWT_ALGORITHMS: must be HS… algorithms alone, or RS…, PS…, ES… and EdDSA"
         )
     secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret else None
-    if families == {"jwt_secret"}:
+    if symmetric == {True}:
         if settings.jwt_public_key or settings.jwt_jwks_url:
             raise ConfigurationError(
                 "TASK_TAGS_JWT_ALGORITHMS: HS… algorithms take a secret, not a key"
@@ -189,8 +189,7 @@ def _key_source(settings: Settings) -> tuple[Any, jwt.PyJWKClient | None]:
             "TASK_TAGS_JWT_PUBLIC_KEY or TASK_TAGS_JWT_JWKS_URL: one of them is required"
         )
     if settings.jwt_jwks_url:
-        client = jwt.PyJWKClient(settings.jwt_jwks_url, timeout=5, lifespan=_JWKS_SECONDS)
-        return None, client
+        return None, jwt.PyJWKClient(settings.jwt_jwks_url, timeout=5, lifespan=_JWKS_SECONDS)
     try:
         for algorithm in settings.jwt_algorithms:
             jwt.get_algorithm_by_name(algorithm).prepare_key(settings.jwt_public_key)

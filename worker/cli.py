@@ -30,12 +30,6 @@ from worker import log
 from worker.auth import SCOPES, Authorizer, JwksUnavailable, sign_token
 from worker.db.repository import Repository
 from worker.drain import dead_letters
-from worker.drain.dead_letters import (
-    DeadLetterEntry,
-    DeadLetterNotFound,
-    DeadLetterRetrier,
-    RetryRefused,
-)
 from worker.local.supervisor import StartupError, Stopped
 from worker.settings import Settings, load_settings
 
@@ -94,25 +88,14 @@ def _stack(data_dir: Path, port: int, workers: int) -> Iterator[Stack]:
     from worker.local.stack import run_stack
 
     print(f"task tags: starting on {data_dir}", flush=True)
-    settings = load_settings()
+    # A server whose URL the user has set is used, and none is started.
+    given = load_settings().model_dump(include={"database_url", "redis_url"}, exclude_unset=True)
+    urls = {f"external_{name}": url.get_secret_value() for name, url in given.items()}
     try:
-        with run_stack(
-            data_dir,
-            port=port,
-            workers=workers,
-            say=say,
-            external_database_url=_if_set(settings, "database_url"),
-            external_redis_url=_if_set(settings, "redis_url"),
-        ) as stack:
+        with run_stack(data_dir, port=port, workers=workers, say=say, **urls) as stack:
             yield stack
     except Stopped as stopped:
         sys.exit(130 if str(stopped) == signal.SIGINT.name else 0)
-
-
-def _if_set(settings: Settings, name: str) -> str | None:
-    """Return a URL if the user has set it. Such a server is used, and none is started."""
-    url: SecretStr = getattr(settings, name)
-    return url.get_secret_value() if name in settings.model_fields_set else None
 
 
 @app.command()
@@ -165,11 +148,9 @@ def migrate_command(
     from worker.db.migrate import migrate
     from worker.db.tables import ROLES
 
-    passwords = dict(zip(ROLES, (worker_password, endpoint_password), strict=True))
-    migrate(
-        load_settings().database_url.get_secret_value(),
-        {role: password for role, password in passwords.items() if password},
-    )
+    given = zip(ROLES, (worker_password, endpoint_password), strict=True)
+    passwords = {role: password for role, password in given if password}
+    migrate(load_settings().database_url.get_secret_value(), passwords)
     print("the database is up to date")
 
 
@@ -243,7 +224,7 @@ def list_rejected(
                 summary = each.summary()
                 # Not a table: it would truncate the ids, which users copy.
                 cells = ("-" if value is None else str(value) for value in summary.values())
-                show("  ".join(map(escape_terminal, cells)), json.dumps(summary), as_json)
+                show("  ".join(map(escape_terminal, cells)), [json.dumps(summary)], as_json)
 
 
 @rejected_app.command(name="show")
@@ -256,14 +237,14 @@ def show_rejected(
     with _redis() as redis:
         try:
             rejected = dead_letters.find(redis, org, id)
-        except DeadLetterNotFound as error:
+        except dead_letters.DeadLetterNotFound as error:
             fail(2, error)
     fields = {**rejected.summary(), "message": rejected.text}
     lines = (
         f"{name:<15}  {'' if value is None else escape_terminal(str(value))}"
         for name, value in fields.items()
     )
-    show("\n".join(lines), json.dumps(fields), as_json)
+    show("\n".join(lines), [json.dumps(fields)], as_json)
 
 
 @rejected_app.command()
@@ -290,13 +271,15 @@ def retry(
     settings = load_settings()
     redis_url = settings.redis_url.get_secret_value()
     with (
-        _redis() as redis,
+        open_redis(redis_url) as redis,
         closing(Repository(settings.database_url.get_secret_value())) as repository,
         TagProducer(redis_url=redis_url, organization_id=org, token=token) as producer,
     ):
-        retrier = DeadLetterRetrier(redis, repository, Authorizer(settings), token, producer.send)
+        retrier = dead_letters.DeadLetterRetrier(
+            redis, repository, Authorizer(settings), token, producer.send
+        )
 
-        def enqueue_again(entry: DeadLetterEntry) -> str:
+        def enqueue_again(entry: dead_letters.DeadLetterEntry) -> str:
             return f"enqueued again: {retrier.retry(entry, dead_letters.server_time(redis))}"
 
         _for_each(redis, org, ids, everything, enqueue_again)
@@ -307,7 +290,7 @@ def drop(org: Org, ids: Ids = None, everything: All = False) -> None:
     """Delete dead letters permanently."""
     with _redis() as redis:
 
-        def forget(entry: DeadLetterEntry) -> str:
+        def forget(entry: dead_letters.DeadLetterEntry) -> str:
             dead_letters.drop(redis, entry)
             return "dropped"
 
@@ -319,7 +302,7 @@ def _for_each(
     org: UUID,
     ids: list[str] | None,
     everything: bool,
-    do: Callable[[DeadLetterEntry], str],
+    do: Callable[[dead_letters.DeadLetterEntry], str],
 ) -> None:
     """Apply `do` to each dead letter and print what it returns; exit with 2 if it fails for one.
 
@@ -331,7 +314,7 @@ def _for_each(
     for id in ids or [each.id for each in dead_letters.dead_letters(redis, org)]:
         try:
             out.print(f"{escape_terminal(id)}  {do(dead_letters.find(redis, org, id))}")
-        except (DeadLetterNotFound, RetryRefused) as error:
+        except (dead_letters.DeadLetterNotFound, dead_letters.RetryRefused) as error:
             wrong = True
             print_error(f"{id}: {error}")
     if wrong:
@@ -352,11 +335,11 @@ def _tell(stack: Stack, execution: UUID = SAMPLE_EXECUTION) -> None:
     print("\nTry in another terminal, and see it on the page:\n")
     for name, value in stack.environment.items():
         print(f"  export {name}={shlex.quote(value)}")
-    command = (
-        "task-tags enqueue --unchecked examples/document-review.jsonl && "
-        f"task-tags list {SAMPLE_EXECUTION}"
+    print(
+        "  task-tags enqueue --unchecked examples/document-review.jsonl && "
+        f"task-tags list {SAMPLE_EXECUTION}\n\nCtrl-C stops everything; the data stays.",
+        flush=True,
     )
-    print(f"  {command}\n\nCtrl-C stops everything; the data stays.", flush=True)
 
 
 if __name__ == "__main__":

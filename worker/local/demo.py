@@ -28,6 +28,9 @@ from worker.local.supervisor import StartupError
 
 WAIT_SECONDS: Final = 30.0
 
+_WIDTH: Final = None if sys.stdout.isatty() else 140
+_console: Final = Console(highlight=False, soft_wrap=True, width=_WIDTH)
+
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
@@ -54,11 +57,6 @@ class Demo:
     records: list[ResultRecord] = field(default_factory=list)
     events: dict[tuple[UUID, int], ChangeEvent] = field(default_factory=dict)
     """Change events by execution and revision: one that is published twice counts once."""
-    console: Console = field(
-        default_factory=lambda: Console(
-            highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140
-        )
-    )
 
     @classmethod
     def load(cls, file: Path) -> Demo:
@@ -67,20 +65,14 @@ class Demo:
 
         def rename(fields: dict[str, Any]) -> dict[str, Any]:
             """Replace the sample's ids with this run's."""
-            return fields | {
-                name: str(uuid5(run_id, fields[name]))
-                for name in ("batch_id", "flow_execution_id")
-                if name in fields
-            }
+            ids = fields.keys() & {"batch_id", "flow_execution_id"}
+            return fields | {name: str(uuid5(run_id, fields[name])) for name in ids}
 
         try:
-            messages, expected = (
-                [
-                    json.loads(line, object_hook=hook)
-                    for line in path.read_text("utf-8").splitlines()
-                ]
-                for path, hook in ((file, rename), (file.with_suffix(".expected.jsonl"), None))
-            )
+            lines = file.read_text(encoding="utf-8").splitlines()
+            messages = [json.loads(line, object_hook=rename) for line in lines]
+            lines = file.with_suffix(".expected.jsonl").read_text(encoding="utf-8").splitlines()
+            expected = [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise StartupError(f"the sample can't be read: {error}") from None
         if len(messages) != len(expected):
@@ -138,12 +130,12 @@ class Demo:
             event = ChangeEvent.decode(payload)
             self.events[event.flow_execution_id, event.revision] = event
             for line in change_lines(event).splitlines():
-                self.console.print(f"change  {line}")
+                _console.print(f"change  {line}")
         else:
             if not self.records:
-                self.console.print(f"\nfirst result after {time.monotonic() - started:.3f} s\n")
+                _console.print(f"\nfirst result after {time.monotonic() - started:.3f} s\n")
             self.records.append(ResultRecord.decode(payload))
-            self.console.print(f"result  {result_line(self.records[-1])}")
+            _console.print(f"result  {result_line(self.records[-1])}")
         return True
 
     def _read(
@@ -162,11 +154,11 @@ class Demo:
                 if response.status_code != 200:
                     continue  # the sample uses an execution that is not registered
                 revision = int(response.headers["etag"].strip('"'))
-                self.console.print(f"\ntags of {execution}, revision {revision}")
-                self.console.print(tag_table(response.json()))
+                _console.print(f"\ntags of {execution}, revision {revision}")
+                _console.print(tag_table(response.json()))
                 tags += response.json()
                 revisions += revision
-        self.console.print()
+        _console.print()
         return tags, revisions
 
     def _compare_results(self) -> Iterator[str]:

@@ -57,8 +57,7 @@ def load_or_create_secret(directory: Path, name: str) -> str:
         draft.touch(mode=0o600)
         draft.write_text(json.dumps(known))
         draft.rename(path)
-    value: str = known[name]
-    return value
+    return str(known[name])
 
 
 @dataclass(frozen=True)
@@ -261,10 +260,7 @@ class Valkey:
         }
         options = [word for name, value in settings.items() for word in (f"--{name}", value)]
         return ProcessSpec(
-            name="valkey",
-            argv=[str(valkey), *options],
-            ready=self._ready,
-            popen=self.home.popen,
+            name="valkey", argv=[str(valkey), *options], ready=self._ready, popen=self.home.popen
         )
 
     def _ready(self) -> bool:
@@ -287,7 +283,7 @@ def wait_for_orphan(pid_file: Path, directory: Path, seconds: float = 15) -> Non
         StartupError: It still runs after so many seconds.
     """
     deadline = time.monotonic() + seconds
-    while (pid := _pid(pid_file)) and _runs_in(pid, directory):
+    while pid := _find_orphan(pid_file, directory):
         if time.monotonic() > deadline:
             raise StartupError(
                 f"a server of an earlier stack still runs in {directory} (pid {pid})"
@@ -296,24 +292,16 @@ def wait_for_orphan(pid_file: Path, directory: Path, seconds: float = 15) -> Non
     pid_file.unlink(missing_ok=True)
 
 
-def _pid(pid_file: Path) -> int | None:
+def _find_orphan(pid_file: Path, directory: Path) -> int | None:
+    """Return the pid in the file if that process runs in the directory, as both servers do."""
     try:
-        return int(pid_file.read_text().split("\n", 1)[0])
-    except (OSError, ValueError):
-        return None  # no file, or an incomplete one, because its writer was killed
-
-
-def _runs_in(pid: int, directory: Path) -> bool:
-    """Whether this directory is the working directory of a process, as it is of both servers."""
-    try:
-        return os.readlink(f"/proc/{pid}/cwd") == str(directory.resolve())
-    except OSError:
-        return not Path("/proc/self").exists() and _is_alive(pid)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
+        pid = int(pid_file.read_text().split("\n", 1)[0])
         os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
+        if (
+            Path("/proc/self").exists()
+            and Path(f"/proc/{pid}/cwd").readlink() != directory.resolve()
+        ):
+            return None
+    except (OSError, ValueError, OverflowError):
+        return None  # no file, an incomplete one, because its writer was killed, or no process
+    return pid

@@ -96,20 +96,14 @@ def run_stack(
         redis_url, owner_url = _servers(
             directory, supervisor, say, external_database_url, external_redis_url
         )
-        passwords = {role: load_or_create_secret(directory, role) for role in ROLES}
         try:
-            migrate(owner_url, passwords)
+            migrate(owner_url, {role: load_or_create_secret(directory, role) for role in ROLES})
         except DBAPIError as error:
             raise StartupError(f"the database can't be migrated: {error.orig}") from None
         say("migrations  done")
         url = f"http://127.0.0.1:{port}"
         as_worker, as_endpoint = (
-            {
-                "TASK_TAGS_DATABASE_URL": _as_role(owner_url, role, passwords[role]),
-                "TASK_TAGS_REDIS_URL": redis_url,
-                **_own_tokens(directory),
-            }
-            for role in ROLES
+            _environment(role, owner_url, redis_url, directory) for role in ROLES
         )
         names = [f"worker-{number}" for number in range(1, workers + 1)]
         argv = command(WORKER)
@@ -162,7 +156,11 @@ def _servers(
         children.append(valkey.child())
         redis_url = valkey.url
     else:
-        _reach(redis_url)
+        try:
+            with open_redis(redis_url) as client:
+                client.ping()
+        except (RedisError, OSError) as error:
+            raise StartupError(f"TASK_TAGS_REDIS_URL can't be reached: {error}") from None
     if owner_url is None:
         children.append(postgres.child())
         owner_url = postgres.url(database=DATABASE)
@@ -170,14 +168,6 @@ def _servers(
     if external_database_url is None:
         postgres.create_database(DATABASE)
     return redis_url, owner_url
-
-
-def _reach(redis_url: str) -> None:
-    try:
-        with open_redis(redis_url) as client:
-            client.ping()
-    except (RedisError, OSError) as error:
-        raise StartupError(f"TASK_TAGS_REDIS_URL can't be reached: {error}") from None
 
 
 def _celery(
@@ -191,13 +181,17 @@ def _celery(
     return ProcessSpec(name, argv, ready, environment=environment)
 
 
-def _own_tokens(directory: Path) -> dict[str, str]:
-    """Return the settings with which a child accepts the stack's own tokens only.
+def _environment(role: str, owner_url: str, redis_url: str, directory: Path) -> dict[str, str]:
+    """Return the settings of a child. They override the environment that it inherits.
 
-    They override the environment that it inherits.
+    It accepts the stack's own tokens only.
     """
+    password = load_or_create_secret(directory, role)
+    database_url = make_url(owner_url).set(username=role, password=password)
     others = ("ALGORITHMS", "PUBLIC_KEY", "JWKS_URL", "AUDIENCE", "ISSUER")
     return {
+        "TASK_TAGS_DATABASE_URL": database_url.render_as_string(hide_password=False),
+        "TASK_TAGS_REDIS_URL": redis_url,
         "TASK_TAGS_JWT_SECRET": load_or_create_secret(directory, "jwt"),
         **{f"TASK_TAGS_JWT_{name}": "" for name in others},
     }
@@ -226,8 +220,3 @@ def free_port(port: int) -> int:
         raise StartupError(
             f"port {port} can't be used ({os.strerror(error.errno or 0)}): choose one with --port"
         ) from None
-
-
-def _as_role(owner_url: str, role: str, password: str) -> str:
-    url = make_url(owner_url).set(username=role, password=password)
-    return url.render_as_string(hide_password=False)
