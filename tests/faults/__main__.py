@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 from tests.faults.check import Verdict, check
+from tests.faults.harness import Harness, run_harness, settle, start_runners, stop
 from tests.faults.history import history
 from tests.faults.injections import INJECTIONS, inject
 from tests.faults.mutants import PLANTS
-from tests.faults.world import World, settle, start_runners, stop, world
 
 FULL_SECONDS = 600.0
 OFTEN = 20
@@ -40,21 +40,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         directory = Path(name)
         directory.chmod(0o755)
-        with world(directory, seed, arguments.plant) as opened:
-            if opened.disk is None:
+        with run_harness(directory, seed, arguments.plant) as harness:
+            if harness.disk is None:
                 print(
                     "fill the disk: skipped, a small file system can't be mounted here", flush=True
                 )
-            start_runners(opened)
-            run_without_faults(opened, verdict)
-            injected = run_with_faults(opened, choose, arguments.seconds)
-            stop(opened, "runner")
-            settle(opened, verdict)
-            stop(opened, "worker", "beat")  # one whose lease was taken away may still be at work
-            batches = compare(opened, verdict)
-            with opened.database() as connection:
+            start_runners(harness)
+            run_without_faults(harness, verdict)
+            injected = run_with_faults(harness, choose, arguments.seconds)
+            stop(harness, "runner")
+            settle(harness, verdict)
+            stop(harness, "worker", "beat")  # one whose lease was taken away may still be at work
+            batches = compare(harness, verdict)
+            with harness.database() as connection:
                 for batch_id in verdict.batch_ids:
-                    verdict.stories += history(opened, connection, batch_id)
+                    verdict.stories += history(harness, connection, batch_id)
         for line in [f"  {count:4} x {name}" for name, count in sorted(injected.items())]:
             print(line)
         for story in verdict.stories:
@@ -64,43 +64,48 @@ def main() -> int:
     return 1 if verdict.counts else 0
 
 
-def run_without_faults(opened: World, verdict: Verdict) -> None:
+def run_without_faults(harness: Harness, verdict: Verdict) -> None:
     """Without a fault, beat never has to help: no wake-up is lost."""
     end = time.monotonic() + CALM_SECONDS
     while time.monotonic() < end:
         time.sleep(0.1)
-    if opened.woken():
+    if harness.woken():
         verdict.add("stuck", "messages waited with nobody on the way, although nothing was broken")
 
 
-def run_with_faults(opened: World, choose: random.Random, seconds: float) -> Counter[str]:
+def run_with_faults(harness: Harness, choose: random.Random, seconds: float) -> Counter[str]:
     """Do all kinds of faults in turn, shuffled anew each round. A full run does each often enough."""
     injected: Counter[str] = Counter()
     deck: list[str] = []
     end = time.monotonic() + seconds
     enough = OFTEN if seconds >= FULL_SECONDS else 0
-    while time.monotonic() < end or any(injected[name] < enough for name in possible(opened)):
+    while time.monotonic() < end or any(injected[name] < enough for name in possible(harness)):
         if not deck:
             deck = choose.sample(list(INJECTIONS), len(INJECTIONS))
         name = deck.pop()
-        opened.faults.append((time.time(), name))
-        injected[name] += inject(name, opened, choose)
-        opened.mend()
+        harness.faults.append((time.time(), name))
+        injected[name] += inject(name, harness, choose)
+        harness.mend()
         time.sleep(choose.random() * 0.4)
-        opened.mend()
+        harness.mend()
     return injected
 
 
-def possible(opened: World) -> list[str]:
-    return [name for name in INJECTIONS if opened.disk is not None or name != "fill the disk"]
+def possible(harness: Harness) -> list[str]:
+    return [name for name in INJECTIONS if harness.disk is not None or name != "fill the disk"]
 
 
-def compare(opened: World, verdict: Verdict) -> int:
+def compare(harness: Harness, verdict: Verdict) -> int:
     batches = 0
-    with opened.database() as connection:
-        for tenant in opened.tenants:
+    with harness.database() as connection:
+        for organization in harness.organizations:
             batches += check(
-                connection, tenant.organization, tenant.sent(), tenant.heard, tenant.gone, verdict
+                connection,
+                organization.id,
+                organization.sent(),
+                organization.published,
+                organization.flushed,
+                verdict,
             )
     return batches
 

@@ -58,13 +58,13 @@ def check(
     connection: psycopg.Connection,
     organization: UUID,
     sent: list[Sent],
-    heard: dict[UUID, set[bytes]],
-    gone: set[UUID],
+    published: dict[UUID, set[bytes]],
+    flushed: set[UUID],
     verdict: Verdict,
 ) -> int:
     """Compare one organization's tables with the model; return how many batches took effect.
 
-    `gone`: batches that were in an inbox that was flushed; they may be missing, or out of their turn.
+    `flushed`: batches that were in an inbox that was flushed; they may be missing, or out of their turn.
     """
     messages = {message.batch_id: message for each in sent for message in each.messages}
     stored = connection.execute(
@@ -72,24 +72,24 @@ def check(
         [organization],
     ).fetchall()
     effects = [batch_id for batch_id, _ in stored]
-    check_presence(sent, effects, gone, verdict)
-    _check_order(sent, effects, gone, verdict)
+    check_presence(sent, effects, flushed, verdict)
+    _check_order(sent, effects, flushed, verdict)
     model = _replay(messages, stored, verdict)
     _check_tags(connection, organization, model, verdict)
     _check_changes(connection, organization, model, verdict)
     for batch_id, record in stored:
         if batch_id in messages:
-            if batch_id not in heard:
+            if batch_id not in published:
                 verdict.add("missing_results", "was never published", batch_id)
-            elif heard[batch_id] != {record.encode()}:
+            elif published[batch_id] != {record.encode()}:
                 verdict.add(
-                    "doubled", f"was published as {heard[batch_id]!r}, not {record}", batch_id
+                    "doubled", f"was published as {published[batch_id]!r}, not {record}", batch_id
                 )
     return len(effects)
 
 
 def check_presence(
-    sent: list[Sent], effects: list[UUID], gone: set[UUID], verdict: Verdict
+    sent: list[Sent], effects: list[UUID], flushed: set[UUID], verdict: Verdict
 ) -> None:
     """Nothing that was accepted is missing, and nothing is there twice."""
     present = set(effects)
@@ -97,18 +97,20 @@ def check_presence(
         if count > 1:
             verdict.add("doubled", f"is stored {count} times", batch_id)
     for each in sent:
-        for batch_id in each.accepted - present - gone:
+        for batch_id in each.accepted - present - flushed:
             verdict.add("lost", "was accepted and never took effect", batch_id)
 
 
-def _check_order(sent: list[Sent], effects: list[UUID], gone: set[UUID], verdict: Verdict) -> None:
+def _check_order(
+    sent: list[Sent], effects: list[UUID], flushed: set[UUID], verdict: Verdict
+) -> None:
     """A batch is out of its turn if one that was sent after it took effect before it."""
     place = {batch_id: number for number, batch_id in enumerate(effects)}
     for each in sent:
         earliest = len(effects)
         for message in reversed(each.messages):
             number = place.get(message.batch_id)
-            if number is None or message.batch_id in gone:
+            if number is None or message.batch_id in flushed:
                 continue
             if number > earliest:
                 verdict.add("reordered", "came after what was sent behind it", message.batch_id)

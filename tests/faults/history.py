@@ -11,75 +11,81 @@ import psycopg
 
 from producers.contract.messages import Message
 from tests.faults.check import Sent
-from tests.faults.world import Tenant, World
+from tests.faults.harness import FaultOrganization, Harness
 
 _NEIGHBOURS: Final = 3
 _SECONDS: Final = 15.0
 
 
-def history(world: World, connection: psycopg.Connection, batch_id: UUID) -> Iterator[str]:
+def history(harness: Harness, connection: psycopg.Connection, batch_id: UUID) -> Iterator[str]:
     """Yield a line for all that is known of a batch: who sent it, what is stored, what was heard, and the faults
     that were injected around the time when it was made."""
     yield f"history of {batch_id}, made at {_clock(_made_at(batch_id))}"
-    for tenant in world.tenants:
+    for organization in harness.organizations:
         places = [
             (sent, place)
-            for sent in tenant.sent()
+            for sent in organization.sent()
             for place, message in enumerate(sent.messages)
             if message.batch_id == batch_id
         ]
         for sent, place in places[:_NEIGHBOURS]:
-            yield from _sent(connection, tenant, sent, place)
+            yield from _sent(connection, organization, sent, place)
         if places:
-            yield from _stored(connection, tenant, batch_id)
-            for record in tenant.heard.get(batch_id, ()):
-                yield f"  heard     {record.decode()}"
-            if batch_id in tenant.gone:
+            yield from _stored(connection, organization, batch_id)
+            for record in organization.published.get(batch_id, ()):
+                yield f"  published {record.decode()}"
+            if batch_id in organization.flushed:
                 yield "  flushed   it was in an inbox at a FLUSHALL"
-            yield from _logged(world, batch_id)
+            yield from _logged(harness, batch_id)
     made_at = _made_at(batch_id)
-    for at, fault in world.faults:
+    for at, fault in harness.faults:
         if abs(at - made_at) < _SECONDS:
             yield f"  fault     {_clock(at)} {fault}"
 
 
-def _sent(connection: psycopg.Connection, tenant: Tenant, sent: Sent, place: int) -> Iterator[str]:
+def _sent(
+    connection: psycopg.Connection, organization: FaultOrganization, sent: Sent, place: int
+) -> Iterator[str]:
     message = sent.messages[place]
     known = "known to be accepted" if message.batch_id in sent.accepted else "not known as accepted"
     yield f"  sent      by {sent.by}, number {place} of {len(sent.messages)}, {known}"
     yield f"  message   {message.encode().decode()}"
     for near in sent.messages[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS + 1]:
-        yield f"  near it   {near.batch_id} took effect as number {_number(connection, tenant, near)}"
+        yield f"  near it   {near.batch_id} took effect as number {_number(connection, organization, near)}"
 
 
-def _number(connection: psycopg.Connection, tenant: Tenant, message: Message) -> str:
+def _number(
+    connection: psycopg.Connection, organization: FaultOrganization, message: Message
+) -> str:
     row = connection.execute(
         "select seq from tag_batches where organization_id = %s and batch_id = %s",
-        [tenant.organization, message.batch_id],
+        [organization.id, message.batch_id],
     ).fetchone()
     return "none" if row is None else str(row[0])
 
 
-def _stored(connection: psycopg.Connection, tenant: Tenant, batch_id: UUID) -> Iterator[str]:
+def _stored(
+    connection: psycopg.Connection, organization: FaultOrganization, batch_id: UUID
+) -> Iterator[str]:
     rows = connection.execute(
         "select seq, applied_at, result_record::text from tag_batches "
         "where organization_id = %s and batch_id = %s",
-        [tenant.organization, batch_id],
+        [organization.id, batch_id],
     ).fetchall()
     for number, applied_at, record in rows:
         yield f"  stored    number {number} at {_clock(applied_at.timestamp())}: {record}"
     events = connection.execute(
         "select flow_execution_id, revision, event::text from tag_changes "
         "where organization_id = %s and batch_id = %s",
-        [tenant.organization, batch_id],
+        [organization.id, batch_id],
     ).fetchall()
     for execution, revision, event in events:
         yield f"  changed   {execution} #{revision}: {event}"
 
 
-def _logged(world: World, batch_id: UUID) -> Iterator[str]:
+def _logged(harness: Harness, batch_id: UUID) -> Iterator[str]:
     """Yield what workers said of a batch, errors with their tracebacks."""
-    for name, text in world.worker_logs():
+    for name, text in harness.worker_logs():
         for line in text.splitlines():
             if str(batch_id) in line:
                 yield f"  {name:9} {line}"

@@ -1,4 +1,4 @@
-"""The faults: each a function of the world that does its damage and leaves the mending to the product."""
+"""The faults: each a function of the harness that does its damage and leaves the mending to the product."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from redis.exceptions import RedisError
 from producers.contract.channels import inbox_key, lease_key
 from producers.errors import TaskTagsError
 from producers.inbox.drain_message import QUEUE
+from tests.faults.harness import LEASE_SECONDS, Harness
 from tests.faults.mutants import FAILPOINTS
 from tests.faults.producer import CALLS, Journal
-from tests.faults.world import LEASE_SECONDS, World
 from tests.support.malformed import celery_messages, stream_entries
 
-Injection = Callable[[World, random.Random], None]
+Injection = Callable[[Harness, random.Random], None]
 
 
 def _signal(prefix: str, number: signal.Signals) -> Injection:
-    def inject(world: World, choose: random.Random) -> None:
-        pids = world.pids(prefix)
+    def inject(harness: Harness, choose: random.Random) -> None:
+        pids = harness.pids(prefix)
         if pids:
             os.kill(choose.choice(pids), number)
 
@@ -38,11 +38,11 @@ def _signal(prefix: str, number: signal.Signals) -> Injection:
 def _kill_runner_in(call: str) -> Injection:
     """Kill a flow runner that is inside this call of the SDK."""
 
-    def inject(world: World, choose: random.Random) -> None:
+    def inject(harness: Harness, choose: random.Random) -> None:
         deadline = time.monotonic() + 3
         while time.monotonic() < deadline:
-            for name, pid in world.runners():
-                if world.call_of(name) == call:
+            for name, pid in harness.runners():
+                if harness.call_of(name) == call:
                     os.kill(pid, signal.SIGKILL)
                     return
         raise OSError(f"no flow runner was inside {call}")
@@ -50,76 +50,78 @@ def _kill_runner_in(call: str) -> Injection:
     return inject
 
 
-def stop_worker(world: World, choose: random.Random) -> None:
+def stop_worker(harness: Harness, choose: random.Random) -> None:
     """Standing still for longer than the lease, then going on as if nothing had been."""
-    pid = choose.choice(world.pids("worker"))
+    pid = choose.choice(harness.pids("worker"))
     os.kill(pid, signal.SIGSTOP)
     time.sleep(LEASE_SECONDS * 1.5)
     os.kill(pid, signal.SIGCONT)
 
 
 def _failpoint(name: str) -> Injection:
-    def inject(world: World, choose: random.Random) -> None:
-        draft = world.failpoint.with_suffix(".new")
+    def inject(harness: Harness, choose: random.Random) -> None:
+        draft = harness.failpoint.with_suffix(".new")
         draft.write_text(name)
-        draft.rename(world.failpoint)
+        draft.rename(harness.failpoint)
         deadline = time.monotonic() + 3
-        while world.failpoint.exists() and time.monotonic() < deadline:
+        while harness.failpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        world.failpoint.unlink(missing_ok=True)
+        harness.failpoint.unlink(missing_ok=True)
 
     return inject
 
 
 def _cut(proxy: str) -> Injection:
-    return lambda world, choose: world.proxies[proxy].cut()
+    return lambda harness, choose: harness.proxies[proxy].cut()
 
 
 def _delay(proxy: str) -> Injection:
-    return lambda world, choose: world.proxies[proxy].slow_down(0.05 + choose.random() * 0.3, 1.0)
+    return lambda harness, choose: harness.proxies[proxy].slow_down(
+        0.05 + choose.random() * 0.3, 1.0
+    )
 
 
 def _half_open(proxy: str) -> Injection:
-    return lambda world, choose: world.proxies[proxy].silence(1.0 + choose.random() * 2)
+    return lambda harness, choose: harness.proxies[proxy].silence(1.0 + choose.random() * 2)
 
 
-def lose_drain(world: World, choose: random.Random) -> None:
+def lose_drain(harness: Harness, choose: random.Random) -> None:
     """Take drain messages off the Celery queue; keep one, to be delivered much later."""
-    with world.redis() as redis:
+    with harness.redis() as redis:
         deadline = time.monotonic() + 1
         while time.monotonic() < deadline:
             if message := redis.rpop(QUEUE):
-                world.old_drains.append(message)
+                harness.old_drains.append(message)
                 return
 
 
-def deliver_drain_again(world: World, choose: random.Random) -> None:
+def deliver_drain_again(harness: Harness, choose: random.Random) -> None:
     """Drain messages of any age, once more, several at once."""
-    with world.redis() as redis:
-        for message in choose.sample(world.old_drains, min(3, len(world.old_drains))):
+    with harness.redis() as redis:
+        for message in choose.sample(harness.old_drains, min(3, len(harness.old_drains))):
             redis.lpush(QUEUE, message)
         for message in redis.lrange(QUEUE, 0, 3):
             redis.lpush(QUEUE, message)
 
 
-def two_drains(world: World, choose: random.Random) -> None:
+def two_drains(harness: Harness, choose: random.Random) -> None:
     """Take the leases away from under whoever works, again and again: others begin beside them."""
-    with world.redis() as redis:
+    with harness.redis() as redis:
         for _ in range(20):
-            for tenant in world.tenants:
-                redis.delete(lease_key(tenant.organization))
+            for organization in harness.organizations:
+                redis.delete(lease_key(organization.id))
             time.sleep(0.02)
 
 
-def same_batch_at_once(world: World, choose: random.Random) -> None:
+def same_batch_at_once(harness: Harness, choose: random.Random) -> None:
     """Copies of batches that were just sent, from several threads."""
-    tenant = choose.choice(world.tenants)
-    known = Journal(choose.choice(tenant.journals)).known[-20:]
+    organization = choose.choice(harness.organizations)
+    known = Journal(choose.choice(organization.journals)).known[-20:]
     if not known:
         return
 
     def send() -> None:
-        with suppress(TaskTagsError), world.producer(tenant) as producer:
+        with suppress(TaskTagsError), harness.producer(organization) as producer:
             producer.enqueue_many(known)
 
     threads = [threading.Thread(target=send) for _ in range(3)]
@@ -129,58 +131,58 @@ def same_batch_at_once(world: World, choose: random.Random) -> None:
         thread.join()
 
 
-def kill_subscribers(world: World, choose: random.Random) -> None:
+def kill_subscribers(harness: Harness, choose: random.Random) -> None:
     """Every pub/sub connection, the workers' remote control included."""
-    with world.redis() as redis:
+    with harness.redis() as redis:
         redis.client_kill_filter(_type="pubsub")
 
 
-def slow_subscriber(world: World, choose: random.Random) -> None:
+def slow_subscriber(harness: Harness, choose: random.Random) -> None:
     """One that does not read, until the server drops it."""
-    with world.redis() as redis, socket.socket(socket.AF_UNIX) as slow:
+    with harness.redis() as redis, socket.socket(socket.AF_UNIX) as slow:
         redis.config_set("client-output-buffer-limit", "pubsub 64kb 32kb 1")
-        slow.connect(str(world.proxies["worker"].target))
+        slow.connect(str(harness.proxies["worker"].target))
         slow.sendall(b"PSUBSCRIBE *\r\n")
         time.sleep(1.0)
         redis.config_set("client-output-buffer-limit", "pubsub 32mb 8mb 60")
 
 
-def poison(world: World, choose: random.Random) -> None:
+def poison(harness: Harness, choose: random.Random) -> None:
     """Every stream entry that nobody can decode, between good ones."""
     entries = list(stream_entries().values())
-    with world.redis() as redis:
+    with harness.redis() as redis:
         for entry in choose.sample(entries, len(entries)):
-            redis.xadd(inbox_key(choose.choice(world.tenants).organization), entry)
+            redis.xadd(inbox_key(choose.choice(harness.organizations).id), entry)
             time.sleep(0.005)
 
 
-def garbage_on_the_queue(world: World, choose: random.Random) -> None:
+def garbage_on_the_queue(harness: Harness, choose: random.Random) -> None:
     """Every malformed Celery message, between drain messages."""
     messages = list(celery_messages().values())
-    with world.redis() as redis:
+    with harness.redis() as redis:
         for message in choose.sample(messages, len(messages)):
             redis.lpush(QUEUE, message)
             time.sleep(0.005)
 
 
-def flush_everything(world: World, choose: random.Random) -> None:
+def flush_everything(harness: Harness, choose: random.Random) -> None:
     """FLUSHALL. What was in an inbox is gone, and the harness remembers what that was."""
-    with world.redis() as redis, redis.pipeline(transaction=True) as multi:
-        for tenant in world.tenants:
-            multi.xrange(inbox_key(tenant.organization))
+    with harness.redis() as redis, redis.pipeline(transaction=True) as multi:
+        for organization in harness.organizations:
+            multi.xrange(inbox_key(organization.id))
         multi.flushall()
         *inboxes, _ = multi.execute()
-    for tenant, entries in zip(world.tenants, inboxes, strict=True):
+    for organization, entries in zip(harness.organizations, inboxes, strict=True):
         for _, fields in entries:
             with suppress(Exception):  # it may be malformed in any way
-                tenant.gone.add(UUID(json.loads(fields[b"message"])["batch_id"]))
+                organization.flushed.add(UUID(json.loads(fields[b"message"])["batch_id"]))
 
 
-def fill_the_disk(world: World, choose: random.Random) -> None:
+def fill_the_disk(harness: Harness, choose: random.Random) -> None:
     """No room for PostgreSQL's tables, for a while."""
-    if world.disk is None:
+    if harness.disk is None:
         raise OSError("there is no disk to fill")
-    filler = world.disk / "filler"
+    filler = harness.disk / "filler"
     try:
         with filler.open("wb") as file, suppress(OSError):
             while True:
@@ -222,10 +224,10 @@ INJECTIONS: dict[str, Injection] = {
 }
 
 
-def inject(name: str, world: World, choose: random.Random) -> bool:
+def inject(name: str, harness: Harness, choose: random.Random) -> bool:
     """Do one fault; False if it could not be done now, because what it is done to is away."""
     try:
-        INJECTIONS[name](world, choose)
+        INJECTIONS[name](harness, choose)
     except (RedisError, OSError, IndexError):
         return False
     return True

@@ -53,16 +53,17 @@ DISK_MEGABYTES = 1024
 
 
 @dataclass
-class Tenant:
-    """One organization: its executions, its flow runners' journals, and what was heard of its batches."""
+class FaultOrganization:
+    """An organization under fault: its flow runners' journals, and the results that were published."""
 
-    organization: UUID
+    id: UUID
     token: str
     executions: list[UUID]
     journals: list[Path]
     registrations: list[Message] = field(default_factory=list)
-    heard: dict[UUID, set[bytes]] = field(default_factory=lambda: defaultdict(set))
-    gone: set[UUID] = field(default_factory=set)
+    published: dict[UUID, set[bytes]] = field(default_factory=lambda: defaultdict(set))
+    flushed: set[UUID] = field(default_factory=set)
+    """Batches that were in the inbox at a FLUSHALL."""
 
     def sent(self) -> list[Sent]:
         registered = {message.batch_id for message in self.registrations}
@@ -76,7 +77,7 @@ class Tenant:
 
 
 @dataclass
-class World:
+class Harness:
     """Everything that faults are done to."""
 
     directory: Path
@@ -86,7 +87,7 @@ class World:
     database_url: str
     failpoint: Path
     proxies: dict[str, Proxy]
-    tenants: list[Tenant]
+    organizations: list[FaultOrganization]
     disk: Path | None
     stop: threading.Event = field(default_factory=threading.Event)
     old_drains: list[bytes] = field(default_factory=list)
@@ -137,9 +138,8 @@ class World:
         try:
             with self.redis() as redis:
                 return not any(
-                    redis.xlen(inbox_key(each.organization))
-                    or redis.exists(lease_key(each.organization))
-                    for each in self.tenants
+                    redis.xlen(inbox_key(each.id)) or redis.exists(lease_key(each.id))
+                    for each in self.organizations
                 )
         except RedisError:
             return False
@@ -150,10 +150,10 @@ class World:
             with self.redis() as redis:
                 found = [
                     (
-                        redis.xlen(inbox_key(each.organization)),
-                        redis.get(lease_key(each.organization)),
+                        redis.xlen(inbox_key(each.id)),
+                        redis.get(lease_key(each.id)),
                     )
-                    for each in self.tenants
+                    for each in self.organizations
                 ]
                 queue = redis.llen(QUEUE)
         except RedisError as error:
@@ -163,7 +163,7 @@ class World:
 
     def listen(self) -> None:
         """Collect every published result, for as long as the world lives."""
-        by_id = {str(each.organization): each for each in self.tenants}
+        by_id = {str(each.id): each for each in self.organizations}
         while not self.stop.is_set():
             try:
                 with self.redis() as redis, redis.pubsub() as pubsub:
@@ -172,17 +172,19 @@ class World:
                         message = pubsub.get_message(timeout=0.2)
                         if message and message["type"] == "pmessage":
                             record = json.loads(message["data"])
-                            tenant = by_id.get(record["organization_id"])
-                            if tenant:
-                                tenant.heard[UUID(record["batch_id"])].add(message["data"])
+                            organization = by_id.get(record["organization_id"])
+                            if organization:
+                                organization.published[UUID(record["batch_id"])].add(
+                                    message["data"]
+                                )
             except (RedisError, OSError):
                 time.sleep(0.1)
 
-    def producer(self, tenant: Tenant) -> TagProducer:
+    def producer(self, organization: FaultOrganization) -> TagProducer:
         return TagProducer(
             redis_url=self.redis_url,
-            organization_id=tenant.organization,
-            token=tenant.token,
+            organization_id=organization.id,
+            token=organization.token,
         )
 
     def database(self) -> psycopg.Connection:
@@ -190,7 +192,7 @@ class World:
 
 
 @contextmanager
-def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
+def run_harness(directory: Path, seed: int, plant: str) -> Iterator[Harness]:
     """Start it all; flow runners are started by `start_runners`."""
     with lock_directory(directory), Supervisor(directory / "logs") as supervisor:
         home = find_server_paths(directory)
@@ -232,7 +234,7 @@ def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
             "FAULTS_FAILPOINT": str(failpoint),
         }
         settings = signing_settings(directory)
-        opened = World(
+        harness = Harness(
             directory,
             seed,
             supervisor,
@@ -240,7 +242,7 @@ def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
             owner_url,
             failpoint,
             proxies,
-            [_tenant(directory, settings, number) for number in range(ORGANIZATIONS)],
+            [_organization(directory, settings, number) for number in range(ORGANIZATIONS)],
             disk,
         )
         as_worker = {
@@ -253,12 +255,12 @@ def world(directory: Path, seed: int, plant: str) -> Iterator[World]:
             ),
         }
         supervisor.start(*_workers(supervisor, as_worker))
-        listener = threading.Thread(target=opened.listen)
+        listener = threading.Thread(target=harness.listen)
         listener.start()
         try:
-            yield opened
+            yield harness
         finally:
-            opened.stop.set()
+            harness.stop.set()
             listener.join()
             for proxy in proxies.values():
                 proxy.close()
@@ -281,17 +283,17 @@ def _unmount(disk: Path) -> None:
     disk.rmdir()
 
 
-def _tenant(directory: Path, settings: Settings, number: int) -> Tenant:
-    organization = uuid4()
+def _organization(directory: Path, settings: Settings, number: int) -> FaultOrganization:
+    id = uuid4()
     token = sign_token(
         settings,
-        organization_id=organization,
+        organization_id=id,
         actor=f"runner-{number}",
         scopes=SCOPES,
         lifetime=timedelta(days=1),
     )
     journals = [directory / f"journal-{number}-{runner}.jsonl" for runner in range(RUNNERS)]
-    return Tenant(organization, token, [uuid4() for _ in range(3)], journals)
+    return FaultOrganization(id, token, [uuid4() for _ in range(3)], journals)
 
 
 def _workers(supervisor: Supervisor, environment: dict[str, str]) -> Iterator[ProcessSpec]:
@@ -318,73 +320,75 @@ def _workers(supervisor: Supervisor, environment: dict[str, str]) -> Iterator[Pr
         )
 
 
-def start_runners(opened: World) -> None:
+def start_runners(harness: Harness) -> None:
     """Register the executions, then start the flow runners that tag them."""
     runners = []
-    for number, tenant in enumerate(opened.tenants):
-        with opened.producer(tenant) as producer:
-            for execution in tenant.executions:
-                tenant.registrations.append(register_execution(execution))
-                producer.apply(tenant.registrations[-1])
-        for runner, journal in enumerate(tenant.journals):
+    for number, organization in enumerate(harness.organizations):
+        with harness.producer(organization) as producer:
+            for execution in organization.executions:
+                organization.registrations.append(register_execution(execution))
+                producer.apply(organization.registrations[-1])
+        for runner, journal in enumerate(organization.journals):
             runners.append(
                 ProcessSpec(
                     name=f"runner-{number}-{runner}",
                     argv=[
                         *[sys.executable, "-m", "tests.faults.producer", str(journal)],
-                        *[f"{opened.seed}-{number}-{runner}", *map(str, tenant.executions)],
+                        *[f"{harness.seed}-{number}-{runner}", *map(str, organization.executions)],
                     ],
                     ready=lambda: True,
                     environment={
                         "PYTHONPATH": str(REPOSITORY),
-                        "TASK_TAGS_REDIS_URL": f"unix://{opened.proxies['runner'].listen}?db=0",
-                        "TASK_TAGS_ORGANIZATION_ID": str(tenant.organization),
-                        "TASK_TAGS_TOKEN": tenant.token,
+                        "TASK_TAGS_REDIS_URL": f"unix://{harness.proxies['runner'].listen}?db=0",
+                        "TASK_TAGS_ORGANIZATION_ID": str(organization.id),
+                        "TASK_TAGS_TOKEN": organization.token,
                         "TASK_TAGS_LEASE_SECONDS": str(LEASE_SECONDS),
                     },
                 )
             )
-    opened.supervisor.start(*runners)
+    harness.supervisor.start(*runners)
 
 
-def stop(opened: World, *names: str) -> None:
+def stop(harness: Harness, *names: str) -> None:
     """End the processes whose names begin so. What flow runners could not settle is left open in their journals."""
-    ending = [each for each in opened.supervisor.running if each[0].name.startswith(names)]
+    ending = [each for each in harness.supervisor.running if each[0].name.startswith(names)]
     for each in ending:
-        opened.supervisor.running.remove(each)
+        harness.supervisor.running.remove(each)
         each[1].terminate()
     for _, process in ending:
         process.wait(60)
 
 
-def settle(opened: World, verdict: Verdict) -> None:
+def settle(harness: Harness, verdict: Verdict) -> None:
     """Let everything recover and finish, then ask once more for every result that was not heard."""
 
     def calm() -> bool:
-        opened.mend()
-        return opened.quiet()
+        harness.mend()
+        return harness.quiet()
 
     try:
         eventually(calm, 90)
-        for tenant in opened.tenants:
-            sent = tenant.sent()
-            with opened.database() as connection:
+        for organization in harness.organizations:
+            sent = organization.sent()
+            with harness.database() as connection:
                 rows = connection.execute(
                     "select batch_id from tag_batches where organization_id = %s",
-                    [tenant.organization],
+                    [organization.id],
                 ).fetchall()
             stored = [row[0] for row in rows]
-            check_presence(sent, stored, tenant.gone, verdict)
-            unheard = set(stored).union(*(each.accepted for each in sent)) - set(tenant.heard)
-            with opened.producer(tenant) as producer:
+            check_presence(sent, stored, organization.flushed, verdict)
+            missing = set(stored).union(*(each.accepted for each in sent)) - set(
+                organization.published
+            )
+            with harness.producer(organization) as producer:
                 producer.enqueue_many(
                     message
                     for each in sent
                     for message in each.messages
-                    if message.batch_id in unheard
+                    if message.batch_id in missing
                 )
         eventually(calm, 90)
     except AssertionError:
-        verdict.add("stuck", f"after 90 s there is still work: {opened.waiting()}")
+        verdict.add("stuck", f"after 90 s there is still work: {harness.waiting()}")
         with suppress(AssertionError):  # the comparison means something only once nothing moves
             eventually(calm, 300)
