@@ -34,7 +34,7 @@ def batch(execution: UUID, tag: str, tag_type: str = "type", metadata: Any = Non
     return TagBatch(tags=[add(execution, "task", tag_type, tag, metadata)])
 
 
-class World:
+class ChangeSource:
     """An organization whose changes are stored by the test, and published only if the test says so."""
 
     def __init__(
@@ -97,13 +97,15 @@ class World:
 
 
 @pytest.fixture
-def world(servers: Servers, repository: Repository, redis: Redis, organization: UUID) -> World:
-    return World(servers, repository, redis, organization)
+def source(
+    servers: Servers, repository: Repository, redis: Redis, organization: UUID
+) -> ChangeSource:
+    return ChangeSource(servers, repository, redis, organization)
 
 
 @pytest.fixture
-def execution(world: World) -> UUID:
-    return world.execution()
+def execution(source: ChangeSource) -> UUID:
+    return source.execution()
 
 
 def take(watching: ClientConnection, count: int) -> list[int]:
@@ -146,22 +148,24 @@ def data(lines: Iterator[str], count: int) -> list[tuple[int, int]]:
 # --- What is watched -----------------------------------------------------------------------------
 
 
-def test_first_what_is_stored_then_what_comes(world: World, execution: UUID) -> None:
+def test_first_what_is_stored_then_what_comes(source: ChangeSource, execution: UUID) -> None:
     """From the revision after `after`; each event is what was published, byte for byte."""
-    stored = [world.change(execution) for _ in range(3)]
-    with world.watch(execution) as all_, world.watch(execution, after=2) as later:
+    stored = [source.change(execution) for _ in range(3)]
+    with source.watch(execution) as all_, source.watch(execution, after=2) as later:
         assert [all_.recv(SECONDS) for _ in stored] == [event.decode() for event in stored]
         assert take(later, 1) == [3]
-        event = world.change(execution)
+        event = source.change(execution)
         assert all_.recv(SECONDS) == later.recv(SECONDS) == event.decode()
 
 
-def test_through_the_whole_path(servers: Servers, world: World, producer: TagProducer) -> None:
+def test_through_the_whole_path(
+    servers: Servers, source: ChangeSource, producer: TagProducer
+) -> None:
     """What a flow runner enqueues is what a watcher sees, also beside watchers of other executions."""
     one, two = uuid4(), uuid4()
     for each in (one, two):
         producer.apply(register_execution(each))
-    with world.watch(one) as watching, world.watch(two) as other:
+    with source.watch(one) as watching, source.watch(two) as other:
         producer.enqueue_many(batch(each, f"{n}") for n in range(50) for each in (one, two))
         assert take(watching, 50) == take(other, 50) == list(range(1, 51))
         producer.enqueue(SetTaskState(flow_execution_id=one, task_name="task", state="running"))
@@ -170,29 +174,29 @@ def test_through_the_whole_path(servers: Servers, world: World, producer: TagPro
         nothing_more(other)
 
 
-def test_what_was_not_published_is_read(world: World, execution: UUID) -> None:
+def test_what_was_not_published_is_read(source: ChangeSource, execution: UUID) -> None:
     """A gap is filled from the table at once; a last event that was lost, when the table is looked at again."""
-    with world.watch(execution) as watching, world.stream(execution) as lines:
-        world.change(execution)
+    with source.watch(execution) as watching, source.stream(execution) as lines:
+        source.change(execution)
         assert take(watching, 1) == [1]
         for _ in range(3):
-            world.change(execution, publish=False)
-        world.change(execution)
+            source.change(execution, publish=False)
+        source.change(execution)
         assert take(watching, 4) == [2, 3, 4, 5]
-        world.change(execution, publish=False)
+        source.change(execution, publish=False)
         assert take(watching, 1) == [6]
         assert data(lines, 6) == [(n, n) for n in range(1, 7)]
 
 
-def test_what_comes_twice_or_late_is_sent_once(world: World, execution: UUID) -> None:
+def test_what_comes_twice_or_late_is_sent_once(source: ChangeSource, execution: UUID) -> None:
     """In revision order, whatever the order of what is published."""
-    events = [world.change(execution, publish=False) for _ in range(6)]
-    with world.watch(execution, after=3) as watching:
+    events = [source.change(execution, publish=False) for _ in range(6)]
+    with source.watch(execution, after=3) as watching:
         for number in (3, 5, 4, 3, 5, 0, 2):
-            world.publish(execution, events[number])
+            source.publish(execution, events[number])
         assert take(watching, 3) == [4, 5, 6]
-        events.append(world.change(execution))
-        world.publish(execution, events[6])
+        events.append(source.change(execution))
+        source.publish(execution, events[6])
         assert take(watching, 1) == [7]
         nothing_more(watching)
 
@@ -200,53 +204,57 @@ def test_what_comes_twice_or_late_is_sent_once(world: World, execution: UUID) ->
 @pytest.mark.parametrize(
     "published", [b"", b"hello", b"[]", b'{"revision": "2"}', b'{"revision": null}', b"\xff"]
 )
-def test_what_is_no_event_is_passed_over(world: World, execution: UUID, published: bytes) -> None:
+def test_what_is_no_event_is_passed_over(
+    source: ChangeSource, execution: UUID, published: bytes
+) -> None:
     """Whatever is published on the channel, watchers get the events."""
-    with world.watch(execution) as watching:
-        world.change(execution)
+    with source.watch(execution) as watching:
+        source.change(execution)
         assert take(watching, 1) == [1]
-        world.publish(execution, published)
-        world.change(execution)
+        source.publish(execution, published)
+        source.change(execution)
         assert take(watching, 1) == [2]
 
 
-def test_a_revision_that_there_is_not_is_not_believed(world: World, execution: UUID) -> None:
+def test_a_revision_that_there_is_not_is_not_believed(
+    source: ChangeSource, execution: UUID
+) -> None:
     """The table is right: what claims to come later is not sent, and what really comes is."""
-    with world.watch(execution) as watching:
-        world.change(execution)
+    with source.watch(execution) as watching:
+        source.change(execution)
         assert take(watching, 1) == [1]
-        world.publish(execution, b'{"revision": 9, "changes": []}')
+        source.publish(execution, b'{"revision": 9, "changes": []}')
         for revision in (2, 3):
-            world.change(execution)
+            source.change(execution)
             assert take(watching, 1) == [revision]
         nothing_more(watching)
 
 
-def test_a_lost_subscription_loses_nothing(world: World, execution: UUID) -> None:
+def test_a_lost_subscription_loses_nothing(source: ChangeSource, execution: UUID) -> None:
     """Connections to Redis are cut again and again while changes are made: each comes, once and in order."""
-    with world.watch(execution) as watching, world.stream(execution) as lines:
+    with source.watch(execution) as watching, source.stream(execution) as lines:
         for _ in range(10):
-            world.change(execution)
-            world.redis.client_kill_filter(_type="pubsub")
-            world.change(execution)
+            source.change(execution)
+            source.redis.client_kill_filter(_type="pubsub")
+            source.change(execution)
         assert take(watching, 20) == list(range(1, 21))
         assert data(lines, 20) == [(n, n) for n in range(1, 21)]
 
 
-def test_watchers_may_come_at_any_moment(world: World, execution: UUID) -> None:
+def test_watchers_may_come_at_any_moment(source: ChangeSource, execution: UUID) -> None:
     """While changes are made, each that connects gets all of them, without a gap or a repetition."""
     done = threading.Event()
 
     def change() -> None:
         while not done.is_set():
-            world.change(execution)
+            source.change(execution)
 
     changing = threading.Thread(target=change)
     changing.start()
     try:
         with ExitStack() as stack:
             for _ in range(20):
-                watching = stack.enter_context(world.watch(execution))
+                watching = stack.enter_context(source.watch(execution))
                 assert take(watching, 5) == [1, 2, 3, 4, 5]
             assert take(watching, 20) == list(range(6, 26))
             done.set()
@@ -255,42 +263,42 @@ def test_watchers_may_come_at_any_moment(world: World, execution: UUID) -> None:
         changing.join()
 
 
-def test_one_subscription_for_each_execution(world: World, execution: UUID) -> None:
+def test_one_subscription_for_each_execution(source: ChangeSource, execution: UUID) -> None:
     """However many watch it; none is left when they are gone."""
     with ExitStack() as stack:
         for _ in range(10):
-            watching = stack.enter_context(world.watch(execution))
-        world.change(execution)
+            watching = stack.enter_context(source.watch(execution))
+        source.change(execution)
         assert take(watching, 1) == [1]
-        assert subscribers(world, execution) == 1
-    eventually(lambda: subscribers(world, execution) == 0)
+        assert subscribers(source, execution) == 1
+    eventually(lambda: subscribers(source, execution) == 0)
 
 
-def test_filters_leave_the_changes_that_fit(world: World, execution: UUID) -> None:
+def test_filters_leave_the_changes_that_fit(source: ChangeSource, execution: UUID) -> None:
     """Over both ways; a stream tells how far it is by the ids of its events."""
     for tag_type in ("a", "b", "c", "a"):
-        world.change(execution, tag_type=tag_type)
-    with world.watch(execution, tag_type=["a", "c"]) as watching:
+        source.change(execution, tag_type=tag_type)
+    with source.watch(execution, tag_type=["a", "c"]) as watching:
         assert take(watching, 3) == [1, 3, 4]
-        world.change(execution, tag_type="b")
-        world.change(execution, tag_type="c")
+        source.change(execution, tag_type="b")
+        source.change(execution, tag_type="c")
         assert take(watching, 1) == [6]
-    with world.stream(execution, tag=["2", "4"]) as lines:
+    with source.stream(execution, tag=["2", "4"]) as lines:
         assert data(lines, 2) == [(2, 2), (4, 4)]
 
 
 # --- Server-Sent Events --------------------------------------------------------------------------
 
 
-def test_a_stream_goes_on_where_it_was(world: World, execution: UUID) -> None:
+def test_a_stream_goes_on_where_it_was(source: ChangeSource, execution: UUID) -> None:
     """Last-Event-ID goes before `after`, for a browser repeats its request with the first URL."""
     for _ in range(4):
-        world.change(execution)
-    with world.stream(execution, after=1) as lines:
+        source.change(execution)
+    with source.stream(execution, after=1) as lines:
         assert data(lines, 3) == [(2, 2), (3, 3), (4, 4)]
-    with world.stream(execution, last="3", after=1) as lines:
+    with source.stream(execution, last="3", after=1) as lines:
         assert data(lines, 1) == [(4, 4)]
-        world.change(execution)
+        source.change(execution)
         assert data(lines, 1) == [(5, 5)]
 
 
@@ -306,12 +314,12 @@ def test_a_stream_goes_on_where_it_was(world: World, execution: UUID) -> None:
     ],
 )
 def test_a_stream_that_can_not_begin_is_an_error(
-    world: World, execution: UUID, status: int, code: str, last: str, query: dict[str, Any]
+    source: ChangeSource, execution: UUID, status: int, code: str, last: str, query: dict[str, Any]
 ) -> None:
     """It has a status and the body of every error, and is no stream."""
-    url = world.url(execution, **query).replace("/changes?", "/changes/events?")
+    url = source.url(execution, **query).replace("/changes?", "/changes/events?")
     headers = {
-        "Authorization": f"Bearer {world.token}",
+        "Authorization": f"Bearer {source.token}",
         **({"Last-Event-ID": last} if last else {}),
     }
     response = httpx.get(url, headers=headers)
@@ -321,62 +329,66 @@ def test_a_stream_that_can_not_begin_is_an_error(
 # --- Who may watch -------------------------------------------------------------------------------
 
 
-def short_lived(world: World, seconds: float) -> str:
+def short_lived(source: ChangeSource, seconds: float) -> str:
     """A token that expires so many seconds from now, leeway included."""
     return sign_token(
-        world.servers.settings,
-        organization_id=world.organization,
+        source.servers.settings,
+        organization_id=source.organization,
         actor="ada",
         scopes=SCOPES,
         lifetime=timedelta(seconds=seconds - 30),
     )
 
 
-def test_a_browser_sends_its_token_in_the_first_frame(world: World, execution: UUID) -> None:
+def test_a_browser_sends_its_token_in_the_first_frame(
+    source: ChangeSource, execution: UUID
+) -> None:
     """As it can't send headers; there is no other way, and never the URL."""
-    world.change(execution)
-    with world.watch_with(json.dumps({"token": world.token}), execution) as watching:
+    source.change(execution)
+    with source.watch_with(json.dumps({"token": source.token}), execution) as watching:
         assert take(watching, 1) == [1]
-    with world.watch(execution, token=world.token) as watching:
+    with source.watch(execution, token=source.token) as watching:
         assert refused(watching) == (4400, "bad_request")
 
 
-def test_the_token_is_checked(world: World, execution: UUID) -> None:
+def test_the_token_is_checked(source: ChangeSource, execution: UUID) -> None:
     """Signature, time, scope and organization; a foreign execution is as unknown as any."""
-    write_only = world.servers.token(world.organization, "task-tags:write")
-    foreign = world.servers.token(uuid4())
+    write_only = source.servers.token(source.organization, "task-tags:write")
+    foreign = source.servers.token(uuid4())
     for token, expected in (
         ("x", (4401, "unauthorized")),
         ("", (4401, "unauthorized")),
-        (short_lived(world, -5), (4401, "unauthorized")),
+        (short_lived(source, -5), (4401, "unauthorized")),
         (write_only, (4403, "forbidden")),
         (foreign, (4404, "not_found")),
     ):
-        with world.watch_with(json.dumps({"token": token}), execution) as watching:
+        with source.watch_with(json.dumps({"token": token}), execution) as watching:
             assert refused(watching) == expected
-    with world.watch(uuid4()) as watching:
+    with source.watch(uuid4()) as watching:
         assert refused(watching) == (4404, "not_found")
 
 
-def test_who_watches_is_let_go_when_the_token_expires(world: World, execution: UUID) -> None:
+def test_who_watches_is_let_go_when_the_token_expires(
+    source: ChangeSource, execution: UUID
+) -> None:
     """With a code of its own, over both ways; a new token of the same organization in time keeps it open."""
-    world.change(execution)
-    soon = json.dumps({"token": short_lived(world, 2.5)})
-    with world.watch_with(soon, execution) as ends, world.watch_with(soon, execution) as goes_on:
-        with world.watch_with(soon, execution) as of_others:
+    source.change(execution)
+    soon = json.dumps({"token": short_lived(source, 2.5)})
+    with source.watch_with(soon, execution) as ends, source.watch_with(soon, execution) as goes_on:
+        with source.watch_with(soon, execution) as of_others:
             assert take(ends, 1) == take(goes_on, 1) == take(of_others, 1) == [1]
-            goes_on.send(json.dumps({"token": world.token}))
-            of_others.send(json.dumps({"token": world.servers.token(uuid4())}))
+            goes_on.send(json.dumps({"token": source.token}))
+            of_others.send(json.dumps({"token": source.servers.token(uuid4())}))
             assert refused(of_others) == (4403, "forbidden")
-        world.token = short_lived(world, 2.5)
-        with world.stream(execution) as lines:
+        source.token = short_lived(source, 2.5)
+        with source.stream(execution) as lines:
             assert data(lines, 1) == [(1, 1)]
             assert refused(ends) == (4401, "unauthorized")
             rest = list(lines)
         assert "event: error" in rest
         (error,) = (json.loads(line[6:]) for line in rest if line.startswith("data: "))
         assert error["error"]["code"] == "unauthorized"
-        world.change(execution)
+        source.change(execution)
         assert take(goes_on, 1) == [2]
 
 
@@ -396,9 +408,11 @@ def test_who_watches_is_let_go_when_the_token_expires(world: World, execution: U
         {"flow_execution_id": "x"},
     ],
 )
-def test_wrong_parameters_are_refused(world: World, execution: UUID, query: dict[str, Any]) -> None:
+def test_wrong_parameters_are_refused(
+    source: ChangeSource, execution: UUID, query: dict[str, Any]
+) -> None:
     """With the code for it, and what is wrong with which parameter."""
-    with world.watch(execution, **query) as watching:
+    with source.watch(execution, **query) as watching:
         error = json.loads(watching.recv(SECONDS))["error"]
         assert error["details"][0]["field"] == next(iter(query))
         with pytest.raises(ConnectionClosed) as closed:
@@ -415,21 +429,21 @@ def test_wrong_parameters_are_refused(world: World, execution: UUID, query: dict
     ],
 )
 def test_a_frame_that_is_not_a_token_is_refused(
-    world: World, execution: UUID, frame: str | bytes
+    source: ChangeSource, execution: UUID, frame: str | bytes
 ) -> None:
     """The first one and any later one: not JSON, not an object, not text."""
-    with world.watch_with(frame, execution) as watching:
+    with source.watch_with(frame, execution) as watching:
         assert refused(watching) == (4400, "bad_request")
-    with world.watch(execution) as watching:
+    with source.watch(execution) as watching:
         watching.send(frame)
         assert refused(watching) == (4400, "bad_request")
 
 
-def test_a_frame_that_is_too_large_is_not_read(world: World, execution: UUID) -> None:
+def test_a_frame_that_is_too_large_is_not_read(source: ChangeSource, execution: UUID) -> None:
     """A mebibyte, in one frame or in pieces: closed with 1009, and the endpoint goes on."""
     pieces: Sequence[Any] = ["x" * 2**20, ["x" * 1024] * 1024]
     for frame in pieces:
-        with world.watch(execution) as watching:
+        with source.watch(execution) as watching:
             with suppress(ConnectionClosed):
                 watching.send(frame)
             with pytest.raises(ConnectionClosed) as closed:
@@ -438,11 +452,11 @@ def test_a_frame_that_is_too_large_is_not_read(world: World, execution: UUID) ->
             assert closed.value.rcvd.code == 1009
 
 
-def test_who_sends_pings_and_does_not_read_is_let_go(world: World) -> None:
+def test_who_sends_pings_and_does_not_read_is_let_go(source: ChangeSource) -> None:
     """Nor is there memory for the answers to it, before any token."""
-    pid = endpoint_of(world)
+    pid = endpoint_of(source)
     before = resident(pid)
-    with raw_watcher(world, uuid4(), token="") as flooding:
+    with raw_watcher(source, uuid4(), token="") as flooding:
         ping = bytes([0x89, 0x80 + 125, 0, 0, 0, 0]) + bytes(125)
         flooding.settimeout(SECONDS)
         with suppress(OSError):
@@ -454,9 +468,9 @@ def test_who_sends_pings_and_does_not_read_is_let_go(world: World) -> None:
 @pytest.mark.parametrize(
     "header", ["Content-Length: 5", "Transfer-Encoding: chunked", f"X-Long: {'x' * 9000}"]
 )
-def test_a_handshake_that_is_none_is_refused(world: World, header: str) -> None:
+def test_a_handshake_that_is_none_is_refused(source: ChangeSource, header: str) -> None:
     """At once, and its connection is closed."""
-    with raw_watcher(world, uuid4(), header) as refused:
+    with raw_watcher(source, uuid4(), header) as refused:
         answer = b""
         while chunk := refused.recv(65536):
             answer += chunk
@@ -464,17 +478,17 @@ def test_a_handshake_that_is_none_is_refused(world: World, header: str) -> None:
 
 
 def test_what_is_no_result_disturbs_nobody(
-    world: World, servers: Servers, producer: TagProducer
+    source: ChangeSource, servers: Servers, producer: TagProducer
 ) -> None:
     """Whatever is published on whichever channel, and however often connections are lost: answers come at once."""
     execution = uuid4()
     producer.apply(register_execution(execution))
-    headers = {"Authorization": f"Bearer {world.token}"}
+    headers = {"Authorization": f"Bearer {source.token}"}
     with httpx.Client(base_url=servers.stack.endpoint_url, headers=headers) as http:
 
         def disturb() -> None:
-            for channel in world.redis.pubsub_channels("task-tags:*:results:endpoint-*"):
-                world.redis.publish(channel, b"no result")
+            for channel in source.redis.pubsub_channels("task-tags:*:results:endpoint-*"):
+                source.redis.publish(channel, b"no result")
 
         disturbing = Repeated(disturb)
         with disturbing:
@@ -483,7 +497,7 @@ def test_what_is_no_result_disturbs_nobody(
                 operation = {"operation": "add", "flow_execution_id": str(execution), **fields}
                 assert http.patch("/task-tags", json={"tags": [operation]}).status_code == 200
         assert disturbing.count
-    with world.watch(execution, after=10) as watching:
+    with source.watch(execution, after=10) as watching:
         producer.enqueue(batch(execution, "more"))
         assert take(watching, 1) == [11]
 
@@ -510,61 +524,63 @@ class Repeated:
         self._thread.join()
 
 
-def test_watchers_may_come_and_go_while_connections_are_lost(world: World, execution: UUID) -> None:
+def test_watchers_may_come_and_go_while_connections_are_lost(
+    source: ChangeSource, execution: UUID
+) -> None:
     """Who is there in the end is subscribed, and nobody else is."""
-    others = [world.execution() for _ in range(5)]
-    with Repeated(lambda: cut(world)):
+    others = [source.execution() for _ in range(5)]
+    with Repeated(lambda: cut(source)):
         for _ in range(10):
             with ExitStack() as stack:
                 for each in others:
-                    stack.enter_context(world.watch(each))
-    with world.watch(execution) as watching:
-        eventually(lambda: subscribers(world, execution) == 1)
-        world.change(execution)
+                    stack.enter_context(source.watch(each))
+    with source.watch(execution) as watching:
+        eventually(lambda: subscribers(source, execution) == 1)
+        source.change(execution)
         assert take(watching, 1) == [1]
-        eventually(lambda: not any(subscribers(world, each) for each in others))
+        eventually(lambda: not any(subscribers(source, each) for each in others))
 
 
-def test_who_does_not_read_is_let_go(world: World, execution: UUID) -> None:
+def test_who_does_not_read_is_let_go(source: ChangeSource, execution: UUID) -> None:
     """Nothing is kept for it beyond what its connection takes: it is told so behind that, and may come again."""
     large = {"text": "x" * 8000}
-    endpoint = endpoint_of(world)
+    endpoint = endpoint_of(source)
     before = resident(endpoint)
     for _ in range(20):
         tags = [add(execution, "task", "type", f"{uuid4()}", large) for _ in range(50)]
-        applied(world.repository, world.organization, TagBatch(tags=tags))
-    slow = raw_watcher(world, execution)
-    with world.watch(execution, after=20) as reads:
+        applied(source.repository, source.organization, TagBatch(tags=tags))
+    slow = raw_watcher(source, execution)
+    with source.watch(execution, after=20) as reads:
         for number in range(21, 61):
             tags = [add(execution, "task", "type", f"{uuid4()}", large) for _ in range(50)]
-            applied(world.repository, world.organization, TagBatch(tags=tags))
-            world.publish(execution, b'{"revision": %d}' % number)
+            applied(source.repository, source.organization, TagBatch(tags=tags))
+            source.publish(execution, b'{"revision": %d}' % number)
             assert take(reads, 1) == [number]
-    eventually(lambda: subscribers(world, execution) == 0, 30)
+    eventually(lambda: subscribers(source, execution) == 0, 30)
     assert resident(endpoint) - before < 40  # 24 MB were on their way to it
     with slow:
         received = b""
         while chunk := slow.recv(1024 * 1024):
             received = received[-200:] + chunk
     assert (1013).to_bytes(2) + b"too slow" in received
-    with world.watch(execution, after=59) as again:
+    with source.watch(execution, after=59) as again:
         assert take(again, 1) == [60]
 
 
-def endpoint_of(world: World) -> int:
-    running = world.servers.stack.supervisor.running
+def endpoint_of(source: ChangeSource) -> int:
+    running = source.servers.stack.supervisor.running
     return next(process.pid for child, process in running if child.name == "endpoint")
 
 
 def raw_watcher(
-    world: World, execution: UUID, *headers: str, token: str | None = None
+    source: ChangeSource, execution: UUID, *headers: str, token: str | None = None
 ) -> socket.socket:
     """One that asks to watch, and then reads nothing."""
-    url = httpx.URL(world.url(execution))
+    url = httpx.URL(source.url(execution))
     head = [
         f"GET {url.raw_path.decode()} HTTP/1.1",
         f"Host: {url.host}",
-        *([] if token == "" else [f"Authorization: Bearer {world.token}"]),
+        *([] if token == "" else [f"Authorization: Bearer {source.token}"]),
         *headers,
         *("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"),
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
@@ -577,11 +593,11 @@ def raw_watcher(
     return watcher
 
 
-def subscribers(world: World, execution: UUID) -> int:
-    channel = changes_channel(world.organization, execution)
-    ((_, count),) = world.redis.pubsub_numsub(channel)
+def subscribers(source: ChangeSource, execution: UUID) -> int:
+    channel = changes_channel(source.organization, execution)
+    ((_, count),) = source.redis.pubsub_numsub(channel)
     return int(count)
 
 
-def cut(world: World) -> None:
-    world.redis.client_kill_filter(_type="pubsub")
+def cut(source: ChangeSource) -> None:
+    source.redis.client_kill_filter(_type="pubsub")
