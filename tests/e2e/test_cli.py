@@ -171,8 +171,8 @@ def test_changes_and_results_are_followed_until_interrupted(
     batch = TagBatch(reply_to="runner-7", tags=[add(execution, "t", "t", "x")])
     producer.enqueue(batch)
     assert follower.stdout is not None
-    heard = json.loads(follower.stdout.readline())
-    assert heard["batch_id"] == str(batch.batch_id)
+    received = json.loads(follower.stdout.readline())
+    assert received["batch_id"] == str(batch.batch_id)
     follower.send_signal(signal.SIGINT)
     _, stderr = follower.communicate(timeout=20)
     assert (follower.returncode, stderr) == (130, "")

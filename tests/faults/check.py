@@ -34,7 +34,7 @@ class Verdict:
 
 
 class Model(ReferenceModel):
-    """The naive model, in which a batch that the database refuses has no effect."""
+    """The reference model, in which a batch that the database refuses has no effect."""
 
     def tag(self, asked: dict[str, Any]) -> Any:
         poisoned = any(

@@ -124,7 +124,7 @@ def test_a_failing_drain_lets_others_have_a_turn(tenant: Tenant) -> None:
         began = time.monotonic()
         assert Tenant.drain(tenant, budget_seconds=0.25) == 0
         assert time.monotonic() - began < 2.5
-    assert tenant.handed_over == ["run"]
+    assert tenant.requeued == ["run"]
 
 
 def test_a_witness_leaves_nothing_behind(tenant: Tenant) -> None:
@@ -146,7 +146,7 @@ def rows(tenant: Tenant) -> list[Any]:
         ]
 
 
-def test_a_locked_organization_is_handed_over_at_once(tenant: Tenant) -> None:
+def test_a_locked_organization_is_requeued_at_once(tenant: Tenant) -> None:
     """Another worker has it: this one is free for other organizations."""
     tenant.send(tagging("a"))
     with tenant.servers.owner() as connection, connection.transaction():
@@ -157,6 +157,6 @@ def test_a_locked_organization_is_handed_over_at_once(tenant: Tenant) -> None:
         began = time.monotonic()
         assert Tenant.drain(tenant, budget_seconds=30) == 0
         assert time.monotonic() - began < 5
-    assert tenant.handed_over == ["run"]
+    assert tenant.requeued == ["run"]
     tenant.drain()
     assert tenant.tags() == ["a"]

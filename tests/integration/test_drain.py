@@ -32,7 +32,7 @@ def test_a_group_is_answered_in_order_and_leaves_nothing_behind(tenant: Tenant) 
     assert tenant.outcomes() == [["added"], ["already_exists"], ["added"]]
     assert [record.batch_id for record in tenant.records()] == [each.batch_id for each in batches]
     prefix = f"task-tags:{{{tenant.organization}}}"
-    assert [channel for channel, _ in tenant.heard] == [
+    assert [channel for channel, _ in tenant.published] == [
         f"{prefix}:changes:{EXECUTION}",
         f"{prefix}:results:runner-7",
         f"{prefix}:results:{batches[1].batch_id}",
@@ -56,12 +56,12 @@ def test_a_drain_hands_over_when_its_time_is_used_up(tenant: Tenant) -> None:
     """It goes to the end of the queue under the same lease, and the next turn goes on where it stopped."""
     tenant.send(tagging("a"), tagging("b"))
     assert tenant.drain(budget_seconds=0.0, group_size=1) == 1  # each turn applies one group
-    assert tenant.handed_over == ["run"]
+    assert tenant.requeued == ["run"]
     assert tenant.redis.get(lease_key(tenant.organization)) == b"queued run"
     assert tenant.drain() == 1
 
 
-def test_a_drain_that_can_not_be_handed_over_goes_on(tenant: Tenant) -> None:
+def test_a_drain_that_can_not_be_requeued_goes_on(tenant: Tenant) -> None:
     """Redis without memory takes no message for the Celery queue, but it lets go of what was applied."""
     end = time.monotonic() + 20
     failures = 0
@@ -84,7 +84,7 @@ def test_a_drain_hands_over_when_the_process_is_to_end(tenant: Tenant) -> None:
     tenant.send(tagging("a"), tagging("b"))
     stops = iter([True])
     assert tenant.drain(group_size=1, stopping=lambda: next(stops)) == 1
-    assert tenant.handed_over == ["run"]
+    assert tenant.requeued == ["run"]
 
 
 REFUSED: list[tuple[str, Callable[[Tenant], tuple[bytes, str]], str]] = [
@@ -181,7 +181,7 @@ def test_a_batch_that_comes_again_is_answered_again_and_changes_nothing(tenant: 
     assert len(set(map(repr, tenant.records()))) == 1
     assert len(tenant.records()) == 50
     assert {event.revision for event in tenant.events()} == {1}
-    assert len({payload for channel, payload in tenant.heard if ":changes:" in channel}) == 1
+    assert len({payload for channel, payload in tenant.published if ":changes:" in channel}) == 1
     assert tenant.tags() == ["a"]
 
 
@@ -228,7 +228,7 @@ def test_a_crash_between_commit_and_publication_only_repeats_the_publication(
     with pytest.raises(RuntimeError, match="killed"):
         tenant.drain()
     monkeypatch.undo()
-    assert not tenant.heard
+    assert not tenant.published
     assert tenant.tags() == ["a"]
     tenant.redis.delete(lease_key(tenant.organization))
     tenant.drain()
@@ -394,5 +394,5 @@ def test_tokens_are_nowhere_but_in_the_inbox(
             "(select string_agg(t::text, '') from task_tags t) from tag_batches b"
         ).fetchone()
     kept = repr(tenant.redis.xrange(dead_letters_key(tenant.organization)))
-    for place in (repr(stored), repr(tenant.heard), caplog.text, kept):
+    for place in (repr(stored), repr(tenant.published), caplog.text, kept):
         assert signature not in place

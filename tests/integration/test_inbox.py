@@ -303,8 +303,8 @@ def test_removing_publishes_in_the_same_step(
         assert (
             inbox.ack_and_publish("run", entries, publications, [rejection], max_messages=2) == []
         )
-        heard = [eventually(lambda: pubsub.get_message(timeout=1))["data"] for _ in range(2)]
-    assert heard == [b"a", b"b"]
+        received = [eventually(lambda: pubsub.get_message(timeout=1))["data"] for _ in range(2)]
+    assert received == [b"a", b"b"]
     assert quiet_redis.xlen(inbox_key(organization)) == 0
     ((_, kept),) = quiet_redis.xrange(dead_letters_key(organization))
     assert kept == {

@@ -60,8 +60,8 @@ def execution(producer: TagProducer) -> UUID:
     return execution
 
 
-def collect(heard: Iterator[Any], into: list[Any]) -> None:
-    for each in heard:  # one by one: `extend` would show nothing until the end
+def collect(received: Iterator[Any], into: list[Any]) -> None:
+    for each in received:  # one by one: `extend` would show nothing until the end
         into.append(each)
 
 
@@ -184,19 +184,19 @@ def test_a_bad_message_in_the_stream_is_answered_on_its_channel(
 ) -> None:
     """From a producer that doesn't use this SDK: the worker validates, and the next good one is answered."""
     reply_to = f"test-{uuid4()}"
-    heard: list[ResultRecord] = []
+    received: list[ResultRecord] = []
     subscriber = Subscriber(redis_url=servers.stack.redis_url, organization_id=organization)
-    thread = threading.Thread(target=lambda: collect(subscriber.results(reply_to), heard))
+    thread = threading.Thread(target=lambda: collect(subscriber.results(reply_to), received))
     thread.start()
     eventually_subscribed(servers, f"task-tags:{{{organization}}}:results:{reply_to}")
     bad = {"schema_version": 1, "kind": "tag_batch", "batch_id": str(uuid4()), "tags": "x"}
     producer.send([b"hello", json.dumps({**bad, "reply_to": reply_to}).encode()])
     assert producer.apply(register_execution(uuid4())).flow_execution
-    eventually(lambda: heard)
+    eventually(lambda: received)
     subscriber.close()
     thread.join()
-    assert heard[0].error is not None
-    assert heard[0].error.code == "bad_request"
+    assert received[0].error is not None
+    assert received[0].error.code == "bad_request"
 
 
 def test_asyncio_flow_runners_have_the_same_methods(

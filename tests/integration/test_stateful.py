@@ -1,7 +1,7 @@
 """Rules, storage and inbox together, on real servers, under any sequence of messages and faults.
 
 Hypothesis sends messages and lets drains run, die and overtake one another, in an order that it makes up. The
-naive model of tests/support/reference_model.py is told of each message once, when it is sent. Whatever happened, in the end
+reference model of tests/support/reference_model.py is told of each message once, when it is sent. Whatever happened, in the end
 answers, tags, revisions and change events must be the model's.
 """
 
@@ -73,48 +73,50 @@ class Failpoints:
 
 
 @dataclass
-class Heard:
+class Published:
     """What was published and rejected, in this order."""
 
-    published: list[tuple[str, bytes]] = field(default_factory=list)
-    rejected: list[bytes] = field(default_factory=list)
+    messages: list[tuple[str, bytes]] = field(default_factory=list)
+    dead_letters: list[bytes] = field(default_factory=list)
 
 
 class WatchedInbox(Inbox):
     """An inbox that keeps what it published, and lets things happen in between."""
 
-    def __init__(self, redis: Any, organization: UUID, moments: Failpoints, heard: Heard) -> None:
+    def __init__(
+        self, redis: Any, organization: UUID, failpoints: Failpoints, published: Published
+    ) -> None:
         super().__init__(redis, organization, lease_ms=LEASE_MS)
-        self.moments, self.heard = moments, heard
+        self.failpoints, self.published = failpoints, published
 
     def acquire(self, run_id: str, **bounds: Any) -> list[StreamEntry]:
         entries = super().acquire(run_id, **bounds)
         if entries:
-            self.moments.after_read()
+            self.failpoints.after_read()
         return entries
 
     def ack_and_publish(
         self, run_id: str, entries: Any, publications: Any, dead_letters: Any = (), **bounds: Any
     ) -> list[StreamEntry]:
-        self.moments.before_remove()
+        self.failpoints.before_remove()
         following = super().ack_and_publish(run_id, entries, publications, dead_letters, **bounds)
-        self.heard.published.extend(publications)
-        self.heard.rejected.extend(rejection.message for rejection in dead_letters)
+        self.published.messages.extend(publications)
+        self.published.dead_letters.extend(each.message for each in dead_letters)
         if following:
-            self.moments.after_read()
+            self.failpoints.after_read()
         return following
 
 
 class WatchedRepository(Repository):
     """A store that lets things happen before it commits."""
 
-    moments = Failpoints()
+    failpoints = Failpoints()
 
     @contextmanager
     def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
         with super().transaction(organization_id) as transaction:
             yield transaction
-            self.moments.before_commit()
+            self.failpoints.before_commit()
 
 
 names = st.sampled_from(["t1", "t2"])
@@ -147,11 +149,11 @@ class Machine(RuleBasedStateMachine):
         self.servers, self.redis, self.repository = servers, redis, repository
         self.authorizer = Authorizer(servers.settings)
         self.token = servers.token(self.organization)
-        self.naive = ReferenceModel()
+        self.model = ReferenceModel()
         self.expected: list[Any] = []
         """What becomes of each message, in the order of the inbox: the model's answer, or an error."""
         self.garbage: list[bytes] = []
-        self.heard = Heard()
+        self.published = Published()
         self.runs = 0
 
     # --- Messages
@@ -164,7 +166,7 @@ class Machine(RuleBasedStateMachine):
     def send(self, message: Message) -> Message:
         """Send a message whose answer will tell its place in the inbox, and tell the model of it."""
         here = message.model_copy(update={"reply_to": self.here})
-        self.append(here.encode(), self.naive.send(here))
+        self.append(here.encode(), self.model.send(here))
         return message
 
     @property
@@ -220,14 +222,14 @@ class Machine(RuleBasedStateMachine):
     # --- Drains
 
     def run_drain(
-        self, group_size: int, moments: Failpoints | None = None, rounds: int | None = None
+        self, group_size: int, failpoints: Failpoints | None = None, rounds: int | None = None
     ) -> int:
         """Run one drain under an id of its own, to its end or for some rounds."""
         self.runs += 1
-        self.repository.moments = moments = moments or Failpoints()
+        self.repository.failpoints = failpoints = failpoints or Failpoints()
         turns = iter([False] * rounds + [True]) if rounds is not None else None
         return Drain(
-            inbox=WatchedInbox(self.redis, self.organization, moments, self.heard),
+            inbox=WatchedInbox(self.redis, self.organization, failpoints, self.published),
             organization_id=self.organization,
             run_id=f"run-{self.runs}",
             repository=self.repository,
@@ -256,17 +258,22 @@ class Machine(RuleBasedStateMachine):
         target=sent,
         batches=some_batches,
         group_size=group_sizes,
-        moment=st.sampled_from(["before_remove", "before_commit", "after_read"]),
+        failpoint=st.sampled_from(["before_remove", "before_commit", "after_read"]),
         groups=st.integers(0, 2),
         lease_ends=st.booleans(),
     )
     def drain_and_die(
-        self, batches: list[TagBatch], group_size: int, moment: str, groups: int, lease_ends: bool
+        self,
+        batches: list[TagBatch],
+        group_size: int,
+        failpoint: str,
+        groups: int,
+        lease_ends: bool,
     ) -> Any:
         """A drain dies at its first group or a later one; soon after, or not so soon, the lease runs out."""
         sent = self.tag(batches)
         with suppress(Killed):
-            self.run_drain(group_size, Failpoints(**{moment: after(groups, killed)}))
+            self.run_drain(group_size, Failpoints(**{failpoint: after(groups, killed)}))
         if lease_ends:
             self.expire()
         return sent
@@ -275,7 +282,7 @@ class Machine(RuleBasedStateMachine):
         target=sent,
         batches=some_batches,
         group_size=group_sizes,
-        moment=st.sampled_from(["before_remove", "after_read"]),
+        failpoint=st.sampled_from(["before_remove", "after_read"]),
         groups=st.integers(0, 2),
         rounds=st.none() | st.integers(0, 2),
     )
@@ -283,7 +290,7 @@ class Machine(RuleBasedStateMachine):
         self,
         batches: list[TagBatch],
         group_size: int,
-        moment: str,
+        failpoint: str,
         groups: int,
         rounds: int | None,
     ) -> Any:
@@ -294,7 +301,7 @@ class Machine(RuleBasedStateMachine):
             self.expire()
             self.run_drain(2, rounds=rounds)
 
-        self.run_drain(group_size, Failpoints(**{moment: after(groups, overtake)}))
+        self.run_drain(group_size, Failpoints(**{failpoint: after(groups, overtake)}))
         return sent
 
     @rule(group_size=group_sizes)
@@ -345,7 +352,7 @@ class Machine(RuleBasedStateMachine):
     def answers(self) -> dict[int, bytes]:
         """Return the answer to each message by its place, as they came; copies of an answer are equal."""
         answers: dict[int, bytes] = {}
-        for channel, payload in self.heard.published:
+        for channel, payload in self.published.messages:
             if ":results:place-" in channel:
                 place = int(channel.rpartition("-")[2])
                 assert answers.setdefault(place, payload) == payload
@@ -360,26 +367,26 @@ class Machine(RuleBasedStateMachine):
         for place, answer in self.answers().items():
             assert said(answer) == self.expected[place]
         kept = self.redis.xrange(dead_letters_key(self.organization))
-        assert set(self.garbage) == set(self.heard.rejected)
-        assert [fields[b"message"] for _, fields in kept] == self.heard.rejected
+        assert set(self.garbage) == set(self.published.dead_letters)
+        assert [fields[b"message"] for _, fields in kept] == self.published.dead_letters
         self.check_stored_results()
         self.check_executions()
         self.check_tags(self.replay())
         rows = self.select("flow_execution_id, task_name, state from task_executions")
-        assert {(execution, name): state for execution, name, state in rows} == self.naive.states
+        assert {(execution, name): state for execution, name, state in rows} == self.model.states
 
     def check_stored_results(self) -> None:
         """Each batch that was well formed and authorized has its first answer stored, and no other has."""
         rows = self.select("batch_id, result_record::text from tag_batches")
         stored = {batch_id: said(record.encode()) for batch_id, record in rows}
-        assert stored == {id: answer for id, (_, answer) in self.naive.answers.items()}
+        assert stored == {id: answer for id, (_, answer) in self.model.answers.items()}
 
     def check_executions(self) -> None:
         rows = self.select("flow_execution_id, task_names, revision from flow_executions")
         assert {id: None if names is None else set(names) for id, names, _ in rows} == (
-            self.naive.names
+            self.model.names
         )
-        assert {id: revision for id, _, revision in rows if revision} == self.naive.revisions
+        assert {id: revision for id, _, revision in rows if revision} == self.model.revisions
 
     def replay(self) -> set[UUID]:
         """Return the tags that are left after all stored events; these were published, in their order."""
@@ -387,19 +394,19 @@ class Machine(RuleBasedStateMachine):
             "flow_execution_id, revision, event::text from tag_changes order by revision"
         )
         left: set[UUID] = set()
-        for execution, count in self.naive.revisions.items():
+        for execution, count in self.model.revisions.items():
             stored = [(revision, text) for id, revision, text in rows if id == execution]
             assert [revision for revision, _ in stored] == list(range(1, count + 1))
             channel = changes_channel(self.organization, execution)
-            heard = [text.decode() for name, text in self.heard.published if name == channel]
-            assert list(dict.fromkeys(heard)) == [text for _, text in stored]
+            published = [text.decode() for name, text in self.published.messages if name == channel]
+            assert list(dict.fromkeys(published)) == [text for _, text in stored]
             for revision, text in stored:
                 event = ChangeEvent.decode(text)
                 assert event.revision == revision
                 for change in event.changes:
                     if isinstance(change, Change):
                         (left.add if change.change == "added" else left.remove)(change.tag.id)
-        assert len(rows) == sum(self.naive.revisions.values())
+        assert len(rows) == sum(self.model.revisions.values())
         return left
 
     def check_tags(self, replayed: set[UUID]) -> None:
@@ -411,10 +418,10 @@ class Machine(RuleBasedStateMachine):
         active = [row[1:] for row in rows if row[0] == "active"]
         assert {id for id, *_ in active} == replayed
         parts = ("flow_execution_id", "task_name", "tag_type", "tag", "tag_metadata")
-        expected = [[row[part] for part in parts] for row in self.naive.rows]
+        expected = [[row[part] for part in parts] for row in self.model.rows]
         found = [list(tag) for _, *tag in active]
         assert sorted(map(canonical_bytes, found)) == sorted(map(canonical_bytes, expected))
-        statuses = [status for _, answer in self.naive.answers.values() for status in answer]
+        statuses = [status for _, answer in self.model.answers.values() for status in answer]
         assert len(rows) == statuses.count("added")
 
     def select(self, what: str) -> list[tuple[Any, ...]]:
@@ -432,7 +439,7 @@ def after(times: int, act: Callable[[], None]) -> Callable[[], None]:
 
 
 def said(record: bytes) -> Any:
-    """Return a result record in the words of the naive model."""
+    """Return a result record in the words of the reference model."""
     result = ResultRecord.decode(record)
     if result.error is not None:
         return result.error.code
@@ -444,7 +451,7 @@ def canonical_bytes(row: list[Any]) -> str:
 
 
 @pytest.mark.timeout(600)  # a failure is made as short as can be, which takes its time
-def test_whatever_happens_the_outcome_is_the_naive_models(
+def test_whatever_happens_the_outcome_is_the_reference_models(
     servers: Servers, quiet_redis: Any
 ) -> None:
     """Exactly once and in order, with every kind of message, and with drains that die and overlap."""

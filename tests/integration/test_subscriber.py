@@ -198,7 +198,7 @@ def follow(servers: Servers, organization: UUID, token: str) -> Iterator[Any]:
         thread.join()
 
 
-def heard(events: Sequence[ChangeEvent]) -> list[int]:
+def revisions_of(events: Sequence[ChangeEvent]) -> list[int]:
     return [event.revision for event in events]
 
 
@@ -211,7 +211,7 @@ def test_a_watcher_gets_what_was_before_and_what_comes(
     for number in range(20):
         producer.enqueue(batch(changed, f"live {number}"))
     eventually(lambda: len(events) == 23)
-    assert heard(events) == list(range(3, 26))
+    assert revisions_of(events) == list(range(3, 26))
 
 
 def test_what_was_not_published_is_repaired_by_the_next_event(
@@ -223,7 +223,7 @@ def test_what_was_not_published_is_repaired_by_the_next_event(
     applied(repository, organization, batch(changed, "lost"))
     producer.apply(batch(changed, "heard"))
     eventually(lambda: len(events) == 7)
-    assert heard(events) == list(range(1, 8))
+    assert revisions_of(events) == list(range(1, 8))
 
 
 def test_the_last_event_is_not_missed_either(
@@ -260,7 +260,7 @@ def test_a_lost_connection_loses_no_change(
     redis.publish(channel, b"no event")
     producer.apply(batch(changed, "next"))
     eventually(lambda: len(events) == 7)
-    assert heard(events) == list(range(1, 8))
+    assert revisions_of(events) == list(range(1, 8))
 
 
 def test_asyncio_follows_as_well(
@@ -341,7 +341,7 @@ def test_a_feed_passes_each_event_on_once_and_in_order(
     async def receive(*events: bytes | ListenEvent) -> None:
         feed.receive(events)
         while some := await feed.next():
-            passed.extend(heard(some))
+            passed.extend(revisions_of(some))
 
     async def main() -> None:
         nonlocal stored, away

@@ -126,14 +126,14 @@ def revision_of(event: bytes) -> int:
 class Client(asyncio.Protocol):
     """One that watches: it notes which revisions came and when."""
 
-    def __init__(self, request: bytes, heard: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, request: bytes, on_frame: Callable[[], None] = lambda: None) -> None:
         self.revisions = array("q")
         self.times = array("d")
         self.code: int | None = None
         """The code with which it was closed."""
         self.lost = False
         self._request = request
-        self._heard = heard
+        self._on_frame = on_frame
         self._frames = Frames()
         self._waiter: asyncio.Future[None] | None = None
         self._transport: Any = None
@@ -152,7 +152,7 @@ class Client(asyncio.Protocol):
             if opcode == TEXT:
                 self.revisions.append(revision_of(payload))
                 self.times.append(now)
-                self._heard()
+                self._on_frame()
             elif opcode == PING:
                 self._transport.write(frame(PONG, payload))
             elif opcode == CLOSE:
@@ -176,7 +176,7 @@ class Client(asyncio.Protocol):
                 self._waiter = asyncio.get_running_loop().create_future()
                 await self._waiter
 
-    async def hears(self, count: int) -> None:
+    async def has_received(self, count: int) -> None:
         await self.until(lambda: len(self.revisions) >= count)
 
     async def close(self) -> None:
@@ -200,7 +200,7 @@ class Client(asyncio.Protocol):
 # --- The process of the clients ------------------------------------------------------------------
 
 
-class Heard(NamedTuple):
+class Received(NamedTuple):
     """What one client got."""
 
     execution: int
@@ -239,7 +239,7 @@ class Crowd:
         async def one(number: int) -> Client:
             async with opening:
                 client = await self._connect(executions[number % len(executions)], self._count)
-                await client.hears(STORED)
+                await client.has_received(STORED)
                 return client
 
         self._clients = await asyncio.gather(*map(one, range(count)))
@@ -253,16 +253,16 @@ class Crowd:
         await asyncio.sleep(0.5)
         return self._frames
 
-    async def leave(self) -> list[Heard]:
+    async def leave(self) -> list[Received]:
         """Close all; return what each got."""
-        heard = [
-            Heard(number % self._executions, client.revisions, client.times, client.code)
+        received = [
+            Received(number % self._executions, client.revisions, client.times, client.code)
             for number, client in enumerate(self._clients)
         ]
         await asyncio.gather(*(client.close() for client in self._clients if not client.lost))
         self._clients = []
         gc.collect()
-        return heard
+        return received
 
     async def visit(self, executions: list[UUID], count: int) -> None:
         """Connect and disconnect so many times, in each of the ways in turn."""
@@ -279,7 +279,7 @@ class Crowd:
 
     async def _closes(self, execution: UUID) -> None:
         client = await self._connect(execution)
-        await client.hears(1)
+        await client.has_received(1)
         await client.close()
         assert client.code == 1000, client.code
 
@@ -295,19 +295,19 @@ class Crowd:
 
     async def _hangs_up(self, execution: UUID) -> None:
         client = await self._connect(execution)
-        await client.hears(STORED)
+        await client.has_received(STORED)
         client.hang_up()
 
     async def _runs_away(self, execution: UUID) -> None:
         (await self._connect(execution)).reset()
 
     async def _connect(
-        self, execution: UUID, heard: Callable[[], None] = lambda: None, token: str | None = ""
+        self, execution: UUID, on_frame: Callable[[], None] = lambda: None, token: str | None = ""
     ) -> Client:
         request = handshake(execution, self._token if token == "" else token)
         loop = asyncio.get_running_loop()
         _, client = await loop.create_connection(
-            lambda: Client(request, heard), "127.0.0.1", self._port
+            lambda: Client(request, on_frame), "127.0.0.1", self._port
         )
         return client
 
@@ -422,9 +422,9 @@ class Run:
     def all_left(self) -> bool:
         return not self.channels()
 
-    def check(self, heard: Sequence[Heard], last: Sequence[int]) -> None:
+    def check(self, received: Sequence[Received], last: Sequence[int]) -> None:
         """Each client got every revision of its execution once, in order."""
-        for each in heard:
+        for each in received:
             expected, different = set(range(1, last[each.execution] + 1)), set(each.revisions)
             pairs = zip(each.revisions, each.revisions[1:], strict=False)
             self.gaps += len(expected - different)
@@ -452,12 +452,12 @@ def under_load(run: Run, executions: list[UUID], seconds: float, rate: float) ->
     last = [STORED + len(times) for times in sent]
     run.ask("receive", sum(last[n % len(last)] for n in range(run.clients)), DEADLINE)
     used, elapsed = process.processor_seconds - used, time.monotonic() - begin
-    heard: list[Heard] = run.ask("leave")
+    received: list[Received] = run.ask("leave")
     eventually(run.all_left)
-    run.check(heard, last)
+    run.check(received, last)
     times = [
         (at, at - sent[each.execution][revision - STORED - 1])
-        for each in heard
+        for each in received
         for revision, at in zip(each.revisions, each.times, strict=True)
         if STORED < revision <= last[each.execution]
     ]
@@ -518,12 +518,12 @@ def burst(run: Run) -> None:
         sent.append(time.monotonic())
         run.producer.enqueue(small(execution, f"{number}"))
         run.ask("receive", run.clients * (STORED + number + 1), DEADLINE)
-    heard: list[Heard] = run.ask("leave")
+    received: list[Received] = run.ask("leave")
     eventually(run.all_left)
-    run.check(heard, [STORED + ROUNDS])
+    run.check(received, [STORED + ROUNDS])
     delays = [
         max(
-            (each.times[STORED + number] for each in heard if len(each.times) > STORED + number),
+            (each.times[STORED + number] for each in received if len(each.times) > STORED + number),
             default=at + DEADLINE,
         )
         - at
@@ -583,7 +583,7 @@ def read_to_the_end(run: Run, opened: socket.socket) -> int | None:
                         code = int.from_bytes(payload[:2], "big")
         except OSError as error:
             run.faults.append(f"a slow client could not read to the end: {error!r}")
-    run.check([Heard(0, revisions, (), None)], [max(revisions, default=0)])
+    run.check([Received(0, revisions, (), None)], [max(revisions, default=0)])
     return code
 
 

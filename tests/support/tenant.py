@@ -32,8 +32,8 @@ class Tenant:
     authorizer: Authorizer
     organization: UUID
     token: str
-    handed_over: list[str] = field(default_factory=list)
-    heard: list[tuple[str, bytes]] = field(default_factory=list)
+    requeued: list[str] = field(default_factory=list)
+    published: list[tuple[str, bytes]] = field(default_factory=list)
 
     @property
     def inbox(self) -> Inbox:
@@ -50,7 +50,7 @@ class Tenant:
             "run_id": "run",
             "repository": self.repository,
             "authorizer": self.authorizer,
-            "requeue": lambda: self.handed_over.append("run"),
+            "requeue": lambda: self.requeued.append("run"),
             "group_size": 100,
             "budget_seconds": 60.0,
             "stopping": lambda: False,
@@ -60,13 +60,15 @@ class Tenant:
     def records(self) -> list[ResultRecord]:
         return [
             ResultRecord.decode(payload)
-            for channel, payload in self.heard
+            for channel, payload in self.published
             if ":results:" in channel
         ]
 
     def events(self) -> list[ChangeEvent]:
         return [
-            ChangeEvent.decode(payload) for channel, payload in self.heard if ":changes:" in channel
+            ChangeEvent.decode(payload)
+            for channel, payload in self.published
+            if ":changes:" in channel
         ]
 
     def outcomes(self) -> list[Any]:
@@ -103,7 +105,7 @@ def listening(tenant: Tenant) -> Iterator[None]:
             finally:
                 tenant.redis.publish(f"task-tags:{{{tenant.organization}}}:end", b"")
                 while (each := eventually(lambda: pubsub.get_message(timeout=1)))["data"]:
-                    tenant.heard.append((each["channel"].decode(), each["data"]))
+                    tenant.published.append((each["channel"].decode(), each["data"]))
 
         tenant.drain = drain  # type: ignore[method-assign]
         yield

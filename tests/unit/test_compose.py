@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from worker.local.stack import BEAT, ENDPOINT, WORKER
 
 FILE = Path(__file__).parents[2] / "docker-compose.yml"
-OURS = ("migrate", "worker", "beat", "endpoint")
+OWN_SERVICES = ("migrate", "worker", "beat", "endpoint")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_it_runs_the_commands_of_the_local_stack(services: dict[str, Any]) -> No
 
 def test_every_part_is_watched_and_started_again(services: dict[str, Any]) -> None:
     """Health checks and restarts, for all but the migration, which ends."""
-    assert set(services) == {"postgres", "redis", *OURS}
+    assert set(services) == {"postgres", "redis", *OWN_SERVICES}
     for name, service in services.items():
         if name != "migrate":
             assert service["healthcheck"]["test"]
@@ -72,7 +72,7 @@ def test_secrets_come_from_the_environment_and_are_required(services: dict[str, 
 def test_our_parts_are_not_root_and_can_write_nothing(services: dict[str, Any]) -> None:
     """The image's user is not root; the file system is read-only, without capabilities."""
     assert "USER 10001" in (FILE.parent / "Dockerfile").read_text()
-    for name in OURS:
+    for name in OWN_SERVICES:
         service = services[name]
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]

@@ -1,4 +1,4 @@
-"""The rules of a batch (design, section 4): as tables, and against a naive model that is written anew here."""
+"""The rules of a batch (design, section 4): as tables, and against a reference model that is written anew here."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_a_state_of_what_is_unknown_is_not_found() -> None:
         assert error.details[0].field == (field_name or "flow_execution_id")
 
 
-# --- Against a naive model -----------------------------------------------------------------------
+# --- Against a reference model -----------------------------------------------------------------------
 
 
 metadata = st.recursive(
@@ -330,17 +330,17 @@ groups = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(groups)
-def test_any_sequence_of_messages_agrees_with_the_naive_model(
+def test_any_sequence_of_messages_agrees_with_the_reference_model(
     groups: list[list[Message]],
 ) -> None:
-    """However messages are grouped, results, revisions, events and active tags are the naive model's."""
-    state, naive = Snapshot(), ReferenceModel()
+    """However messages are grouped, results, revisions, events and active tags are the reference model's."""
+    state, model = Snapshot(), ReferenceModel()
     seen: dict[UUID, list[ChangeEvent]] = {}
     known: set[bytes] = set()
     for group in groups:
         decision = settle(state, *group)
         for place, message in enumerate(group):
-            answer = naive.send(message)
+            answer = model.send(message)
             got = record(decision, place)
             if got.error is not None:
                 assert got.error.code == answer
@@ -350,9 +350,9 @@ def test_any_sequence_of_messages_agrees_with_the_naive_model(
                 if event not in known:
                     known.add(event)
                     seen.setdefault(execution, []).append(ChangeEvent.decode(event))
-    assert {e.id: e.revision for e in state.executions.values() if e.revision} == naive.revisions
+    assert {e.id: e.revision for e in state.executions.values() if e.revision} == model.revisions
     for execution, stored in seen.items():
-        assert [e.revision for e in stored] == list(range(1, naive.revisions[execution] + 1))
+        assert [e.revision for e in stored] == list(range(1, model.revisions[execution] + 1))
     active = [tag for tags in state.tags.values() for tag in tags.values()]
     replayed: set[UUID] = set()
     recorded: dict[tuple[UUID, str], str] = {}
@@ -362,11 +362,11 @@ def test_any_sequence_of_messages_agrees_with_the_naive_model(
                 recorded[change.task.flow_execution_id, change.task.task_name] = change.task.state
             elif isinstance(change, Change):
                 (replayed.add if change.change == "added" else replayed.remove)(change.tag.id)
-    assert recorded == naive.states
-    assert {key: task.state for key, task in state.tasks.items()} == naive.states
+    assert recorded == model.states
+    assert {key: task.state for key, task in state.tasks.items()} == model.states
     assert replayed == {tag.id for tag in active}
-    assert len(active) == len(naive.rows)
+    assert len(active) == len(model.rows)
     for tag in active:
         row = {"flow_execution_id": str(tag.flow_execution_id), "task_name": tag.task_name}
         row |= {"tag_type": tag.tag_type, "tag": tag.tag}
-        assert any(json_equal(r["tag_metadata"], tag.tag_metadata) for r in naive.matching(row))
+        assert any(json_equal(r["tag_metadata"], tag.tag_metadata) for r in model.matching(row))
