@@ -1,7 +1,7 @@
 """Real servers for all tests: one stack of embedded PostgreSQL, Valkey, worker, beat and endpoint.
 
-Tests are kept apart by organization, as users are: each makes its own. A test that must not be helped by the
-running worker uses Valkey's database 1, which the worker does not look at.
+Tests are kept apart by organization, as users are: each makes its own. A test that the running
+worker must not help uses Valkey's database 1, which that worker does not read.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def tenant(
     organization: UUID,
     token: str,
 ) -> Iterator[Tenant]:
-    """One with one registered execution, which hears everything that is published."""
+    """An organization with one execution; it collects everything that is published."""
     tenant = Tenant(servers, quiet_redis, repository, authorizer, organization, token)
     tenant.send(register_execution(EXECUTION))
     tenant.drain()

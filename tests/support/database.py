@@ -1,4 +1,4 @@
-"""A database of its own for a test that looks at a whole database, on the servers of all tests."""
+"""A separate database for a test that looks at a whole one, on the servers of all tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must do no harm, wherever somebody puts it: stream entries that are no messages, and malformed Celery messages."""
+"""Input that must do no harm: malformed stream entries and malformed Celery messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HARMLESS: Final = {
     *("callbacks", "callbacks that are none", "a chain that is none", "a chord"),
     "an unknown organization",
 }
-"""Celery messages whose faults are in what is not looked at: the drain that they ask for takes place."""
+"""Celery messages whose faults are in parts that nobody reads: the drain takes place."""
 _MEBIBYTE: Final = 1024 * 1024
 
 
@@ -64,7 +64,7 @@ def _operation(**fields: Any) -> dict[str, Any]:
 
 
 def celery_messages() -> dict[str, bytes]:
-    """Return messages for the Celery queue that are none, or not what a worker expects, by what is wrong."""
+    """Return malformed messages for the Celery queue, by what is wrong with each."""
     wrong: dict[str, Any] = {
         "null": None,
         "a list": [],

@@ -99,7 +99,7 @@ class ReferenceModel:
 
 
 def _plain(value: Any) -> Any:
-    """Tell booleans from numbers, and nothing else from anything."""
+    """Make numbers floats, so that 1 equals 1.0; booleans stay booleans."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

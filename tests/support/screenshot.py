@@ -1,4 +1,4 @@
-"""Writes docs/page.png, the picture of the live page in the README: `python -m tests.support.screenshot`."""
+"""Write docs/page.png, the live page in the README: `python -m tests.support.screenshot`."""
 
 from __future__ import annotations
 

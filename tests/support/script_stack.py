@@ -1,4 +1,4 @@
-"""A stack for a script that measures something: on a directory of its own, with tokens for any organization."""
+"""A stack for a script that measures: on a temporary directory, with tokens for everybody."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One organization's inbox, and a drain of it that a test starts by hand, on real PostgreSQL and Valkey."""
+"""One organization's inbox on real PostgreSQL and Valkey, and a drain that a test starts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Tenant:
         ]
 
     def outcomes(self) -> list[Any]:
-        """Statuses, or the code of the error, of each record that was heard."""
+        """Return the statuses, or the code of the error, of each record that was published."""
         return [outcome(record) for record in self.records()]
 
     def tags(self) -> list[str]:
@@ -93,7 +93,7 @@ def outcome(record: ResultRecord) -> Any:
 
 @contextmanager
 def listening(tenant: Tenant) -> Iterator[None]:
-    """Collect what is published; at the end of a drain, all of it has been heard."""
+    """Collect what is published, until all of a drain's publications have arrived."""
     original = tenant.drain
     with tenant.redis.pubsub() as pubsub:
         pubsub.psubscribe(f"task-tags:{{{tenant.organization}}}:*")

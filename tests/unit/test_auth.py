@@ -1,4 +1,4 @@
-"""Tokens: what each kind of key accepts, and every way in which a token can be wrong (design, section 4)."""
+"""Tokens (docs/concepts/contract.md#tokens): what each key accepts, and every wrong token."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def unsigned() -> str:
 
 
 def headless() -> str:
-    return f"{part({'alg': 'HS256', 'jku': 'http://localhost:1/keys', 'kid': '../x'})}.{part(CLAIMS)}.AA"
+    head = part({"alg": "HS256", "jku": "http://localhost:1/keys", "kid": "../x"})
+    return f"{head}.{part(CLAIMS)}.AA"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def headless() -> str:
     ],
 )
 def test_a_wrong_token_proves_nothing(token: str | bytes | None) -> None:
-    """Whatever is wrong with it, the answer is a clear refusal, and never the token."""
+    """It is refused, and the error does not repeat the token."""
     with pytest.raises(InvalidToken) as caught:
         Authorizer(settings()).verify(token, NOW)
     text = token.decode(errors="replace") if isinstance(token, bytes) else token
@@ -191,7 +192,7 @@ def serving(body: bytes) -> Iterator[str]:
 
 
 def test_keys_may_come_from_a_jwk_set() -> None:
-    """The key with the token's `kid` is used; an unknown one is refused; no answer is not the token's fault."""
+    """The token's `kid` names the key; an unknown one is refused; a silent server is no refusal."""
     key = KEYS["ES256"]
     jwk = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key()))
     jwk |= {"kid": "one", "use": "sig", "alg": "ES256"}

@@ -1,4 +1,4 @@
-"""docker-compose.yml without a Docker engine: it fits the Compose schema, and runs what the local stack runs."""
+"""docker-compose.yml without Docker: it fits the schema, and runs what the local stack runs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The AsyncAPI and OpenAPI documents: they are valid, and true to the code.
 
-asyncapi-3.0.0.schema.json is the official JSON Schema of AsyncAPI, as it is in @asyncapi/specs 6.11.1
-(schemas/3.0.0-without-$id.json). Apache-2.0; Copyright 2016-2025 AsyncAPI Initiative. This product includes
-software developed at AsyncAPI Initiative (http://www.asyncapi.com/).
+asyncapi-3.0.0.schema.json is the official JSON Schema of AsyncAPI, as it is in @asyncapi/specs
+6.11.1 (schemas/3.0.0-without-$id.json). Apache-2.0; Copyright 2016-2025 AsyncAPI Initiative. This
+product includes software developed at AsyncAPI Initiative (http://www.asyncapi.com/).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ specification: Final = Draft7Validator(
 
 
 def schema(name: str) -> Draft7Validator:
-    """Return what checks against a schema of the AsyncAPI document: its dialect is draft 7, and a little more."""
+    """Return a validator for a schema of the AsyncAPI document, whose dialect extends draft 7."""
     root = {"allOf": [{"$ref": f"#/components/schemas/{name}"}], "components": components()}
     return Draft7Validator(root, format_checker=FormatChecker())
 
@@ -89,7 +89,7 @@ def references(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def resolved(reference: dict[str, str]) -> Any:
-    """Return what a reference within the document stands for; `KeyError` if there is no such thing."""
+    """Return what a reference in the document stands for; `KeyError` if it leads nowhere."""
     node: Any = document
     start, *steps = reference["$ref"].split("/")
     assert start == "#"
@@ -129,7 +129,7 @@ def test_every_reference_leads_somewhere() -> None:
 
 
 def test_everything_that_is_described_is_used() -> None:
-    """Each channel by an operation, each message by a channel, and by operations in the directions it goes."""
+    """Channels by operations, messages by channels and by operations in each direction."""
     operations = document["operations"].values()
     used = {operation["channel"]["$ref"] for operation in operations}
     assert used == {f"#/channels/{name}" for name in document["channels"]}
@@ -161,7 +161,7 @@ def test_messages_are_named_for_their_schemas() -> None:
 
 
 def test_channel_names_are_those_of_the_contract() -> None:
-    """With values for its parameters, an address is the name that producers and workers use, braces and all."""
+    """With its parameters filled in, an address is the name that the product uses, with braces."""
     organization, execution = uuid4(), uuid4()
     values = {
         "organization_in_braces": f"{{{organization}}}",
@@ -208,7 +208,7 @@ def test_schemas_are_those_that_the_models_have() -> None:
 
 
 def test_both_documents_say_the_same_of_the_endpoint() -> None:
-    """A watcher's query string and errors are spelled out for AsyncAPI, without the worker's models."""
+    """The AsyncAPI document has its own copy of a watcher's query string and errors."""
     assert document["info"]["version"] == openapi["info"]["version"]
     assert document["info"]["title"] == openapi["info"]["title"]
     for name in ("ErrorAnswer", "ErrorBody"):
@@ -226,7 +226,7 @@ def test_both_documents_say_the_same_of_the_endpoint() -> None:
 
 @pytest.mark.parametrize("name", components()["messages"])
 def test_examples_fit_their_schemas(name: str) -> None:
-    """Each message has one or more; their headers fit too; and the parser takes those of the inbox."""
+    """Each message has at least one, with fitting headers; the parser takes those of the inbox."""
     message = components()["messages"][name]
     assert message["examples"]
     for example in message["examples"]:
@@ -365,7 +365,7 @@ OUTCOMES: Final[list[dict[str, Any]]] = [
 def test_what_is_really_sent_fits_the_schemas(
     sent: TagBatch | RegisterExecution | SetTaskState | ResultRecord | ChangeEvent,
 ) -> None:
-    """Messages, results and events as the models encode them; and not without any of the required fields."""
+    """Messages, results and events as the models encode them; each required field is required."""
     name = type(sent).__name__
     fields = json.loads(sent.encode())
     schema(name).validate(fields)

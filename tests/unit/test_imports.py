@@ -42,7 +42,7 @@ OF_A_TEST_MODULE = re.compile(
 
 
 def base_install() -> Iterator[Distribution]:
-    """Yield what `pip install task-tags` installs, without extras: the closure of its requirements."""
+    """Yield the closure of the requirements that `pip install task-tags` installs, no extras."""
     waiting, seen = [Requirement("task-tags")], set()
     while waiting:
         requirement = waiting.pop()

@@ -1,9 +1,10 @@
-"""The inbox protocol as a small model, all of whose states are looked at (design, section 3).
+"""All states of a small model of the inbox protocol (docs/concepts/inbox-protocol.md).
 
-A state says what is in Redis and PostgreSQL and where each drain is. Its steps are those of producers/inbox/protocol.py,
-in any order that can happen: three messages, two drains at work, and faults as long as there are some left. So
-the promises hold for every order of events, not for those alone that a test on servers happens to meet. Each
-property is also shown to be able to fail: with a bug planted in the model, the search finds the way to it.
+A state says what is in Redis and PostgreSQL and where each drain is. Its steps are those of
+producers/inbox/protocol.py, in any order that can happen: three messages, two drains at work, and a
+number of faults. So the promises hold for every order of events, not only for those that a test on
+servers meets. Each property is also shown to be able to fail: with a bug planted in the model, the
+search finds a way to break it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Run(NamedTuple):
 
 
 class State(NamedTuple):
-    """Messages are numbers in the order of append. The lease is `(queued or running, id)`, or None if free."""
+    """A state. Messages are numbers in the order of append. The lease is None if it is free."""
 
     left: Faults
     appended: int = 0
@@ -61,7 +62,7 @@ class State(NamedTuple):
     senders: tuple[int, ...] = ()
     """Who got the lease, by its id, and has not sent the drain message yet."""
     queue: tuple[int, ...] = ()
-    """Drain messages, by the lease they were sent with; in no order, for workers take them at any speed."""
+    """Drain messages, by the lease that they were sent with; workers take them in any order."""
     runs: tuple[Run, ...] = ()
 
 
@@ -84,8 +85,8 @@ _NEW: Final = 1_000
 def normal(state: State, bugs: Bugs = NO_BUGS) -> State:
     """Return the one state that stands for all that differ in names only.
 
-    An id tells something only if it is the lease's, or a drain's that is at work. Nobody looks at the id in
-    a drain message, but for the bug that does.
+    An id matters only if it is the lease's or that of a drain at work. Only one of the bugs looks
+    at the id in a drain message.
     """
     lease_id = state.lease[1] if state.lease else None
     runs = sorted(state.runs, key=lambda run: (run.id != lease_id, run.at, run.held, run.id))
@@ -129,7 +130,7 @@ def queued(state: State) -> State:
 
 
 def send(state: State) -> Steps:
-    """Whoever got the lease sends the drain message, some time later."""
+    """The process that took the lease sends the drain message, some time later."""
     for id in set(state.senders):
         queue = (*state.queue, id)
         yield "send", state._replace(senders=without(state.senders, id), queue=queue)
@@ -154,7 +155,7 @@ def begun(after: State, run: Run | None) -> Steps:
 
 
 def go_on(state: State, run_id: int) -> tuple[State, Run | None]:
-    """What `take` and `remove` end with: the head of the inbox is read, or the lease freed and the run over."""
+    """End `take` and `remove`: read the head of the inbox, or free the lease and end the run."""
     if not state.inbox:
         return state._replace(lease=None), None
     return state._replace(lease=("running", run_id)), Run(run_id, "read", state.inbox[:GROUP])
@@ -175,7 +176,7 @@ Turns = Iterator[tuple[str, State, Run | None]]
 
 
 def drain(state: State, bugs: Bugs) -> Steps:
-    """Whatever any drain at work may do next (`Drain.run` in worker/drain/path.py)."""
+    """Yield what any drain at work may do next (`Drain.run` in worker/drain/path.py)."""
     for place, run in enumerate(state.runs):
         others = state.runs[:place] + state.runs[place + 1 :]
         for name, after, now in turn(state, run, bugs):
@@ -201,7 +202,7 @@ def is_mine_or_free(state: State, run: Run) -> bool:
 
 
 def take_again(state: State, run: Run) -> Turns:
-    """A step failed, for a connection broke: the same run takes what is at the head of the inbox."""
+    """A step failed because a connection broke: the same run reads the head of the inbox again."""
     if not state.left.again:
         return
     after = state._replace(left=state.left._replace(again=state.left.again - 1))
@@ -212,7 +213,7 @@ def take_again(state: State, run: Run) -> Turns:
 
 
 def commit(state: State, run: Run, bugs: Bugs = NO_BUGS) -> State:
-    """The transaction of a group. Its lock makes it one step; what is stored takes no effect again."""
+    """Apply a group in one step, as its lock makes it; what is stored has no effect again."""
     new = [each for each in run.held if bugs.forget_batch_ids or each not in state.effects]
     return state._replace(effects=(*state.effects, *new))
 
@@ -222,7 +223,7 @@ def publish(state: State, run: Run) -> State:
 
 
 def remove(state: State, run: Run, bugs: Bugs) -> Turns:
-    """One step publishes, removes, and goes on with the inbox if the lease is still its own, or nobody's."""
+    """Publish and remove in one step, then continue if the lease is still its own, or free."""
     after = taken_out(publish(state, run), run)
     if not is_mine_or_free(after, run):
         yield "remove: lease lost", after, None
@@ -247,7 +248,7 @@ def remove_then_commit(state: State, run: Run) -> Turns:
 
 
 def requeue(state: State, run: Run) -> Turns:
-    """Before it applies a group, a drain may go to the end of the queue, and keeps the lease for it."""
+    """Before it applies a group, a drain may go to the end of the queue and keep the lease."""
     if is_mine_or_free(state, run):
         senders = (*state.senders, run.id)
         yield "hand_over", state._replace(lease=("queued", run.id), senders=senders), None
@@ -268,7 +269,7 @@ def crash(state: State) -> Steps:
 
 
 def expire(state: State) -> Steps:
-    """The lease runs out: a fault if somebody is still on the way under it, else what is bound to come."""
+    """The lease expires: a fault if its holder is still on the way, else bound to happen."""
     if state.lease and not in_use(state):
         yield "expire", state._replace(lease=None)
     elif state.lease and state.left.expire:
@@ -357,14 +358,14 @@ def spend(left: Faults, spent: Faults) -> Faults | None:
 
 @dataclass
 class Graph:
-    """The states in the order in which they were found, how each was found, and where each leads."""
+    """The states in the order in which they were found, how each was found, and its edges."""
 
     states: list[State]
     found: list[tuple[int, str]]
     edges: list[list[tuple[str, int]]] = field(default_factory=list)
 
     def way_to(self, bad: Callable[[State], bool]) -> list[str]:
-        """Return a shortest way to a bad state, as the names of its steps; empty if there is none."""
+        """Return the steps of a shortest way to a bad state; empty if there is none."""
         place = next((place for place, state in enumerate(self.states) if bad(state)), 0)
         way: list[str] = []
         while place:
@@ -428,8 +429,9 @@ def two_at_work(state: State) -> bool:
 def stuck(graph: Graph) -> list[State]:
     """Return the states from which not every way ends with an empty inbox and a free lease.
 
-    Only ways without more faults count, and without hand-overs, which a drain could go on with for ever. A state is
-    done for if it leads nowhere, or to states that are done for; what remains leads in circles.
+    Only ways without more faults count, and without hand-overs, which a drain could repeat for
+    ever. A state is done if it leads nowhere, or only to states that are done; the rest lead in
+    circles.
     """
     ahead = [
         {there for name, there in edges if is_bound(graph, place, name, there)}
@@ -463,7 +465,7 @@ def at_rest(graph: Graph, place: int) -> bool:
 
 
 def test_the_search_sees_what_it_is_meant_to_see() -> None:
-    """66,866 states with faults, 34 without; among them each step, two drains at once, and the good end."""
+    """66,866 states with faults, 34 without, among them every step and two drains at once."""
     graph = everything(ALL_FAULTS)
     assert (len(graph.states), len(everything(NO_FAULTS).states)) == (66_866, 34)
     names = {name for edges in graph.edges for name, _ in edges}
@@ -479,7 +481,7 @@ def test_the_search_sees_what_it_is_meant_to_see() -> None:
 
 
 def test_messages_take_effect_once_each_and_in_order() -> None:
-    """Whatever breaks and however drains overlap: a message is never applied twice, late or early."""
+    """However drains fail and overlap: no message is applied twice or out of order."""
     assert not everything(ALL_FAULTS).way_to(out_of_order)
 
 
@@ -501,7 +503,7 @@ def test_without_faults_no_wake_up_is_lost_and_wake_is_never_needed() -> None:
 
 @pytest.mark.parametrize("faults", [NO_FAULTS, ALL_FAULTS], ids=["no faults", "all faults"])
 def test_nothing_is_stuck_for_ever(faults: Faults) -> None:
-    """From every state, and whichever way it goes on: once faults cease, the inbox is emptied and the lease freed."""
+    """From every state, on every way: once faults cease, the inbox empties, the lease is free."""
     graph = everything(faults)
     assert not stuck(graph)
     for state, edges in zip(graph.states, graph.edges, strict=True):
@@ -526,7 +528,7 @@ def refused_while_nobody_runs(graph: Graph) -> list[State]:
 
 
 def test_the_first_drain_message_to_arrive_drains() -> None:
-    """One is refused only while another drain is running, however late it comes and whatever came since."""
+    """A drain message is refused only while another drain is running, however late it comes."""
     assert not refused_while_nobody_runs(everything(ALL_FAULTS))
 
 
@@ -567,13 +569,13 @@ def test_the_first_drain_message_to_arrive_drains() -> None:
 def test_a_planted_bug_is_found(
     bugs: Bugs, faults: Faults, bad: Callable[[State], bool], last: list[str]
 ) -> None:
-    """Each part of the protocol is there for a reason: without it, the search knows a way to harm."""
+    """Each part of the protocol is necessary: without it, the search finds a way to do harm."""
     assert not everything(faults).way_to(bad)
     assert search(faults, bugs, until=bad).way_to(bad)[-len(last) :] == last
 
 
 def test_without_wake_a_lost_drain_message_would_leave_messages_waiting() -> None:
-    """The check that nothing is stuck can fail: it is `claim` that mends what faults leave behind."""
+    """The check that nothing is stuck can fail: only `claim` repairs what faults leave behind."""
     graph = search(Faults(lose=1))
     for place, edges in enumerate(graph.edges):
         graph.edges[place] = [edge for edge in edges if edge[0] != "claim"]
@@ -589,7 +591,7 @@ def go(state: State, bugs: Bugs, *names: str) -> State:
 
 
 def test_a_take_that_demanded_its_lease_id_would_never_drain() -> None:
-    """With a queue longer than the lease, each message is superseded before its turn, and all goes in a circle."""
+    """With a queue longer than the lease, each message is superseded before its turn, for ever."""
     bugs, superseded = Bugs(demand_the_lease_id=True), ("expire", "claim", "send")
     waiting = go(State(Faults(expire=2)), bugs, "append", "send")
     once_round = go(waiting, bugs, *superseded, "take: refused")

@@ -1,4 +1,4 @@
-"""The contract: what is accepted, what is refused, and in which words (design, section 4)."""
+"""The contract (docs/concepts/contract.md): what is refused, and with which words."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def nested(levels: int) -> Any:
     ],
 )
 def test_a_fault_is_named_with_its_place_and_never_quoted(sent: dict[str, Any], said: str) -> None:
-    """Every fault has its index, its field and a reason; the batch id is found, so it can be answered."""
+    """Every fault has its index, field and reason; the batch id is found, for the answer."""
     error = refused(sent)
     assert said in str(error)
     assert error.batch_id == UUID(BATCH)
@@ -129,7 +129,7 @@ def test_a_fault_is_named_with_its_place_and_never_quoted(sent: dict[str, Any], 
     ],
 )
 def test_a_message_without_a_readable_batch_id_has_nobody_to_answer(raw: bytes, said: str) -> None:
-    """Such a message is refused as a whole, whatever it is, and without a crash."""
+    """Such a message is refused as a whole, and without a crash."""
     error = refused(raw)
     assert said in str(error)
     assert error.batch_id is None
@@ -233,7 +233,7 @@ def test_a_message_survives_its_own_encoding() -> None:
 
 
 def test_the_digest_is_of_what_is_asked_not_of_how_it_is_spelled() -> None:
-    """Another sender, order of keys, or 1.0 for 1 is the same request; anything else is another one."""
+    """Sender, order of keys and 1.0 for 1 do not count; any other difference does."""
 
     def digest(**fields: Any) -> bytes:
         return parse_message(json.dumps(message(**fields)).encode()).digest()
@@ -253,7 +253,7 @@ def test_the_digest_is_of_what_is_asked_not_of_how_it_is_spelled() -> None:
 
 
 def test_the_sdk_refuses_what_the_worker_would_refuse() -> None:
-    """A flow runner hears of a bad value where it makes it, and the value is not in the message."""
+    """A flow runner gets the error where it makes the value, and the error does not repeat it."""
     with pytest.raises(ValidationError) as caught:
         add(EXECUTION, "a", "t", "secret" * 100)
     assert "secretsecret" not in str(caught.value)
@@ -262,7 +262,7 @@ def test_the_sdk_refuses_what_the_worker_would_refuse() -> None:
 
 
 def test_ids_increase_in_the_order_in_which_they_are_made() -> None:
-    """Order of creation and order of ids agree, within a microsecond and when the clock steps back."""
+    """Ids sort in the order of creation, within a microsecond and when the clock steps back."""
     new_id = Uuid7()
     ids = [new_id() for _ in range(2000)] + [new_id(2_000_000_000_000_000) for _ in range(2000)]
     ids += [new_id(1_999_999_999_999_999)]
@@ -273,7 +273,7 @@ def test_ids_increase_in_the_order_in_which_they_are_made() -> None:
 
 
 def test_schemas_accept_what_the_models_make_and_refuse_what_they_refuse() -> None:
-    """The exported JSON Schemas are usable: they are valid, and tell good messages from bad ones."""
+    """The exported JSON Schemas are valid, accept good messages and refuse bad ones."""
     schemas = json_schemas()
     for schema in schemas.values():
         Draft202012Validator.check_schema(schema)

@@ -1,4 +1,4 @@
-"""The rules of a batch (design, section 4): as tables, and against a reference model that is written anew here."""
+"""The rules of a batch (docs/concepts/contract.md#rules): as tables, and against a model."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_task_names_only_ever_grow(
 
 
 def test_the_same_batch_again_gets_the_stored_answer_and_changes_nothing() -> None:
-    """Exactly once: also when its copy is in the same group, and when the state has changed since."""
+    """Exactly once, also if the copy is in the same group, or the state has changed since."""
     state = registered(ONE)
     same = batch(plus("x"))
     first = settle(state, same, batch(minus("x")), same)
@@ -249,7 +249,7 @@ def test_a_not_found_is_stored_too() -> None:
 
 
 def test_a_state_is_recorded_once_and_any_state_may_follow() -> None:
-    """A task's state is no tag: the last one counts, each change of it is an event, and a repetition is none."""
+    """Only the last state counts; each change of it is an event, and a repetition is none."""
     state = registered(ONE, names=["task"])
     asked = ["queued", "queued", "running", "failed", "running", "completed"]
     found = [settle(state, state_of("task", each), actor="runner") for each in asked]
@@ -277,7 +277,7 @@ def test_a_state_of_what_is_unknown_is_not_found() -> None:
         assert error.details[0].field == (field_name or "flow_execution_id")
 
 
-# --- Against a reference model -----------------------------------------------------------------------
+# --- Against a reference model -------------------------------------------------------------------
 
 
 metadata = st.recursive(
@@ -333,7 +333,7 @@ groups = st.lists(
 def test_any_sequence_of_messages_agrees_with_the_reference_model(
     groups: list[list[Message]],
 ) -> None:
-    """However messages are grouped, results, revisions, events and active tags are the reference model's."""
+    """However messages are grouped, results, revisions, events and active tags are the model's."""
     state, model = Snapshot(), ReferenceModel()
     seen: dict[UUID, list[ChangeEvent]] = {}
     known: set[bytes] = set()
