@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -315,7 +316,7 @@ def _workers(supervisor: Supervisor, environment: dict[str, str]) -> Iterator[Pr
         yield ProcessSpec(
             name=name,
             argv=argv,
-            ready=lambda name=name: said_ready(name),  # type: ignore[misc]
+            ready=partial(said_ready, name),
             environment=environment,
         )
 

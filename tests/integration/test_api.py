@@ -1,4 +1,4 @@
-"""The read endpoint over a real socket: answers, errors, limits, and that its OpenAPI document is exact."""
+"""The read endpoint over a real socket: answers, errors, limits, its exact OpenAPI document."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_a_bad_batch_id_is_named(http: httpx.Client) -> None:
 def test_a_missing_or_wrong_token_is_401(
     servers: Servers, headers: dict[str, Any], status: int, code: str
 ) -> None:
-    """Whatever else is asked for, and the token is not in the answer."""
+    """It is checked before anything else, and it is not in the answer."""
     response = httpx.get(
         f"{servers.stack.endpoint_url}/task-tags?flow_execution_id={uuid4()}", headers=headers
     )
@@ -266,7 +266,7 @@ def test_what_is_not_http_is_400(servers: Servers, garbage: bytes) -> None:
 
 
 def test_a_slow_client_is_closed(servers: Servers) -> None:
-    """A request that is not complete in time gives its connection back; others are served meanwhile."""
+    """A request that is not complete in time loses its connection; others are served meanwhile."""
     begin = time.monotonic()
     with connect(servers) as slow:
         slow.sendall(b"GET /task-tags HTTP/1.1\r\nHost:")
@@ -278,7 +278,7 @@ def test_a_slow_client_is_closed(servers: Servers) -> None:
 
 
 def test_one_connection_serves_many_requests(servers: Servers) -> None:
-    """The limits count each request anew, and pipelined ones are all answered."""
+    """The limits start again with each request, and pipelined ones are all answered."""
     request = b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 20_000 + b"\r\n\r\n"
     with connect(servers) as connection:
         connection.sendall(request * 3)

@@ -68,7 +68,7 @@ def drained(tenant: Tenant, **changes: Any) -> Iterator[None]:
 def test_no_batch_is_refused_for_what_fails_at_the_server(
     tenant: Tenant, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the code of the error: a witness fails as well, so the batches wait."""
+    """A witness fails as well, with any error code, so the batches wait."""
     monkeypatch.setattr("worker.drain.blame.MIN_SECONDS", 0.0)
     with drained(tenant):
         with broken_server(tenant, code):

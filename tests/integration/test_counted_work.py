@@ -1,4 +1,4 @@
-"""Counted, not timed: how much work a drain is does not depend on how much it applies (design, section 5)."""
+"""Work that is counted, not timed: a drain's does not depend on how much it applies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ CONNECTED = """
 """
 ROWS_READ = """
     select sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))
-      from pg_stat_user_tables where relname = any('{flow_executions, task_tags, tag_batches, tag_changes}')
+      from pg_stat_user_tables
+       where relname = any('{flow_executions, task_tags, tag_batches, tag_changes}')
 """
 WAIT = "(wait for what was found)"
 Work = tuple[list[str], list[str]]
@@ -52,7 +53,11 @@ def removals(of: list[TagBatch]) -> list[TagBatch]:
 
 
 def rows_read(servers: Servers, reader: int | None = None) -> int:
-    """Return how many rows have been read, once the connection of this pid, or else every one, is gone: then it has told."""
+    """Return how many rows have been read in all.
+
+    Connections report that when they end, at the latest. So this waits until the connection with
+    the pid `reader` has ended, or every one.
+    """
     with servers.owner() as connection:
         eventually(lambda: not connection.execute(CONNECTED, [reader]).fetchall())
         ((total,),) = connection.execute(ROWS_READ).fetchall()
@@ -61,9 +66,10 @@ def rows_read(servers: Servers, reader: int | None = None) -> int:
 
 @pytest.fixture
 def counted(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Drain what is sent; return the SQL statements, with the waits between them, and the Redis calls, a round trip each.
+    """Drain what is sent; return the SQL statements, with the waits between them, and Redis calls.
 
-    That plans are made anew is left out: it is done at the 2nd, 4th, 8th … transaction of a connection.
+    Each Redis call is a round trip. The statement that discards plans is left out: it is executed
+    in the 2nd, 4th, 8th … transaction of a connection.
     """
     statements: list[str] = []
     calls: list[str] = []
@@ -107,7 +113,7 @@ def counted(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_drain_is_the_same_work_for_one_operation_and_for_a_thousand(counted: Any) -> None:
-    """Nine statements and the commit, in two pieces, and two Redis calls, however many batches and operations there are."""
+    """For any number: nine statements and the commit, in two pieces, and two Redis calls."""
     sizes = [(1, 1), (1, 100), (50, 1), (100, 10)]
     adding = [counted(batches(*size, name=f"{size}")) for size in sizes]
     for statements, calls in adding:
@@ -133,9 +139,9 @@ def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:
 def test_a_drain_reads_no_more_rows_when_more_is_stored(
     counted: Any, tenant: Tenant, servers: Servers
 ) -> None:
-    """What a drain looks up, it looks up by its whole key, also in tables of which the planner knows nothing yet.
+    """Look-ups use the whole key, also in tables of which the planner has no statistics yet.
 
-    A plan is made once for each connection, and one that suits an empty table would be kept while it grows.
+    A connection makes a plan once, and would keep one that suits an empty table while it grows.
     """
 
     def rows_read_so_far() -> int:
@@ -161,12 +167,12 @@ def test_a_drain_reads_no_more_rows_when_more_is_stored(
 # --- A database that was just made ----------------------------------------------------------------
 
 MISLEADING = 15
-"""Batches of ten tags, after which either index seems to do for a look-up, and the wrong one seems to be the cheaper one."""
+"""Batches of ten tags after which the wrong index for a look-up seems to be the cheaper one."""
 
 
 @pytest.fixture
 def young(servers: Servers) -> Iterator[Servers]:
-    """The same servers, with a database of its own that nobody has used."""
+    """The same servers, with a fresh database."""
 
     with own_database(servers, "young") as young:
         migrate(young.owner_url, {})
@@ -176,7 +182,7 @@ def young(servers: Servers) -> Iterator[Servers]:
 def test_a_plan_from_a_misleading_moment_is_not_kept_by_a_drain(
     young: Servers, organization: UUID
 ) -> None:
-    """A connection whose first plan reads an organization's tags one by one soon makes a better one."""
+    """The first plan reads an organization's tags one by one; it is soon replaced by a better."""
     first, drain = Repository(young.worker_url), Repository(young.worker_url)
     applied(first, organization, RegisterExecution(flow_execution_id=EXECUTION))
     applied(first, organization, *batches(MISLEADING, 10, "first"))

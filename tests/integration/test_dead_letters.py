@@ -1,4 +1,4 @@
-"""Dead letters on real servers: what is kept of a message that was rejected, and what an operator does with it."""
+"""Dead letters on real servers: what is kept of a message, and what an operator can do with it."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_message_is_kept_whole_unless_it_is_larger_than_messages_may_be(
 def test_a_crash_after_the_failure_was_stored_does_not_lose_the_message(
     tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next drain only answers it, for its result is known; so it was kept before, and is kept once."""
+    """The next drain only publishes the stored result; the message was kept before, and once."""
     poison = tagging("poison")
     tenant.send(poison)
     monkeypatch.setattr(Inbox, "ack_and_publish", killed)
@@ -142,7 +142,7 @@ def test_a_crash_after_the_failure_was_stored_does_not_lose_the_message(
 def test_a_message_at_whose_reading_the_worker_fails_holds_nobody_up(
     tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault of ours in the reading itself: the message is kept, and those behind it take effect."""
+    """The worker itself fails to read it: the message is kept, and those behind it take effect."""
     poison = tagging("poison")
     tenant.send(poison, tagging("after"))
 
@@ -161,7 +161,7 @@ def test_a_message_at_whose_reading_the_worker_fails_holds_nobody_up(
 
 
 def test_a_retry_takes_effect_once_its_cause_is_gone(tenant: Tenant) -> None:
-    """The operator is the actor; the sender, who asks again with the same batch, gets the new result."""
+    """The operator is the actor; a sender who repeats the batch gets the new result."""
     poison = fail_at(tenant)
     (kept,) = rejected(tenant)
     assert operator(tenant).retry(kept, server_time(tenant.redis)) == poison.batch_id
@@ -222,7 +222,7 @@ def test_a_crash_amid_a_retry_neither_loses_the_message_nor_doubles_it(
 
 
 def test_a_batch_that_took_effect_is_not_applied_again(tenant: Tenant) -> None:
-    """Only a failure is forgotten: whoever retries an old entry is answered with what is stored."""
+    """Only a failure is decided again: a retry of an older entry gets the stored result."""
     fail_at(tenant)
     (kept,) = rejected(tenant)
     for _ in range(2):
@@ -245,7 +245,7 @@ def test_only_a_failure_of_the_own_organization_is_forgotten(tenant: Tenant) -> 
 
 
 def test_what_the_worker_would_refuse_stays_rejected(tenant: Tenant) -> None:
-    """A token that does not sign for it would turn the message into an error, and it would be gone."""
+    """Under a token that does not allow it, a message would become an error and be gone."""
     poison = fail_at(tenant)
     (kept,) = rejected(tenant)
     organization = tenant.organization
@@ -273,7 +273,7 @@ def test_a_message_for_which_there_is_no_room_stays_rejected(tenant: Tenant) -> 
 
 @pytest.mark.parametrize("id", ["1-1", "1", "", "x", "-", "+", "1-99999999999999999999", "１-１"])
 def test_an_id_that_is_not_there_says_so(tenant: Tenant, id: str) -> None:
-    """Whatever was typed, it is never another message."""
+    """A wrong id never names another message."""
     fail_at(tenant)
     with pytest.raises(DeadLetterNotFound):
         find(tenant.redis, tenant.organization, id)
@@ -283,7 +283,7 @@ def test_an_id_that_is_not_there_says_so(tenant: Tenant, id: str) -> None:
 
 
 def test_nothing_of_another_organization_is_listed(tenant: Tenant) -> None:
-    """With --org that one's alone, without it everybody's; a message's own text is not in the list."""
+    """With --org only that one's, without it everybody's; the list does not show message texts."""
     other = uuid4()
     tenant.send(b"hello")
     tenant.drain()

@@ -1,4 +1,4 @@
-"""A drain on real PostgreSQL and Valkey: what it answers, what it survives, and in which order (section 3)."""
+"""A drain on real PostgreSQL and Valkey: what it answers, what it survives, and in which order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_drain_takes_an_inbox_in_groups(tenant: Tenant) -> None:
 
 
 def test_a_drain_hands_over_when_its_time_is_used_up(tenant: Tenant) -> None:
-    """It goes to the end of the queue under the same lease, and the next turn goes on where it stopped."""
+    """It goes to the end of the queue under the same lease; its next turn continues there."""
     tenant.send(tagging("a"), tagging("b"))
     assert tenant.drain(budget_seconds=0.0, group_size=1) == 1  # each turn applies one group
     assert tenant.requeued == ["run"]
@@ -62,7 +62,7 @@ def test_a_drain_hands_over_when_its_time_is_used_up(tenant: Tenant) -> None:
 
 
 def test_a_drain_that_can_not_be_requeued_goes_on(tenant: Tenant) -> None:
-    """Redis without memory takes no message for the Celery queue, but it lets go of what was applied."""
+    """Redis at its memory limit refuses the drain message, but applied messages can be removed."""
     end = time.monotonic() + 20
     failures = 0
 
@@ -124,7 +124,7 @@ def raw_registration() -> bytes:
 def test_a_refused_message_changes_nothing_and_holds_nobody_up(
     tenant: Tenant, what: str, make: Callable[[Tenant], tuple[bytes, str]], expected: str
 ) -> None:
-    """It is answered with its error, or kept if there is nobody to answer; its neighbours take effect."""
+    """It gets its error, or is kept if it names no channel; the messages around it take effect."""
     message, token = make(tenant)
     tenant.send(tagging("before"))
     tenant.send(message, token=token)
@@ -143,7 +143,7 @@ def test_a_refused_message_changes_nothing_and_holds_nobody_up(
 
 
 def test_entries_that_are_no_messages_at_all_are_kept_out_of_the_way(tenant: Tenant) -> None:
-    """Whatever somebody adds to the stream by hand: refused or rejected, and those between are applied."""
+    """Entries that somebody adds by hand are refused or kept; messages between them are applied."""
     entries = stream_entries()
     for name, fields in entries.items():
         tenant.redis.xadd(inbox_key(tenant.organization), fields)
@@ -158,7 +158,7 @@ def test_entries_that_are_no_messages_at_all_are_kept_out_of_the_way(tenant: Ten
 
 
 def test_a_group_of_the_largest_size_is_applied(tenant: Tenant) -> None:
-    """A hundred batches of a hundred operations: far more, in one transaction, than a socket takes at once."""
+    """A hundred batches of a hundred operations: more in one transaction than a socket buffers."""
     batches = [
         TagBatch(
             tags=[add(EXECUTION, "task", f"type {i}", f"{number}", "x" * 500) for i in range(100)]
@@ -174,7 +174,7 @@ def test_a_group_of_the_largest_size_is_applied(tenant: Tenant) -> None:
 
 
 def test_a_batch_that_comes_again_is_answered_again_and_changes_nothing(tenant: Tenant) -> None:
-    """Fifty copies in one inbox: one effect, fifty equal answers, and the event is published again."""
+    """Fifty copies in one inbox: one effect, fifty equal answers, the event published each time."""
     batch = tagging("a")
     tenant.send(*[batch] * 50)
     tenant.drain(group_size=20)
@@ -222,7 +222,7 @@ def test_another_organizations_execution_is_answered_like_an_unknown_one(tenant:
 def test_a_crash_between_commit_and_publication_only_repeats_the_publication(
     tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The messages are still in the inbox; the next drain finds them applied and publishes what is stored."""
+    """The messages are still in the inbox; the next drain publishes their stored results."""
     tenant.send(tagging("a"), TagBatch(tags=[remove(EXECUTION, "task", "type", "a")]), tagging("a"))
     monkeypatch.setattr(Inbox, "ack_and_publish", killed)
     with pytest.raises(RuntimeError, match="killed"):
@@ -265,7 +265,7 @@ def test_a_lost_database_connection_is_waited_out_in_place(
 def test_a_connection_that_breaks_while_it_is_made_is_waited_out_in_place(
     tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLAlchemy asks a server questions of its own at first, and has errors of its own: they are no batch's fault."""
+    """SQLAlchemy's first queries on a connection raise its own errors: not a fault of a batch."""
     asked: list[str] = []
     original: Any = psycopg.Cursor.execute
 
@@ -305,7 +305,7 @@ def test_a_lost_redis_connection_is_waited_out_in_place(
 
 
 def test_one_batch_that_fails_for_good_does_not_take_its_group_along(tenant: Tenant) -> None:
-    """Each message is then applied by itself; the one at fault is answered, kept, and never applied later."""
+    """Each message is then applied alone; the one at fault is answered and kept, for good."""
     poison = tagging("poison")
     tenant.send(tagging("before"), poison, tagging("after"))
     with broken_for(tenant, "poison"):
@@ -340,7 +340,7 @@ def test_an_error_that_does_not_come_again_is_not_blamed_on_a_batch(
 
 
 def test_two_drains_at_once_apply_each_batch_once(tenant: Tenant) -> None:
-    """Were the lease to fail altogether, the lock and the batch ids would still hold the promise."""
+    """Even without the lease, the lock and the stored batch ids keep the promise."""
     tenant.send(*[tagging(f"{number}") for number in range(60)])
     stores = [Repository(tenant.servers.worker_url) for _ in range(2)]
 

@@ -1,4 +1,4 @@
-"""Watching over WebSocket and Server-Sent Events: every change once and in order, whatever becomes of pub/sub."""
+"""WebSocket and Server-Sent Events: every change once and in order, also if pub/sub fails."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def batch(execution: UUID, tag: str, tag_type: str = "type", metadata: Any = Non
 
 
 class ChangeSource:
-    """An organization whose changes are stored by the test, and published only if the test says so."""
+    """An organization whose changes the test stores, and publishes only if it says so."""
 
     def __init__(
         self, servers: Servers, repository: Repository, redis: Redis, organization: UUID
@@ -114,14 +114,14 @@ def take(watching: ClientConnection, count: int) -> list[int]:
 
 
 def nothing_more(watching: ClientConnection) -> None:
-    """Whatever was sent has come: a ping is answered behind it."""
+    """Check that nothing else was sent: a ping is answered behind all that was."""
     assert watching.ping().wait(SECONDS)
     with pytest.raises(TimeoutError):
         watching.recv(0)
 
 
 def refused(watching: ClientConnection) -> tuple[int, str]:
-    """Return the code that the connection is closed with, and the code of the error that came before."""
+    """Return the code of the close frame, and the code of the error before it."""
     error = json.loads(watching.recv(SECONDS))
     assert error.keys() == {"error", "request_id"}
     with pytest.raises(ConnectionClosed) as closed:
@@ -161,7 +161,7 @@ def test_first_what_is_stored_then_what_comes(source: ChangeSource, execution: U
 def test_through_the_whole_path(
     servers: Servers, source: ChangeSource, producer: TagProducer
 ) -> None:
-    """What a flow runner enqueues is what a watcher sees, also beside watchers of other executions."""
+    """A watcher sees what a flow runner enqueues, also beside watchers of other executions."""
     one, two = uuid4(), uuid4()
     for each in (one, two):
         producer.apply(register_execution(each))
@@ -175,7 +175,7 @@ def test_through_the_whole_path(
 
 
 def test_what_was_not_published_is_read(source: ChangeSource, execution: UUID) -> None:
-    """A gap is filled from the table at once; a last event that was lost, when the table is looked at again."""
+    """A gap is filled from the table at once; a lost last event, at the next poll of the table."""
     with source.watch(execution) as watching, source.stream(execution) as lines:
         source.change(execution)
         assert take(watching, 1) == [1]
@@ -189,7 +189,7 @@ def test_what_was_not_published_is_read(source: ChangeSource, execution: UUID) -
 
 
 def test_what_comes_twice_or_late_is_sent_once(source: ChangeSource, execution: UUID) -> None:
-    """In revision order, whatever the order of what is published."""
+    """In the order of revisions, for any order of publication."""
     events = [source.change(execution, publish=False) for _ in range(6)]
     with source.watch(execution, after=3) as watching:
         for number in (3, 5, 4, 3, 5, 0, 2):
@@ -207,7 +207,7 @@ def test_what_comes_twice_or_late_is_sent_once(source: ChangeSource, execution: 
 def test_what_is_no_event_is_passed_over(
     source: ChangeSource, execution: UUID, published: bytes
 ) -> None:
-    """Whatever is published on the channel, watchers get the events."""
+    """Watchers get the events and nothing else that is published on the channel."""
     with source.watch(execution) as watching:
         source.change(execution)
         assert take(watching, 1) == [1]
@@ -231,7 +231,7 @@ def test_a_revision_that_there_is_not_is_not_believed(
 
 
 def test_a_lost_subscription_loses_nothing(source: ChangeSource, execution: UUID) -> None:
-    """Connections to Redis are cut again and again while changes are made: each comes, once and in order."""
+    """Connections to Redis are cut while changes are made: each change comes, once and in order."""
     with source.watch(execution) as watching, source.stream(execution) as lines:
         for _ in range(10):
             source.change(execution)
@@ -242,7 +242,7 @@ def test_a_lost_subscription_loses_nothing(source: ChangeSource, execution: UUID
 
 
 def test_watchers_may_come_at_any_moment(source: ChangeSource, execution: UUID) -> None:
-    """While changes are made, each that connects gets all of them, without a gap or a repetition."""
+    """Watchers connect while changes are made: each gets all of them, without gap or repetition."""
     done = threading.Event()
 
     def change() -> None:
@@ -275,7 +275,7 @@ def test_one_subscription_for_each_execution(source: ChangeSource, execution: UU
 
 
 def test_filters_leave_the_changes_that_fit(source: ChangeSource, execution: UUID) -> None:
-    """Over both ways; a stream tells how far it is by the ids of its events."""
+    """Over both transports; the ids of a stream's events are revisions."""
     for tag_type in ("a", "b", "c", "a"):
         source.change(execution, tag_type=tag_type)
     with source.watch(execution, tag_type=["a", "c"]) as watching:
@@ -371,7 +371,7 @@ def test_the_token_is_checked(source: ChangeSource, execution: UUID) -> None:
 def test_who_watches_is_let_go_when_the_token_expires(
     source: ChangeSource, execution: UUID
 ) -> None:
-    """With a code of its own, over both ways; a new token of the same organization in time keeps it open."""
+    """With a close code, over both transports; a new token in time keeps a watcher connected."""
     source.change(execution)
     soon = json.dumps({"token": short_lived(source, 2.5)})
     with source.watch_with(soon, execution) as ends, source.watch_with(soon, execution) as goes_on:
@@ -480,7 +480,7 @@ def test_a_handshake_that_is_none_is_refused(source: ChangeSource, header: str) 
 def test_what_is_no_result_disturbs_nobody(
     source: ChangeSource, servers: Servers, producer: TagProducer
 ) -> None:
-    """Whatever is published on whichever channel, and however often connections are lost: answers come at once."""
+    """Other publications and lost connections do not delay answers."""
     execution = uuid4()
     producer.apply(register_execution(execution))
     headers = {"Authorization": f"Bearer {source.token}"}
@@ -542,7 +542,7 @@ def test_watchers_may_come_and_go_while_connections_are_lost(
 
 
 def test_who_does_not_read_is_let_go(source: ChangeSource, execution: UUID) -> None:
-    """Nothing is kept for it beyond what its connection takes: it is told so behind that, and may come again."""
+    """No more is kept for it than its connection buffers; it gets a close code and may return."""
     large = {"text": "x" * 8000}
     endpoint = endpoint_of(source)
     before = resident(endpoint)

@@ -1,4 +1,4 @@
-"""The inbox protocol on a real server: no message lost or reordered, no wake-up lost (design, section 3)."""
+"""The inbox protocol (docs/concepts/inbox-protocol.md) on a real server: nothing is lost."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def messages(entries: list[StreamEntry]) -> list[bytes | None]:
 
 
 def test_the_first_to_append_is_the_one_who_sends_a_drain(inbox: Inbox) -> None:
-    """One drain for each busy inbox: whoever comes while one is on the way need not send another."""
+    """One drain for each busy inbox: while it is on the way, appenders need not send another."""
     assert append(inbox, b"1", lease_id="first")
     assert not append(inbox, b"2", lease_id="second")
     assert messages(acquire(inbox, "first")) == [b"1", b"2"]
@@ -69,7 +69,7 @@ def test_what_is_read_stays_until_it_is_removed(inbox: Inbox) -> None:
 
 
 def test_an_append_while_the_last_message_is_removed_is_not_missed(inbox: Inbox) -> None:
-    """The race that loses wake-ups elsewhere: append finds the lease taken, so the drain must find the message."""
+    """append finds the lease taken, so the drain must find the message in its last step."""
     append(inbox, b"1")
     entries = acquire(inbox, "run")
     assert not append(inbox, b"2", lease_id="other")  # while the drain is at work
@@ -82,7 +82,7 @@ def test_an_append_while_the_last_message_is_removed_is_not_missed(inbox: Inbox)
 def test_two_producers_and_a_drain_never_leave_a_message_with_nobody_on_the_way(
     quiet_redis: Any, organization: UUID
 ) -> None:
-    """At every moment: messages wait, or nobody has the lease, or a drain is on the way; none is forgotten."""
+    """At any time nothing waits, or a drain is on the way: no message is forgotten."""
     inbox = Inbox(quiet_redis, organization)
     to_drain: list[str] = []
     seen: list[bytes] = []
@@ -140,7 +140,7 @@ def test_a_drain_that_finds_nothing_leaves_no_lease(
 
 
 def test_a_step_that_is_repeated_says_what_it_said(inbox: Inbox) -> None:
-    """A client repeats a call whose answer was lost: it must not take its own doing for somebody else's."""
+    """A client repeats a call whose answer was lost: it must recognize its own first call."""
     assert append(inbox, b"1", lease_id="mine")
     assert append(inbox, b"1", lease_id="mine")  # so a drain is sent, and at worst another
     assert acquire(inbox, "run")
@@ -198,7 +198,7 @@ def test_a_lease_that_was_superseded_in_the_queue_does_not_stop_the_drain(inbox:
 def test_a_lease_that_runs_out_is_free_and_its_old_holder_must_stop(
     quiet_redis: Any, organization: UUID
 ) -> None:
-    """After a dead or stopped worker another drain is sent, and the stopped one ends when it wakes up."""
+    """Another drain is sent after a worker has died or stopped; the stopped one then ends."""
     short = Inbox(quiet_redis, organization, lease_ms=30)
     append(short, b"1", b"2", lease_id="stopped")
     entries = acquire(short, "stopped", max_messages=1)
@@ -219,7 +219,7 @@ def test_a_lease_that_runs_out_is_free_and_its_old_holder_must_stop(
 def test_a_drain_whose_lease_ran_out_unnoticed_goes_on(
     quiet_redis: Any, organization: UUID
 ) -> None:
-    """A slow drain, or a Redis that lost its last second: if nobody took the lease, it is still the one."""
+    """If nobody else took the lease, a slow drain still has it, also after Redis lost a second."""
     inbox = Inbox(quiet_redis, organization)
     append(inbox, b"1", b"2")
     entries = acquire(inbox, "run", max_messages=1)
@@ -238,7 +238,7 @@ def test_handing_over_keeps_the_lease_in_the_queue(inbox: Inbox, quiet_redis: An
 
 
 def test_only_inboxes_that_wait_with_nobody_on_the_way_are_claimed(quiet_redis: Any) -> None:
-    """wake sends a drain where one is missing, and nowhere else; it finds the inboxes by their keys."""
+    """wake sends a drain only where one is missing; it finds the inboxes by their keys."""
     waiting, queued, empty = uuid4(), uuid4(), uuid4()
     for organization in (waiting, queued, empty):
         append(Inbox(quiet_redis, organization), b"1")
@@ -282,7 +282,7 @@ def test_the_bound_holds_with_fifty_producers(quiet_redis: Any, organization: UU
 
 
 def test_a_read_is_bounded_in_bytes_but_never_empty(inbox: Inbox) -> None:
-    """A hundred messages of a mebibyte don't come at once; one that is larger than the bound still comes."""
+    """A hundred messages of 1 MiB come in parts; one that is larger than the bound comes alone."""
     append(inbox, b"x" * 600, b"y" * 600, b"z" * 600)
     assert len(acquire(inbox, "run", max_bytes=1300)) == 2
     assert len(acquire(inbox, "run", max_bytes=10)) == 1
@@ -291,7 +291,7 @@ def test_a_read_is_bounded_in_bytes_but_never_empty(inbox: Inbox) -> None:
 def test_removing_publishes_in_the_same_step(
     inbox: Inbox, quiet_redis: Any, organization: UUID
 ) -> None:
-    """A result is published if and only if its message is gone; a rejected message is kept, without token."""
+    """A result is published if and only if its message is removed; dead letters have no token."""
     now = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
     append(inbox, b"1", b"2")
     entries = acquire(inbox, "run")

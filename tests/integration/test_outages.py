@@ -1,4 +1,4 @@
-"""PostgreSQL and Valkey are killed while the product is used: clear errors, then everything goes on."""
+"""PostgreSQL and Valkey are killed while the product is in use: clear errors, then recovery."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -34,7 +35,7 @@ from worker.local.supervisor import ProcessSpec, Supervisor
 
 @dataclass(frozen=True)
 class Fragile:
-    """A stack of its own whose supervisor restarts what a test kills."""
+    """A separate stack, whose supervisor restarts what a test kills."""
 
     stack: Stack
     directory: Path
@@ -116,7 +117,7 @@ def test_batches_wait_while_postgresql_is_down_and_then_take_effect_in_order(
 def test_valkey_may_be_killed_and_nothing_accepted_is_lost(
     fragile: Fragile, producer: TagProducer, execution: UUID
 ) -> None:
-    """`apply` goes on by itself, a subscriber hears what comes after, the worker finds its way back."""
+    """`apply` continues, a subscriber gets what comes after, and the worker reconnects."""
     events: list[ChangeEvent] = []
     subscriber = Subscriber(
         redis_url=fragile.stack.redis_url, organization_id=fragile.stack.organization_id
@@ -153,7 +154,7 @@ def test_valkey_may_be_killed_and_nothing_accepted_is_lost(
 def test_a_killed_worker_is_replaced_and_its_drain_goes_on(
     fragile: Fragile, producer: TagProducer, execution: UUID
 ) -> None:
-    """SIGKILL in the middle of the work: the lease runs out, and the rest is applied, once and in order."""
+    """SIGKILL during the work: the lease expires, and the rest is applied, once and in order."""
     names = [f"{number:03d}" for number in range(500)]
     producer.enqueue_many(tagging(execution, name) for name in names)
     fragile.kill("worker-1")
@@ -202,7 +203,7 @@ def test_a_worker_and_an_endpoint_may_start_before_their_servers(
                 ProcessSpec(
                     name=role,
                     argv=command(words),
-                    ready=lambda role=role: _says(supervisor, role, "database"),  # type: ignore[misc]
+                    ready=partial(_says, supervisor, role, "database"),
                     environment={**environment, "TASK_TAGS_DATABASE_URL": url},
                 )
             )
@@ -229,7 +230,7 @@ def _says(supervisor: Supervisor, name: str, words: str) -> bool:
 def test_an_endpoint_that_ends_lets_go_of_all_who_watch(
     fragile: Fragile, producer: TagProducer, execution: UUID
 ) -> None:
-    """A close code for a WebSocket, an end for a stream, at once. They go on with another process."""
+    """At once, with a close code for a WebSocket and the end of a stream; they may reconnect."""
     url = f"{fragile.stack.endpoint_url}/task-tags/changes"
     query = f"?flow_execution_id={execution}"
     headers = {"Authorization": f"Bearer {fragile.stack.token}"}
@@ -266,7 +267,7 @@ def test_an_endpoint_that_ends_lets_go_of_all_who_watch(
 
 @contextmanager
 def demoted(redis: Any) -> Iterator[None]:
-    """The server is a replica of one that does not answer: whatever writes gets READONLY."""
+    """Make the server the replica of one that does not answer, so writes get READONLY."""
     redis.replicaof("127.0.0.1", "1")
     try:
         yield

@@ -1,4 +1,4 @@
-"""The whole path with a real Celery worker: from a flow runner's call to what a reader and a watcher see."""
+"""The whole path with a real Celery worker: from a flow runner to a reader and a watcher."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_batch_goes_all_the_way(
     organization: UUID,
     execution: UUID,
 ) -> None:
-    """Enqueued by a flow runner, applied by a worker, told to a watcher, read over HTTP."""
+    """Enqueued by a flow runner, applied by a worker, sent to a watcher, read over HTTP."""
     with following(servers, organization, execution) as events:
         record = (
             producer.batch()
@@ -153,10 +153,10 @@ def test_fifty_producers_send_the_same_batch_at_once(
     assert (len(response.json()), response.headers["etag"]) == (1, '"1"')
 
 
-def test_each_refusal_is_an_exception_of_its_own(
+def test_each_refusal_has_its_own_exception(
     servers: Servers, organization: UUID, producer: TagProducer, execution: UUID
 ) -> None:
-    """A flow runner can tell what to do from the type."""
+    """A flow runner can decide by the type what to do."""
     good = TagBatch(tags=[add(execution, "task", "type", "x")])
     producer.apply(good)
 
@@ -182,7 +182,7 @@ def test_each_refusal_is_an_exception_of_its_own(
 def test_a_bad_message_in_the_stream_is_answered_on_its_channel(
     servers: Servers, producer: TagProducer, organization: UUID
 ) -> None:
-    """From a producer that doesn't use this SDK: the worker validates, and the next good one is answered."""
+    """From a producer without the SDK: the worker validates, and the next message is applied."""
     reply_to = f"test-{uuid4()}"
     received: list[ResultRecord] = []
     subscriber = Subscriber(redis_url=servers.stack.redis_url, organization_id=organization)
@@ -247,7 +247,7 @@ def test_a_full_inbox_gives_back_what_was_not_sent(
 
 
 class Quiet:
-    """A producer on the database that no worker looks at, and a drain that makes room when a test wants it."""
+    """A producer on the database without a worker, and a drain that removes what a test wants."""
 
     def __init__(self, servers: Servers, redis: Any, organization: UUID, token: str) -> None:
         self.arguments: dict[str, Any] = {
@@ -259,8 +259,8 @@ class Quiet:
         self.inbox = Inbox(redis, organization)
         self.seen: list[bytes | None] = []
 
-    def make_room(self, until: int, pause: float = 0.02) -> None:
-        """Take two at a time out of the inbox, every `pause` seconds, until so many have been seen."""
+    def remove_messages(self, until: int, pause: float = 0.02) -> None:
+        """Remove two messages every `pause` seconds, until so many have been removed."""
         while len(self.seen) < until:
             time.sleep(pause)
             if entries := self.inbox.acquire("run", max_messages=2):
@@ -274,15 +274,15 @@ def quiet(servers: Servers, quiet_redis: Any, organization: UUID, token: str) ->
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_who_waits_for_room_keeps_the_order(quiet: Quiet, asynchronous: bool) -> None:
-    """A bound of 3, and 40 batches in one call: they go in as a drain makes room, each once."""
+def test_who_waits_for_space_keeps_the_order(quiet: Quiet, asynchronous: bool) -> None:
+    """A bound of 3, and 40 batches in one call: all go in while a drain removes some, each once."""
     batches = [TagBatch(tags=[add(uuid4(), "t", "t", f"{i}")]) for i in range(40)]
 
     async def enqueue() -> list[UUID]:
         async with AsyncTagProducer(**quiet.arguments) as producer:
             return await producer.enqueue_many(batches, block=20)
 
-    drain = threading.Thread(target=quiet.make_room, args=(40,))
+    drain = threading.Thread(target=quiet.remove_messages, args=(40,))
     drain.start()
     if asynchronous:
         ids = asyncio.run(enqueue())
@@ -294,10 +294,10 @@ def test_who_waits_for_room_keeps_the_order(quiet: Quiet, asynchronous: bool) ->
     assert quiet.seen == [batch.encode() for batch in batches]
 
 
-def test_who_waited_for_room_in_vain_gets_the_rest_back(quiet: Quiet) -> None:
-    """The time is that of the whole call, however much room appears meanwhile."""
+def test_who_waited_for_space_in_vain_gets_the_rest_back(quiet: Quiet) -> None:
+    """The time-out is for the whole call, also if there is space for some batches meanwhile."""
     batches = [TagBatch(tags=[add(uuid4(), "t", "t", "x")]) for _ in range(9)]
-    drain = threading.Thread(target=quiet.make_room, args=(5, 0.6))
+    drain = threading.Thread(target=quiet.remove_messages, args=(5, 0.6))
     drain.start()
     with TagProducer(**quiet.arguments) as producer, pytest.raises(InboxFull) as caught:
         producer.enqueue_many(batches, block=0.9)
@@ -306,7 +306,7 @@ def test_who_waited_for_room_in_vain_gets_the_rest_back(quiet: Quiet) -> None:
     assert quiet.seen == [batch.encode() for batch in batches[:5]]
 
 
-def test_a_producer_that_is_closed_no_longer_waits_for_room(quiet: Quiet) -> None:
+def test_a_producer_that_is_closed_no_longer_waits_for_space(quiet: Quiet) -> None:
     """The call ends at once, and says so."""
     producer = TagProducer(**quiet.arguments)
     closing = threading.Timer(0.2, producer.close)
@@ -316,8 +316,8 @@ def test_a_producer_that_is_closed_no_longer_waits_for_room(quiet: Quiet) -> Non
     closing.join()
 
 
-def test_a_redis_without_memory_is_an_error_of_its_own(quiet: Quiet, quiet_redis: Any) -> None:
-    """Waiting for the inbox would not help, so it is said at once; with memory the same batch is accepted."""
+def test_a_redis_without_memory_has_its_own_error(quiet: Quiet, quiet_redis: Any) -> None:
+    """Waiting would not help, so it is an error at once; with memory the batch is accepted."""
     batch = register_execution(uuid4())
     with TagProducer(**quiet.arguments) as producer:
         quiet_redis.config_set("maxmemory", 1)
@@ -334,7 +334,7 @@ def test_a_redis_without_memory_is_an_error_of_its_own(quiet: Quiet, quiet_redis
 def test_no_result_in_time_says_so(
     servers: Servers, organization: UUID, token: str, quiet_redis: Any
 ) -> None:
-    """Nobody works on that database: `apply` gives up after its time-out, `close` ends what still waits."""
+    """No worker uses that database: `apply` ends after its time-out, `close` ends all waiting."""
     url = servers.stack.redis_url.replace("?db=0", "?db=1")
     producer = TagProducer(redis_url=url, organization_id=organization, token=token)
     with pytest.raises(ResultTimeout):
@@ -352,7 +352,7 @@ def test_a_result_that_was_lost_is_asked_for_again(
     execution: UUID,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The listener's connection is cut before the result comes: the batch is enqueued again, and takes effect once."""
+    """The connection is cut before the result comes: the batch is sent again, in effect once."""
     producer.apply(TagBatch(tags=[add(execution, "t", "t", "first")]))
     batch = TagBatch(tags=[add(execution, "t", "t", "x")])
     original = Inbox.append
@@ -370,7 +370,7 @@ def test_a_result_that_was_lost_is_asked_for_again(
 def test_an_outage_does_not_change_the_order(
     producer: TagProducer, execution: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What could not be enqueued is said at once, never enqueued later behind what came after it."""
+    """A batch that cannot be enqueued is an error at once, and never enqueued after later ones."""
     producer.apply(TagBatch(tags=[add(execution, "t", "t", "first")]))
     original = Inbox.append
 
@@ -386,10 +386,10 @@ def test_an_outage_does_not_change_the_order(
     assert [result.status for result in record.tags or []] == ["not_found"]
 
 
-def test_two_batches_under_one_id_are_told_apart(
+def test_two_batches_under_one_id_are_distinguished(
     servers: Servers, organization: UUID, token: str, quiet_redis: Any
 ) -> None:
-    """While the first is awaited, the second is refused here; it must not get the first one's result."""
+    """While the first is awaited, the second is refused here, and never gets the first's result."""
     url = servers.stack.redis_url.replace("?db=0", "?db=1")
     with TagProducer(redis_url=url, organization_id=organization, token=token) as producer:
         first = TagBatch(tags=[add(uuid4(), "t", "t", "x")])
@@ -402,7 +402,7 @@ def test_two_batches_under_one_id_are_told_apart(
 def test_garbage_on_a_channel_is_skipped(
     producer: TagProducer, redis: Any, organization: UUID
 ) -> None:
-    """Whoever may publish there can't stop those who listen."""
+    """Other publications on a channel do not stop those who listen."""
     producer.apply(register_execution(uuid4()))
     for garbage in (b"", b"garbage", b"{}", b"\xff"):
         redis.publish(producer._listener._channel, garbage)
@@ -432,7 +432,7 @@ def test_waiting_long_does_not_fill_the_inbox(
 
 
 def test_another_applications_celery_settings_are_not_ours(servers: Servers, space: Path) -> None:
-    """Another Celery application on the machine has a broker and a `celeryconfig` of its own."""
+    """Another Celery application on the machine has its own broker and `celeryconfig`."""
     (space / "celeryconfig.py").write_text(
         "task_default_queue = 'mine'\nbroker_url = 'memory://'\n"
     )
@@ -504,7 +504,7 @@ async def _subscribe_twice(url: str) -> None:
 def test_a_drain_message_that_was_lost_is_sent_again(
     producer: TagProducer, redis: Any, organization: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """beat's `wake` finds the inbox that waits with nobody on the way: a few seconds, and nothing is lost."""
+    """beat's `wake` finds the inbox that has messages and no lease, in seconds; none is lost."""
     monkeypatch.setattr(producer._enqueuer, "_send_drain", lambda *_: None)
     future = producer.submit(register_execution(uuid4()))
     eventually(lambda: redis.exists(lease_key(organization)))
@@ -526,7 +526,7 @@ def test_stale_drain_messages_do_no_harm(
 def test_malformed_celery_messages_are_dropped_aloud_and_hold_nobody_up(
     servers: Servers, producer: TagProducer, redis: Any
 ) -> None:
-    """Whatever somebody puts on the queue: the worker lives on, and the next result comes within a second."""
+    """The worker survives all that is put on the queue, and answers the next batch within 1 s."""
     (worker,) = [p for child, p in servers.stack.supervisor.running if child.name == "worker-1"]
     log = servers.stack.supervisor.log("worker-1")
     for what, message in celery_messages().items():
@@ -554,7 +554,7 @@ def test_remote_control_answers(servers: Servers) -> None:
 def test_nothing_is_kept_as_unacknowledged(
     servers: Servers, producer: TagProducer, redis: Any
 ) -> None:
-    """Drain messages are taken without acknowledgement: there is nothing to restore, and nothing to count."""
+    """Drain messages are taken without acknowledgement: there is nothing to restore or count."""
     producer.apply(register_execution(uuid4()))
     assert not [key for key in redis.scan_iter() if key.startswith(b"unacked")]
 

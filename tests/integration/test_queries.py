@@ -1,4 +1,4 @@
-"""Reading on shared connections: everybody gets their own answer, whatever happens to others and to the server."""
+"""Reads on shared connections: each gets its own answer, also if others or the server fail."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_socket_may_be_in_a_directory_with_a_space(servers: Servers) -> None:
 def test_many_readers_at_once_get_their_own_answers(
     servers: Servers, tagged: list[tuple[UUID, UUID]]
 ) -> None:
-    """A thousand questions of five organizations on two connections; another's execution is not there."""
+    """A thousand reads of five organizations on two connections; foreign executions are unknown."""
 
     async def main() -> None:
         async with reading(servers.endpoint_url) as reader:
@@ -130,7 +130,7 @@ def test_connections_that_were_lost_are_made_anew(
 def test_a_read_that_fails_or_takes_too_long_ends_with_an_error_and_the_next_is_answered(
     servers: Servers, tagged: list[tuple[UUID, UUID]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the table is locked: after the server's time-out for locks, or the reader's own, whichever is first."""
+    """While the table is locked: after the server's time-out for locks or the reader's own."""
 
     async def main() -> None:
         async with reading(servers.endpoint_url, 1) as reader:

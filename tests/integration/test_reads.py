@@ -1,4 +1,4 @@
-"""Reading over HTTP: tasks with their states and tags, filters, pages of tags, and pages of filtered changes."""
+"""Reading over HTTP: tasks with states and tags, filters, pages of tags and of changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from worker.auth import EXECUTIONS_WRITE, WRITE
 from worker.db.repository import Repository
 
 NAMES = ("z", "A", "Z", "a", "é", "\ufffd", "\U0001f600", "a b", "10", "9", "", "a\u0301")
-"""Task names whose order by code point is none of a language, and not UTF-16's either; "" is not used."""
+"""Task names whose order by code point differs from that of a language, and from UTF-16's."""
 
 Apply = Callable[..., Any]
 
@@ -316,7 +316,7 @@ def fits(tag: dict[str, Any], query: dict[str, Any]) -> bool:
 
 
 def test_only_the_tags_that_fit_are_read(http: httpx.Client, mixed: UUID) -> None:
-    """One value, several, none that fits, and with a task's name; what is left is as it was, in its order."""
+    """One value, several, one that does not fit, with a task name; the order stays the same."""
     everything = tags(http, mixed)
     assert len(everything) == 10
     lengths = []
@@ -432,7 +432,7 @@ def test_pages_of_what_fits(http: httpx.Client, many: UUID) -> None:
 def test_what_changes_between_pages_neither_hides_nor_doubles_a_tag(
     http: httpx.Client, apply: Apply, many: UUID
 ) -> None:
-    """Tags are added, and others removed, also the one at which the page before ended: all that stayed come once."""
+    """Tags are added and removed between pages, also a page's last: all that stay come once."""
     everything = named(tags(http, many))
     seen: list[str] = []
     removed: list[str] = []
@@ -468,7 +468,7 @@ def text_of(cursor: str) -> str:
 
 
 def test_a_wrong_cursor_is_named(http: httpx.Client, many: UUID) -> None:
-    """Garbage, one that was cut off or changed, or one of another text: 400, and never an answer from elsewhere."""
+    """Garbage, a cursor that was cut off or changed, or one of another text: always 400."""
     cursor = read(http, "/task-tags", many, limit=7).json()["next_cursor"]
     text = text_of(cursor)
     wrong = {
@@ -492,7 +492,7 @@ def test_a_wrong_cursor_is_named(http: httpx.Client, many: UUID) -> None:
 
 
 def test_a_cursor_of_no_moment_is_wrong_as_well(http: httpx.Client, many: UUID) -> None:
-    """It looks like one, but there is no such time: 400, not what is said when the database is away."""
+    """It has the form of a cursor, but no valid time: 400, and not 503 as without a database."""
     text = text_of(read(http, "/task-tags", many, limit=7).json()["next_cursor"])
     for part, wrong in (
         (r"-\d\d-", "-13-"),
@@ -547,7 +547,7 @@ def test_pages_are_in_the_document(servers: Servers, http: httpx.Client, many: U
 
 @pytest.fixture
 def changed(apply: Apply, execution: UUID) -> UUID:
-    """Fourteen changes: tags of two tasks and several types, added and removed, and states between them."""
+    """Fourteen changes: tags of two tasks and several types, added and removed, and states."""
     metadata = {"b": 1e300, "a": "é", "c": [0.1, -(2**63)]}
     apply(
         tagging(add(execution, "one", "status", "reviewed", metadata)),
@@ -606,7 +606,7 @@ def follow(http: httpx.Client, response: httpx.Response) -> Iterator[list[dict[s
 
 
 def test_only_the_changes_that_fit_are_read(http: httpx.Client, changed: UUID) -> None:
-    """Events without any are left out, the others are as they were, but for the changes that do not fit."""
+    """Events without a fitting change are left out; others have only the changes that fit."""
     everything = read(http, "/task-tags/changes", changed).json()
     assert [event["revision"] for event in everything] == list(range(1, 15))
     lengths = []
@@ -633,7 +633,7 @@ def test_states_are_changes_of_their_task(http: httpx.Client, changed: UUID) -> 
 
 
 def test_links_lead_through_all_changes_that_fit(http: httpx.Client, changed: UUID) -> None:
-    """With the same filters and limit, over pages on which nothing fits, to the end, and there they stop."""
+    """With the same filters and limit, over pages without a fitting change, up to the end."""
     everything = read(http, "/task-tags/changes", changed).json()
     for query in CHANGE_FILTERS:
         for limit, after in ((1, 0), (3, 0), (3, 5), (13, 0), (14, 0), (1000, 13), (5, 14)):
@@ -645,7 +645,7 @@ def test_links_lead_through_all_changes_that_fit(http: httpx.Client, changed: UU
 
 
 def test_a_link_keeps_what_was_asked(http: httpx.Client, changed: UUID) -> None:
-    """It is relative to the endpoint, and every parameter is in it once, or as often as it was given."""
+    """It is relative to the endpoint, and has every parameter as often as it was given."""
     query = {"tag": ["é&=", "a b"], "task_name": "ü/?#", "limit": "2", "after": "3"}
     response = read(http, "/task-tags/changes", changed, **query)
     link = httpx.URL(response.links["next"]["url"])

@@ -1,4 +1,4 @@
-"""docker/redis-users.acl on a real server: the SDK works with those rights, and with nothing more."""
+"""docker/redis-users.acl on a real server: the SDK works with those rights, and has no others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLACEHOLDER = str(UUID(int=0))
 
 @pytest.fixture
 def urls(servers: Servers, redis: Any, organization: UUID) -> Iterator[dict[str, str]]:
-    """URLs of the organization's producer and subscriber, and of an endpoint, made as the file says."""
+    """URLs of the organization's producer and subscriber, and of an endpoint, as the file says."""
     made = {}
     for line in FILE.read_text().splitlines():
         if match := re.match(r"user ((producer|subscriber|endpoint)\S*) (.*)", line):
@@ -46,7 +46,7 @@ def urls(servers: Servers, redis: Any, organization: UUID) -> Iterator[dict[str,
 def test_a_confined_producer_can_do_its_work(
     urls: dict[str, str], organization: UUID, token: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Enqueue, send the drain, and hear the result."""
+    """Enqueue, send the drain, and receive the result."""
     with TagProducer(redis_url=urls["producer"], organization_id=organization, token=token) as it:
         assert it.apply(register_execution(uuid4())).flow_execution is not None
     assert "late" not in caplog.text  # the drain was sent, and beat did not have to help
@@ -84,7 +84,7 @@ def test_it_can_do_nothing_to_another_organization(
 def test_an_endpoint_can_write_to_all_and_listen_to_all(
     urls: dict[str, str], token: str, organization: UUID, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What it enqueues is applied, and it hears the result; it can't read what waits, nor pretend to be a worker."""
+    """Its messages are applied, and it gets results; it cannot read inboxes or act as a worker."""
     with TagProducer(redis_url=urls["endpoint"], organization_id=organization, token=token) as it:
         assert it.apply(register_execution(uuid4())).statuses == ["registered"]
     assert "late" not in caplog.text

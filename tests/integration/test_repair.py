@@ -1,4 +1,4 @@
-"""Keys that somebody else has set: no lease holds an inbox for ever, and no wrong type blocks it."""
+"""Keys that somebody else has set: no lease holds an inbox for ever, no wrong type blocks it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_lease_that_another_run_holds_is_kept(tenant: Tenant) -> None:
 
 
 def test_keys_of_a_wrong_type_are_mended(tenant: Tenant, caplog: pytest.LogCaptureFixture) -> None:
-    """A lease or count is deleted; what may hold messages is renamed aside, with an error in the log."""
+    """A lease or count is deleted; a key that may hold messages is renamed, and that is logged."""
     organization, redis = tenant.organization, tenant.redis
     for key in (lease_key(organization), inbox_key(organization), dead_letters_key(organization)):
         redis.delete(key)

@@ -1,4 +1,4 @@
-"""Storage on real PostgreSQL: isolation of organizations, roles, and what goes in comes out (section 5)."""
+"""Storage on real PostgreSQL: organizations are isolated, roles are bounded, values survive."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def count(connection: psycopg.Connection, table: str) -> int:
 
 
 def test_what_is_saved_is_what_is_loaded(repository: Repository, organization: UUID) -> None:
-    """The state after a transaction is the state that the next one finds, metadata's every form included."""
+    """The next transaction finds the state after this one, with every form of metadata."""
     one, two = uuid4(), uuid4()
     values: list[Any] = [
         None,
@@ -123,7 +123,7 @@ def test_what_is_saved_is_what_is_loaded(repository: Repository, organization: U
 def test_removed_tags_keep_their_rows(
     servers: Servers, repository: Repository, organization: UUID
 ) -> None:
-    """Rule 4, as it is stored: status, updated_at and modified_by change; a new row has a new id."""
+    """Rule 4, as stored: status, updated_at and modified_by change; a new row has a new id."""
     execution = uuid4()
     applied(repository, organization, register_execution(execution))
     applied(repository, organization, TagBatch(tags=[add(execution, "a", "t", "x")]))
@@ -141,7 +141,7 @@ def test_removed_tags_keep_their_rows(
 
 
 def test_the_last_state_of_a_task_is_kept(repository: Repository, organization: UUID) -> None:
-    """A state that is recorded is the one that the next transaction finds; each task and execution has its own."""
+    """The next transaction finds the recorded state; each task of each execution has its own."""
     one, two = uuid4(), uuid4()
     states: list[TaskState] = ["queued", "running", "failed"]
     asked = [
@@ -228,7 +228,7 @@ def test_the_endpoint_can_only_read(servers: Servers, statement: str) -> None:
     ],
 )
 def test_the_worker_can_not_rewrite_history(servers: Servers, statement: str) -> None:
-    """It can delete nothing but what has a retention, and change neither results nor change events."""
+    """It can delete only what has a retention, and change neither results nor change events."""
     with as_role(servers.worker_url, uuid4()) as connection:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(statement.encode())
@@ -290,7 +290,7 @@ def test_two_drains_of_one_organization_take_turns(
 def test_look_ups_see_what_the_lock_waited_for(
     repository: Repository, servers: Servers, organization: UUID
 ) -> None:
-    """They are sent together with the lock, before it is free, and find what was committed before it was."""
+    """They are sent with the lock, before it is free, and find what was committed before that."""
     execution, other = uuid4(), Repository(servers.worker_url)
     applied(repository, organization, register_execution(execution))
     first, second = (TagBatch(tags=[add(execution, "task", "type", "x")]) for _ in range(2))
@@ -320,7 +320,7 @@ def test_look_ups_see_what_the_lock_waited_for(
 def test_purging_forgets_old_results_of_that_organization_alone(
     servers: Servers, repository: Repository, organization: UUID
 ) -> None:
-    """The retention bounds tag_batches; tags and change events stay, unless their own retention is over."""
+    """The retention of results applies to tag_batches alone; change events have their own."""
     execution = uuid4()
     batch = TagBatch(tags=[add(execution, "a", "t", "x")])
     foreign = uuid4()
@@ -339,7 +339,7 @@ def test_purging_forgets_old_results_of_that_organization_alone(
 
 
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It accepts the connection and says nothing: an error that may pass, not a process that hangs."""
+    """It accepts the connection and is silent: a retryable error, and no process that hangs."""
     monkeypatch.setitem(worker.db.connection.CONNECT_ARGUMENTS, "connect_timeout", 2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         silent = Repository(f"postgresql://u:p@127.0.0.1:{server.getsockname()[1]}/x")
@@ -349,7 +349,7 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_password_is_waited_out(servers: Servers) -> None:
-    """It is no batch's fault, and may be set right; an option that does not exist is not waited for."""
+    """No batch is at fault, and it may be corrected; an unknown option is an error at once."""
     url = make_url(servers.worker_url)
     for wrong, passes in ((url.set(password="x"), True), (url.set(query={"sslmod": "x"}), False)):
         refused = Repository(wrong.render_as_string(hide_password=False))

@@ -1,8 +1,8 @@
 """Rules, storage and inbox together, on real servers, under any sequence of messages and faults.
 
-Hypothesis sends messages and lets drains run, die and overtake one another, in an order that it makes up. The
-reference model of tests/support/reference_model.py is told of each message once, when it is sent. Whatever happened, in the end
-answers, tags, revisions and change events must be the model's.
+Hypothesis sends messages and lets drains run, die and overtake one another, in any order. The
+reference model (tests/support/reference_model.py) gets each message once, when it is sent. In the
+end, answers, tags, revisions and change events must be the model's.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Machine(RuleBasedStateMachine):
         self.token = servers.token(self.organization)
         self.model = ReferenceModel()
         self.expected: list[Any] = []
-        """What becomes of each message, in the order of the inbox: the model's answer, or an error."""
+        """The outcome of each message, in the order of the inbox: the model's, or an error."""
         self.garbage: list[bytes] = []
         self.published = Published()
         self.runs = 0
@@ -164,7 +164,7 @@ class Machine(RuleBasedStateMachine):
         self.expected.append(expected)
 
     def send(self, message: Message) -> Message:
-        """Send a message whose answer will tell its place in the inbox, and tell the model of it."""
+        """Send a message, to the model as well; its results channel is its place in the inbox."""
         here = message.model_copy(update={"reply_to": self.here})
         self.append(here.encode(), self.model.send(here))
         return message
@@ -224,7 +224,7 @@ class Machine(RuleBasedStateMachine):
     def run_drain(
         self, group_size: int, failpoints: Failpoints | None = None, rounds: int | None = None
     ) -> int:
-        """Run one drain under an id of its own, to its end or for some rounds."""
+        """Run one drain under a new id, to its end or for some rounds."""
         self.runs += 1
         self.repository.failpoints = failpoints = failpoints or Failpoints()
         turns = iter([False] * rounds + [True]) if rounds is not None else None
@@ -242,7 +242,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(group_size=group_sizes)
     def drain(self, group_size: int) -> None:
-        """Whoever gets the lease, free or queued, leaves nothing behind; nobody else does anything."""
+        """A drain that gets the lease, free or queued, empties the inbox; others do nothing."""
         runs_already, waiting = self.lease.startswith(b"running"), self.waiting
         answered = self.run_drain(group_size)
         if runs_already:
@@ -270,7 +270,7 @@ class Machine(RuleBasedStateMachine):
         groups: int,
         lease_ends: bool,
     ) -> Any:
-        """A drain dies at its first group or a later one; soon after, or not so soon, the lease runs out."""
+        """A drain dies at its first group or a later one; the lease expires soon after, or not."""
         sent = self.tag(batches)
         with suppress(Killed):
             self.run_drain(group_size, Failpoints(**{failpoint: after(groups, killed)}))
@@ -350,7 +350,7 @@ class Machine(RuleBasedStateMachine):
         assert list(self.answers()) == answered
 
     def answers(self) -> dict[int, bytes]:
-        """Return the answer to each message by its place, as they came; copies of an answer are equal."""
+        """Return the answer to each message by its place; copies of an answer must be equal."""
         answers: dict[int, bytes] = {}
         for channel, payload in self.published.messages:
             if ":results:place-" in channel:
@@ -376,7 +376,7 @@ class Machine(RuleBasedStateMachine):
         assert {(execution, name): state for execution, name, state in rows} == self.model.states
 
     def check_stored_results(self) -> None:
-        """Each batch that was well formed and authorized has its first answer stored, and no other has."""
+        """Each well-formed, authorized batch has its first answer stored, and no other has one."""
         rows = self.select("batch_id, result_record::text from tag_batches")
         stored = {batch_id: said(record.encode()) for batch_id, record in rows}
         assert stored == {id: answer for id, (_, answer) in self.model.answers.items()}
@@ -389,7 +389,7 @@ class Machine(RuleBasedStateMachine):
         assert {id: revision for id, _, revision in rows if revision} == self.model.revisions
 
     def replay(self) -> set[UUID]:
-        """Return the tags that are left after all stored events; these were published, in their order."""
+        """Return the tags that all stored events leave; the events were published in this order."""
         rows = self.select(
             "flow_execution_id, revision, event::text from tag_changes order by revision"
         )
@@ -454,7 +454,7 @@ def canonical_bytes(row: list[Any]) -> str:
 def test_whatever_happens_the_outcome_is_the_reference_models(
     servers: Servers, quiet_redis: Any
 ) -> None:
-    """Exactly once and in order, with every kind of message, and with drains that die and overlap."""
+    """Exactly once and in order, with every kind of message, and drains that die and overlap."""
     with closing(WatchedRepository(servers.worker_url)) as repository:
 
         class Here(Machine):

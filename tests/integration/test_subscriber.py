@@ -1,4 +1,4 @@
-"""The change feed: what is stored is read over HTTP, and a watcher gets every change once and in order (section 4)."""
+"""The change feed: stored changes over HTTP, and every change once and in order by pub/sub."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_wrong_parameters_are_refused(
 def test_purged_changes_are_gone(
     http: httpx.Client, repository: Repository, organization: UUID, changed: UUID
 ) -> None:
-    """410 for whoever would miss some; who has seen them goes on."""
+    """410 for a reader that would miss some; one that has seen them can continue."""
     eventually(lambda: repository.purge_changes(organization, timedelta(0)) == 5)
     assert code(read(http, changed, after=4)) == (410, "gone")
     assert revisions(read(http, changed, after=5)) == []
@@ -205,7 +205,7 @@ def revisions_of(events: Sequence[ChangeEvent]) -> list[int]:
 def test_a_watcher_gets_what_was_before_and_what_comes(
     follow: Any, producer: TagProducer, changed: UUID
 ) -> None:
-    """From the revision that it has seen, without a gap between what is stored and what is published."""
+    """From the revision it has seen, without a gap between stored and published events."""
     events = follow(changed, after=2)
     eventually(lambda: len(events) == 3)
     for number in range(20):
@@ -221,7 +221,7 @@ def test_what_was_not_published_is_repaired_by_the_next_event(
     events = follow(changed)
     eventually(lambda: len(events) == 5)
     applied(repository, organization, batch(changed, "lost"))
-    producer.apply(batch(changed, "heard"))
+    producer.apply(batch(changed, "published"))
     eventually(lambda: len(events) == 7)
     assert revisions_of(events) == list(range(1, 8))
 
@@ -233,7 +233,7 @@ def test_the_last_event_is_not_missed_either(
     changed: UUID,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """While all is quiet the endpoint is asked now and then."""
+    """While nothing is published, the endpoint is polled."""
     monkeypatch.setattr("producers.subscriber.IDLE_SECONDS", 0.2)
     events = follow(changed)
     eventually(lambda: len(events) == 5)
@@ -249,7 +249,7 @@ def test_a_lost_connection_loses_no_change(
     changed: UUID,
     redis: Any,
 ) -> None:
-    """What happened while nobody listened is read once the subscription is there again; old events are dropped."""
+    """After a new subscription, missed events are read from the endpoint and old ones dropped."""
     events = follow(changed)
     eventually(lambda: len(events) == 5)
     applied(repository, organization, batch(changed, "while it was away"))
@@ -314,7 +314,7 @@ def test_what_can_not_be_followed_is_a_clear_error(
         first()
 
 
-# --- The order, whatever comes -------------------------------------------------------------------
+# --- The order -----------------------------------------------------------------------------------
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 NOBODY = UUID(int=0)
@@ -328,7 +328,7 @@ EVENTS = [ChangeEvent(NOBODY, NOBODY, n, NOBODY, "ada", NOW, []) for n in range(
 def test_a_feed_passes_each_event_on_once_and_in_order(
     after: int, steps: list[tuple[int, int]]
 ) -> None:
-    """Events lost, repeated or late, and reads that fail in between: passed on are after+1, after+2, …"""
+    """Events lost, repeated or late, and reads that fail: what comes out is after+1, after+2, …"""
     stored = after
     passed: list[int] = []
     away = False

@@ -1,7 +1,7 @@
-"""Writing over HTTP: what is answered is what a worker decided, once for each key, and a wrong request has no effect.
+"""Writing over HTTP: the answer is the worker's decision, once for each idempotency key.
 
-Most tests use the stack that all share. What depends on the moment uses an endpoint of its own, on a Redis database
-that no worker looks at: the test drains by hand, and the endpoint's inboxes hold three messages.
+Most tests use the stack that all share. Tests that depend on timing use another endpoint, on a
+Redis database without a worker: the test drains by hand, and inboxes hold three messages.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def as_another(servers: Servers, token: str) -> httpx.Client:
 
 
 def client_of(url: str, headers: dict[str, str]) -> httpx.Client:
-    """Return a client that has no use for certificates: to load them takes longer than most tests."""
+    """Return a client without certificates: to load them takes longer than most tests."""
     return httpx.Client(base_url=url, headers=headers, timeout=30, verify=False)
 
 
@@ -182,7 +182,7 @@ def test_nothing_takes_effect_if_one_operation_names_what_is_unknown(
 def test_another_organizations_execution_can_not_be_changed(
     servers: Servers, http: httpx.Client, execution: str
 ) -> None:
-    """It is answered as one that is unknown, byte for byte but for the request id; also when its state is put."""
+    """The answer is that of an unknown one, except for the request id; also for states."""
     patch(http, adding(execution, "mine"))
     state = {"task_name": "task", "state": "failed"}
     with as_another(servers, servers.token(uuid4())) as stranger:
@@ -223,7 +223,7 @@ def test_many_at_once_get_their_own_answers(http: httpx.Client, execution: str) 
 
 
 def test_many_organizations_at_once_get_their_own_answers(servers: Servers) -> None:
-    """Also while subscriptions come and go: a request is told of its own organization alone."""
+    """Also while subscriptions come and go: a request gets results of its organization only."""
 
     def send(number: int) -> list[str]:
         execution = str(uuid4())
@@ -250,10 +250,10 @@ def hidden_records(servers: Servers) -> Iterator[None]:
             connection.execute("grant select on tag_batches to task_tags_endpoint")
 
 
-def test_an_answer_is_heard_and_need_not_be_looked_up(
+def test_an_answer_is_received_and_need_not_be_looked_up(
     servers: Servers, http: httpx.Client, execution: str
 ) -> None:
-    """However requests follow one another: each has its subscription in time, for stored results can't be read here."""
+    """Each request has subscribed in time, for stored results cannot be read here."""
 
     def send_some(number: int) -> list[int]:
         sent = [adding(execution, f"{number} {tag}") for tag in range(15)]
@@ -269,7 +269,7 @@ def test_an_answer_is_heard_and_need_not_be_looked_up(
 
 
 def test_the_same_key_takes_effect_once(http: httpx.Client, execution: str) -> None:
-    """The second answer is the first one, although the tag was removed since; without a key it is a new batch."""
+    """The second answer is the first one, although the tag was removed; no key, a new batch."""
     first = patch(http, adding(execution, "a"), Idempotency_Key="k")
     patch(http, removing(execution, "a"))
     second = patch(http, adding(execution, "a"), Idempotency_Key="k")
@@ -315,7 +315,7 @@ def test_another_body_under_the_same_key_is_a_conflict(http: httpx.Client, execu
 
 
 def test_a_key_is_its_actors_own(servers: Servers, organization: UUID, execution: str) -> None:
-    """The same key of another actor, or of the same actor elsewhere, is another batch; no two can be mixed up."""
+    """The same key of another actor, or of the actor in another organization, is another batch."""
     elsewhere = uuid4()
     locations = set()
     for owner, actor, key in (
@@ -334,7 +334,7 @@ def test_a_key_is_its_actors_own(servers: Servers, organization: UUID, execution
 
 
 def test_a_refusal_is_the_answer_to_its_key(http: httpx.Client) -> None:
-    """What was not found stays so under the same key, as the record says; a new key asks anew."""
+    """`not_found` stays the answer to its key, as the record says; a new key is decided again."""
     later = str(uuid4())
     for _ in range(2):
         response = patch(http, adding(later, "a"), Idempotency_Key="k")
@@ -496,7 +496,7 @@ def test_very_many_faults_are_counted_not_listed(http: httpx.Client, content: st
 
 
 def test_what_is_just_within_the_limits_is_taken(http: httpx.Client, execution: str) -> None:
-    """Longest names, deepest and largest metadata, extreme numbers, 100 operations, a body of a mebibyte."""
+    """Longest names, deepest and largest metadata, extreme numbers, 100 operations, 1 MiB."""
     metadata = [nested(32), "x" * (8 * 1024 - 2), 2**63 - 1, -(2**63), 1e308, None, "\U0001f600"]
     operations = [
         adding(execution, f"{number}" + "é" * 196, task_name="t" * 200, tag_type="😀" * 100)
@@ -510,7 +510,7 @@ def test_what_is_just_within_the_limits_is_taken(http: httpx.Client, execution: 
 
 
 def test_a_body_over_a_mebibyte_is_413(http: httpx.Client, execution: str) -> None:
-    """Whether its length is declared or it comes in chunks; the connection that was used before goes on."""
+    """With a declared length or in chunks; the connection can be used again."""
     content = body(adding(execution, "a"))
     padding = b" " * (MAX_MESSAGE_BYTES + 1 - len(content))
     chunks = [content, *(padding[at : at + 65536] for at in range(0, len(padding), 65536))]
@@ -588,7 +588,7 @@ def token_of_an_hour_ago(servers: Servers, organization: UUID) -> str:
 def test_a_missing_wrong_or_expired_token_is_401(
     servers: Servers, http: httpx.Client, organization: UUID, execution: str
 ) -> None:
-    """Whatever is in the body, and nothing takes effect."""
+    """For any body, and nothing takes effect."""
     for header in (
         {},
         {"Authorization": "Bearer"},
@@ -779,7 +779,7 @@ def test_a_state_of_what_is_unknown_is_404(http: httpx.Client) -> None:
 def test_what_is_answered_and_what_is_taken_is_in_the_document(
     servers: Servers, http: httpx.Client, execution: str
 ) -> None:
-    """Status, body and headers of real answers, and real bodies, held against the OpenAPI document."""
+    """Status, body and headers of real answers, and real bodies, fit the OpenAPI document."""
     document = http.get("/openapi.json").json()
     tags, executions = "/task-tags", "/flow-executions/{flow_execution_id}"
     states = "/task-executions"
@@ -860,7 +860,7 @@ def test_who_did_not_wait_may_ask_again_with_the_key(http: httpx.Client, executi
 
 @dataclass(frozen=True)
 class QuietEndpoint:
-    """An endpoint on the Redis database that no worker looks at, as a user of its own, with small inboxes."""
+    """An endpoint with small inboxes and its own user, on the Redis database without a worker."""
 
     url: str
     supervisor: Supervisor
@@ -919,7 +919,7 @@ def quiet(quiet_endpoint: QuietEndpoint, tenant: Tenant) -> Iterator[httpx.Clien
 
 
 def grant_all(redis: Any) -> None:
-    """Give the quiet endpoint's user every right, whatever an earlier test took away."""
+    """Give the quiet endpoint's user every right again."""
     redis.execute_command("ACL", "SETUSER", REDIS_USER, "on", ">x", "~*", "&*", "+@all")
 
 
@@ -936,7 +936,7 @@ def waiting(tenant: Tenant) -> int:
 
 
 def test_who_waits_gets_202_when_the_time_is_up(quiet: httpx.Client, tenant: Tenant) -> None:
-    """After as many seconds as they want; the batch is applied later, and its record is at Location."""
+    """After the seconds of `Prefer: wait`; the batch is applied later, see its Location."""
     for prefer in ("wait=1", "respond-async, wait=1"):
         begin = time.monotonic()
         response = patch(quiet, adding(EXECUTION, prefer), Prefer=prefer)
@@ -950,7 +950,7 @@ def test_who_waits_gets_202_when_the_time_is_up(quiet: httpx.Client, tenant: Ten
 
 
 def test_a_full_inbox_is_429(quiet: httpx.Client, tenant: Tenant) -> None:
-    """With Retry-After, and nothing is accepted; the same key is good for the next try. Others have their own room."""
+    """With Retry-After, and nothing is accepted; the key can be used again. Others are not full."""
     for number in range(INBOX_LIMIT):
         response = patch(quiet, adding(EXECUTION, f"{number}"), Prefer="respond-async")
         assert response.status_code == 202
@@ -984,7 +984,7 @@ def test_the_same_key_twice_while_it_waits_is_answered_twice(
 
 
 def test_another_body_at_the_same_time_is_a_conflict(quiet: httpx.Client, tenant: Tenant) -> None:
-    """One of two different bodies under one key takes effect; the other one must not hear that it did."""
+    """One of two bodies under one key takes effect; the other request must not get its result."""
     key = {"Idempotency_Key": "k"}
     with sending(quiet, (adding(EXECUTION, "a"), key), (adding(EXECUTION, "b"), key)) as futures:
         eventually(lambda: waiting(tenant) == 2)
@@ -994,10 +994,8 @@ def test_another_body_at_the_same_time_is_a_conflict(quiet: httpx.Client, tenant
     assert codes == {tag: 200, ({"a", "b"} - {tag}).pop(): 409}
 
 
-def test_another_body_is_never_told_the_first_ones_result(
-    quiet: httpx.Client, tenant: Tenant
-) -> None:
-    """Also while the workers are slow: what is stored under the key is the answer to another request."""
+def test_another_body_never_gets_the_first_ones_result(quiet: httpx.Client, tenant: Tenant) -> None:
+    """Also while workers are slow: the result stored under the key is of another request."""
     key = {"Idempotency_Key": "k"}
     with sending(quiet, (adding(EXECUTION, "a"), key)) as (future,):
         eventually(lambda: waiting(tenant))
@@ -1010,7 +1008,7 @@ def test_another_body_is_never_told_the_first_ones_result(
 def test_who_gives_up_takes_nothing_from_another_who_waits(
     quiet: httpx.Client, tenant: Tenant
 ) -> None:
-    """Two wait under one key, one of them not for long; the other still hears a refusal, of which nothing is stored."""
+    """Two wait under one key, one briefly; the other still gets a refusal, which is not stored."""
     key = "k"
     others = Authorizer(Settings.model_construct(jwt_secret=SecretStr("another secret" * 3)))
     patient = adding(EXECUTION, "a"), {"Idempotency_Key": key, "Prefer": "wait=3"}
@@ -1021,8 +1019,8 @@ def test_who_gives_up_takes_nothing_from_another_who_waits(
         refused(long.result(), 401, "unauthorized")
 
 
-def test_a_result_that_is_not_heard_is_looked_up(quiet: httpx.Client, tenant: Tenant) -> None:
-    """The endpoint may not listen at all: what is published is lost, and the stored record is the answer."""
+def test_a_result_that_is_not_received_is_looked_up(quiet: httpx.Client, tenant: Tenant) -> None:
+    """The endpoint may not subscribe: publications are lost; the stored record is the answer."""
     tenant.redis.execute_command("ACL", "SETUSER", REDIS_USER, "resetchannels")
     with sending(quiet, (adding(EXECUTION, "a"), {})) as (future,):
         eventually(lambda: waiting(tenant))
@@ -1034,7 +1032,7 @@ def test_a_result_that_is_not_heard_is_looked_up(quiet: httpx.Client, tenant: Te
 
 
 def test_killed_subscriptions_lose_no_answer(quiet: httpx.Client, tenant: Tenant) -> None:
-    """Whatever is lost while they are made again."""
+    """Also what is published before they are made again is not lost."""
     ended = threading.Event()
     kills: list[int] = []
 
@@ -1055,7 +1053,7 @@ def test_killed_subscriptions_lose_no_answer(quiet: httpx.Client, tenant: Tenant
 
 
 def test_what_redis_refuses_is_503(quiet: httpx.Client, tenant: Tenant) -> None:
-    """With Retry-After, and the endpoint goes on when it may again; the same key is good for the next try."""
+    """With Retry-After; later the endpoint continues, and the same key can be used again."""
     tenant.redis.execute_command("ACL", "SETUSER", REDIS_USER, "-evalsha", "-eval")
     response = patch(quiet, adding(EXECUTION, "a"), Idempotency_Key="k")
     assert refused(response, 503, "unavailable") == []
