@@ -1,7 +1,7 @@
 """make bench: the product beside what else could do the job, on the same servers, in one run.
 
-Writes build/bench.json, docs/bench.md and docs/bench.svg. A smoke run is short and writes all of it to build/smoke/:
-it shows that the benchmark works, not how fast anything is.
+Writes build/bench.json, docs/bench.md and docs/bench.svg. A smoke run is short and writes all of it
+to build/smoke/: it shows that the benchmark works, not how fast anything is.
 """
 
 from __future__ import annotations

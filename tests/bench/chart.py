@@ -40,7 +40,7 @@ class Panel:
     note: str
     bars: Sequence[Bar]
     cut: bool = False
-    """Whether to cut off bars that are so long that the others could not be told apart."""
+    """Whether to cut off bars that are so long that the others would look the same."""
 
 
 _STYLE: Final = """
@@ -97,7 +97,7 @@ def _panel(panel: Panel, x: float, y: float, show: Callable[[float], str]) -> li
 
 
 def _longest(panel: Panel) -> float:
-    """Return the value that is as long as the panel is wide. A line far beyond all bars is cut off."""
+    """Return the value at the width of the panel. A line far beyond all bars is cut off."""
     if not panel.bars:
         return 0
     longest = max(bar.value for bar in panel.bars)

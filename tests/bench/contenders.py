@@ -79,7 +79,7 @@ NAMES: Final = tuple(_MODULES)
 
 
 def find(names: Iterable[str] = NAMES) -> tuple[list[Contender], dict[str, str]]:
-    """Return the contenders that can be used, and why the others can't. The environment must be set."""
+    """Return the contenders that can be used, and why others can't. Needs the environment."""
     found, absent = [], {}
     for name in names:
         try:

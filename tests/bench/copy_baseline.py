@@ -1,6 +1,6 @@
-"""The limit of writing: the rows that the product leaves behind, written again by one connection with COPY.
+"""The limit of writing: the rows that the product wrote, written by one connection with COPY.
 
-No queue and no rules: the rows are in memory as COPY's binary format, and only COPY and commit are timed.
+No queue and no rules: the rows are in memory in COPY's binary format; COPY and commit are timed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one transaction writes: the rows of each table, and the revisions that executions then have."""
+    """What one transaction writes: the rows of each table, and the executions' revisions."""
 
     copies: dict[str, bytes]
     organization_id: UUID
@@ -44,7 +44,7 @@ class Chunk:
 
 
 class Limit:
-    """The rows of these batches, in a database of their own, and how fast they are written there."""
+    """The rows of these batches, in a separate database, and how fast they are written there."""
 
     def __init__(self, servers: Servers, batches: int, operations: int, say: Say) -> None:
         """Let the product apply the batches once, and keep what it leaves behind."""
@@ -119,7 +119,7 @@ def _by_organization(items: Sequence[Item]) -> dict[UUID, list[Item]]:
 
 
 def _groups(items: Sequence[Item], operations: int) -> list[list[Item]]:
-    """Return the batches of each transaction: of one organization, as in the product, which take turns."""
+    """Return the batches of each transaction: of one organization, which take turns."""
     size = ROWS // operations
     cut = [
         [of_one[start : start + size] for start in range(0, len(of_one), size)]
@@ -137,7 +137,7 @@ _ROWS: Final = {
 
 
 def _chunk(connection: psycopg.Connection, group: Sequence[Item]) -> Chunk:
-    """Read what the batches have left behind. Each batch has tags of its own."""
+    """Read what the batches have left behind. Each batch has other tags."""
     organization_id = group[0].organization_id
     values = {
         "organization": sql.Literal(organization_id),
@@ -182,7 +182,7 @@ _SAVE_REVISIONS: Final = """
 
 
 def _write(connection: psycopg.Connection, chunks: Sequence[Chunk]) -> float:
-    """Write each chunk in a transaction of its own; return the seconds that all took."""
+    """Write each chunk in a separate transaction; return the seconds that all took."""
     statements = {
         table: sql.SQL("copy {} from stdin (format binary)").format(sql.Identifier(table))
         for table in TABLES

@@ -1,7 +1,8 @@
-"""A light HTTP client for load: keep-alive connections of one process, one request under way on each.
+"""A light HTTP client for load: keep-alive connections of one process, with one request each.
 
-It shares the machine with what it measures, so it loads only the standard library and reads little of an answer.
-Standard input has one JSON object, the arguments of `hammer`; standard output gets one, its result.
+It shares the machine with what it measures, so it loads only the standard library and reads little
+of an answer. Standard input has one JSON object, the arguments of `run_load`; standard output gets
+one, its result.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class _Connection:
         self.socket.sendall(request)
 
     def receive(self, status: bytes) -> bool:
-        """Take what has come; return whether the answer is complete. Raises if it is another status."""
+        """Take what has come; return whether the answer is complete. Raises for another status."""
         count = self.socket.recv_into(_BUFFER)
         if not count:
             raise ConnectionError("the server closed a connection")
@@ -56,10 +57,10 @@ def _content_length(head: bytes) -> int:
     return int(head.partition(b"\r\ncontent-length:")[2].partition(b"\r")[0] or 0)
 
 
-def hammer(
+def run_load(
     ports: list[int], request: str, status: int, connections: int, seconds: float, warm_up: float
 ) -> dict[str, float]:
-    """Send one request over and over; connections are spread over the ports. Times are in seconds."""
+    """Send one request repeatedly, over connections to all ports. Times are in seconds."""
     data, wanted = request.encode(), b"HTTP/1.1 %d " % status
     latencies: list[float] = []
     with _opened(ports, connections) as (poll, by_number):
@@ -102,4 +103,4 @@ def _silent() -> list[tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    json.dump(hammer(**json.load(sys.stdin)), sys.stdout)
+    json.dump(run_load(**json.load(sys.stdin)), sys.stdout)

@@ -1,4 +1,4 @@
-"""The job that every peer does for one message: the product's own rules and SQL, in one transaction for one batch.
+"""The job that peers do for a message: the product's rules and SQL, one transaction a batch.
 
 Each thread has its own connections, made at its first job, so never before a fork.
 """
@@ -44,7 +44,7 @@ class Tools:
 
 
 def freeze() -> None:
-    """Spare the garbage collector what was made at the start, once in each process, as the product does."""
+    """Freeze what exists at the start, once in each process, as the product does."""
     if _freeze.acquire(blocking=False):  # it is never released
         collector.freeze()
 

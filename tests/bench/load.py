@@ -1,4 +1,4 @@
-"""What is sent and on what it falls: batches, the executions they name, and the database of a million tags."""
+"""What is sent, and to what: batches, their executions, and the database of a million tags."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METADATA: Final = {"reviewer": "ada"}
 
 @dataclass(frozen=True)
 class Load:
-    """Batches of `operations` adds of distinct tags, over `organizations`, upon `prefilled` tags."""
+    """Batches of `operations` distinct tags, over `organizations`, onto `prefilled` tags."""
 
     operations: int
     organizations: int
@@ -34,7 +34,10 @@ class Load:
     prefilled: int = 0
 
     def __str__(self) -> str:
-        return f"{self.operations} operations, {self.organizations} organizations, {self.prefilled} tags"
+        return (
+            f"{self.operations} operations, {self.organizations} organizations, "
+            f"{self.prefilled} tags"
+        )
 
 
 @cache
@@ -49,7 +52,7 @@ def execution(number: int, of: int) -> UUID:
 
 @dataclass
 class Batches:
-    """Makes the batches of all loads, once, for they are the same in each round and for each contender."""
+    """Makes the batches of all loads, once: they are the same for each round and contender."""
 
     servers: Servers
     _made: dict[tuple[str, int, int], list[Item]] = field(default_factory=dict)
@@ -84,7 +87,8 @@ def register(connection: psycopg.Connection) -> None:
     rows = [(organization(of), execution(n, of)) for of, n in _all()]
     connection.execute(
         """
-        insert into flow_executions (organization_id, flow_execution_id, task_names, revision, created_at)
+        insert into flow_executions
+               (organization_id, flow_execution_id, task_names, revision, created_at)
         select organization_id, flow_execution_id, null, 0, now()
           from unnest(%s::uuid[], %s::uuid[]) as e (organization_id, flow_execution_id)
             on conflict do nothing

@@ -1,6 +1,7 @@
-"""The endpoint as one would write it first: FastAPI, SQLAlchemy's ORM, a response model. For comparison only.
+"""The endpoint written in the most obvious way: FastAPI, SQLAlchemy's ORM, a response model.
 
-It reads the same tables as worker/api/app.py as the same role, and gives the same answers to good requests.
+For comparison only. It reads the same tables as worker/api/app.py as the same role, and gives the
+same answers to good requests.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Workers:
             before = now
 
     def forget_peak(self) -> None:
-        """Let the peak memory begin anew, where the system allows that."""
+        """Reset the peak memory, where the system allows that."""
         for pid in tree(process.pid for process in self.running):
             with suppress(OSError):
                 Path(f"/proc/{pid}/clear_refs").write_text("5")
@@ -78,7 +78,7 @@ class Workers:
             with suppress(subprocess.TimeoutExpired):
                 entry[1].wait(max(0.05, deadline - time.monotonic()))
             with suppress(ProcessLookupError):
-                os.killpg(entry[1].pid, signal.SIGKILL)  # each has a session of its own
+                os.killpg(entry[1].pid, signal.SIGKILL)  # each is the leader of a session
             entry[1].wait()
             self._supervisor.running.remove(entry)
 

@@ -1,4 +1,4 @@
-"""The read side: GET /task-tags of our endpoint, of a naive one, and pgbench with the same transaction.
+"""The read side: GET /task-tags of this endpoint and a naive one, and pgbench's transaction.
 
 What is measured is closed-loop: each connection sends its next request when it has its answer.
 """
@@ -78,7 +78,7 @@ SMOKE: Final = Durations(round=0.3, tuning=0.0, warm_up=0.05)
 
 
 def run(servers: Servers, rounds: int, say: Say) -> dict[str, Any]:
-    """Measure everything in turn, `rounds` times. One round is a smoke run: short, and nothing is tuned."""
+    """Measure everything in turn, `rounds` times. With one round, nothing is tuned (smoke run)."""
     durations = SMOKE if rounds == 1 else FULL
     servers.fresh()
     data = _fill(servers)
@@ -97,7 +97,7 @@ def run(servers: Servers, rounds: int, say: Say) -> dict[str, Any]:
 def _measure(
     contenders: Sequence[Contender], rounds: int, durations: Durations, say: Say
 ) -> dict[tuple[Contender, Case], list[Sample]]:
-    """Take one sample of each contender and case in each round; who begins changes with the round."""
+    """Take one sample of each contender and case in each round; the order rotates."""
     samples: dict[tuple[Contender, Case], list[Sample]] = {}
     for number in range(rounds):
         first = number % len(contenders)
@@ -163,14 +163,16 @@ class Data:
 
 
 _FILL_EXECUTION: Final = """
-    insert into flow_executions (organization_id, flow_execution_id, task_names, revision, created_at)
+    insert into flow_executions
+           (organization_id, flow_execution_id, task_names, revision, created_at)
     values (%(organization)s, %(execution)s, null, %(tags)s, timestamptz '2026-01-01 12:00Z')
 """
 _FILL_TAGS: Final = """
-    insert into task_tags (organization_id, id, flow_execution_id, task_name, tag_type, tag, tag_metadata,
-                           metadata_digest, status, created_at, created_by)
-    select %(organization)s, gen_random_uuid(), %(execution)s, 'extract_data_' || n %% 20, 'review_status',
-           'reviewed_' || n, metadata::json, sha256(metadata::bytea), 'active',
+    insert into task_tags
+           (organization_id, id, flow_execution_id, task_name, tag_type, tag, tag_metadata,
+            metadata_digest, status, created_at, created_by)
+    select %(organization)s, gen_random_uuid(), %(execution)s, 'extract_data_' || n %% 20,
+           'review_status', 'reviewed_' || n, metadata::json, sha256(metadata::bytea), 'active',
            timestamptz '2026-01-01 12:00Z' + n * interval '1.000123 s', 'ada'
       from generate_series(1, %(tags)s) as n, format('{"page":%%s,"reviewer":"ada"}', n) as metadata
 """
@@ -253,7 +255,7 @@ def _answers(port: int) -> bool:
 
 
 def _compare(contenders: Sequence[Contender], data: Data) -> None:
-    """See that the endpoints give the same tags in the same order, and pgbench reads the same text."""
+    """Check that endpoints give the same tags in the same order, and pgbench the same text."""
     for case in CASES:
         bodies = {
             contender.name: contender.body(case)
@@ -317,7 +319,7 @@ class Http:
         return Sample(**json.loads(done.stdout))
 
     def body(self, case: Case) -> bytes:
-        """Ask every process once, see that it gives the right status, and return the last answer."""
+        """Send one request to every process, check its status, and return the last answer."""
         for port in self.ports:
             url = f"http://127.0.0.1:{port}{self.data.path(case)}"
             answer = httpx.get(url, headers=self.data.headers(case), trust_env=False)
@@ -330,7 +332,7 @@ class Http:
 
 
 def transaction(pipeline: bool) -> str:
-    """Return the endpoint's transaction as a script of pgbench; in a pipeline, it is one by itself."""
+    """Return the endpoint's transaction as a script of pgbench, alone in its pipeline."""
     lines = [f"{_script(scope_statement('$1', 'public'))};", f"{_script(READ_TAGS)};"]
     if pipeline:
         lines = ["\\startpipeline", *lines, "\\endpipeline"]
@@ -360,7 +362,7 @@ _VALUES: Final = (":organization_id", ":flow_execution_id", "null", ":known::big
 
 @dataclass(eq=False)
 class Pgbench:
-    """The best that PostgreSQL can give for the same transaction: nothing between it and a light client."""
+    """The best that PostgreSQL can do for the same transaction, with a light client."""
 
     servers: Servers
     data: Data
@@ -377,7 +379,7 @@ class Pgbench:
         return {"mode": "prepared", "chosen": chosen, "tried": self.tried}
 
     def tune(self, durations: Durations, say: Say) -> None:
-        """Choose for each case the number of connections, and whether statements go out in one pipeline."""
+        """Choose the connections for each case, and whether to send statements in one pipeline."""
         for case in CASES:
             rates = {(clients, True): self._try(case, clients, True) for clients in PGBENCH_CLIENTS}
             fastest, _ = max(rates, key=lambda way: rates[way])
@@ -419,7 +421,10 @@ class Pgbench:
         """Fail unless the statement gives one row with a text of this length."""
         found = "null" if case.not_modified else str(length)
         read = _script(READ_TAGS)
-        test = f"select 1 / count(*) from ({read}) as r (revision, tags) where length(tags) is not distinct from {found};"
+        test = (
+            f"select 1 / count(*) from ({read}) as r (revision, tags) "
+            f"where length(tags) is not distinct from {found};"
+        )
         script = f"begin;\n{_script(scope_statement('$1', 'public'))};\n{test}\ncommit;\n"
         self._pgbench(case, script, 1, "-t", "1")
 

@@ -1,4 +1,4 @@
-"""What the figures of a benchmark say: the ratios with their targets, docs/bench.md and docs/bench.svg."""
+"""What the figures of a benchmark mean: ratios and targets, docs/bench.md and docs/bench.svg."""
 
 from __future__ import annotations
 
@@ -182,9 +182,10 @@ def write(results: Results, directory: Path) -> None:
 
 _HEAD: Final = """# Benchmark
 
-Written by `make bench`; don't edit. One run on one machine: every contender has the same PostgreSQL and the same
-Valkey, and is measured in turn in each round. Figures are medians of the rounds ({rounds}), with the smallest and the
-largest in parentheses; a ratio is the median of the rounds' ratios.
+Written by `make bench`; don't edit. One run on one machine: every contender has the same PostgreSQL
+and the same Valkey, and is measured in turn in each round. Figures are medians of the rounds
+({rounds}), with the smallest and the largest in parentheses; a ratio is the median of the rounds'
+ratios.
 
 ![bars of throughput, latency and reads](bench.svg)"""
 
@@ -237,8 +238,8 @@ def _throughputs(results: Results) -> str:
     heads = ["tags before", "organizations", "operations", "batches/s", "operations/s"]
     return _section(
         "Throughput",
-        "Batches per second from the first enqueue to the last result received, with 8 organizations and an empty "
-        "table.",
+        "Batches per second from the first enqueue to the last result received, "
+        "with 8 organizations and an empty table.",
         _table(["", "batches/s, 1 operation", "batches/s, 10 operations"], by_peer),
         "task tags with every load:" if every else "",
         _table(heads, every, left=0),
@@ -256,7 +257,8 @@ def _latencies(results: Results) -> str:
     ]
     return _section(
         "Latency",
-        "From enqueue to the result received, in ms: all at the same rate, and each at 10 % of its own throughput.",
+        "From enqueue to the result received, in ms: all at the same rate, "
+        "and each at 10 % of its own throughput.",
         _table(["", "load", "batches/s", "p50", "p95", "p99"], rows, left=2),
     )
 
@@ -282,7 +284,7 @@ _COSTS: Final = {
 
 
 def _costs(results: Results) -> str:
-    """The cost of each batch. Peak memory is that of all processes of a contender, without the servers."""
+    """The cost of each batch. Peak memory is of all processes of a contender, no servers."""
     measured = _matching(results.get("throughput", []), organizations=8, prefilled=0)
     rows = [
         [row["contender"], f"{row['operations']:,}", *(_spread(row.get(name)) for name in _COSTS)]
@@ -312,9 +314,10 @@ def _reads(results: Results) -> str:
     ]
     return _section(
         "Reads",
-        "`GET /task-tags` by keep-alive connections that ask again at once, one endpoint process unless it says "
-        "otherwise. 304 is the answer to `If-None-Match`. pgbench is the limit: the endpoint's transaction with "
-        "prepared statements and no HTTP, in one pipeline where that is faster.",
+        "`GET /task-tags` by keep-alive connections that ask again at once, "
+        "one endpoint process unless it says otherwise. 304 is the answer to `If-None-Match`. "
+        "pgbench is the limit: the endpoint's transaction with prepared statements and no HTTP, "
+        "in one pipeline where that is faster.",
         _table(["", "tags", "connections", "requests/s", "p50, ms", "p95, ms"], rows),
     )
 
@@ -387,7 +390,7 @@ def _spread(figure: Spread | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Return a number with three significant digits, or with all of its whole part's from 100 on."""
+    """Return a number with three significant digits, or more before the decimal point."""
     if value is None:
         return "–"
     if not value:
@@ -409,7 +412,8 @@ def _chart(results: Results) -> str:
     ]
     return draw(
         "task tags beside what else could do the job",
-        f"One run on one machine; bars are medians of {rounds} rounds, thin lines go from the smallest to the largest.",
+        f"One run on one machine; bars are medians of {rounds} rounds, "
+        "thin lines go from the smallest to the largest.",
         [panel for panel in panels if panel.bars],
         _number,
     )

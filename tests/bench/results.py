@@ -1,4 +1,4 @@
-"""Hears the results of a run, for all contenders in the same way: one thread, one connection."""
+"""Receives the results of a run for all contenders alike: one thread, one connection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Missing(Exception):
 
 
 class Results:
-    """Counts the results of organizations. Use it as a context manager; it hears once that is entered."""
+    """Counts the results of organizations: a context manager, subscribed once it is entered."""
 
     def __init__(
         self, redis_url: str, organizations: Iterable[UUID], *, timed: bool = False
@@ -46,7 +46,7 @@ class Results:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._redis.publish(self._channels[0], _END)  # the thread looks up when it hears something
+        self._redis.publish(self._channels[0], _END)  # the thread checks at each message
         self._thread.join()
         self._redis.close()
 

@@ -1,4 +1,4 @@
-"""The servers of the benchmark: one embedded PostgreSQL and one Valkey for all contenders, a fresh database for each run."""
+"""The servers of the benchmark: PostgreSQL, Valkey, and a fresh database for each run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from worker.local.supervisor import Supervisor
 WORKER: Final = ROLES[0]
 ENDPOINT: Final = ROLES[1]
 EMPTY: Final = "empty"
-"""The database that every run's own is a copy of, unless it is told otherwise."""
+"""The database that each run's is a copy of, by default."""
 RUN: Final = "run"
 
 
@@ -46,7 +46,7 @@ class Servers:
     passwords: dict[str, str]
 
     def database_url(self, role: str | None = None, database: str = RUN) -> str:
-        """Return the URL of a database for a role; None is the owner, who sees through everything."""
+        """Return the URL of a database for a role; None is the owner, who sees all rows."""
         if role is None:
             return self.postgres.url(database=database)
         return self.postgres.url(role, self.passwords[role], database)
@@ -70,7 +70,7 @@ class Servers:
         )
 
     def fresh(self, template: str = EMPTY) -> None:
-        """Forget all that is in Redis, and make the database of the next run: a copy of `template`."""
+        """Empty Redis, and make the database of the next run: a copy of `template`."""
         self.copy(template, RUN)
         with open_redis(self.redis_url) as redis:
             redis.flushall()
@@ -90,7 +90,7 @@ class Servers:
 
 @contextmanager
 def servers() -> Iterator[Servers]:
-    """Start PostgreSQL and Valkey with the settings of the local stack, on a directory of their own."""
+    """Start PostgreSQL and Valkey with the local stack's settings, on a new directory."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
         directory.chmod(0o755)

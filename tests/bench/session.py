@@ -1,4 +1,4 @@
-"""One session of the write side: the running workers of one contender, what is sent to them, and what that costs."""
+"""One session of the write side: the workers of one contender, its loads and their cost."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Session:
             os.environ.pop(name, None)
 
     def _start(self) -> None:
-        """Start the workers on an empty queue, and wait until they have started and one of them answers."""
+        """Start the workers on an empty queue, and wait until one of them answers."""
         commands = self.contender.commands(self.setting)
         self.workers = Workers(self.servers.supervisor, commands, self.contender.environment)
         self.sender = self.contender.sender()
@@ -71,7 +71,7 @@ class Session:
             self.sender = None
 
     def throughput(self, load: Load) -> dict[str, float]:
-        """Run a load; return its figures. Raises `Missing` unless every batch was applied and answered."""
+        """Run a load; return its figures. Raises `Missing` unless every batch was answered."""
         warm = self.batches.take(replace(load, batches=max(self.warm_up, load.organizations)), "w")
         items = self.batches.take(load)
         rows, fsyncs = self._reset(load), self._fsyncs()
@@ -97,7 +97,7 @@ class Session:
         }
 
     def latency(self, rate: float, count: int) -> dict[str, float]:
-        """Enqueue single batches at a rate; return percentiles of the milliseconds until their results."""
+        """Enqueue single batches at a rate; return percentiles of the milliseconds to a result."""
         load = replace(LATENCY, batches=count)
         warm = self.batches.take(replace(load, batches=self.warm_up), "w")
         items = self.batches.take(load)
@@ -167,9 +167,9 @@ class Session:
         return self._number("select coalesce(sum(fsyncs), 0) from pg_stat_io where object = 'wal'")
 
     def _fsyncs_of_all(self) -> float:
-        """Return how often the WAL was synced, also by those who have not told.
+        """Return how often the WAL was synced, by ended connections as well.
 
-        A connection does, at the latest, when it ends. So all are ended; the workers make new ones.
+        A connection reports that when it ends, at the latest. So all are ended; workers reconnect.
         """
         if self.contender.queue_in_database:
             self._stop()
@@ -219,7 +219,7 @@ def _probe(begun: Session) -> None:
 
 
 def _send_when_it_listens(begun: Session, item: Item, deadline: float) -> None:
-    """Send the probe; whoever is sent to directly has to listen first."""
+    """Send the probe; who sends to workers directly has to listen first."""
     while True:
         assert begun.sender is not None
         try:

@@ -1,4 +1,4 @@
-"""Measures the write side: throughput, cost, enqueue and latency of every contender, in interleaved rounds.
+"""Measures the write side: throughput, cost, enqueue and latency, in interleaved rounds.
 
 python -m tests.bench.write [--smoke] [--only "Celery;RQ"] [--rounds 1]
 """
@@ -28,20 +28,21 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """Which loads are run, and how long. `seconds` None takes the batches of the loads as they are."""
+    """Which loads are run, and how long. `seconds` None takes the loads' own batches."""
 
     peers: Sequence[Load]
     ours: Sequence[Load]
     """More loads, that only the product runs."""
     seconds: float | None
     our_seconds: float
-    """The same for the product, with the loads that all run. It takes organizations in turns of a quarter of a second, so at
-    the end of a load the last one may be alone with one worker: that must not be a tenth of the load."""
+    """The same for the product, with the loads that all run. It takes organizations in turns of a
+    quarter of a second, so at the end of a load the last one may be alone with one worker: that
+    must not be a tenth of the load."""
     wide_seconds: float
-    """The same for the loads that only the product runs; four times as long with ten operations and many organizations, for
-    each of them to have several groups of batches: growth is measured there."""
+    """The same for the loads that only the product runs. With ten operations and many organizations
+    it is four times as long, for each of them to have several groups: growth is measured there."""
     tuning: Mapping[bool, int]
-    """Batches of ten operations that each setting is tried with: the product's (True) and a peer's. Empty: none."""
+    """Batches of ten operations for each setting of the product (True) or a peer. Empty: none."""
     warm_up: int
     enqueued: int
     latency_seconds: float
@@ -106,11 +107,11 @@ class Run:
     tried: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     rates: dict[str, Rates] = field(default_factory=dict)
     figures: dict[tuple[str, ...], dict[str, list[float]]] = field(default_factory=dict)
-    """Values of all rounds, by kind, contender and whatever else tells a row from the others."""
+    """Values of all rounds, by kind, contender and other keys of a row."""
     rows: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)
 
     def each(self, step: Callable[[Contender], None]) -> None:
-        """Do something for each contender in turn. A peer that fails is named and left out from then on."""
+        """Do something for each contender in turn. A peer that fails is named and left out."""
         for contender in list(self.contenders):
             try:
                 step(contender)
@@ -154,7 +155,7 @@ class Run:
             self._loads(contender, prefilled)
 
     def _loads(self, contender: Contender, loads: Sequence[Load]) -> None:
-        """Run loads that begin with the same table, with the same workers; latency with the empty one."""
+        """Run loads on the same initial table with the same workers; latency on the empty one."""
         self.opened.fresh(MILLION if loads[0].prefilled else EMPTY)
         setting = self.chosen[contender.name]
         with Session(self.opened, self.batches, contender, setting, self.plan.warm_up) as begun:
@@ -231,7 +232,10 @@ def run(
     say: Say = print,
     first: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Tune every contender, then run whole rounds of all of them; return the figures. `first`: done in each round."""
+    """Tune contenders, then run whole rounds of all; return the figures.
+
+    `first` is called in each round before the rest.
+    """
     _prepare_this_process(opened)
     contenders, absent = contest.find(names)
     for name, reason in absent.items():
@@ -250,7 +254,7 @@ def run(
 
 
 def _prepare_this_process(opened: Servers) -> None:
-    """Set what contenders read from the environment, and keep the garbage collector out of the way."""
+    """Set what contenders read from the environment, and freeze what exists at the start."""
     os.environ.update(opened.environment())
     os.environ["BENCH_OWNER_URL"] = opened.database_url()
     os.environ["BENCH_SOCKET"] = str(Path(opened.directory) / "direct.sock")

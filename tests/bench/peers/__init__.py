@@ -1,1 +1,1 @@
-"""What a flow team could pick instead: one module for each, with its worker, its settings and its way to enqueue."""
+"""The alternatives: a module for each, with its worker, settings and way to enqueue."""

@@ -1,4 +1,4 @@
-"""arq: the job is synchronous, so it runs in a thread pool, as arq's documentation has it; several processes."""
+"""arq: a synchronous job in a thread pool, as in arq's documentation; several processes."""
 
 from __future__ import annotations
 

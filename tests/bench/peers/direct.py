@@ -1,7 +1,7 @@
 """The direct way: FastAPI and the SQLAlchemy ORM, one transaction a request, no queue.
 
-The rules are the product's (`decide`); reading and writing is the ORM's. Handlers are synchronous and run in
-threads, each with a connection of the pool.
+The rules are the product's (`decide`); reading and writing is the ORM's. Handlers are synchronous
+and run in threads, each with a connection of the pool.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def _save(
     tags: Iterable[TagRow],
     now: datetime,
 ) -> None:
-    """Carry over what was decided to the objects of the session, which writes it when it commits."""
+    """Copy the decision to the objects of the session, which writes them when it commits."""
     for execution in executions:
         if execution.flow_execution_id in writes.revisions:
             execution.revision = writes.revisions[execution.flow_execution_id]
@@ -322,7 +322,7 @@ def commands(setting: Setting) -> list[list[str]]:
 
 
 class Sender:
-    """Requests on kept connections, as many at once as the handlers have threads, and half as many again."""
+    """Requests on kept connections: one and a half times as many as handlers have threads."""
 
     def __init__(self) -> None:
         self._loop = Loop()

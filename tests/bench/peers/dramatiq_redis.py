@@ -1,4 +1,4 @@
-"""Dramatiq on Redis: an actor, worker processes of several threads, the broker's default middleware."""
+"""Dramatiq on Redis: an actor, processes of several threads, the broker's default middleware."""
 
 from __future__ import annotations
 

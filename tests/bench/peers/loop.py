@@ -1,4 +1,4 @@
-"""Runs the asyncio producers of peers in the calling thread, from one synchronous call to the next."""
+"""Runs the asyncio producers of peers in the calling thread, between synchronous calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.bench.contenders import Item
 CHUNK = 100
 """So many messages are in one pipeline or statement."""
 AT_ONCE = 16
-"""So many calls are on their way at once, each on a connection; with more, both arq and taskiq are slower."""
+"""So many calls at once, each on a connection; with more, arq and taskiq are slower."""
 
 Value = TypeVar("Value")
 
@@ -32,7 +32,7 @@ class Loop:
         return self._loop.run_until_complete(coroutine)
 
     def hold(self, context: AbstractAsyncContextManager[Any]) -> None:
-        """Enter a context, in a task of its own, until this is closed."""
+        """Enter a context, in a separate task, until this is closed."""
         entered = self._loop.create_future()
 
         async def hold() -> None:

@@ -1,4 +1,4 @@
-"""Plain Celery on Redis: one message a batch, no result backend, acknowledged early (the default)."""
+"""Plain Celery on Redis: one message a batch, no result backend, acknowledged early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Procrastinate: jobs in PostgreSQL, told of by LISTEN; a synchronous task, which its worker runs in a thread."""
+"""Procrastinate: jobs in PostgreSQL with LISTEN; a synchronous task in a thread of a worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RQ: a pool of SimpleWorkers, which RQ's notes on performance name for jobs of a few milliseconds."""
+"""RQ: a pool of SimpleWorkers, as RQ recommends for jobs of a few milliseconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""streaq: a synchronous task, which its worker runs in a thread; several processes; no results kept."""
+"""streaq: a synchronous task in a thread of a worker; several processes; no results kept."""
 
 from __future__ import annotations
 

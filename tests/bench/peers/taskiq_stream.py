@@ -1,4 +1,4 @@
-"""taskiq on a Redis stream: a synchronous task, which its receiver runs in a thread pool; uvloop."""
+"""taskiq on a Redis stream: a synchronous task in a receiver's thread pool; uvloop."""
 
 from __future__ import annotations
 
