@@ -95,7 +95,7 @@ def test_a_file_is_enqueued_without_waiting(
 def test_a_full_inbox_is_waited_for_as_long_as_one_says(
     servers: Servers, mine: dict[str, str], wait: tuple[str, ...]
 ) -> None:
-    """Four batches through an inbox for one: with --block the workers make room, else the exit code is 4."""
+    """Four batches, an inbox for one: with --block they wait for space, else the exit code is 4."""
     limited = {**mine, "TASK_TAGS_INBOX_LIMIT": "1"}
     sent = lines(*[register_execution(uuid4()) for _ in range(4)])
     done = run(servers, "enqueue", "-", "--block", "20", *wait, stdin=sent, **limited)

@@ -1,4 +1,4 @@
-"""The live page in a real browser: what one page changes, the others show, whatever happens in between."""
+"""The live page in a real browser: a change on one page appears on all, also after faults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if os.environ.get("TASK_TAGS_NO_BROWSER") == "1":
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One for the whole file; the pages of a test have contexts, and so tokens, of their own."""
+    """One for the whole file; each page of a test has a separate context, and so a token."""
     expect.set_options(timeout=15_000)
     with open_browser() as browser:
         yield browser
@@ -37,13 +37,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def complaints() -> list[str]:
-    """What browsers complain about in their consoles: errors of the script, refusals of the security policy."""
+    """Messages in the consoles of browsers: script errors, violations of the security policy."""
     return []
 
 
 @pytest.fixture
 def open_page(browser: Browser, servers: Servers, complaints: list[str]) -> Iterator[Open]:
-    """Open the live page of an execution in a context of its own, and wait until it is live."""
+    """Open the live page of an execution in a new context, and wait until it is live."""
     contexts = []
 
     def open_page(execution: UUID, token: str, *, live: bool = True, **options: Any) -> Page:
@@ -110,7 +110,8 @@ def shown_tags(page: Page) -> list[tuple[str, ...]]:
     rows = page.locator("li.tag").evaluate_all(
         """rows => rows.map(row => [
             row.closest('.task').querySelector('.task-name'),
-            ...['.chip-type', '.chip-tag', '.metadata', '.by-who'].map(part => row.querySelector(part)),
+            ...['.chip-type', '.chip-tag', '.metadata', '.by-who'].map(
+                part => row.querySelector(part)),
         ].map(part => part.textContent))"""
     )
     return sorted(tuple(row) for row in rows)
@@ -133,7 +134,7 @@ def shown_revisions(page: Page) -> list[int]:
 
 @contextmanager
 def endpoint_stopped(servers: Servers) -> Iterator[None]:
-    """Stop the endpoint's process for the length of the block; then it is there again, on the same port."""
+    """Stop the endpoint's process for the length of the block; then start it on the same port."""
     supervisor = servers.stack.supervisor
     child, process = next(each for each in supervisor.running if each[0].name == "endpoint")
     process.terminate()
@@ -156,7 +157,7 @@ def test_what_one_page_changes_the_other_shows_in_place(
     open_page: Open,
     complaints: list[str],
 ) -> None:
-    """With who did it, and no one loses the focus; the sender sees the status and how long the answer took."""
+    """With its actor, and the focus stays; the sender sees the status and how long it took."""
     adas = open_page(execution, servers.token(organization, sub="ada"))
     graces = open_page(execution, servers.token(organization, sub="grace"))
     old = remove_button(graces, "source: scanner-3 from extract_data")
@@ -207,7 +208,7 @@ def test_pages_catch_up_by_themselves_after_the_endpoint_was_away(
     open_page: Open,
     token: str,
 ) -> None:
-    """They say that they are not connected; then they show what is stored, and each revision once."""
+    """They say that they are not connected; then they show what is stored, each revision once."""
     pages = [open_page(execution, token) for _ in range(2)]
     add_by_hand(pages[0], "review", "review_status", "pending")
     expect(tags_of(pages[1], "review")).to_have_count(1)
@@ -242,13 +243,13 @@ HOSTILE = """<img src=x onerror="window.ran = 1"><script>window.ran = 1</script>
 def test_html_in_tags_is_shown_as_text(
     producer: TagProducer, open_page: Open, token: str, complaints: list[str]
 ) -> None:
-    """In names of tasks, types, tags and in metadata, whether read, heard or typed by hand; it runs nothing."""
+    """In names of tasks, types, tags and in metadata, read, received or typed: nothing runs."""
     execution = uuid4()
     producer.register(execution)
     hostile = add(execution, HOSTILE, HOSTILE[:99], HOSTILE, {HOSTILE: HOSTILE})
     applied(producer, hostile)
     page = open_page(execution, token)
-    applied(producer, add(execution, HOSTILE, "heard", HOSTILE, HOSTILE))
+    applied(producer, add(execution, HOSTILE, "received", HOSTILE, HOSTILE))
     add_by_hand(page, HOSTILE, "typed", HOSTILE, '"<b>bold</b>"')
     expect(tags_of(page, HOSTILE)).to_have_count(3)
     for row in tags_of(page, HOSTILE).all():
@@ -263,7 +264,7 @@ def test_html_in_tags_is_shown_as_text(
 def test_tokens_and_executions_that_are_refused_are_told_in_words(
     servers: Servers, organization: UUID, execution: UUID, open_page: Open, token: str
 ) -> None:
-    """A wrong or expired token, an unknown execution, a missing scope; and a good token afterwards helps."""
+    """A wrong or expired token, an unknown execution, a missing scope; a good token then works."""
     page = open_page(execution, "wrong", live=False)
     expect(page.get_by_role("alert")).to_have_text("The token was refused: the token is not valid.")
     expect(connection(page)).to_have_text("Not connected")
@@ -296,7 +297,7 @@ def test_tokens_and_executions_that_are_refused_are_told_in_words(
 def test_a_batch_that_is_refused_is_told_beside_the_form(
     execution: UUID, open_page: Open, token: str
 ) -> None:
-    """Metadata that is no JSON is not sent; a task that the execution doesn't know is the endpoint's to refuse."""
+    """Metadata that is not JSON is not sent; the endpoint refuses a task that it does not know."""
     page = open_page(execution, token)
     add_by_hand(page, "review", "review_status", "reviewed", "{reviewer}")
     expect(page.get_by_role("alert")).to_contain_text("tag_metadata: must be JSON")
@@ -314,7 +315,7 @@ def test_a_batch_that_is_refused_is_told_beside_the_form(
 def test_a_batch_whose_answer_was_lost_is_sent_again_safely(
     execution: UUID, open_page: Open, token: str
 ) -> None:
-    """It is the same batch to the endpoint, which gives the answer that was lost; nothing takes effect twice."""
+    """The endpoint answers the same batch again, and nothing takes effect twice."""
     page = open_page(execution, token)
 
     def lose_the_answer(route: Route) -> None:
@@ -353,7 +354,7 @@ def test_the_token_stays_in_the_tab_until_it_is_forgotten(
 def test_it_is_readable_on_a_phone_and_works_by_keyboard_alone(
     producer: TagProducer, execution: UUID, open_page: Open, token: str, complaints: list[str]
 ) -> None:
-    """No scrolling sideways at 360 px, however long a name is; tab, type, enter; the focus goes to the neighbour."""
+    """No scrolling sideways at 360 px; tab, type, enter; after a removal, the neighbour has focus."""
     applied(producer, add(execution, "review", "t" * 100, "x" * 200, {"y" * 1000: ["z" * 1000]}))
     page = open_page(execution, token, viewport={"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") == 360

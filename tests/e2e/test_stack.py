@@ -58,7 +58,7 @@ def up(directory: Path, *words: str, **values: str) -> Iterator[tuple[subprocess
 
 
 def processes_of(directory: Path) -> list[str]:
-    """Command lines of processes that have to do with a state directory, from their environment or arguments."""
+    """Return command lines of processes with a state directory in environment or arguments."""
     found = []
     needles = {str(directory).encode(), str(find_server_paths(directory).sockets).encode()}
     for entry in Path("/proc").glob("[0-9]*"):
@@ -73,7 +73,7 @@ def processes_of(directory: Path) -> list[str]:
 
 
 def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path) -> None:
-    """A line for each part as it becomes ready, the URLs, a token, a command; then nothing is left running."""
+    """A line for each part as it becomes ready, URLs, a token, a command; then nothing runs."""
     with up(space) as (process, said):
         for name in ("postgresql", "valkey", "worker-1", "beat", "endpoint"):
             assert re.search(rf"{name} +ready in \d", said)
@@ -103,7 +103,7 @@ def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path
 
 
 def test_data_survives_and_a_killed_supervisor_leaves_nothing_running(space: Path) -> None:
-    """After SIGKILL its children end by themselves, and the next start finds everything as it was."""
+    """After SIGKILL its children end by themselves; the next start finds the data."""
     with up(space) as (process, _):
         database = Postgres(find_server_paths(space), load_or_create_secret(space, "postgres")).url(
             database="task_tags"
@@ -165,7 +165,7 @@ def test_servers_of_ones_own_are_used_instead(servers: Servers, space: Path) -> 
 
 
 def _restore_passwords(servers: Servers) -> None:
-    """Roles belong to the whole server, so the test above has changed those of the running stack."""
+    """Restore the passwords of roles, which the test above has changed for the whole server."""
     from worker.db.migrate import migrate
 
     urls = {
@@ -178,7 +178,7 @@ def _restore_passwords(servers: Servers) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_than_root_can_run_it() -> None:
-    """With a directory of its own; the demonstration ends well."""
+    """With that user's directory; the demonstration succeeds."""
     as_nobody: dict[str, Any] = {
         "user": "nobody",
         "group": "nogroup",

@@ -1,1 +1,1 @@
-"""The fault harness: real servers and workers, faults at random, and a comparison with a sequential model."""
+"""The fault harness: real servers, random faults, and a comparison with a sequential model."""

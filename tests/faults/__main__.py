@@ -1,7 +1,8 @@
-"""make faults [SECONDS=600] [SEED=n] [PLANT=bug]: break things at random, then compare with the model.
+"""make faults [SECONDS=600] [SEED=n] [PLANT=bug]: inject faults, then compare with a model.
 
-The last line is `faults: seed=… batches=… injected=… lost=0 doubled=0 reordered=0 gaps=0 missing_results=0
-stuck=0`; the exit code is 1 if any of these is not 0. PLANT puts a known bug into the workers, which must be found.
+The last line is `faults: seed=… batches=… injected=… lost=0 doubled=0 reordered=0 gaps=0
+missing_results=0 stuck=0`; the exit code is 1 if any of these is not 0. PLANT puts a known bug into
+the workers, which must be found.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**9)
     print(
-        f"seed {seed}, {arguments.seconds:g} s{', planted: ' if arguments.plant else ''}{arguments.plant}"
+        f"seed {seed}, {arguments.seconds:g} s"
+        f"{', planted: ' if arguments.plant else ''}{arguments.plant}"
     )
     choose, verdict = random.Random(seed), Verdict()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
@@ -74,7 +76,7 @@ def run_without_faults(harness: Harness, verdict: Verdict) -> None:
 
 
 def run_with_faults(harness: Harness, choose: random.Random, seconds: float) -> Counter[str]:
-    """Do all kinds of faults in turn, shuffled anew each round. A full run does each often enough."""
+    """Inject all kinds of faults, in a new order each round. A full run does each often enough."""
     injected: Counter[str] = Counter()
     deck: list[str] = []
     end = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""What must be true at the end, whatever was done to the product: the comparison with a sequential model."""
+"""What must be true at the end, after all faults: the comparison with a sequential model."""
 
 from __future__ import annotations
 
@@ -64,11 +64,12 @@ def check(
 ) -> int:
     """Compare one organization's tables with the model; return how many batches took effect.
 
-    `flushed`: batches that were in an inbox that was flushed; they may be missing, or out of their turn.
+    `flushed`: batches in an inbox that was flushed; they may be missing, or out of order.
     """
     messages = {message.batch_id: message for each in sent for message in each.messages}
     stored = connection.execute(
-        "select batch_id, result_record::text from tag_batches where organization_id = %s order by seq",
+        "select batch_id, result_record::text from tag_batches "
+        "where organization_id = %s order by seq",
         [organization],
     ).fetchall()
     effects = [batch_id for batch_id, _ in stored]
@@ -183,7 +184,8 @@ def _check_changes(
     if replayed != {row[0] for row in active}:
         verdict.add("gaps", "the change events don't add up to the active tags")
     recorded = connection.execute(
-        "select flow_execution_id, task_name, state from task_executions where organization_id = %s",
+        "select flow_execution_id, task_name, state from task_executions "
+        "where organization_id = %s",
         [organization],
     ).fetchall()
     if (

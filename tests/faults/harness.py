@@ -1,4 +1,4 @@
-"""The harness's own stack: servers behind proxies, several workers, beat, and flow runners to be killed."""
+"""The harness: servers behind proxies, several workers, beat, and flow runners to be killed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ DISK_MEGABYTES = 1024
 
 @dataclass
 class FaultOrganization:
-    """An organization under fault: its flow runners' journals, and the results that were published."""
+    """An organization: its flow runners' journals, and the results that were published."""
 
     id: UUID
     token: str
@@ -268,7 +268,7 @@ def run_harness(directory: Path, seed: int, plant: str) -> Iterator[Harness]:
 
 
 def small_disk(directory: Path, supervisor: Supervisor) -> Path | None:
-    """Mount a small file system for the tables, where this process may; it goes when the servers have ended."""
+    """Mount a small file system for the tables, if that is allowed, until the servers end."""
     disk = Path(tempfile.mkdtemp(prefix="faults-disk-"))
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
@@ -351,7 +351,7 @@ def start_runners(harness: Harness) -> None:
 
 
 def stop(harness: Harness, *names: str) -> None:
-    """End the processes whose names begin so. What flow runners could not settle is left open in their journals."""
+    """End the processes with these prefixes. Journals keep open what runners did not settle."""
     ending = [each for each in harness.supervisor.running if each[0].name.startswith(names)]
     for each in ending:
         harness.supervisor.running.remove(each)
@@ -361,7 +361,7 @@ def stop(harness: Harness, *names: str) -> None:
 
 
 def settle(harness: Harness, verdict: Verdict) -> None:
-    """Let everything recover and finish, then ask once more for every result that was not heard."""
+    """Let everything recover and finish, then send batches without a published result again."""
 
     def calm() -> bool:
         harness.mend()

@@ -1,4 +1,4 @@
-"""What is known of one batch, from the flow runner to the watcher: printed when a promise was broken."""
+"""All that is known of one batch, printed when a promise was broken."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ _SECONDS: Final = 15.0
 
 
 def history(harness: Harness, connection: psycopg.Connection, batch_id: UUID) -> Iterator[str]:
-    """Yield a line for all that is known of a batch: who sent it, what is stored, what was heard, and the faults
-    that were injected around the time when it was made."""
+    """Yield the history of a batch, line by line.
+
+    It has who sent it, what is stored and was published, what workers logged, and the faults that
+    were injected around the time when it was made.
+    """
     yield f"history of {batch_id}, made at {_clock(_made_at(batch_id))}"
     for organization in harness.organizations:
         places = [
@@ -51,7 +54,8 @@ def _sent(
     yield f"  sent      by {sent.by}, number {place} of {len(sent.messages)}, {known}"
     yield f"  message   {message.encode().decode()}"
     for near in sent.messages[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS + 1]:
-        yield f"  near it   {near.batch_id} took effect as number {_number(connection, organization, near)}"
+        number = _number(connection, organization, near)
+        yield f"  near it   {near.batch_id} took effect as number {number}"
 
 
 def _number(

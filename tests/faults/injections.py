@@ -1,4 +1,4 @@
-"""The faults: each a function of the harness that does its damage and leaves the mending to the product."""
+"""The faults: functions that damage the harness's servers, for the product to recover from."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def deliver_drain_again(harness: Harness, choose: random.Random) -> None:
 
 
 def two_drains(harness: Harness, choose: random.Random) -> None:
-    """Take the leases away from under whoever works, again and again: others begin beside them."""
+    """Delete the leases of drains at work, again and again: other drains begin beside them."""
     with harness.redis() as redis:
         for _ in range(20):
             for organization in harness.organizations:
@@ -179,7 +179,7 @@ def flush_everything(harness: Harness, choose: random.Random) -> None:
 
 
 def fill_the_disk(harness: Harness, choose: random.Random) -> None:
-    """No room for PostgreSQL's tables, for a while."""
+    """Fill the disk of PostgreSQL's tables, for a while."""
     if harness.disk is None:
         raise OSError("there is no disk to fill")
     filler = harness.disk / "filler"

@@ -1,6 +1,6 @@
 """The worker of the harness: `celery -A tests.faults.mutants worker`.
 
-It is the product's worker with failpoints, at which it kills itself when it is told to, and, if
+It is the product's worker with failpoints, at which it kills itself on demand, and, if
 FAULTS_PLANT names one, with a bug that the harness must notice.
 """
 
@@ -31,7 +31,7 @@ _plant = os.environ.get("FAULTS_PLANT", "")
 
 
 def reach(failpoint: str) -> None:
-    """Die here, as by SIGKILL, if this failpoint is armed; whoever renames the file is the one."""
+    """Die here, as by SIGKILL, if this failpoint is armed; only the process that renames the file."""
     with suppress(OSError):
         if _armed.read_text() == failpoint:
             _armed.rename(_armed.with_suffix(".hit"))
@@ -111,7 +111,7 @@ def _publish_before_commit(self: Drain, entries: Sequence[StreamEntry]) -> list[
 
 
 def _ack_and_release_blindly(self: Inbox, *arguments: Any, **bounds: Any) -> list[StreamEntry]:
-    """As if what comes next were looked at in a step of its own, and the lease freed in another."""
+    """As if the read of the next entries and the release of the lease were two steps."""
     following = ack_and_publish(self, *arguments, **bounds)
     if len(following) < 2:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A flow runner of the harness, to be killed at any time: it journals what it means to send, then sends it.
+"""A flow runner of the harness, to be killed at any time: it journals messages, then sends them.
 
 After a restart it sends what it can't know to be accepted once more, in order: that is always safe.
 """

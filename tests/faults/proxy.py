@@ -1,4 +1,4 @@
-"""A proxy between two parts, on unix sockets: it can cut, delay and silence the connections through it."""
+"""A proxy on unix sockets that can cut, delay and silence the connections through it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class Proxy:
-    """Forwards connections from one socket to another, in a thread of its own."""
+    """Forwards connections from one socket to another, in a separate thread."""
 
     def __init__(self, listen: Path, target: Path) -> None:
         self.listen = listen

@@ -1,4 +1,4 @@
-"""One organization with a long queue, another with a single batch now and then: how long does that one wait?
+"""How long does one organization's single batch wait, while another's queue is long?
 
 python -m tests.load.fairness [--workers 2] [--waiting 50000]. Prints a table, asserts nothing.
 """

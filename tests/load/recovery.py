@@ -1,6 +1,7 @@
 """How long until the next result, after the only worker, Valkey or PostgreSQL was killed?
 
-python -m tests.load.recovery [--rounds 5]. Default settings, one worker. Prints a table, asserts nothing.
+python -m tests.load.recovery [--rounds 5]. Default settings, one worker. Prints a table and asserts
+nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 def once(stack: Stack, what: str) -> tuple[float, float]:
-    """Kill a part while batches wait; return how long it was away, and how long until the next result."""
+    """Kill a part while batches wait; return its time away, and the time to the next result."""
     execution = uuid4()
     with TagProducer(
         redis_url=stack.redis_url, organization_id=stack.organization_id, token=stack.token
@@ -61,7 +62,7 @@ def once(stack: Stack, what: str) -> tuple[float, float]:
 
 
 def revision(stack: Stack, execution: UUID) -> int | None:
-    """Return how far the execution has come, as a reader sees it; None while that can't be told."""
+    """Return how far the execution has come, as a reader sees it; None if it cannot be read."""
     response = httpx.get(
         f"{stack.endpoint_url}/task-tags",
         params={"flow_execution_id": str(execution), "task_name": "none"},

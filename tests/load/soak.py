@@ -1,7 +1,7 @@
 """A long run through one worker: does it keep its speed, and its memory, and leave nothing behind?
 
-python -m tests.load.soak [--batches 1000000]. Prints a line for each tenth; exit code 1 if memory grew by more than
-10 % after the first tenth, or if keys or rows are left that should not be.
+python -m tests.load.soak [--batches 1000000]. Prints a line for each tenth; exit code 1 if memory
+grew by more than 10 % after the first tenth, or if keys or rows are left that should not be.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> int:
 def soak(
     stack: Stack, producer: TagProducer, organization: UUID, execution: UUID, batches: int
 ) -> list[float]:
-    """Send the batches, ten thousand waiting at most; return the worker's memory after each tenth, in MB."""
+    """Send the batches, at most 10,000 waiting; return the worker's MB after each tenth."""
     redis: Any = producer._enqueuer.redis
     new_id, sizes = Uuid7(), []
     begin = last = time.monotonic()

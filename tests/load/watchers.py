@@ -1,10 +1,11 @@
-"""A thousand WebSockets on one endpoint process: how soon do they hear of a change, and what stays when they leave?
+"""A thousand WebSockets on one endpoint process: the delay of a change, and what they leave behind.
 
-python -m tests.load.watchers [--clients 1000] [--executions 10] [--seconds 20] [--rate 10] [--connects 10000]. Prints a
-table; exit code 1 if a client missed a revision or got one twice or out of order, if an execution was subscribed to
-more than once, if a slow client was not let go with its code or cost much memory, or if something stayed behind.
+python -m tests.load.watchers [--clients 1000] [--executions 10] [--seconds 20] [--rate 10]
+[--connects 10000]. Prints a table; exit code 1 if a client missed a revision or got one twice or
+out of order, if an execution was subscribed to more than once, if a slow client was not closed with its
+code or cost much memory, or if something stayed behind.
 
-The clients live in a process of their own, so that the endpoint has a core for itself. Times are of one clock.
+The clients are in a separate process, so that the endpoint has a core. Times are of one clock.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from tests.support.waiting import eventually
 from worker.local.stack import Stack
 
 STORED: Final = 3
-"""Events that each execution has before it is watched: who has got these is connected and watches."""
+"""Events that each execution has before it is watched: a client that has these is connected."""
 ROUNDS: Final = 5
 SLOW: Final = 10
 AT_A_TIME: Final = 50
@@ -86,7 +87,7 @@ class Frames:
         self._rest = b""
 
     def take(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """Yield what is complete: opcodes with their payloads. Raises `ConnectionError` if it was refused."""
+        """Yield complete frames: opcodes, payloads. Raises `ConnectionError` if it was refused."""
         data = self._rest + data
         begin = 0 if self.opened else self._head(data)
         while found := self._frame(data, begin):
@@ -168,7 +169,10 @@ class Client(asyncio.Protocol):
             self._waiter.set_result(None)
 
     async def until(self, reached: Callable[[], bool]) -> None:
-        """Wait until something is so. Raises `TimeoutError`, or `ConnectionError` if the connection is lost before."""
+        """Wait for a condition.
+
+        Raises `TimeoutError`, or `ConnectionError` if the connection is lost before.
+        """
         async with asyncio.timeout(DEADLINE):
             while not reached():
                 if self.lost:
@@ -231,7 +235,7 @@ class Crowd:
             pipe.send(await getattr(self, name)(*arguments))
 
     async def open(self, executions: list[UUID], count: int) -> float:
-        """Connect so many clients, each to the next execution; return the seconds until each watches."""
+        """Connect clients to the executions in turn; return the seconds until all are connected."""
         self._executions, self._frames = len(executions), 0
         begin = time.monotonic()
         opening = asyncio.Semaphore(AT_A_TIME)
@@ -246,7 +250,7 @@ class Crowd:
         return time.monotonic() - begin
 
     async def receive(self, frames: int, seconds: float) -> int:
-        """Wait for so many frames in all, and a moment for what should not come; return how many there were."""
+        """Wait for so many frames, and briefly for more that must not come; return the number."""
         deadline = time.monotonic() + seconds
         while self._frames < frames and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
@@ -316,7 +320,7 @@ class Crowd:
 
 
 def live(pipe: Connection, port: int, token: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process hears it too, and hangs up
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process gets it too, and hangs up
     uvloop.run(Crowd(port, token).obey(pipe))
 
 
@@ -377,7 +381,7 @@ class Process:
 
 
 def start_again(stack: Stack) -> Process:
-    """Start the endpoint anew: in memory that was used before, a leak could hide."""
+    """Start the endpoint again: in memory that was used before, a leak could hide."""
     child, process = next(each for each in stack.supervisor.running if each[0].name == "endpoint")
     process.terminate()
     process.wait()
@@ -441,7 +445,7 @@ def small(execution: UUID, tag: str) -> TagBatch:
 
 
 def under_load(run: Run, executions: list[UUID], seconds: float, rate: float) -> tuple[float, ...]:
-    """All clients, spread over the executions, while these change; return p50, p95 and p99 in ms."""
+    """All clients, spread over the executions while these change; return p50, p95, p99 in ms."""
     process = Process(run.stack)
     before = process.megabytes
     connected = run.ask("open", executions, run.clients)
@@ -493,7 +497,8 @@ def count_subscriptions(run: Run, watched: int) -> None:
     run.subscriptions = sum(channels.values())
     if sorted(channels.values()) != [1] * watched:
         run.faults.append(
-            f"{watched} executions have {len(channels)} channels and {run.subscriptions} subscriptions"
+            f"{watched} executions have {len(channels)} channels "
+            f"and {run.subscriptions} subscriptions"
         )
 
 
@@ -531,7 +536,8 @@ def burst(run: Run) -> None:
     ]
     run.rows.append(
         (
-            f"one change for all {run.clients:,} clients: until the last has it, median / slowest of {ROUNDS}",
+            f"one change for all {run.clients:,} clients: until the last has it, "
+            f"median / slowest of {ROUNDS}",
             f"{1e3 * statistics.median(delays):.0f} / {1e3 * max(delays):.0f} ms",
         )
     )
@@ -590,8 +596,8 @@ def read_to_the_end(run: Run, opened: socket.socket) -> int | None:
 def come_and_go(run: Run, process: Process, executions: list[UUID], connects: int) -> int:
     """Connect and disconnect, in many ways; return how many subscriptions and files stay behind.
 
-    One stays and watches something else: without any the endpoint would give up its connection to Redis, and whatever
-    is subscribed there.
+    One stays and watches something else: without any, the endpoint would close its connection to
+    Redis and with it all subscriptions.
     """
     first = min(FIRST_CONNECTS, connects // 2)
     run.ask("open", [run.execution()], 1)
@@ -616,7 +622,8 @@ def come_and_go(run: Run, process: Process, executions: list[UUID], connects: in
     run.rows += [
         (
             f"{connects:,} connects and disconnects",
-            f"{(connects - first) / seconds:,.0f} a second; {subscriptions} subscriptions, {more_files} files left",
+            f"{(connects - first) / seconds:,.0f} a second; "
+            f"{subscriptions} subscriptions, {more_files} files left",
         ),
         (
             f"memory after the first {first:,} / after all",
@@ -627,7 +634,7 @@ def come_and_go(run: Run, process: Process, executions: list[UUID], connects: in
 
 
 def settle(run: Run, process: Process, files: int | None = None) -> None:
-    """Wait until all but one have left, and give up after a while: what is left then is told."""
+    """Wait until all but one have left, or for a while: what is left then is reported."""
     with suppress(AssertionError):
         eventually(
             lambda: len(run.channels()) == 1 and (files is None or process.files <= files), DEADLINE
@@ -673,7 +680,8 @@ def main() -> int:
         print(f"wrong: {fault}{f' ({times} times)' if times > 1 else ''}")
     print(
         f"watchers: clients={arguments.clients} p50_ms={p50:.0f} p99_ms={p99:.0f} gaps={run.gaps} "
-        f"doubled={run.doubled} reordered={run.reordered} subscriptions={run.subscriptions} leaked={leaked}"
+        f"doubled={run.doubled} reordered={run.reordered} subscriptions={run.subscriptions} "
+        f"leaked={leaked}"
     )
     return 1 if run.faults else 0
 
