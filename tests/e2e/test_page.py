@@ -354,7 +354,7 @@ def test_the_token_stays_in_the_tab_until_it_is_forgotten(
 def test_it_is_readable_on_a_phone_and_works_by_keyboard_alone(
     producer: TagProducer, execution: UUID, open_page: Open, token: str, complaints: list[str]
 ) -> None:
-    """No scrolling sideways at 360 px; tab, type, enter; after a removal, the neighbour has focus."""
+    """No scrolling sideways at 360 px; tab, type, enter; after a removal, focus moves on."""
     applied(producer, add(execution, "review", "t" * 100, "x" * 200, {"y" * 1000: ["z" * 1000]}))
     page = open_page(execution, token, viewport={"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") == 360

@@ -31,7 +31,7 @@ _plant = os.environ.get("FAULTS_PLANT", "")
 
 
 def reach(failpoint: str) -> None:
-    """Die here, as by SIGKILL, if this failpoint is armed; only the process that renames the file."""
+    """Die here, as by SIGKILL, if this failpoint is armed; the first process that gets here."""
     with suppress(OSError):
         if _armed.read_text() == failpoint:
             _armed.rename(_armed.with_suffix(".hit"))

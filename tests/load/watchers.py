@@ -2,8 +2,8 @@
 
 python -m tests.load.watchers [--clients 1000] [--executions 10] [--seconds 20] [--rate 10]
 [--connects 10000]. Prints a table; exit code 1 if a client missed a revision or got one twice or
-out of order, if an execution was subscribed to more than once, if a slow client was not closed with its
-code or cost much memory, or if something stayed behind.
+out of order, if an execution was subscribed to more than once, if a slow client was not closed with
+its code or cost much memory, or if something stayed behind.
 
 The clients are in a separate process, so that the endpoint has a core. Times are of one clock.
 """
