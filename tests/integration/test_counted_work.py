@@ -1,4 +1,4 @@
-"""Counted, not timed: how much work a drain is does not depend on how much it applies (design, section 5)."""
+"""Counted, not timed: how much work a drain is does not depend on how much it applies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A drain on real PostgreSQL and Valkey: what it answers, what it survives, and in which order (section 3)."""
+"""A drain on real PostgreSQL and Valkey: what it answers, what it survives, and in which order."""
 
 from __future__ import annotations
 

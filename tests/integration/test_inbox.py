@@ -1,4 +1,4 @@
-"""The inbox protocol on a real server: no message lost or reordered, no wake-up lost (design, section 3)."""
+"""The inbox protocol on a real server: no message lost or reordered, no wake-up lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storage on real PostgreSQL: isolation of organizations, roles, and what goes in comes out (section 5)."""
+"""Storage on real PostgreSQL: isolation of organizations, roles, and what goes in comes out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The change feed: what is stored is read over HTTP, and a watcher gets every change once and in order (section 4)."""
+"""The change feed: what is stored is read over HTTP, and a watcher gets every change once and in order."""
 
 from __future__ import annotations
 

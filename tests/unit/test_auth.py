@@ -1,4 +1,4 @@
-"""Tokens: what each kind of key accepts, and every way in which a token can be wrong (design, section 4)."""
+"""Tokens: what each kind of key accepts, and every way in which a token can be wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inbox protocol as a small model, all of whose states are looked at (design, section 3).
+"""The inbox protocol as a small model, all of whose states are looked at.
 
 A state says what is in Redis and PostgreSQL and where each drain is. Its steps are those of producers/inbox/protocol.py,
 in any order that can happen: three messages, two drains at work, and faults as long as there are some left. So

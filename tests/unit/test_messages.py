@@ -1,4 +1,4 @@
-"""The contract: what is accepted, what is refused, and in which words (design, section 4)."""
+"""The contract: what is accepted, what is refused, and in which words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules of a batch (design, section 4): as tables, and against a naive model that is written anew here."""
+"""The rules of a batch: as tables, and against a naive model that is written anew here."""
 
 from __future__ import annotations
 
