@@ -27,6 +27,7 @@ EXECUTIONS_WRITE: Final = "flow-executions:write"
 SCOPES: Final = (READ, WRITE, EXECUTIONS_WRITE)
 
 LEEWAY_SECONDS: Final = 30
+_MAX_AHEAD_SECONDS: Final = 60
 MAX_TOKEN_BYTES: Final = 8 * 1024
 _REMEMBERED: Final = 10_000
 _REMEMBERED_SECONDS: Final = 300.0
@@ -77,11 +78,13 @@ class Authorizer:
         self._key, self._jwks = _key_source(settings)
         self._grants: OrderedDict[bytes, tuple[Principal, float]] = OrderedDict()
 
-    def verify(self, token: str | bytes | None, at: float) -> Principal:
+    def verify(self, token: str | bytes | None, at: float, now: float | None = None) -> Principal:
         """Return what a token proves at a given time.
 
         Args:
-            at: Seconds since the epoch. The leeway is 30 s.
+            at: When the message was accepted, by Redis' clock, in seconds since the epoch: `exp` is
+                compared with it, unless it is more than 60 s ahead of `now`. The leeway is 30 s.
+            now: The time by this process' clock, with which `nbf` is compared; `at` by default.
 
         Raises:
             InvalidToken: The token is not valid at that time.
@@ -93,9 +96,11 @@ class Authorizer:
             raise InvalidToken("the token is too long")
         raw = token.encode(errors="replace") if isinstance(token, str) else token
         grant = self._remembered(hashlib.sha256(raw).digest(), raw)
-        if at > grant.expires_at + LEEWAY_SECONDS:
+        now = at if now is None else now
+        used_at = now if at > now + _MAX_AHEAD_SECONDS else at
+        if used_at > grant.expires_at + LEEWAY_SECONDS:
             raise InvalidToken("the token has expired")
-        if at < grant.not_before - LEEWAY_SECONDS:
+        if now < grant.not_before - LEEWAY_SECONDS:
             raise InvalidToken("the token is not valid yet")
         return grant
 

@@ -46,7 +46,9 @@ def create_app(name: str, redis_url: str, **options: Any) -> Celery:
     for variable in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
         os.environ.pop(variable, None)
     app = Celery(name, set_as_current=False, **options)
-    settings = runpy.run_path(str(Path(__file__).parent.parent / "celeryconfig.py"))
+    installed = Path(__file__).with_name("celeryconfig.py")  # the wheel's; else a checkout's
+    checkout = Path(__file__).parents[1] / "celeryconfig.py"
+    settings = runpy.run_path(str(installed if installed.exists() else checkout))
     app.config_from_object(
         {
             **{key: value for key, value in settings.items() if key in _CELERY_KEYS},

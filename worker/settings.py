@@ -36,6 +36,8 @@ class Settings(InboxSettings):
 
     group_size: int = Field(100, ge=1, le=1000)
     """The most messages that are applied in one transaction."""
+    transaction_seconds: float = Field(30, ge=1, le=3600)
+    """Seconds that a transaction may last, whatever the server does, before it is given up."""
     drain_budget_seconds: float = Field(0.25, gt=0, le=60)
     """Seconds until a drain goes to the end of the queue, behind other organizations' drains."""
     retention_days: float = Field(30, gt=0)

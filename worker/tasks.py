@@ -11,6 +11,8 @@ from uuid import UUID, uuid4
 import psycopg
 from celery.worker import state
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from producers.contract.values import Uuid7
 from producers.inbox.drain_message import DRAIN_TASK, send_drain, send_task
@@ -20,6 +22,7 @@ from worker.auth import Authorizer
 from worker.broker import PURGE_TASK, WAKE_TASK
 from worker.celery import app, settings
 from worker.db.repository import Repository
+from worker.db.time_limit import TimeLimit
 from worker.drain.path import Drain
 
 logger = logging.getLogger(__name__)
@@ -37,8 +40,11 @@ class WorkerResources:
 
 @cache
 def _resources() -> WorkerResources:
-    redis = open_redis(settings.redis_url.get_secret_value())
-    repository = Repository(settings.database_url.get_secret_value())
+    # No wait is longer than this after SIGTERM; a step that is repeated does no harm.
+    no_retry = Retry(NoBackoff(), 0)
+    redis = open_redis(settings.redis_url.get_secret_value(), socket_timeout=3, retry=no_retry)
+    time_limit = TimeLimit(settings.transaction_seconds, _stopping)
+    repository = Repository(settings.database_url.get_secret_value(), time_limit)
     return WorkerResources(redis, repository, Authorizer(settings), Uuid7())
 
 

@@ -71,11 +71,17 @@ class StreamEntry:
     id: bytes
     message: bytes | None
     token: bytes | None
+    accepted_ms: bytes | None = None
 
     @property
     def accepted_at(self) -> float:
-        """When Redis accepted the message, in seconds since the epoch: the time in the id."""
-        return int(self.id.partition(b"-")[0]) / 1000
+        """When Redis accepted the message, in seconds since the epoch.
+
+        It is a field of the entry, which older producers do not write: then it is the time in the
+        id, which never runs back.
+        """
+        accepted_ms = self.accepted_ms if (self.accepted_ms or b"").isdigit() else None
+        return int(accepted_ms or self.id.partition(b"-")[0]) / 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +311,7 @@ def chunks(messages: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 def _entry(id: bytes, fields: list[bytes]) -> StreamEntry:
     values = dict(zip(fields[::2], fields[1::2], strict=True))
-    return StreamEntry(id, values.get(b"message"), values.get(b"token"))
+    return StreamEntry(id, values.get(b"message"), values.get(b"token"), values.get(b"accepted_at"))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -340,3 +341,15 @@ def test_messages_are_sent_in_pieces_and_keep_their_order() -> None:
     pieces = list(chunks(given))
     assert [message for piece in pieces for message in piece] == given
     assert all(len(piece) <= 200 and sum(map(len, piece)) <= 1024 * 1024 for piece in pieces)
+
+
+def test_the_time_of_acceptance_is_a_field_of_the_entry(inbox: Inbox, quiet_redis: Any) -> None:
+    """The id is for the order alone: it never runs back, also when Redis' clock does."""
+    organization_key = inbox._inbox
+    ahead = int((time.time() + 3600) * 1000)
+    quiet_redis.xadd(organization_key, {"message": "ahead", "token": "t"}, id=f"{ahead}-0")
+    inbox.append([b"now"], "token", "lease")
+    first, second = acquire(inbox, "run")
+    assert int(second.id.partition(b"-")[0]) >= ahead
+    assert abs(first.accepted_at - time.time() - 3600) < 60
+    assert abs(second.accepted_at - time.time()) < 60

@@ -272,3 +272,17 @@ def test_a_minted_token_is_accepted() -> None:
     )
     grant = Authorizer(settings(jwt_audience="tags")).verify_now(token)
     assert grant.scopes == set(SCOPES)
+
+
+def test_a_clock_that_is_wrong_refuses_no_message_for_good() -> None:
+    """`exp` counts at acceptance, but not by a clock far ahead; `nbf` counts when it is the turn."""
+    authorizer = Authorizer(settings())
+    token = signed(exp=NOW + 300, nbf=NOW)
+    hour = 3600
+    assert authorizer.verify(token, NOW + hour, NOW + 60)  # Redis' clock is an hour ahead
+    assert authorizer.verify(token, NOW - hour, NOW + 60)  # or behind
+    assert authorizer.verify(token, NOW + 60, NOW + hour)  # the message waited for an hour
+    with pytest.raises(InvalidToken, match="expired"):
+        authorizer.verify(token, NOW + hour, NOW + hour)
+    with pytest.raises(InvalidToken, match="not valid yet"):
+        authorizer.verify(token, NOW, NOW - hour)

@@ -9,9 +9,9 @@ from sqlalchemy import make_url
 
 from worker.db.tables import metadata
 
-# A silent server is noticed within 5 s while connecting, and within about 20 s afterwards.
+# A silent server is noticed within 3 s while connecting, and within about 20 s afterwards.
 CONNECT_ARGUMENTS: Final[dict[str, Any]] = {
-    "connect_timeout": 5,
+    "connect_timeout": 3,
     "client_encoding": "UTF8",
     "keepalives_idle": 10,
     "keepalives_interval": 3,

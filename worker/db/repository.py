@@ -31,6 +31,7 @@ from worker.db.connection import (
     scope_statement,
     should_discard_plans,
 )
+from worker.db.time_limit import DEFAULT_SECONDS, TimeLimit
 from worker.rules import (
     AuthorizedMessage,
     ChangeSet,
@@ -55,7 +56,7 @@ class UnknownOrganization(Exception):
 class Repository:
     """The worker's database: one connection, opened at the first transaction."""
 
-    def __init__(self, database_url: str) -> None:
+    def __init__(self, database_url: str, time_limit: TimeLimit | None = None) -> None:
         self._engine: Engine = create_engine(
             driver_url(database_url),
             pool_size=1,
@@ -67,12 +68,13 @@ class Repository:
         self._uses = 0
         self._scope = b""
         self._database_url = database_url
+        self._time_limit = time_limit or TimeLimit(DEFAULT_SECONDS, lambda: False)
         self.failed_statement: str | None = None
         """The statement at which the last transaction failed; None: in its begin or commit."""
 
     def clone(self) -> Repository:
         """Return a repository of the same database, with a new connection."""
-        return Repository(self._database_url)
+        return Repository(self._database_url, self._time_limit)
 
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
@@ -173,7 +175,8 @@ class Repository:
             raise psycopg.OperationalError(f"there is no connection: {error}") from error
         connection = cast(psycopg.Connection, lent.driver_connection)
         try:
-            yield connection
+            with self._time_limit.watch(connection):
+                yield connection
         except BaseException as error:
             # After an error of the server's state, the next connection may lead to another server.
             if connection.closed or isinstance(error, psycopg.Error):

@@ -76,7 +76,7 @@ def admit(
         return Refused(entry, reply_to, error_record(organization_id, batch_id, error).encode())
 
     try:
-        principal = authorizer.verify(entry.token, at=entry.accepted_at)
+        principal = authorizer.verify(entry.token, entry.accepted_at, now.timestamp())
     except InvalidToken as error:
         return refuse(_error("unauthorized", str(error)))
     if principal.organization_id != organization_id:

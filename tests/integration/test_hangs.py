@@ -1,0 +1,130 @@
+"""Servers that hang with a live connection: every wait is bounded, also after SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from redis import Redis
+
+from producers.contract.channels import inbox_key, lease_key
+from producers.contract.messages import register_execution
+from producers.inbox.drain_message import send_drain
+from producers.inbox.protocol import Inbox
+from tests.support.servers import Servers
+from tests.support.tenant import Tenant, tagging
+from tests.support.waiting import eventually
+from worker.db.repository import Repository
+from worker.db.time_limit import TimeLimit
+from worker.local.stack import WORKER, command
+
+
+def backend(repository: Repository) -> int:
+    """Return the process id of the server process behind a repository's connection."""
+    with repository._connection() as connection:
+        return connection.info.backend_pid
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_transaction_on_a_silent_server_is_given_up(tenant: Tenant) -> None:
+    """On the client's side; the next one is on a new connection, and what waits is applied."""
+    repository = Repository(tenant.servers.worker_url, TimeLimit(1.0, lambda: False))
+    tenant.send(tagging("a"))
+    with stopped(backend(repository)):
+        began = time.monotonic()
+        tenant.drain(repository=repository, budget_seconds=30)
+        assert time.monotonic() - began < 10
+        assert tenant.tags() == ["a"]
+    repository.close()
+
+
+def test_the_statement_is_cancelled_at_the_server(servers: Servers) -> None:
+    """Its locks would be held for as long as it runs otherwise."""
+    repository = Repository(servers.worker_url, TimeLimit(1.0, lambda: False))
+    pid = backend(repository)
+    with pytest.raises(psycopg.Error), repository._connection() as connection:
+        connection.execute("select pg_sleep(20)")
+    active = "select from pg_stat_activity where pid = %s and state = 'active'"
+    with servers.owner() as owner:
+        eventually(lambda: not owner.execute(active, [pid]).fetchall())
+    repository.close()
+
+
+def test_after_a_signal_no_wait_is_long(servers: Servers) -> None:
+    """Whatever the limit is: one second, and the time that cancelling takes."""
+    signalled = threading.Event()
+    repository = Repository(servers.worker_url, TimeLimit(60.0, signalled.is_set))
+    threading.Timer(0.3, signalled.set).start()
+    began = time.monotonic()
+    with pytest.raises(psycopg.Error), repository._connection() as connection:
+        connection.execute("select pg_sleep(30)")
+    assert time.monotonic() - began < 10
+    repository.close()
+
+
+@pytest.mark.parametrize("silent", ["postgresql", "nothing"])
+def test_a_worker_ends_soon_after_sigterm_in_a_drain(
+    servers: Servers, quiet_redis: Redis, silent: str, tmp_path: Path
+) -> None:
+    """The real signal, with a database that hangs, and while messages keep coming."""
+    organization, log = uuid4(), tmp_path / "log"
+    url = servers.stack.redis_url.replace("?db=0", "?db=1")
+    secret = servers.settings.jwt_secret
+    assert secret is not None
+    environment = {
+        **os.environ,
+        "TASK_TAGS_REDIS_URL": url,
+        "TASK_TAGS_DATABASE_URL": servers.worker_url,
+        "TASK_TAGS_JWT_SECRET": secret.get_secret_value(),
+    }
+    inbox, token = Inbox(quiet_redis, organization), servers.token(organization)
+    redis: Any = quiet_redis
+    with log.open("wb") as output:
+        worker = subprocess.Popen(command(WORKER), env=environment, stderr=output, cwd="/")
+    try:
+        eventually(lambda: '"ready"' in log.read_text())
+        inbox.append([register_execution(uuid4()).encode()], token, str(uuid4()))
+        send_drain(quiet_redis, organization, str(uuid4()))
+        eventually(lambda: not redis.xlen(inbox_key(organization)))
+        if silent == "postgresql":
+            with servers.owner() as owner:
+                pids = owner.execute(
+                    "select pid from pg_stat_activity where usename = 'task_tags_worker'"
+                ).fetchall()
+            for (pid,) in pids:
+                os.kill(pid, signal.SIGSTOP)
+        else:
+            pids = []
+        try:
+            messages = [register_execution(uuid4()).encode() for _ in range(2000)]
+            inbox.append(messages, token, str(uuid4()))
+            send_drain(quiet_redis, organization, str(uuid4()))
+            eventually(lambda: (redis.get(lease_key(organization)) or b"").startswith(b"running"))
+            began = time.monotonic()
+            worker.send_signal(signal.SIGTERM)
+            worker.wait(30)
+            assert time.monotonic() - began < 15  # 5 s on a quiet machine
+        finally:
+            for (pid,) in pids:
+                os.kill(pid, signal.SIGCONT)
+    finally:
+        worker.kill()
+        worker.wait()
