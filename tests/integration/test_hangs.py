@@ -69,7 +69,7 @@ def test_the_statement_is_cancelled_at_the_server(servers: Servers) -> None:
 
 
 def test_after_a_signal_no_wait_is_long(servers: Servers) -> None:
-    """Whatever the limit is: one second, and the time that cancelling takes."""
+    """For any limit: one second, and the time that cancelling takes."""
     signalled = threading.Event()
     repository = Repository(servers.worker_url, TimeLimit(60.0, signalled.is_set))
     threading.Timer(0.3, signalled.set).start()

@@ -275,7 +275,7 @@ def test_a_minted_token_is_accepted() -> None:
 
 
 def test_a_clock_that_is_wrong_refuses_no_message_for_good() -> None:
-    """`exp` counts at acceptance, but not by a clock far ahead; `nbf` counts when it is the turn."""
+    """`exp` counts at acceptance, but not by a clock far ahead; `nbf` counts when it is read."""
     authorizer = Authorizer(settings())
     token = signed(exp=NOW + 300, nbf=NOW)
     hour = 3600

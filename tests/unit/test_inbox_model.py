@@ -42,7 +42,7 @@ ALL_FAULTS: Final = Faults(crash=1, expire=2, lose=1, deliver_again=1, again=1)
 class Run(NamedTuple):
     """A drain at work: its id, where it is, and the messages in its hands, which are never none.
 
-    It has `read` them, or `committed` them; if a step failed, it is to `take` them again.
+    It has `read` them, or `committed` them; if a step failed, it has to `acquire` them again.
     """
 
     id: int
@@ -71,10 +71,10 @@ class Bugs:
     """What may be planted in the model."""
 
     release_blindly: bool = False
-    remove_before_commit: bool = False
+    ack_before_commit: bool = False
     forget_batch_ids: bool = False
     demand_the_lease_id: bool = False
-    take_from_the_running: bool = False
+    acquire_from_the_running: bool = False
 
 
 NO_BUGS: Final = Bugs()
@@ -122,7 +122,7 @@ def append(state: State) -> Steps:
 def claim_idle(state: State) -> Steps:
     """What `wake` does: it takes the lease of an inbox that waits with nobody on the way."""
     if state.inbox and not state.lease:
-        yield "claim", queued(state)
+        yield "claim_idle", queued(state)
 
 
 def queued(state: State) -> State:
@@ -136,35 +136,35 @@ def send(state: State) -> Steps:
         yield "send", state._replace(senders=without(state.senders, id), queue=queue)
 
 
-def take(state: State, bugs: Bugs) -> Steps:
+def acquire(state: State, bugs: Bugs) -> Steps:
     """A worker gets a drain message and goes on with the inbox, unless another drain is running."""
     for id in set(state.queue):
         rest = state._replace(queue=without(state.queue, id))
         run_id = id if bugs.demand_the_lease_id else _NEW
-        if not may_take(state, id, bugs):
-            yield "take: refused", rest
+        if not may_acquire(state, id, bugs):
+            yield "acquire: refused", rest
         elif len(state.runs) < WORKERS:
             yield from begun(*go_on(rest, run_id))
 
 
 def begun(after: State, run: Run | None) -> Steps:
     if run is None:
-        yield "take: nothing there", after
+        yield "acquire: nothing there", after
     else:
-        yield "take", after._replace(runs=(*after.runs, run))
+        yield "acquire", after._replace(runs=(*after.runs, run))
 
 
 def go_on(state: State, run_id: int) -> tuple[State, Run | None]:
-    """End `take` and `remove`: read the head of the inbox, or free the lease and end the run."""
+    """Read the head of the inbox, or free the lease and end the run (`_read_head`)."""
     if not state.inbox:
         return state._replace(lease=None), None
     return state._replace(lease=("running", run_id)), Run(run_id, "read", state.inbox[:GROUP])
 
 
-def may_take(state: State, id: int, bugs: Bugs) -> bool:
+def may_acquire(state: State, id: int, bugs: Bugs) -> bool:
     if bugs.demand_the_lease_id:
         return state.lease == ("queued", id)
-    if bugs.take_from_the_running:
+    if bugs.acquire_from_the_running:
         return True
     return state.lease is None or state.lease[0] == "queued"
 
@@ -186,30 +186,30 @@ def drain(state: State, bugs: Bugs) -> Steps:
 def turn(state: State, run: Run, bugs: Bugs) -> Turns:
     if run.at == "looked":
         yield "release blindly", state._replace(lease=None), None
-    elif bugs.remove_before_commit:
-        yield from remove_then_commit(state, run)
+    elif bugs.ack_before_commit:
+        yield from ack_then_commit(state, run)
     elif run.at == "read":
         yield "commit", commit(state, run, bugs), run._replace(at="committed")
         yield from requeue(state, run)
-        yield from take_again(state, run)
+        yield from acquire_again(state, run)
     else:
-        yield from remove(state, run, bugs)
-        yield from take_again(state, run)
+        yield from ack_and_publish(state, run, bugs)
+        yield from acquire_again(state, run)
 
 
 def is_mine_or_free(state: State, run: Run) -> bool:
     return state.lease in (None, ("running", run.id))
 
 
-def take_again(state: State, run: Run) -> Turns:
+def acquire_again(state: State, run: Run) -> Turns:
     """A step failed because a connection broke: the same run reads the head of the inbox again."""
     if not state.left.again:
         return
     after = state._replace(left=state.left._replace(again=state.left.again - 1))
     if state.lease and state.lease[0] == "running" and state.lease[1] != run.id:
-        yield "take again: refused", after, None
+        yield "acquire again: refused", after, None
     else:
-        yield ("take again", *go_on(after, run.id))
+        yield ("acquire again", *go_on(after, run.id))
 
 
 def commit(state: State, run: Run, bugs: Bugs = NO_BUGS) -> State:
@@ -222,26 +222,26 @@ def publish(state: State, run: Run) -> State:
     return state._replace(published=state.published | set(run.held))
 
 
-def remove(state: State, run: Run, bugs: Bugs) -> Turns:
+def ack_and_publish(state: State, run: Run, bugs: Bugs) -> Turns:
     """Publish and remove in one step, then continue if the lease is still its own, or free."""
     after = taken_out(publish(state, run), run)
     if not is_mine_or_free(after, run):
-        yield "remove: lease lost", after, None
+        yield "ack_and_publish: lease lost", after, None
     elif bugs.release_blindly and not after.inbox:
-        yield "remove", after, run._replace(at="looked")
+        yield "ack_and_publish", after, run._replace(at="looked")
     else:
         following, now = go_on(after, run.id)
-        yield "remove" if now else "remove: nothing left", following, now
+        yield "ack_and_publish" if now else "ack_and_publish: nothing left", following, now
 
 
 def taken_out(state: State, run: Run) -> State:
     return state._replace(inbox=tuple(each for each in state.inbox if each not in run.held))
 
 
-def remove_then_commit(state: State, run: Run) -> Turns:
+def ack_then_commit(state: State, run: Run) -> Turns:
     """The bug: what a drain that dies in between had in its hands is gone."""
     if run.at == "read":
-        yield "remove", taken_out(state, run), run._replace(at="removed")
+        yield "ack_and_publish", taken_out(state, run), run._replace(at="acknowledged")
     else:
         after, now = go_on(publish(commit(state, run), run), run.id)
         yield "commit", after, now
@@ -251,9 +251,9 @@ def requeue(state: State, run: Run) -> Turns:
     """Before it applies a group, a drain may go to the end of the queue and keep the lease."""
     if is_mine_or_free(state, run):
         senders = (*state.senders, run.id)
-        yield "hand_over", state._replace(lease=("queued", run.id), senders=senders), None
+        yield "requeue", state._replace(lease=("queued", run.id), senders=senders), None
     else:
-        yield "hand_over: lease lost", state, None
+        yield "requeue: lease lost", state, None
 
 
 # --- Faults --------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def lose(state: State) -> Steps:
         for id in set(state.queue):
             yield "lose", after._replace(queue=without(state.queue, id))
         for id in set(state.senders):
-            yield "give_back", release(after, id)
+            yield "release", release(after, id)
 
 
 def release(state: State, id: int) -> State:
@@ -313,7 +313,7 @@ def steps(state: State, bugs: Bugs) -> Steps:
     yield from append(state)
     yield from claim_idle(state)
     yield from send(state)
-    yield from take(state, bugs)
+    yield from acquire(state, bugs)
     yield from drain(state, bugs)
     yield from crash(state)
     yield from expire(state)
@@ -418,7 +418,7 @@ def gone_too_early(state: State) -> bool:
 
 
 def forgotten(state: State) -> bool:
-    """Messages wait, and nobody is on the way: only `claim` would ever find them."""
+    """Messages wait, and nobody is on the way: only `claim_idle` would ever find them."""
     return bool(state.inbox) and not (state.lease or state.senders or state.queue or state.runs)
 
 
@@ -429,7 +429,7 @@ def two_at_work(state: State) -> bool:
 def stuck(graph: Graph) -> list[State]:
     """Return the states from which not every way ends with an empty inbox and a free lease.
 
-    Only ways without more faults count, and without hand-overs, which a drain could repeat for
+    Only ways without more faults count, and without `requeue`, which a drain could repeat for
     ever. A state is done if it leads nowhere, or only to states that are done; the rest lead in
     circles.
     """
@@ -452,8 +452,8 @@ def stuck(graph: Graph) -> list[State]:
 
 
 def is_bound(graph: Graph, place: int, name: str, there: int) -> bool:
-    """Whether a step is no fault and no hand-over."""
-    return name != "hand_over" and graph.states[place].left == graph.states[there].left
+    """Whether a step is no fault and no requeue."""
+    return name != "requeue" and graph.states[place].left == graph.states[there].left
 
 
 def at_rest(graph: Graph, place: int) -> bool:
@@ -470,10 +470,11 @@ def test_the_search_sees_what_it_is_meant_to_see() -> None:
     assert (len(graph.states), len(everything(NO_FAULTS).states)) == (66_866, 34)
     names = {name for edges in graph.edges for name, _ in edges}
     assert names == {
-        *("append", "claim", "send", "take", "take: refused", "take: nothing there", "commit"),
-        *("remove", "remove: nothing left", "remove: lease lost"),
-        *("take again", "take again: refused"),
-        *("hand_over", "hand_over: lease lost", "give_back"),
+        *("append", "claim_idle", "send", "commit"),
+        *("acquire", "acquire: refused", "acquire: nothing there"),
+        *("ack_and_publish", "ack_and_publish: nothing left", "ack_and_publish: lease lost"),
+        *("acquire again", "acquire again: refused"),
+        *("requeue", "requeue: lease lost", "release"),
         *("crash", "expire", "lose", "deliver_again"),
     }
     assert graph.way_to(two_at_work)
@@ -498,7 +499,7 @@ def test_without_faults_no_wake_up_is_lost_and_wake_is_never_needed() -> None:
         on_the_way = len(state.senders) + len(state.queue) + len(state.runs)
         assert on_the_way == (1 if state.lease else 0)
         assert state.lease or not state.inbox
-    assert "claim" not in {name for edges in graph.edges for name, _ in edges}
+    assert "claim_idle" not in {name for edges in graph.edges for name, _ in edges}
 
 
 @pytest.mark.parametrize("faults", [NO_FAULTS, ALL_FAULTS], ids=["no faults", "all faults"])
@@ -508,7 +509,7 @@ def test_nothing_is_stuck_for_ever(faults: Faults) -> None:
     assert not stuck(graph)
     for state, edges in zip(graph.states, graph.edges, strict=True):
         if forgotten(state):
-            assert "claim" in {name for name, _ in edges}
+            assert "claim_idle" in {name for name, _ in edges}
 
 
 def test_two_drains_work_at_once_only_if_a_lease_ran_out_under_one() -> None:
@@ -522,7 +523,7 @@ def refused_while_nobody_runs(graph: Graph) -> list[State]:
     return [
         state
         for state, edges in zip(graph.states, graph.edges, strict=True)
-        if "take: refused" in {name for name, _ in edges}
+        if "acquire: refused" in {name for name, _ in edges}
         and not (state.lease and state.lease[0] == "running")
     ]
 
@@ -539,31 +540,31 @@ def test_the_first_drain_message_to_arrive_drains() -> None:
     ("bugs", "faults", "bad", "last"),
     [
         (Bugs(release_blindly=True), NO_FAULTS, forgotten, ["append", "release blindly"]),
-        (Bugs(remove_before_commit=True), NO_FAULTS, gone_too_early, ["take", "remove"]),
-        (Bugs(remove_before_commit=True), ALL_FAULTS, out_of_order, ["remove", "commit"]),
-        (Bugs(forget_batch_ids=True), Faults(crash=1), out_of_order, ["take", "commit"]),
-        (Bugs(forget_batch_ids=True), Faults(expire=1), out_of_order, ["take", "commit"]),
+        (Bugs(ack_before_commit=True), NO_FAULTS, gone_too_early, ["acquire", "ack_and_publish"]),
+        (Bugs(ack_before_commit=True), ALL_FAULTS, out_of_order, ["ack_and_publish", "commit"]),
+        (Bugs(forget_batch_ids=True), Faults(crash=1), out_of_order, ["acquire", "commit"]),
+        (Bugs(forget_batch_ids=True), Faults(expire=1), out_of_order, ["acquire", "commit"]),
         (
             Bugs(forget_batch_ids=True),
             Faults(again=1),
             out_of_order,
-            ["commit", "take again", "commit"],
+            ["commit", "acquire again", "commit"],
         ),
         (
-            Bugs(take_from_the_running=True),
+            Bugs(acquire_from_the_running=True),
             Faults(deliver_again=1),
             two_at_work,
-            ["take", "take"],
+            ["acquire", "acquire"],
         ),
     ],
     ids=[
         "a lease that is freed without a look at the inbox",
-        "remove before commit: too early",
-        "remove before commit: a message overtakes the one that a dead drain had",
+        "acknowledge before commit: too early",
+        "acknowledge before commit: a message overtakes the one that a dead drain had",
         "batch ids not looked at, after a crash",
         "batch ids not looked at, with two drains",
         "batch ids not looked at, after a lost answer",
-        "take from a drain that is running",
+        "acquire from a drain that is running",
     ],
 )
 def test_a_planted_bug_is_found(
@@ -575,10 +576,10 @@ def test_a_planted_bug_is_found(
 
 
 def test_without_wake_a_lost_drain_message_would_leave_messages_waiting() -> None:
-    """The check that nothing is stuck can fail: only `claim` repairs what faults leave behind."""
+    """The check that nothing is stuck can fail: only `claim_idle` repairs what faults leave."""
     graph = search(Faults(lose=1))
     for place, edges in enumerate(graph.edges):
-        graph.edges[place] = [edge for edge in edges if edge[0] != "claim"]
+        graph.edges[place] = [edge for edge in edges if edge[0] != "claim_idle"]
     assert graph.way_to(forgotten)
     assert any(forgotten(state) for state in stuck(graph))
 
@@ -590,13 +591,13 @@ def go(state: State, bugs: Bugs, *names: str) -> State:
     return state
 
 
-def test_a_take_that_demanded_its_lease_id_would_never_drain() -> None:
+def test_an_acquire_that_demanded_its_lease_id_would_never_drain() -> None:
     """With a queue longer than the lease, each message is superseded before its turn, for ever."""
-    bugs, superseded = Bugs(demand_the_lease_id=True), ("expire", "claim", "send")
+    bugs, superseded = Bugs(demand_the_lease_id=True), ("expire", "claim_idle", "send")
     waiting = go(State(Faults(expire=2)), bugs, "append", "send")
-    once_round = go(waiting, bugs, *superseded, "take: refused")
+    once_round = go(waiting, bugs, *superseded, "acquire: refused")
     assert once_round == waiting._replace(left=Faults(expire=1))
     assert once_round.inbox == (0,)
     assert refused_while_nobody_runs(search(Faults(expire=1), bugs))
-    drained = go(State(Faults(expire=2)), NO_BUGS, "append", "send", *superseded, "take")
-    assert not go(drained, NO_BUGS, "commit", "remove: nothing left").inbox
+    drained = go(State(Faults(expire=2)), NO_BUGS, "append", "send", *superseded, "acquire")
+    assert not go(drained, NO_BUGS, "commit", "ack_and_publish: nothing left").inbox
