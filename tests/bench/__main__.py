@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from producers.redis_client import open_redis
 from tests.bench import copy_baseline, read, report, write
-from tests.bench.servers import Servers, servers
+from tests.bench.servers import BenchServers, servers
 
 PACKAGES: Final = (
     *("celery", "kombu", "redis", "sqlalchemy", "psycopg", "pydantic", "fastapi", "uvicorn"),
@@ -53,7 +53,7 @@ def main() -> int:
     return 1 if arguments.smoke and results["absent"] else 0
 
 
-def measure(opened: Servers, rounds: int, smoke: bool) -> dict[str, Any]:
+def measure(opened: BenchServers, rounds: int, smoke: bool) -> dict[str, Any]:
     begin = time.monotonic()
 
     def say(line: str) -> None:
@@ -68,7 +68,7 @@ def measure(opened: Servers, rounds: int, smoke: bool) -> dict[str, Any]:
     }
 
 
-def circumstances(opened: Servers) -> dict[str, Any]:
+def circumstances(opened: BenchServers) -> dict[str, Any]:
     """Return what the figures depend on: the machine, and the versions of what was measured."""
     with opened.owner() as connection, open_redis(opened.redis_url) as redis:
         row = connection.execute("show server_version").fetchone()

@@ -44,7 +44,7 @@ def _nothing() -> None:
 class Contender:
     """How to run the workers of one contender, and how to enqueue for them.
 
-    Its settings, of servers and of tokens, come from the environment (`Servers.environment`).
+    Its settings, of servers and of tokens, come from the environment (`BenchServers.environment`).
     """
 
     name: str

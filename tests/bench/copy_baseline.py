@@ -19,7 +19,7 @@ from producers.client import TagProducer
 from tests.bench.contenders import Item
 from tests.bench.load import Batches, Load, register
 from tests.bench.read import spread
-from tests.bench.servers import EMPTY, Servers
+from tests.bench.servers import EMPTY, BenchServers
 from tests.bench.servers import WORKER as WORKER_ROLE
 from worker.local.stack import WORKER, command
 from worker.local.supervisor import ProcessSpec, Supervisor
@@ -46,7 +46,7 @@ class Chunk:
 class Limit:
     """The rows of these batches, in a separate database, and how fast they are written there."""
 
-    def __init__(self, servers: Servers, batches: int, operations: int, say: Say) -> None:
+    def __init__(self, servers: BenchServers, batches: int, operations: int, say: Say) -> None:
         """Let the product apply the batches once, and keep what it leaves behind."""
         self._servers, self._say = servers, say
         self._batches, self._operations = batches, operations
@@ -89,7 +89,7 @@ class Limit:
 # --- The rows ------------------------------------------------------------------------------------
 
 
-def _apply(servers: Servers, connection: psycopg.Connection, items: Sequence[Item]) -> None:
+def _apply(servers: BenchServers, connection: psycopg.Connection, items: Sequence[Item]) -> None:
     """Enqueue the batches, and wait until a worker has applied them all."""
     child = ProcessSpec(
         name="limit-worker",

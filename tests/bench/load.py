@@ -12,7 +12,7 @@ import psycopg
 from producers.contract.messages import TagBatch, add
 from tests.bench import collector
 from tests.bench.contenders import Item
-from tests.bench.servers import EMPTY, Servers
+from tests.bench.servers import EMPTY, BenchServers
 from worker.rules import stored_metadata
 
 MILLION: Final = "million"
@@ -54,7 +54,7 @@ def execution(number: int, of: int) -> UUID:
 class Batches:
     """Makes the batches of all loads, once: they are the same for each round and contender."""
 
-    servers: Servers
+    servers: BenchServers
     _made: dict[tuple[str, int, int], list[Item]] = field(default_factory=dict)
     _tokens: dict[int, str] = field(default_factory=dict)
 
@@ -97,7 +97,7 @@ def register(connection: psycopg.Connection) -> None:
     )
 
 
-def prefill(servers: Servers) -> None:
+def prefill(servers: BenchServers) -> None:
     """Make the database of a million active tags, spread evenly over all executions."""
     servers.copy(EMPTY, MILLION)
     each = PREFILLED // (ORGANIZATIONS * EXECUTIONS)

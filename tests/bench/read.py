@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 from producers.contract.results import Tag
 from tests.bench.names import NAIVE, OURS, PGBENCH
 from tests.bench.servers import ENDPOINT as ENDPOINT_ROLE
-from tests.bench.servers import RUN, Servers
+from tests.bench.servers import RUN, BenchServers
 from worker.api.queries import READ_TAGS
 from worker.db.connection import scope_statement
 from worker.local.servers import Postgres
@@ -77,7 +77,7 @@ FULL: Final = Durations(round=0.5, tuning=0.25, warm_up=0.1)
 SMOKE: Final = Durations(round=0.3, tuning=0.0, warm_up=0.05)
 
 
-def run(servers: Servers, rounds: int, say: Say) -> dict[str, Any]:
+def run(servers: BenchServers, rounds: int, say: Say) -> dict[str, Any]:
     """Measure everything in turn, `rounds` times. With one round, nothing is tuned (smoke run)."""
     durations = SMOKE if rounds == 1 else FULL
     servers.fresh()
@@ -178,7 +178,7 @@ _FILL_TAGS: Final = """
 """
 
 
-def _fill(servers: Servers) -> Data:
+def _fill(servers: BenchServers) -> Data:
     """Write the tags as the owner, among those of other organizations."""
     organization = uuid4()
     data = Data(organization, servers.token(organization), {tags: uuid4() for tags in TAGS})
@@ -208,7 +208,7 @@ class Contender(Protocol):
 
 
 @contextmanager
-def _contenders(servers: Servers, data: Data) -> Iterator[list[Contender]]:
+def _contenders(servers: BenchServers, data: Data) -> Iterator[list[Contender]]:
     """Start two processes of each endpoint. The first serves alone, too."""
     ports = {name: [free_port(0), free_port(0)] for name in (OURS, NAIVE)}
     both = (Case(USUAL), Case(USUAL, not_modified=True))
@@ -364,7 +364,7 @@ _VALUES: Final = (":organization_id", ":flow_execution_id", "null", ":known::big
 class Pgbench:
     """The best that PostgreSQL can do for the same transaction, with a light client."""
 
-    servers: Servers
+    servers: BenchServers
     data: Data
     name: str = PGBENCH
     cases: tuple[Case, ...] = CASES

@@ -36,7 +36,7 @@ RUN: Final = "run"
 
 
 @dataclass(frozen=True)
-class Servers:
+class BenchServers:
     """The running servers and what a process needs to use them."""
 
     directory: Path
@@ -89,7 +89,7 @@ class Servers:
 
 
 @contextmanager
-def servers() -> Iterator[Servers]:
+def servers() -> Iterator[BenchServers]:
     """Start PostgreSQL and Valkey with the local stack's settings, on a new directory."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
@@ -104,6 +104,6 @@ def servers() -> Iterator[Servers]:
             postgres.create_database(EMPTY)
             passwords = {role: load_or_create_secret(directory, role) for role in ROLES}
             migrate(postgres.url(database=EMPTY), passwords)
-            opened = Servers(directory, supervisor, postgres, valkey.url, passwords)
+            opened = BenchServers(directory, supervisor, postgres, valkey.url, passwords)
             opened.fresh()
             yield opened

@@ -14,7 +14,7 @@ from tests.bench.contenders import Contender, Item, Sender, Setting
 from tests.bench.load import Batches, Load, organization, register
 from tests.bench.processes import Workers, cpu_seconds, server_pids
 from tests.bench.results import Missing, Results
-from tests.bench.servers import RUN, Servers
+from tests.bench.servers import RUN, BenchServers
 
 RESULT_SECONDS: Final = 60.0
 START_SECONDS: Final = 30.0
@@ -27,7 +27,7 @@ class Session:
 
     def __init__(
         self,
-        opened: Servers,
+        opened: BenchServers,
         batches: Batches,
         contender: Contender,
         setting: Setting,
@@ -237,7 +237,7 @@ def _organizations(load: Load) -> list[UUID]:
     return [organization(number) for number in range(load.organizations)]
 
 
-def enqueue(opened: Servers, batches: Batches, contender: Contender, count: int) -> float:
+def enqueue(opened: BenchServers, batches: Batches, contender: Contender, count: int) -> float:
     """Return how many batches a second one producer enqueues while no worker runs."""
     opened.fresh()
     contender.prepare()

@@ -19,7 +19,7 @@ from tests.bench.contenders import NAMES, Contender, Setting
 from tests.bench.load import MILLION, PREFILLED, Batches, Load, prefill
 from tests.bench.names import OURS, OWN_LOAD, SAME_RATE
 from tests.bench.read import spread
-from tests.bench.servers import EMPTY, Servers, servers
+from tests.bench.servers import EMPTY, BenchServers, servers
 from tests.bench.session import Session, enqueue
 
 TUNED_ON: Final = Load(10, 8, 0)
@@ -97,7 +97,7 @@ class Rates:
 class Run:
     """A run of the whole write side, and what it has found so far."""
 
-    opened: Servers
+    opened: BenchServers
     plan: Plan
     say: Say
     batches: Batches
@@ -225,7 +225,7 @@ _VARYING: Final = ("batches", "rate")
 
 
 def run(
-    opened: Servers,
+    opened: BenchServers,
     rounds: int = 5,
     names: Iterable[str] = NAMES,
     plan: Plan = FULL,
@@ -253,7 +253,7 @@ def run(
     return going.result()
 
 
-def _prepare_this_process(opened: Servers) -> None:
+def _prepare_this_process(opened: BenchServers) -> None:
     """Set what contenders read from the environment, and freeze what exists at the start."""
     os.environ.update(opened.environment())
     os.environ["BENCH_OWNER_URL"] = opened.database_url()
