@@ -9,12 +9,16 @@ from uuid import UUID
 
 import psycopg
 
+from worker.db.connection import UnsafeRole
 from worker.db.pg_arrays import bigints, decode, texts, uuids
 from worker.db.pg_pipeline import PipelinedConnection, Row
 from worker.rules import StoredResult
 
 READ_SECONDS: Final = 10.0
 """A read that takes longer ends with `TimeoutError`."""
+
+READ_ERRORS: Final = (psycopg.Error, UnsafeRole, TimeoutError)
+"""What the methods of `Reader` raise while the database can't be used."""
 
 SCOPE: Final = "select set_config('app.organization_id', $1::text, true)"
 """Sets the organization of the transaction, which sees only its rows."""
@@ -186,14 +190,6 @@ class StoredChanges(NamedTuple):
     """In order, as they were published."""
 
 
-class TagFilter(NamedTuple):
-    """Which of an execution's tags to return; None and empty lists mean any."""
-
-    task_name: str | None
-    tag_types: Sequence[str]
-    tags: Sequence[str]
-
-
 class Page(NamedTuple):
     """Some of an execution's active tags."""
 
@@ -215,10 +211,7 @@ class Tasks(NamedTuple):
 
 
 class Reader:
-    """Reads the database for the endpoint.
-
-    Its methods raise `psycopg.Error`, `UnsafeRole` and `TimeoutError`.
-    """
+    """Reads the database for the endpoint. Its methods raise `READ_ERRORS`."""
 
     def __init__(self, database_url: str, connections: int) -> None:
         self._connections = [
@@ -276,22 +269,25 @@ class Reader:
         self,
         organization_id: UUID,
         flow_execution_id: UUID,
-        wanted: TagFilter,
-        after: tuple[str, str] | None = None,
-        limit: int | None = None,
+        task_name: str | None,
+        tag_types: Sequence[str],
+        tags: Sequence[str],
+        after: str | None,
+        limit: int | None,
     ) -> Page | None:
         """Return a page of the wanted active tags; None if there is no such execution.
 
         Args:
-            after: The time of creation and the id of the last tag before the page, as text.
+            task_name, tag_types, tags: Which tags; None and empty lists mean any.
+            after: The end of the page before, as `Page.after` has it.
             limit: Tags in the page, at most; None for all.
         """
-        created_at, id = after or (None, None)
+        created_at, _, id = after.partition(" ") if after else (None, None, None)
         parameters = [
             flow_execution_id.bytes,
-            _text(wanted.task_name),
-            texts(wanted.tag_types) if wanted.tag_types else None,
-            texts(wanted.tags) if wanted.tags else None,
+            _text(task_name),
+            texts(tag_types) if tag_types else None,
+            texts(tags) if tags else None,
             _text(created_at),
             _text(id),
             None if limit is None else _bigint(limit),
@@ -299,8 +295,8 @@ class Reader:
         found = await self._ask(organization_id, b"page", parameters)
         if found is None:
             return None
-        revision, tags, last = found
-        return Page(_integer(revision), tags or b"[]", None if last is None else last.decode())
+        revision, page, last = found
+        return Page(_integer(revision), page or b"[]", None if last is None else last.decode())
 
     async def tasks(
         self, organization_id: UUID, flow_execution_id: UUID, task_name: str | None
