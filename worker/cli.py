@@ -197,7 +197,7 @@ def openapi() -> None:
     from worker.api.app import create_app
 
     settings = Settings.model_construct(jwt_secret=SecretStr("-" * 32))  # reads no environment
-    print(json.dumps(create_app(settings)._app.openapi(), indent=2))
+    print(json.dumps(create_app(settings).openapi(), indent=2))
 
 
 # --- Dead letters --------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from uuid import UUID
 
 from redis import Redis
 from redis.commands.core import Script
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
 
 from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
 from producers.contract.encoding import MAX_READABLE_BYTES
@@ -249,14 +249,20 @@ class Inbox:
             except NoScriptError:  # the server was restarted, or its scripts were flushed
                 return self._redis.eval(_source(name), len(keys), *keys, *args)
         except ResponseError as error:
-            if name == "repair" or "WRONGTYPE" not in str(error) or not self._repair():
+            if name == "repair" or "WRONGTYPE" not in str(error) or not self.repair():
                 raise
             return self._run(name, keys, args)
 
-    def _repair(self) -> bool:
-        """Move keys of a wrong type out of the way, or delete a lease; return whether one was."""
+    def repair(self) -> bool:
+        """Move keys of a wrong type out of the way, or delete a lease; return whether one was.
+
+        A producer whose rights end at its own keys can't do that: a worker does, at the next wake.
+        """
         keys = [self._lease, self._failing, self._inbox, self._dead_letters]
-        wrong = self._run("repair", keys, [f":aside:{time.time_ns()}"])
+        try:
+            wrong = self._run("repair", keys, [f":aside:{time.time_ns()}"])
+        except NoPermissionError:
+            return False
         for key in wrong:
             logger.error("a key had a wrong type: it was moved aside", extra={"key": key.decode()})
         return bool(wrong)
@@ -271,10 +277,12 @@ def scan_inboxes(redis: Redis) -> Iterator[UUID]:
     return scan_organizations(redis, inbox_key)
 
 
-def scan_organizations(redis: Redis, key_of: Callable[[UUID], str]) -> Iterator[UUID]:
-    """Yield every organization that has a stream of this name."""
+def scan_organizations(
+    redis: Redis, key_of: Callable[[UUID], str], type: str | None = None
+) -> Iterator[UUID]:
+    """Yield every organization that has a key of this name, of any type or of one."""
     pattern = key_of(cast(UUID, "*"))
-    for key in redis.scan_iter(match=pattern, count=1000, _type="stream"):
+    for key in redis.scan_iter(match=pattern, count=1000, _type=type):
         try:
             yield UUID(key.decode().partition("{")[2].partition("}")[0])
         except ValueError:
@@ -291,8 +299,14 @@ def claim_idle(
         for organization_id, lease_id in claims:
             keys = [inbox_key(organization_id), lease_key(organization_id)]
             script(keys=keys, args=[lease_id, lease_ms], client=pipe)
-        taken = pipe.execute()
-    return [pair for pair, won in zip(claims, taken, strict=True) if won]
+        taken = pipe.execute(raise_on_error=False)
+    won = []
+    for claim, answer in zip(claims, taken, strict=True):
+        if isinstance(answer, RedisError):  # as for a key of a wrong type: the others go on
+            Inbox(redis, claim[0]).repair()
+        elif answer:
+            won.append(claim)
+    return won
 
 
 def chunks(messages: Iterable[bytes]) -> Iterator[list[bytes]]:

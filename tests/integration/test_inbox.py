@@ -246,9 +246,10 @@ def test_only_inboxes_that_wait_with_nobody_on_the_way_are_claimed(quiet_redis: 
     quiet_redis.delete(lease_key(waiting))
     idle = Inbox(quiet_redis, empty)
     ack_and_publish(idle, "run", acquire(idle, "run"))
-    quiet_redis.set(inbox_key(uuid4()), "somebody else's key of another type")
+    wrong = uuid4()
+    quiet_redis.set(inbox_key(wrong), "a key of another type, which is mended")
     quiet_redis.xadd("task-tags:{not a uuid}:inbox", {"message": "x"})
-    assert set(scan_inboxes(quiet_redis)) == {waiting, queued, empty}
+    assert set(scan_inboxes(quiet_redis)) == {waiting, queued, empty, wrong}
     claims = claim_idle(quiet_redis, scan_inboxes(quiet_redis), lambda: str(uuid4()), 10_000)
     assert [organization for organization, _ in claims] == [waiting]
 

@@ -104,7 +104,8 @@ def test_batches_wait_while_postgresql_is_down_and_then_take_effect_in_order(
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "unavailable"
     assert response.headers["retry-after"]
-    assert httpx.get(f"{fragile.stack.endpoint_url}/readyz").status_code == 503
+    readyz = f"{fragile.stack.endpoint_url}/readyz"  # its answer is a second old at most
+    eventually(lambda: httpx.get(readyz).status_code == 503)
     assert httpx.get(f"{fragile.stack.endpoint_url}/healthz").status_code == 200
     assert not any(future.done() for future in futures)
     fragile.restart()
@@ -317,3 +318,12 @@ def test_an_error_as_answer_ends_nothing(
     for future in futures:
         assert future.result(60).statuses == ["added"]
     assert [fragile.pid(name) for name in names] == pids
+
+
+def test_an_endpoint_is_not_ready_on_a_redis_that_takes_no_writes(fragile: Fragile) -> None:
+    """A replica answers a ping, but no write; the answer is a second old at most."""
+    readyz = f"{fragile.stack.endpoint_url}/readyz"
+    eventually(lambda: httpx.get(readyz).status_code == 200)
+    with open_redis(fragile.stack.redis_url) as redis, demoted(redis):
+        eventually(lambda: httpx.get(readyz).status_code == 503)
+    eventually(lambda: httpx.get(readyz).status_code == 200)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from uuid import UUID, uuid4
+
 import pytest
 
 from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
+from producers.inbox.protocol import Inbox, claim_idle
 from tests.support.tenant import Tenant, tagging
 
 
@@ -53,3 +56,16 @@ def test_nothing_is_published_by_a_step_that_fails(tenant: Tenant) -> None:
     tenant.send(tagging("a"), b"no message", tagging("b"))
     tenant.drain()
     assert tenant.outcomes() == [["added"], ["added"]]
+
+
+def test_one_organizations_wrong_keys_do_not_keep_others_from_being_woken(
+    tenant: Tenant, organization: UUID
+) -> None:
+    """The wake task mends them, and claims the others."""
+    other = uuid4()
+    Inbox(tenant.redis, other).append([tagging("x").encode()], tenant.token, "lease")
+    tenant.redis.delete(lease_key(other), inbox_key(organization))
+    tenant.redis.set(inbox_key(organization), "x")
+    claims = claim_idle(tenant.redis, sorted([organization, other]), lambda: "lease", 8_000)
+    assert [each for each, _ in claims] == [other]
+    assert not tenant.redis.exists(inbox_key(organization))

@@ -124,6 +124,7 @@ OF_ENDPOINT: Final = {
     "tasks of a name": case(1 + 10 + 1 + 1, **ONE, task_name="task-1"),
     "changes": case(1 + 10, **ONE, after=20, limit=10, max_characters=1_000_000),
     "revisions": case(5, **EXECUTIONS),
+    "recovery": case(1),
     "record": case(1, batch_id=UUID(int=1000)),
 }
 EXCEPTIONS: Final = {

@@ -1,14 +1,17 @@
 """The endpoint as one application: routes for reading, watching and writing, and the live page.
 
-Its OpenAPI document has every answer that it can give. Its pages load nothing from other servers.
+FastAPI makes its OpenAPI document; examples.json has the examples of successful answers. Its pages
+load nothing from other servers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from importlib.resources import files
 from typing import Any, Final
 from uuid import uuid4
@@ -16,32 +19,20 @@ from uuid import uuid4
 import psycopg
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
+from pydantic import TypeAdapter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from producers.contract.messages import TagOperation
 from producers.enqueuer import Enqueuer
 from producers.pubsub import PubSubMultiplexer
 from producers.redis_client import open_async_redis
 from worker.api import feeds, health, reads, writes
 from worker.api.change_hub import ChangeHub
-from worker.api.errors import (
-    ApiError,
-    on_fault,
-    on_gone,
-    on_http_error,
-    on_invalid,
-    on_problem,
-    on_unavailable,
-    response_to,
-)
+from worker.api.errors import HANDLERS, OF_EVERY_ROUTE, TOO_LARGE, answer
+from worker.api.health import Readiness
 from worker.api.limits import MAX_BODY_BYTES, MAX_FRAME_BYTES, LimitedProtocol, LimitedWebSocket
 from worker.api.queries import Reader
 from worker.auth import Authorizer
-from worker.db.connection import UnsafeRole
 from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -75,22 +66,14 @@ for path in _PAGE:
     router.get(path, include_in_schema=False)(page)
 
 
-# --- The application -----------------------------------------------------------------------------
+# --- Middlewares ---------------------------------------------------------------------------------
 
 
-class Endpoint:
-    """The ASGI application. Gives requests ids, and refuses a body that is declared too large.
+class RequestIds:
+    """Gives each request an id; it is in `request.state` and in the headers of the answer."""
 
-    The most frequent request, `GET /task-tags`, goes directly to its handler, because FastAPI's
-    routing takes longer than the read.
-    """
-
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-
-    def end_streams(self) -> None:
-        """End the streams of Server-Sent Events, which have no end by themselves."""
-        self._app.state.ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -108,46 +91,62 @@ class Endpoint:
                 ]
             await send(message)
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
-            problem = ApiError(413, "body_too_large", f"a body has at most {MAX_BODY_BYTES} bytes")
-            await response_to(Request(scope), problem)(scope, receive, send_with_id)
-            return
-        if scope["path"] == "/task-tags" and scope["method"] == "GET":
-            scope["app"] = self._app
-            response = await self._read_tags(Request(scope, receive))
-            await response(scope, receive, send_with_id)
-        else:
-            await self._app(scope, receive, send_with_id)
+        await self._app(scope, receive, send_with_id)
 
-    async def _read_tags(self, request: Request) -> Response:
-        """Call the handler of `GET /task-tags`, and answer its exceptions as FastAPI does."""
-        try:
-            return await reads.read_tags(request)
-        except Exception as error:
-            handlers: Any = self._app.exception_handlers
-            kinds = (kind for kind in type(error).__mro__ if kind in handlers)
-            response: Response = await handlers[next(kinds)](request, error)
-            return response
+
+class DeclaredBodyLimit:
+    """Refuses a body that is declared too large, before any of it is read."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            length = dict(scope["headers"]).get(b"content-length", b"0")
+            if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
+                app = await answer(Request(scope), TOO_LARGE)
+        await app(scope, receive, send)
+
+
+class DirectRead:
+    """Takes `GET /task-tags` past FastAPI's routing, which takes longer than the read."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self._app
+        if scope["type"] == "http" and (scope["method"], scope["path"]) == ("GET", "/task-tags"):
+            scope["app"] = self._app
+            request = Request(scope, receive)
+            try:
+                app = await reads.read_tags_directly(request)
+            except Exception as error:
+                app = await answer(request, error)
+        await app(scope, receive, send)
+
+
+# --- The server ----------------------------------------------------------------------------------
 
 
 class Server(uvicorn.Server):
-    """Ends the endpoint's streams at shutdown; otherwise uvicorn waits for them."""
+    """Ends the streams of Server-Sent Events at shutdown; otherwise uvicorn waits for them."""
 
-    def __init__(self, config: uvicorn.Config, endpoint: Endpoint) -> None:
+    def __init__(self, config: uvicorn.Config, ending: asyncio.Event) -> None:
         super().__init__(config)
-        self._endpoint = endpoint
+        self._ending = ending
 
     async def shutdown(self, sockets: Any = None) -> None:
-        self._endpoint.end_streams()
+        self._ending.set()
         await super().shutdown(sockets)
 
 
 def serve(settings: Settings, host: str, port: int) -> None:
     """Serve the endpoint until a signal ends the process."""
-    endpoint = create_app(settings)
+    app = create_app(settings)
     config = uvicorn.Config(
-        endpoint,
+        RequestIds(DeclaredBodyLimit(DirectRead(app))),  # around the answers to faults, too
         host=host,
         port=port,
         loop="uvloop",
@@ -160,10 +159,13 @@ def serve(settings: Settings, host: str, port: int) -> None:
         server_header=False,
         timeout_graceful_shutdown=10,
     )
-    Server(config, endpoint).run()
+    Server(config, app.state.ending).run()
 
 
-def create_app(settings: Settings) -> Endpoint:
+# --- The application -----------------------------------------------------------------------------
+
+
+def create_app(settings: Settings) -> FastAPI:
     """Build the application. It connects at startup, but also starts without its servers."""
 
     @asynccontextmanager
@@ -178,7 +180,9 @@ def create_app(settings: Settings) -> Endpoint:
         enqueuer = Enqueuer(redis_url, settings.inbox_limit, settings.lease_ms, socket_timeout=2)
         state.change_hub = ChangeHub(pubsub, state.reader)
         state.write_service = writes.WriteService(enqueuer, pubsub, state.reader)
-        jobs = [asyncio.create_task(job) for job in (pubsub.run(), state.change_hub.run())]
+        state.readiness = Readiness()
+        running = (pubsub.run(), state.change_hub.run(), state.reader.run())
+        jobs = [asyncio.create_task(job) for job in running]
         try:
             await state.reader.check()
         except (psycopg.Error, TimeoutError):
@@ -199,53 +203,37 @@ def create_app(settings: Settings) -> Endpoint:
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
+        responses=OF_EVERY_ROUTE,
+        exception_handlers=HANDLERS,
     )
     app.state.authorizer = Authorizer(settings)
     app.state.ending = asyncio.Event()
     for each in (reads.router, feeds.router, writes.router, health.router, router):
         app.include_router(each)
-    app.add_exception_handler(ApiError, on_problem)
-    app.add_exception_handler(RequestValidationError, on_invalid)
-    app.add_exception_handler(HTTPException, on_http_error)
-    for unavailable in (psycopg.Error, TimeoutError, UnsafeRole):
-        app.add_exception_handler(unavailable, on_unavailable)
-    app.add_exception_handler(ClientDisconnect, on_gone)
-    app.add_exception_handler(Exception, on_fault)
     document = app.openapi
-    app.openapi = lambda: _exact(document())  # type: ignore[method-assign]
-    return Endpoint(app)
+    app.openapi = cache(lambda: _completed(document()))  # type: ignore[method-assign]
+    return app
 
 
-def _exact(described: dict[str, Any]) -> dict[str, Any]:
-    """Return FastAPI's document with the bearer scheme, and without answers that are never sent.
-
-    FastAPI keeps the document, so this may receive one that it has changed already.
-    """
-    if "securitySchemes" in described.get("components", {}):
-        return described
-    for path, item in described["paths"].items():
-        for operation in item.values():
-            operation["responses"].pop("422", None)
-            if not path.endswith("z"):
-                operation["security"] = [{"bearer": []}]
-    # FastAPI leaves nulls out of examples, and a tag has two.
-    examples = {
-        "/task-tags": reads.TAG_EXAMPLE,
-        "/task-tags/changes": reads.EVENT_EXAMPLE,
-        "/task-executions": reads.TASK_EXAMPLE,
-    }
-    for path, example in examples.items():
-        read = described["paths"][path]["get"]["responses"]["200"]
-        read["content"]["application/json"]["example"] = [example]
-    stream = described["paths"]["/task-tags/changes/events"]["get"]["responses"]["200"]
-    del stream["content"]["application/json"]  # FastAPI adds it to every answer
-    components = described.setdefault("components", {})
-    components["securitySchemes"] = {
-        "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
-    }
+def _completed(document: dict[str, Any]) -> dict[str, Any]:
+    """Add to FastAPI's document what it can't know, and remove answers that are never sent."""
+    examples = json.loads(files("worker.api").joinpath("examples.json").read_text("utf-8"))
+    schemas = document["components"]["schemas"]
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            responses = operation["responses"]
+            responses.pop("422", None)
+            for response in responses.values():
+                response.setdefault("headers", {})["X-Request-ID"] = {"schema": {"type": "string"}}
+            # Here because FastAPI removes nulls from examples, and a tag has two.
+            for status, example in examples[f"{method.upper()} {path}"].items():
+                (content,) = responses[status]["content"].values()
+                content["example"] = example
     for unused in ("HTTPValidationError", "ValidationError"):
-        components["schemas"].pop(unused, None)
-    # The routes read bodies themselves, so FastAPI does not know the models.
-    operation = TagOperation.model_json_schema(ref_template="#/components/schemas/{model}")
-    components["schemas"].setdefault("TagOperation", operation)
-    return described
+        del schemas[unused]
+    _, bodies = TypeAdapter.json_schemas(
+        [(model, "validation", TypeAdapter(model)) for model in writes.BODIES],
+        ref_template="#/components/schemas/{model}",
+    )
+    schemas.update(bodies["$defs"])
+    return document

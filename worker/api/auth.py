@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any, Final
+
+from fastapi import Security
+from fastapi.security import HTTPBearer, SecurityScopes
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 
-from worker.api.errors import ApiError
-from worker.auth import Authorizer, InvalidToken, JwksUnavailable, Principal
-
-
-async def require_scope(connection: HTTPConnection, scope: str) -> Principal:
-    """Return what the bearer token in the headers proves, if it has the scope.
-
-    Raises:
-        ApiError: 401, 403, or 503 if the keys can't be fetched.
-    """
-    return await authenticate(connection.app.state.authorizer, bearer_token(connection), scope)
+from worker.api.errors import ApiError, forbidden
+from worker.auth import (
+    EXECUTIONS_WRITE,
+    READ,
+    WRITE,
+    Authorizer,
+    InvalidToken,
+    JwksUnavailable,
+    Principal,
+)
 
 
 def bearer_token(connection: HTTPConnection) -> str:
@@ -42,5 +45,27 @@ async def authenticate(authorizer: Authorizer, token: str, scope: str) -> Princi
     except JwksUnavailable:
         raise ApiError(503, "unavailable", "the keys of tokens can't be fetched") from None
     if not principal.allows(scope):
-        raise ApiError(403, "forbidden", f"the token lacks the scope {scope}")
+        raise forbidden(scope)
     return principal
+
+
+async def require_scope(connection: HTTPConnection, scope: str) -> Principal:
+    """Return what the bearer token in the headers proves, if it has the scope."""
+    return await authenticate(connection.app.state.authorizer, bearer_token(connection), scope)
+
+
+_BEARER: Final = HTTPBearer(scheme_name="bearer", bearerFormat="JWT", auto_error=False)
+"""Describes the token in the OpenAPI document. It would read more headers than `bearer_token`."""
+
+
+async def authorized(
+    connection: HTTPConnection, scopes: SecurityScopes, _: Annotated[Any, Security(_BEARER)]
+) -> Principal:
+    """Return who asks, for a route that needs one scope; raise what `authenticate` raises."""
+    (scope,) = scopes.scopes
+    return await require_scope(connection, scope)
+
+
+Reading = Annotated[Principal, Security(authorized, scopes=[READ])]
+TagWriting = Annotated[Principal, Security(authorized, scopes=[WRITE])]
+ExecutionWriting = Annotated[Principal, Security(authorized, scopes=[EXECUTIONS_WRITE])]

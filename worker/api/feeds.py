@@ -8,17 +8,15 @@ nothing is disconnected (worker/api/limits.py).
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Annotated, Final
 from uuid import UUID, uuid4
 
-import psycopg
-from fastapi import APIRouter, Request, Response, WebSocket
+from fastapi import APIRouter, Depends, Header, Request, Response, WebSocket
 from pydantic_core import from_json
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
@@ -26,24 +24,24 @@ from starlette.websockets import WebSocketDisconnect
 
 from producers.contract.errors import ErrorDetail
 from producers.pubsub import first_completed
-from worker.api.auth import authenticate, bearer_token, require_scope
+from worker.api.auth import Reading, authenticate, bearer_token
 from worker.api.change_hub import ChangeHub, ExecutionFeed
 from worker.api.errors import (
-    ERRORS,
+    EXPIRED,
     GONE,
-    UNAVAILABLE,
-    WRONG_PARAMETER,
     ApiError,
-    documented_error,
+    documented,
+    problem_of,
+    wrong_parameter,
 )
-from worker.api.params import FeedQuery, openapi_parameters, parse_query
-from worker.api.reads import EVENT_EXAMPLE, change_filter, reader_of, stored_changes
+from worker.api.params import FeedQuery, parse_query, query
+from worker.api.queries import READ_ERRORS, Reader
+from worker.api.reads import READ_PROBLEMS, change_filter, stored_changes
 from worker.auth import LEEWAY_SECONDS, READ, Principal
-from worker.db.connection import UnsafeRole
 
 logger = logging.getLogger(__name__)
 
-router = APIRouter()
+router = APIRouter(responses=READ_PROBLEMS)
 
 TOKEN_SECONDS: Final = 10.0
 PING_SECONDS: Final = 15.0
@@ -68,7 +66,7 @@ class ChangeCursor:
         self.after = query.after
         self._query = query
         self._hub: ChangeHub = connection.app.state.change_hub
-        self._reader = reader_of(connection)
+        self._reader: Reader = connection.app.state.reader
         self._organization_id: UUID = principal.organization_id
         self._filter = change_filter(query)
 
@@ -101,7 +99,7 @@ class ChangeCursor:
                 found = await stored_changes(
                     self._reader, self._organization_id, self._query, self.after, _PAGE, _PAGE_BYTES
                 )
-            except (psycopg.Error, UnsafeRole, TimeoutError) as error:
+            except READ_ERRORS as error:
                 logger.warning("changes can't be read", extra={"error": type(error).__name__})
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
@@ -111,9 +109,6 @@ class ChangeCursor:
 
 def _expires_in(principal: Principal) -> float:
     return principal.expires_at + LEEWAY_SECONDS - time.time()
-
-
-_EXPIRED: Final = ApiError(401, "unauthorized", "the token has expired")
 
 
 # --- WebSocket -----------------------------------------------------------------------------------
@@ -135,10 +130,8 @@ async def watch_changes(websocket: WebSocket) -> None:
         )
     except WebSocketDisconnect:
         return
-    except ApiError as problem:
-        await _refuse(websocket, problem, request_id)
-    except (psycopg.Error, UnsafeRole, TimeoutError):
-        await _refuse(websocket, UNAVAILABLE, request_id)
+    except (ApiError, *READ_ERRORS) as error:
+        await _refuse(websocket, problem_of(error), request_id)
 
 
 async def _send_events(websocket: WebSocket, cursor: ChangeCursor) -> None:
@@ -157,7 +150,7 @@ async def _receive_tokens(websocket: WebSocket, principal: Principal) -> None:
             async with asyncio.timeout(max(0, _expires_in(principal))):
                 token = await receive_token(websocket)
         except TimeoutError:
-            raise _EXPIRED from None
+            raise EXPIRED from None
         renewed = await authenticate(websocket.app.state.authorizer, token, READ)
         if renewed.organization_id != principal.organization_id:
             raise ApiError(403, "forbidden", "the token is of another organization")
@@ -225,12 +218,13 @@ class EventStream(Response):
             await write(b"retry: 1000\n\n")
             async with asyncio.timeout(max(0, _expires_in(self._principal))):
                 await first_completed(
-                    self._send_events(write), self._ping(write), _gone(receive), _end(self._ending)
+                    *(self._send_events(write), self._ping(write)),
+                    *(_gone(receive), self._ending.wait()),
                 )
         except ApiError as problem:
             await write(self._error(problem))
         except TimeoutError:
-            await write(self._error(_EXPIRED))
+            await write(self._error(EXPIRED))
         await send({"type": "http.response.body", "body": b""})
 
     async def _send_events(self, write: Callable[[bytes], Awaitable[None]]) -> None:
@@ -255,45 +249,31 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _end(ending: asyncio.Event) -> None:
-    await ending.wait()
-
-
-_LAST_EVENT_ID: Final[dict[str, Any]] = {
-    "name": "Last-Event-ID",
-    "in": "header",
-    "description": "The revision of the last event received; takes precedence over `after`.",
-    "schema": {"type": "string"},
-}
-
-
 @router.get(
     "/task-tags/changes/events",
     summary="Watch the change events of a flow execution as Server-Sent Events",
-    response_model=None,
-    responses={
-        200: {
-            "description": "The stored events after a revision, then new ones as they come. "
-            "`id` is the revision.",
-            "content": {
-                "text/event-stream": {
-                    "example": f"id: 42\nevent: change\ndata: {json.dumps(EVENT_EXAMPLE)}\n\n"
-                }
-            },
-        },
-        **ERRORS,
-        410: documented_error("gone", GONE.message),
-    },
-    openapi_extra=openapi_parameters(FeedQuery, _LAST_EVENT_ID),
+    response_class=Response,  # of no media type: that of errors is another
+    response_description="The stored events after a revision, then new ones as they come. "
+    "`id` is the revision.",
+    responses={200: {"content": {"text/event-stream": {}}}, **documented(GONE)},
 )
-async def stream_changes(request: Request) -> Any:
-    principal = await require_scope(request, READ)
-    query = parse_query(request, FeedQuery)
-    if last := request.headers.get("last-event-id"):
-        if re.fullmatch(r"[0-9]{1,18}", last) is None:
-            details = [ErrorDetail(field="Last-Event-ID", message="must be a revision")]
-            raise ApiError(400, "bad_request", WRONG_PARAMETER, details)
-        query = query.model_copy(update={"after": int(last)})
-    cursor = ChangeCursor(request, query, principal)
+async def stream_changes(
+    request: Request,
+    caller: Reading,
+    query: Annotated[FeedQuery, Depends(query(FeedQuery))],
+    last_event_id: Annotated[
+        str | None,
+        Header(
+            alias="Last-Event-ID",
+            description="The revision of the last event received; takes precedence over `after`.",
+        ),
+    ] = None,
+) -> Response:
+    if last_event_id:
+        if re.fullmatch(r"[0-9]{1,18}", last_event_id) is None:
+            detail = ErrorDetail(field="Last-Event-ID", message="must be a revision")
+            raise wrong_parameter([detail])
+        query = query.model_copy(update={"after": int(last_event_id)})
+    cursor = ChangeCursor(request, query, caller)
     await cursor.check()
-    return EventStream(cursor, principal, request.state.request_id, request.app.state.ending)
+    return EventStream(cursor, caller, request.state.request_id, request.app.state.ending)

@@ -1,47 +1,71 @@
 """Reads query strings: the parameters of every route, and the errors for wrong ones."""
 
-from __future__ import annotations
-
+import base64
 import re
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
 from functools import cache
-from typing import Annotated, Any, TypeVar, get_origin
+from typing import Annotated, Any, Final, TypeVar, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from fastapi import Depends, Query
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.requests import HTTPConnection
 
 from producers.contract.errors import ErrorDetail
 from producers.contract.values import Id, TagName, TagType, TaskName
-from worker.api.errors import WRONG_PARAMETER, ApiError, parameter_faults
+from worker.api.errors import parameter_faults, wrong_parameter
 
-Query = TypeVar("Query", bound=BaseModel)
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def parse_query(connection: HTTPConnection, model: type[Query]) -> Query:
-    """Read the query string.
+def query(model: type[Model]) -> Callable[..., Any]:
+    """Return the dependency that reads the query string as FastAPI does, but none twice."""
+
+    async def once(connection: HTTPConnection) -> None:
+        _refuse_doubled(connection, model)
+
+    async def read(
+        once: Annotated[None, Depends(once)],
+        values: Annotated[model, Query()],  # type: ignore[valid-type]
+    ) -> Model:
+        return values
+
+    return read
+
+
+def parse_query(connection: HTTPConnection, model: type[Model]) -> Model:
+    """Read the query string of a request that FastAPI does not route, with the same answers.
 
     Raises:
         ApiError: 400, with the parameters that are missing, wrong, unknown or repeated.
     """
-    given = connection.query_params.multi_items()
-    values: dict[str, Any] = dict(given)
-    if len(values) < len(given) or not _repeatable(model).isdisjoint(values):
-        counts = Counter(name for name, _ in given)
-        for name in _repeatable(model) & counts.keys():
-            values[name] = connection.query_params.getlist(name)
-            del counts[name]
-        doubled = [name for name, count in counts.items() if count > 1]
-        if doubled:
-            details = [
-                ErrorDetail(field=name[:64], message="is given more than once") for name in doubled
-            ]
-            raise ApiError(400, "bad_request", WRONG_PARAMETER, details)
+    _refuse_doubled(connection, model)
+    values: dict[str, Any] = dict(connection.query_params)
+    for name in _repeatable(model) & values.keys():
+        values[name] = connection.query_params.getlist(name)
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        faults = parameter_faults(error.errors())
-        raise ApiError(400, "bad_request", WRONG_PARAMETER, faults) from None
+        raise wrong_parameter(parameter_faults(error.errors())) from None
+
+
+def _refuse_doubled(connection: HTTPConnection, model: type[BaseModel]) -> None:
+    """Raise `ApiError` if a parameter is given twice that has one value."""
+    given = connection.query_params.multi_items()
+    if len(given) == len(connection.query_params):
+        return
+    counts = Counter(name for name, _ in given)
+    doubled = [name for name, count in counts.items() if count > 1]
+    details = [
+        ErrorDetail(field=name[:64], message="is given more than once")
+        for name in doubled
+        if name not in _repeatable(model)
+    ]
+    if details:
+        raise wrong_parameter(details)
 
 
 @cache
@@ -51,15 +75,7 @@ def _repeatable(model: type[BaseModel]) -> frozenset[str]:
     return frozenset(name for name, field in fields if get_origin(field.annotation) is list)
 
 
-def openapi_parameters(model: type[BaseModel], *headers: dict[str, Any]) -> dict[str, Any]:
-    """Return the OpenAPI description of the parameters that `parse_query` reads."""
-    schema = model.model_json_schema()
-    required = schema.get("required", [])
-    query = [
-        {"name": name, "in": "query", "required": name in required, "schema": described}
-        for name, described in schema.get("properties", {}).items()
-    ]
-    return {"parameters": [*query, *headers]}
+# --- Values --------------------------------------------------------------------------------------
 
 
 def _digits(value: Any) -> Any:
@@ -69,7 +85,31 @@ def _digits(value: Any) -> Any:
     raise PydanticCustomError("number", "must be a whole number")
 
 
+def _place(cursor: str) -> str:
+    """Decode a cursor: the time of creation and the id of the last tag of the previous page."""
+    if re.fullmatch(r"[A-Za-z0-9_-]{8,200}", cursor):
+        encoded = cursor + "=" * (-len(cursor) % 4)
+        text = base64.urlsafe_b64decode(encoded).decode("ascii", "replace")
+        with suppress(ValueError):
+            if found := _PLACE.fullmatch(text):
+                datetime.fromisoformat(found[1])  # the pattern allows a thirteenth month
+                return text
+    raise PydanticCustomError("cursor", "must be the next_cursor of an earlier answer")
+
+
+def cursor_of(place: str) -> str:
+    """Encode where a page ends as a cursor."""
+    return base64.urlsafe_b64encode(place.encode()).decode().rstrip("=")
+
+
+_PLACE: Final = re.compile(
+    r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z) ([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+)
+
 Number = Annotated[int, BeforeValidator(_digits)]
+
+
+# --- The parameters of the routes ----------------------------------------------------------------
 
 
 class NoQuery(BaseModel):
@@ -88,5 +128,26 @@ class Filters(ExecutionQuery):
     tag: list[TagName] = Field([], max_length=100, description="Only these tags.")
 
 
+class TagsQuery(Filters):
+    limit: Number | None = Field(
+        None, ge=1, le=1000, description="Return a page of at most this many tags."
+    )
+    cursor: Annotated[str, AfterValidator(_place)] | None = Field(
+        None, description="The next_cursor of the previous page."
+    )
+
+
 class FeedQuery(Filters):
     after: Number = Field(0, ge=0, description="The revision after which changes are wanted.")
+
+
+class ChangesQuery(FeedQuery):
+    limit: Number = Field(
+        100,
+        ge=1,
+        le=1000,
+        description="The most events in one answer, which ends earlier at about 1 MiB.",
+    )
+
+
+NoParameters = Annotated[NoQuery, Depends(query(NoQuery))]

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 from uuid import UUID
 
 import psycopg
 
+from worker.db.connection import UnsafeRole
 from worker.db.pg_arrays import bigints, decode, texts, uuids
 from worker.db.pg_pipeline import PipelinedConnection, Row
 from worker.rules import StoredResult
 
+CHECK_SECONDS: Final = 2.0
 READ_SECONDS: Final = 10.0
 """A read that takes longer ends with `TimeoutError`."""
+
+logger = logging.getLogger(__name__)
+
+READ_ERRORS: Final = (psycopg.Error, UnsafeRole, TimeoutError)
+"""What the methods of `Reader` raise while the database can't be used."""
 
 _TAG: Final = """
         id, flow_execution_id, task_name, tag_type, tag, tag_metadata, organization_id, status,
@@ -159,7 +167,11 @@ _OF_TASK: Final = "($3 is null or task_name = $3)"
 So `task` is a statement without it.
 """
 
+_READ_RECOVERY: Final = "select pg_is_in_recovery() where $1 is not null"
+"""Returns whether the server is in recovery: a standby, or a primary that was fenced."""
+
 PREPARED: Final = {
+    "recovery (uuid)": _READ_RECOVERY,
     "tags (uuid, uuid, text, bigint[])": READ_TAGS,
     "task (uuid, uuid, text, bigint[])": READ_TAGS.replace(_OF_TASK, "task_name = $3"),
     "page (uuid, uuid, text, text[], text[], text, text, bigint)": _READ_PAGE,
@@ -180,14 +192,6 @@ class StoredChanges(NamedTuple):
     """The revision of the first event; None if there are no events."""
     events: list[bytes]
     """In order, as they were published."""
-
-
-class TagFilter(NamedTuple):
-    """Which of an execution's tags to return; None and empty lists mean any."""
-
-    task_name: str | None
-    tag_types: Sequence[str]
-    tags: Sequence[str]
 
 
 class Page(NamedTuple):
@@ -211,10 +215,7 @@ class Tasks(NamedTuple):
 
 
 class Reader:
-    """Reads the database for the endpoint.
-
-    Its methods raise `psycopg.Error`, `UnsafeRole` and `TimeoutError`.
-    """
+    """Reads the database for the endpoint. Its methods raise `READ_ERRORS`."""
 
     def __init__(self, database_url: str, connections: int) -> None:
         self._connections = [
@@ -222,9 +223,29 @@ class Reader:
         ]
 
     async def check(self) -> None:
-        """Run a small query, on a connection whose role has been checked."""
+        """Check that each open connection leads to a primary server, one at least.
+
+        Raises what reading raises. A connection to a server in recovery is closed: its content is
+        old, or will be, and the next one goes through the URL and its names again.
+        """
         nobody = UUID(int=0)
-        await self.record(nobody, nobody)
+        opened = [each for each in self._connections if each.is_open] or self._connections[:1]
+        async with asyncio.timeout(READ_SECONDS):
+            for connection in opened:
+                row = await connection.ask(nobody, b"recovery", [])
+                if row is None or row[0] != b"\x00":
+                    error = psycopg.OperationalError("the server is in recovery")
+                    connection.close(error)
+                    raise error
+
+    async def run(self) -> None:
+        """Check the connections every few seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            try:
+                await self.check()
+            except READ_ERRORS as error:
+                logger.warning("the database can't be used", extra={"error": str(error)[:200]})
 
     async def tags(
         self,
@@ -272,22 +293,25 @@ class Reader:
         self,
         organization_id: UUID,
         flow_execution_id: UUID,
-        wanted: TagFilter,
-        after: tuple[str, str] | None = None,
-        limit: int | None = None,
+        task_name: str | None,
+        tag_types: Sequence[str],
+        tags: Sequence[str],
+        after: str | None,
+        limit: int | None,
     ) -> Page | None:
         """Return a page of the wanted active tags; None if there is no such execution.
 
         Args:
-            after: The time of creation and the id of the last tag before the page, as text.
+            task_name, tag_types, tags: Which tags; None and empty lists mean any.
+            after: The end of the page before, as `Page.after` has it.
             limit: Tags in the page, at most; None for all.
         """
-        created_at, id = after or (None, None)
+        created_at, _, id = after.partition(" ") if after else (None, None, None)
         parameters = [
             flow_execution_id.bytes,
-            _text(wanted.task_name),
-            texts(wanted.tag_types) if wanted.tag_types else None,
-            texts(wanted.tags) if wanted.tags else None,
+            _text(task_name),
+            texts(tag_types) if tag_types else None,
+            texts(tags) if tags else None,
             _text(created_at),
             _text(id),
             None if limit is None else _bigint(limit),
@@ -295,8 +319,8 @@ class Reader:
         found = await self._ask(organization_id, b"page", parameters)
         if found is None:
             return None
-        revision, tags, last = found
-        return Page(_integer(revision), tags or b"[]", None if last is None else last.decode())
+        revision, page, last = found
+        return Page(_integer(revision), page or b"[]", None if last is None else last.decode())
 
     async def tasks(
         self, organization_id: UUID, flow_execution_id: UUID, task_name: str | None

@@ -12,10 +12,9 @@ from functools import partial
 from typing import Annotated, Any, Final
 from uuid import UUID, uuid4, uuid5
 
-import psycopg
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Depends, Header, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 
@@ -31,22 +30,26 @@ from producers.contract.messages import (
 )
 from producers.contract.results import (
     OperationResult,
-    RecordingStatus,
-    RegistrationStatus,
+    Recording,
+    Registration,
     ResultRecord,
 )
 from producers.contract.values import TaskName, uuid7
 from producers.enqueuer import Enqueuer
 from producers.errors import Unavailable
 from producers.pubsub import Listener, PubSubMultiplexer, wait_at_most
-from worker.api.auth import bearer_token, require_scope
-from worker.api.errors import ERRORS, ApiError, documented_error
-from worker.api.params import NoQuery, openapi_parameters, parse_query
-from worker.api.queries import Reader
+from worker.api.auth import ExecutionWriting, TagWriting, bearer_token
+from worker.api.errors import (
+    EXPIRED,
+    TOO_LARGE,
+    UNAVAILABLE,
+    ApiError,
+    documented,
+    forbidden,
+)
+from worker.api.params import NoParameters
+from worker.api.queries import READ_ERRORS, Reader
 from worker.auth import EXECUTIONS_WRITE, WRITE, Principal
-from worker.db.connection import UnsafeRole
-
-router = APIRouter()
 
 WAIT_SECONDS: Final = 10.0
 MAX_WAIT_SECONDS: Final = 60
@@ -64,6 +67,10 @@ _STATUS_OF: Final = {
     "conflict": 409,
     "internal_error": 500,
 }
+_CONFLICT: Final = ApiError(409, "conflict", "this batch id was used for another request")
+_INBOX_FULL: Final = ApiError(
+    429, "inbox_full", "the organization's inbox is full; try again later"
+)
 
 
 class PendingResult(Listener):
@@ -124,7 +131,7 @@ class WriteService:
         except Unavailable as error:
             raise ApiError(503, "unavailable", "Redis can't be used; try again later") from error
         if not accepted:
-            raise ApiError(429, "inbox_full", "the organization's inbox is full; try again later")
+            raise _INBOX_FULL
 
     async def _result(
         self,
@@ -142,12 +149,12 @@ class WriteService:
                 return published.result()
             try:
                 stored = await self.reader.record(organization_id, message.batch_id)
-            except (psycopg.Error, UnsafeRole, TimeoutError):
+            except READ_ERRORS:
                 continue
             if stored is not None and stored.digest == message.digest():
                 return ResultRecord.decode(stored.record)
             if stored is not None:
-                raise ApiError(409, "conflict", "this batch id was used for another request")
+                raise _CONFLICT
         return None
 
 
@@ -164,58 +171,96 @@ def _invalid(error: InvalidMessage) -> ApiError:
 
 # --- Requests ------------------------------------------------------------------------------------
 
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="The same key of the same actor is the same batch, which takes effect once.",
+        json_schema_extra={"maxLength": 200},
+    ),
+]
+Prefer = Annotated[
+    list[str],
+    WithJsonSchema({"type": "string"}),
+    Header(
+        alias="Prefer",
+        default_factory=list,
+        description="`respond-async` does not wait for the result; `wait=5` waits up to 5 seconds "
+        "(at most 60).",
+    ),
+]
 
-async def _body(request: Request) -> bytes:
-    """Read the body. Raises `ApiError` (413) if it is longer than a message may be."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_MESSAGE_BYTES:
-            limit = f"a body has at most {MAX_MESSAGE_BYTES} bytes"
-            raise ApiError(413, "body_too_large", limit)
-    return body
 
-
-def _batch_id(request: Request, principal: Principal) -> UUID:
+def _batch_id(key: str | None, caller: Principal) -> UUID:
     """Return a new batch id, or the one that is made from the actor's Idempotency-Key."""
-    key = request.headers.get("idempotency-key")
     if key is None:
         return uuid7()
     if not re.fullmatch(r"[!-~](?:[ -~]{0,198}[!-~])?", key):
         detail = ErrorDetail(field="Idempotency-Key", message="must have 1 to 200 ASCII characters")
         raise ApiError(400, "bad_request", "a header is wrong", [detail])
-    return uuid5(
-        _KEYS, f"{principal.organization_id} {len(principal.actor)} {principal.actor} {key}"
-    )
+    return uuid5(_KEYS, f"{caller.organization_id} {len(caller.actor)} {caller.actor} {key}")
 
 
-def prefer_wait(request: Request) -> float:
-    """Return how many seconds to wait for the result, by the header Prefer (RFC 7240).
+def _wait_seconds(prefer: list[str]) -> float:
+    """Return how many seconds to wait for the result, by the headers Prefer (RFC 7240).
 
     `wait` takes precedence over `respond-async`, which means 0.
     """
-    headers = ",".join(request.headers.getlist("prefer"))
-    wanted = [each.strip().lower() for each in headers.split(",")]
+    wanted = [each.strip().lower() for each in ",".join(prefer).split(",")]
     waits = [found[1] for each in wanted if (found := re.fullmatch(r"wait\s*=\s*(\d{1,9})", each))]
     if waits:
         return min(int(waits[0]), MAX_WAIT_SECONDS)
     return 0 if "respond-async" in wanted else WAIT_SECONDS
 
 
-async def _write(request: Request, scope: str, kind: str, **rest: Any) -> Response:
-    """Make a message from the request, apply it, and answer with its result."""
-    principal = await require_scope(request, scope)
-    parse_query(request, NoQuery)
-    service: WriteService = request.app.state.write_service
-    seconds, batch_id = prefer_wait(request), _batch_id(request, principal)
-    try:
-        raw = await _body(request)
+@dataclass(frozen=True)
+class WriteRequest:
+    """A request that writes. Its body is read after the token and all parameters are checked.
+
+    FastAPI itself would read a body before it calls any dependency, and accepts what the contract
+    refuses, such as doubled keys (docs/concepts/contract.md#what-is-refused).
+    """
+
+    request: Request
+    key: str | None
+    prefer: list[str]
+
+    async def apply(self, caller: Principal, kind: str, **rest: Any) -> Response:
+        """Make a message of the body and the fields in `rest`; answer with its result."""
+        seconds, batch_id = _wait_seconds(self.prefer), _batch_id(self.key, caller)
+        raw = await self._body()
         read = partial(parse_body, kind, raw, batch_id=batch_id, **rest)
-        # It may take a second to find what is wrong with a large one.
-        message = read() if len(raw) < _LARGE_BYTES else await run_in_threadpool(read)
-    except InvalidMessage as error:
-        raise _invalid(error) from None
-    record = await service.apply(principal.organization_id, message, bearer_token(request), seconds)
+        try:
+            # It may take a second to find what is wrong with a large one.
+            message = read() if len(raw) < _LARGE_BYTES else await run_in_threadpool(read)
+        except InvalidMessage as error:
+            raise _invalid(error) from None
+        service: WriteService = self.request.app.state.write_service
+        token = bearer_token(self.request)
+        record = await service.apply(caller.organization_id, message, token, seconds)
+        return _answer(kind, batch_id, record)
+
+    async def _body(self) -> bytes:
+        """Read the body. Raises `ApiError` (413) if it is longer than a message may be."""
+        body = b""
+        async for chunk in self.request.stream():
+            body += chunk
+            if len(body) > MAX_MESSAGE_BYTES:
+                raise TOO_LARGE
+        return body
+
+
+async def write_request(
+    request: Request, parameters: NoParameters, prefer: Prefer, key: IdempotencyKey = None
+) -> WriteRequest:
+    return WriteRequest(request, key, prefer)
+
+
+Writing = Annotated[WriteRequest, Depends(write_request)]
+
+
+def _answer(kind: str, batch_id: UUID, record: ResultRecord | None) -> Response:
+    """Return the answer to a request by the result of its message, or 202 if there is none yet."""
     headers = {"Location": f"/task-tags/batches/{batch_id}"}
     if record is None:
         return Response(to_json({"batch_id": batch_id}), 202, headers, "application/json")
@@ -239,22 +284,12 @@ class TagsBody(BaseModel):
     tags: list[TagOperation] = Field(min_length=1, max_length=100)
 
 
-class TagsResult(BaseModel):
-    """A status for each operation, in the same order."""
-
-    tags: list[OperationResult]
-
-
 class RegistrationBody(BaseModel):
     """The task names to register; null allows every task name."""
 
     model_config = ConfigDict(extra="forbid")
 
     task_names: Annotated[list[TaskName], Field(max_length=MAX_TASK_NAMES)] | None = None
-
-
-class RegistrationResult(BaseModel):
-    status: RegistrationStatus
 
 
 class StateBody(BaseModel):
@@ -265,8 +300,14 @@ class StateBody(BaseModel):
     state: TaskState
 
 
-class StateResult(BaseModel):
-    status: RecordingStatus
+BODIES: Final = (TagsBody, RegistrationBody, StateBody)
+"""The models of bodies, which FastAPI does not know because it does not read them."""
+
+
+class TagsResult(BaseModel):
+    """A status for each operation, in the same order."""
+
+    tags: list[OperationResult]
 
 
 class Accepted(BaseModel):
@@ -276,127 +317,79 @@ class Accepted(BaseModel):
 
 
 _LOCATION: Final = {
-    "Location": {"description": "The path of the stored result.", "schema": {"type": "string"}},
-    "X-Request-ID": {"schema": {"type": "string"}},
+    "headers": {
+        "Location": {"description": "The path of the stored result.", "schema": {"type": "string"}}
+    }
 }
-_HEADERS: Final[tuple[dict[str, Any], ...]] = (
-    {
-        "name": "Idempotency-Key",
-        "in": "header",
-        "description": "The same key of the same actor is the same batch, which takes effect once.",
-        "schema": {"type": "string", "maxLength": 200},
-    },
-    {
-        "name": "Prefer",
-        "in": "header",
-        "description": "`respond-async` does not wait for the result; `wait=5` waits up to 5 "
-        "seconds (at most 60).",
-        "schema": {"type": "string"},
-    },
+_ACCEPTED: Final = {
+    "model": Accepted,
+    "description": "Enqueued; there is no result yet.",
+    **_LOCATION,
+}
+_PROBLEMS: Final = documented(
+    ApiError(
+        400,
+        "bad_request",
+        "the body breaks the contract",
+        [ErrorDetail(index=0, field="tag", message="must have at least 1 character(s)")],
+    ),
+    EXPIRED,
+    ApiError(
+        404,
+        "not_found",
+        "an execution or task is unknown",
+        [ErrorDetail(index=0, field="flow_execution_id", message="is unknown")],
+    ),
+    _CONFLICT,
+    _INBOX_FULL,
+    UNAVAILABLE,
 )
 
 
-def _describe(body: type[BaseModel], scope: str) -> dict[str, Any]:
-    """Return the OpenAPI description of a request that the route reads, and of its answers."""
-    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    content = {"application/json": {"schema": schema}}
-    return {
-        "responses": {
-            202: _answers(
-                Accepted,
-                {"batch_id": "01970000-0000-7000-8000-00000000b001"},
-                "Enqueued; there is no result yet.",
-            ),
-            **ERRORS,
-            400: documented_error(
-                "bad_request",
-                "the body breaks the contract",
-                [{"index": 0, "field": "tag", "message": "must have at least 1 character(s)"}],
-            ),
-            403: documented_error("forbidden", f"the token lacks the scope {scope}"),
-            404: documented_error(
-                "not_found",
-                "an execution or task is unknown",
-                [{"index": 0, "field": "flow_execution_id", "message": "is unknown"}],
-            ),
-            409: documented_error("conflict", "this batch id was used for another request"),
-            429: documented_error(
-                "inbox_full",
-                "the organization's inbox is full; try again later",
-                None,
-                "Retry-After",
-            ),
-        },
-        "openapi_extra": {
-            **openapi_parameters(NoQuery, *_HEADERS),
-            "requestBody": {"required": True, "content": content},
-        },
-    }
-
-
-def _answers(model: type[BaseModel], example: Any, description: str) -> dict[str, Any]:
-    return {
-        "model": model,
-        "description": description,
-        "content": {"application/json": {"example": example}},
-        "headers": _LOCATION,
-    }
+def _body_of(model: type[BaseModel]) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 # --- Paths ---------------------------------------------------------------------------------------
 
-_TAGS: Final = _describe(TagsBody, WRITE)
-_REGISTRATION: Final = _describe(RegistrationBody, EXECUTIONS_WRITE)
-_STATE: Final = _describe(StateBody, EXECUTIONS_WRITE)
+router = APIRouter(responses={200: _LOCATION, 202: _ACCEPTED, **_PROBLEMS})
 
 
 @router.patch(
     "/task-tags",
     summary="Add and remove tags, all or none",
-    response_model=None,
-    responses={
-        200: _answers(
-            TagsResult,
-            {"tags": [{"status": "added"}, {"status": "already_exists"}]},
-            "Applied: a status for each operation, in the same order.",
-        ),
-        **_TAGS["responses"],
-    },
-    openapi_extra=_TAGS["openapi_extra"],
+    response_model=TagsResult,
+    response_description="Applied: a status for each operation, in the same order.",
+    responses=documented(forbidden(WRITE)),
+    openapi_extra=_body_of(TagsBody),
 )
-async def change_tags(request: Request) -> Response:
-    return await _write(request, WRITE, "tag_batch")
+async def change_tags(caller: TagWriting, write: Writing) -> Response:
+    return await write.apply(caller, "tag_batch")
 
 
 @router.put(
     "/flow-executions/{flow_execution_id}",
     summary="Register a flow execution, or add task names to it",
-    response_model=None,
+    response_model=Registration,
+    response_description="It was registered before.",
     responses={
-        200: _answers(
-            RegistrationResult, {"status": "already_exists"}, "It was registered before."
-        ),
-        201: _answers(RegistrationResult, {"status": "registered"}, "It is registered now."),
-        **_REGISTRATION["responses"],
+        201: {"model": Registration, "description": "It is registered now.", **_LOCATION},
+        **documented(forbidden(EXECUTIONS_WRITE)),
     },
-    openapi_extra=_REGISTRATION["openapi_extra"],
+    openapi_extra=_body_of(RegistrationBody),
 )
-async def register(request: Request, flow_execution_id: UUID) -> Response:
-    return await _write(
-        request, EXECUTIONS_WRITE, "flow_execution", flow_execution_id=flow_execution_id
-    )
+async def register(caller: ExecutionWriting, write: Writing, flow_execution_id: UUID) -> Response:
+    return await write.apply(caller, "flow_execution", flow_execution_id=flow_execution_id)
 
 
 @router.put(
     "/task-executions",
     summary="Record the state of a task",
-    response_model=None,
-    responses={
-        200: _answers(StateResult, {"status": "recorded"}, "Recorded, or unchanged."),
-        **_STATE["responses"],
-    },
-    openapi_extra=_STATE["openapi_extra"],
+    response_model=Recording,
+    response_description="Recorded, or unchanged.",
+    responses=documented(forbidden(EXECUTIONS_WRITE)),
+    openapi_extra=_body_of(StateBody),
 )
-async def record_state(request: Request) -> Response:
-    return await _write(request, EXECUTIONS_WRITE, "task_execution")
+async def record_state(caller: ExecutionWriting, write: Writing) -> Response:
+    return await write.apply(caller, "task_execution")

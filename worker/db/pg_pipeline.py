@@ -61,6 +61,11 @@ class PipelinedConnection:
         """Return how many answers are awaited."""
         return len(self._answers)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection now."""
+        return self._connection is not None
+
     async def ask(
         self, organization_id: UUID, statement: bytes, parameters: Sequence[bytes | None]
     ) -> Row | None:

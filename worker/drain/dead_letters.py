@@ -70,7 +70,7 @@ class DeadLetterEntry:
 
 def organizations(redis: Redis) -> list[UUID]:
     """Return every organization that ever had a dead letter."""
-    return sorted(set(scan_organizations(redis, dead_letters_key)))
+    return sorted(set(scan_organizations(redis, dead_letters_key, "stream")))
 
 
 def dead_letters(redis: Redis, organization_id: UUID) -> Iterator[DeadLetterEntry]:
