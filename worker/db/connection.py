@@ -55,23 +55,39 @@ _SESSION_SETTINGS: Final = {
 }
 
 
+def session_statement(schema: str) -> str:
+    """Return the statement that sets all session settings at connect."""
+    return f"select {', '.join(_set(*each, local=False) for each in _settings(schema))}"
+
+
 def scope_statement(organization_id: str, schema: str) -> str:
-    """Return the statement that sets a transaction's organization and all session settings.
+    """Return the statement that sets a transaction's organization, and what a pooler has changed.
+
+    It only compares where `session_statement` was run on this server connection, which costs a
+    fraction of setting.
 
     Args:
         organization_id: The placeholder for the organization's id.
         schema: The schema of the tables.
     """
-    settings = {"search_path": schema, **_SESSION_SETTINGS}
-    values = ", ".join(
-        f"set_config('{name}', '{value.replace(chr(39), chr(39) * 2)}', true)"
-        for name, value in settings.items()
+    differing = ", ".join(
+        f"case when current_setting('{name}') <> '{value}' then {_set(name, value, local=True)} end"
+        for name, value in _settings(schema)
     )
     return f"""
-        select set_config('app.organization_id', {organization_id}::text, true), {values},
+        select set_config('app.organization_id', {organization_id}::text, true), {differing},
                case current_setting('synchronous_commit')
                when 'off' then set_config('synchronous_commit', 'on', true) end
     """
+
+
+def _settings(schema: str) -> list[tuple[str, str]]:
+    quoted = schema.replace("'", "''")
+    return [("search_path", quoted), *_SESSION_SETTINGS.items()]
+
+
+def _set(name: str, value: str, *, local: bool) -> str:
+    return f"set_config('{name}', '{value}', {str(local).lower()})"
 
 
 DISCARD_PLANS: Final = "discard plans"

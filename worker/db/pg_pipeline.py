@@ -25,6 +25,7 @@ from worker.db.connection import (
     assert_safe_role,
     driver_url,
     scope_statement,
+    session_statement,
     should_discard_plans,
 )
 
@@ -105,7 +106,7 @@ class PipelinedConnection:
             assert_safe_role(await (await connection.execute(ROLE_CHECK, TABLES)).fetchall())
             found = await (await connection.execute(SCHEMA)).fetchone()
             schema = found[0] if found else "public"
-            await connection.execute("select set_config('search_path', %s, false)", [schema])
+            await connection.execute(session_statement(schema).encode())
             prepared = {"scope (text)": scope_statement("$1", schema), **self._prepared}
             for name, statement in prepared.items():
                 await connection.execute(f"prepare {name} as {statement}".encode())

@@ -29,6 +29,7 @@ from worker.db.connection import (
     assert_safe_role,
     driver_url,
     scope_statement,
+    session_statement,
     should_discard_plans,
 )
 from worker.db.time_limit import DEFAULT_SECONDS, TimeLimit
@@ -153,8 +154,9 @@ class Repository:
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         connection.read_only = connection.deferrable = False
         found = connection.execute(SCHEMA).fetchone()
-        connection.rollback()
         schema = found[0] if found else "public"
+        connection.execute(session_statement(schema).encode())
+        connection.commit()
         self._scope = scope_statement("%(organization_id)s", schema).encode()
         self._uses = 0
 
