@@ -55,6 +55,11 @@ _SESSION_SETTINGS: Final = {
 }
 
 
+# What can still change a meaning or a wait behind a pooler: values are binary, or formatted by the
+# statements themselves.
+_COMPARED: Final = ("search_path", "timezone", "row_security", "statement_timeout", "lock_timeout")
+
+
 def session_statement(schema: str) -> str:
     """Return the statement that sets all session settings at connect."""
     return f"select {', '.join(_set(*each, local=False) for each in _settings(schema))}"
@@ -73,6 +78,7 @@ def scope_statement(organization_id: str, schema: str) -> str:
     differing = ", ".join(
         f"case when current_setting('{name}') <> '{value}' then {_set(name, value, local=True)} end"
         for name, value in _settings(schema)
+        if name in _COMPARED
     )
     return f"""
         select set_config('app.organization_id', {organization_id}::text, true), {differing},
