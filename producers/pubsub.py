@@ -1,4 +1,4 @@
-"""The one subscription to Redis pub/sub, which reconnects. Every listener of the product uses it.
+"""The one subscription to Redis pub/sub, which reconnects; SDK and endpoint both use it.
 
 It is asyncio at its core; `LoopThread` runs it for callers that are not. Pub/sub keeps nothing for
 a listener that is away, so a listener learns when its subscription begins, for the first time and
