@@ -41,12 +41,8 @@ timezone = "UTC"
 beat_scheduler = (
     "celery.beat:Scheduler"  # keeps no file: neither entry needs to know when it last ran
 )
+# No message expires: that would compare the clocks of two machines.
 beat_schedule = {
-    # A message that was not read before the next one is due is dropped by the worker that reads it.
-    "wake": {"task": "task_tags.wake", "schedule": 5.0, "options": {"expires": 5.0}},
-    "purge": {
-        "task": "task_tags.purge",
-        "schedule": crontab(minute=17),
-        "options": {"expires": 3600.0},
-    },
+    "wake": {"task": "task_tags.wake", "schedule": 5.0},
+    "purge": {"task": "task_tags.purge", "schedule": crontab(minute=17)},
 }

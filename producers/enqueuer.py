@@ -1,10 +1,9 @@
-"""Enqueues messages: appends them to an inbox, then sends the drain. Every producer uses it."""
+"""Enqueues messages: appends them to an inbox. Every producer uses it."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -12,11 +11,8 @@ from redis import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from producers.errors import RedisOutOfMemory, Unavailable
-from producers.inbox.drain_message import send_drain
 from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, Inbox, chunks
 from producers.redis_client import open_redis
-
-logger = logging.getLogger(__name__)
 
 
 class Enqueuer:
@@ -48,12 +44,9 @@ class Enqueuer:
         with self._redis_errors():
             inbox = self._inbox(organization_id)
             for chunk in chunks(encoded):
-                lease_id = str(uuid4())
-                appended = inbox.append(chunk, token, lease_id)
-                accepted += appended.count
-                if appended.lease_taken:
-                    self._send_drain(organization_id, lease_id)
-                if appended.count < len(chunk):
+                appended = inbox.append(chunk, token, str(uuid4()))
+                accepted += appended
+                if appended < len(chunk):
                     break
         return accepted
 
@@ -82,12 +75,3 @@ class Enqueuer:
 
     def _inbox(self, organization_id: UUID) -> Inbox:
         return Inbox(self.redis, organization_id, limit=self._limit, lease_ms=self._lease_ms)
-
-    def _send_drain(self, organization_id: UUID, lease_id: str) -> None:
-        """Send the drain. If that fails, the next append sends one, or `task_tags.wake` does."""
-        try:
-            send_drain(self.redis, organization_id, lease_id)
-        except (RedisError, OSError):
-            logger.warning("the batch is accepted, but the workers learn of it late")
-            with suppress(RedisError, OSError):
-                self._inbox(organization_id).release(lease_id)

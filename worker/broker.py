@@ -1,9 +1,9 @@
 """The Celery app's broker: how it connects, and what may come from the Celery queue.
 
 Producers may write to that queue, and half of the ways to get a message wrong end a Celery worker.
-So everything from a queue is screened before Celery parses it: only the Celery task's name, its id,
-its arguments and its expiry are kept, and Celery gets a message that is made from them, without
-callbacks, chains, compression, arrival time or time limits.
+So everything from a queue is screened before Celery parses it: only the Celery task's name, its id
+and its arguments are kept, and Celery gets a message that is made from them, without callbacks,
+chains, compression, arrival time, expiry or time limits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import runpy
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -22,8 +21,10 @@ from celery import Celery
 from celery.app.defaults import NAMESPACES, flatten
 from kombu.transport import TRANSPORT_ALIASES, redis
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from producers.inbox.drain_message import DRAIN_TASK, QUEUE, task_message
+from producers.inbox.protocol import repair_keys
 from producers.redis_client import url_options
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,15 @@ class Channel(redis.Channel):
         client.set_response_callback("BRPOP", _screen_answer)
         return client
 
+    def _brpop_read(self, **options: Any) -> Any:
+        try:
+            return super()._brpop_read(**options)  # type: ignore[no-untyped-call]
+        except ResponseError as error:
+            if "WRONGTYPE" in str(error):
+                with self.conn_or_acquire() as client:
+                    repair_keys(client)
+            raise
+
 
 class Transport(redis.Transport):
     """kombu's Redis transport with that channel."""
@@ -110,26 +120,23 @@ def _screen_answer(answer: Any, **_: Any) -> Any:
 def screened(received: bytes) -> bytes | None:
     """Return a task message as Celery sends it; None, with a line in the log, for anything else."""
     try:
-        task, id, arguments, expires = _read(received)
-        return task_message(task, id, arguments, expires=expires)
+        return task_message(*_read(received))
     except Exception as error:  # it may be wrong in any way
         reason = f"{type(error).__name__}: {error}"[:200]
         logger.warning("dropped a malformed Celery message", extra={"reason": reason})
         return None
 
 
-def _read(received: bytes) -> tuple[str, str, list[str], str | None]:
-    """Return the Celery task's name, id, arguments and expiry, or raise any exception."""
+def _read(received: bytes) -> tuple[str, str, list[str]]:
+    """Return the Celery task's name, id and arguments, or raise any exception."""
     if len(received) > _MAX_BYTES:
         raise ValueError(f"it is longer than {_MAX_BYTES} bytes")
     message = json.loads(received)
     headers, body = message["headers"], message["body"]
-    task, id, expires = headers["task"], headers["id"], headers.get("expires")
+    task, id = headers["task"], headers["id"]
     if message["content-type"] != "application/json" or headers.get("compression"):
         raise ValueError("its body is not plain JSON")
     arguments, named, _ = json.loads(base64.b64decode(body))
     if not isinstance(id, str) or named != {} or len(arguments) not in _NUMBERS_OF_ARGUMENTS[task]:
         raise ValueError("its id or its arguments are wrong")
-    if expires is not None:
-        expires = datetime.fromisoformat(expires).astimezone(timezone.utc).isoformat()
-    return task, id, [str(UUID(each)) for each in arguments], expires
+    return task, id, [str(UUID(each)) for each in arguments]

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -15,6 +16,7 @@ from celery.worker.request import Request
 from redis.exceptions import RedisError
 
 from producers.errors import ConfigurationError
+from producers.inbox.rescue import rebuild_waiting
 from producers.redis_client import open_redis
 from worker import log
 from worker.auth import Authorizer
@@ -68,7 +70,7 @@ def _check(**_: Any) -> None:
         Authorizer(settings)
         _wait_for("the database", repository.check, psycopg.OperationalError)
         with open_redis(settings.redis_url.get_secret_value()) as redis:
-            _wait_for("Redis", redis.ping, RedisError)
+            _wait_for("Redis", partial(rebuild_waiting, redis, settings.lease_ms), RedisError)
     except Exception as error:  # Celery would log it and go on
         logger.critical(str(error))
         raise SystemExit(1) from None

@@ -15,8 +15,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from producers.contract.values import Uuid7
-from producers.inbox.drain_message import DRAIN_TASK, send_drain, send_task
-from producers.inbox.protocol import Inbox, claim_idle, scan_inboxes
+from producers.inbox.drain_message import DRAIN_TASK, QUEUE, task_message
+from producers.inbox.protocol import Inbox
+from producers.inbox.rescue import claim_rescue, rebuild_waiting, rescue
 from producers.redis_client import open_redis
 from worker.auth import Authorizer
 from worker.broker import PURGE_TASK, WAKE_TASK
@@ -61,7 +62,7 @@ def drain(organization_id: str, lease_id: str) -> None:
         run_id=run,
         repository=resources.repository,
         authorizer=resources.authorizer,
-        requeue=lambda: send_drain(resources.redis, organization, run),
+        rescue=lambda: rescue(resources.redis, settings.lease_ms),
         group_size=settings.group_size,
         budget_seconds=settings.drain_budget_seconds,
         stopping=_stopping,
@@ -71,14 +72,10 @@ def drain(organization_id: str, lease_id: str) -> None:
 
 @app.task(name=WAKE_TASK)
 def wake() -> None:
-    """Send a drain for every inbox in which messages wait and no drain is queued or running."""
+    """Do what a drain does when it begins: look for drains that were lost, if nobody just did."""
     redis = _resources().redis
-    organization_ids = list(scan_inboxes(redis))
-    claims = claim_idle(redis, organization_ids, lambda: str(uuid4()), settings.lease_ms)
-    for organization_id, lease_id in claims:
-        send_drain(redis, organization_id, lease_id)
-    if claims:
-        logger.info("woke inboxes that were waiting", extra={"inboxes": len(claims)})
+    if claim_rescue(redis):
+        rescue(redis, settings.lease_ms)
 
 
 @app.task(name=PURGE_TASK)
@@ -87,8 +84,13 @@ def purge(after: str = str(UUID(int=0))) -> None:
 
     A purge goes to the end of the Celery queue when its time is up, as a drain does, and goes on
     where it ended. What fails for one organization is tried again an hour later.
+
+    Beat sends it hourly, and an hour is also how long an inbox may be missing in the set of those
+    that wait.
     """
     resources, last = _resources(), UUID(after)
+    if not last.int:
+        rebuild_waiting(resources.redis, settings.lease_ms)
     deadline = time.monotonic() + settings.drain_budget_seconds
     while organizations := resources.repository.organizations(last):
         for last in organizations:
@@ -98,7 +100,8 @@ def purge(after: str = str(UUID(int=0))) -> None:
                 extra = {"organization": str(last), "error": type(error).__name__}
                 logger.warning("an organization could not be purged", extra=extra)
             if time.monotonic() > deadline or _stopping():
-                send_task(resources.redis, PURGE_TASK, [str(last)])
+                again = task_message(PURGE_TASK, str(uuid4()), [str(last)])
+                resources.redis.lpush(QUEUE, again)
                 return
     logger.info("purged")
 

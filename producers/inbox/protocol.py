@@ -1,11 +1,11 @@
-"""The inbox protocol: append, acquire, acknowledge and publish, requeue, claim.
+"""The inbox protocol: append, acquire, acknowledge and publish, requeue.
 
 An inbox is an organization's Redis stream of messages that are accepted and not yet applied. Its
 lease is a key that says `queued <lease id>` or `running <run id>`: a drain of the inbox is in the
 Celery queue, or working. Each delivery of a drain message is a run with an id of its own. Each step
-is one Lua script, so no step is ever seen half done. The keys, the states and the argument why
-nothing is lost are in docs/concepts/inbox-protocol.md; tests/unit/test_inbox_model.py searches
-them.
+is one Lua script, which also sends the drain message, so no step is ever seen half done. The keys,
+the states and the argument why nothing is lost are in docs/concepts/inbox-protocol.md;
+tests/unit/test_inbox_model.py searches them.
 
 Three facts carry it:
 
@@ -22,22 +22,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from importlib.resources import files
 from itertools import chain
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from redis import Redis
-from redis.commands.core import Script
-from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
 from producers.contract.encoding import MAX_READABLE_BYTES
 from producers.contract.messages import MAX_MESSAGE_BYTES
+from producers.inbox.drain_message import QUEUE, drain_message
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +47,25 @@ DEAD_LETTER_LIMIT: Final = 10_000
 _CHUNK_MESSAGES: Final = 200
 _CHUNK_BYTES: Final = 1024 * 1024
 MAX_LEASE_SECONDS: Final = 60
+WAITING: Final = "task-tags:waiting"
+"""The set of organizations in whose inbox messages wait."""
+SHARED_KEYS: Final = {WAITING: "set", "task-tags:wake": "string", QUEUE: "list"}
+"""The keys that all organizations share, with their types."""
 _INCLUDES: Final = {
-    "append": ("_lease",),
-    "acquire": ("_lease", "_read_head"),
-    "ack_and_publish": ("_lease", "_read_head"),
-    "requeue": ("_lease",),
-    "claim_idle": ("_lease",),
+    "append": ("_lease", "_shared"),
+    "acquire": ("_lease", "_shared", "_read_head"),
+    "ack_and_publish": ("_lease", "_shared", "_read_head"),
+    "requeue": ("_lease", "_shared"),
+    "rescue": ("_lease", "_shared"),
+    "claim_rescue": ("_shared",),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class AppendResult:
-    """How many of the messages were accepted (the first ones), and whether to send a drain."""
+class Acquired(NamedTuple):
+    """The head of an inbox, and whether this run is to look for lost drains (rescue.py)."""
 
-    count: int
-    lease_taken: bool
+    entries: list[StreamEntry]
+    rescue: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,7 @@ class Inbox:
         lease_ms: int = LEASE_MS,
     ) -> None:
         self._redis = redis
+        self._organization_id = organization_id
         self._inbox = inbox_key(organization_id)
         self._lease = lease_key(organization_id)
         self._dead_letters = dead_letters_key(organization_id)
@@ -147,45 +152,43 @@ class Inbox:
         self._limit = limit
         self._lease_ms = lease_ms
 
-    def append(self, chunk: Sequence[bytes], token: str, lease_id: str) -> AppendResult:
-        """Accept messages in their order up to the limit, and take the lease if it is free.
+    def append(self, chunk: Sequence[bytes], token: str, lease_id: str) -> int:
+        """Accept messages in their order up to the limit; send a drain if the lease is free.
+
+        Returns how many were accepted: the first ones. After the first chunk that is not accepted
+        whole the caller stops: so what is accepted is always the beginning, in one piece.
 
         Args:
-            chunk: One of `chunks`. After the first chunk that is not accepted whole the caller
-                stops: so what is accepted is always the beginning, in one piece.
+            chunk: One of `chunks`.
             lease_id: An id that is used for no other call.
         """
-        count, taken = self._run(
+        drain = drain_message(self._organization_id, lease_id)
+        count: int = self._run(
             "append",
             [self._inbox, self._lease],
-            [self._limit, lease_id, self._lease_ms, token, *chunk],
+            [self._limit, lease_id, self._lease_ms, token, drain, *chunk],
         )
-        return AppendResult(count, bool(taken))
+        return count
 
     def free_capacity(self) -> int:
         """Return how many messages the inbox would accept now."""
         waiting: int = self._redis.xlen(self._inbox)
         return max(0, self._limit - waiting)
 
-    def release(self, lease_id: str) -> None:
-        """Free the lease if its drain could not be sent."""
-        self._run("release", [self._lease], [lease_id])
-
     def acquire(
         self, run_id: str, *, max_messages: int, max_bytes: int = MAX_READABLE_BYTES
-    ) -> list[StreamEntry]:
+    ) -> Acquired:
         """Begin a drain, or go on after a failure; return what is at the head of the inbox.
 
-        If nothing is returned, the run is over: the inbox is empty and the lease is free, or
-        another drain is running.
+        If there is no entry, the run is over: the inbox is empty and the lease is free, or another
+        drain is running.
         """
-        return self._entries(
-            self._run(
-                "acquire",
-                [self._inbox, self._lease],
-                [run_id, self._lease_ms, max_messages, max_bytes],
-            )
+        rescue, *entries = self._run(
+            "acquire",
+            [self._inbox, self._lease],
+            [run_id, self._lease_ms, max_messages, max_bytes],
         )
+        return Acquired(self._entries(entries[0] if entries else ()), bool(rescue))
 
     def ack_and_publish(
         self,
@@ -200,7 +203,7 @@ class Inbox:
         """Publish what became of entries, remove them from the inbox, and return what comes next.
 
         It is one step: a result is published if and only if its entry is gone. If nothing is
-        returned, the run is over, as for `acquire`.
+        returned, the run is over: as for `acquire`.
 
         Args:
             publications: Pairs of channel and payload, in order.
@@ -234,9 +237,15 @@ class Inbox:
         """Close the connections, so that the next one goes through the URL and its names again."""
         self._redis.connection_pool.disconnect(inuse_connections=False)
 
-    def requeue(self, run_id: str) -> bool:
-        """Keep the lease for a drain that goes to the end of the queue; False: it is another's."""
-        return bool(self._run("requeue", [self._lease], [run_id, self._lease_ms]))
+    def requeue(self, run_id: str) -> None:
+        """Send the drain to the end of the queue, with the lease, unless that is another's."""
+        drain = drain_message(self._organization_id, run_id)
+        self._run("requeue", [self._inbox, self._lease], [run_id, self._lease_ms, drain])
+
+    def rescue_arguments(self, lease_id: str) -> tuple[list[str], list[Any]]:
+        """Return keys and arguments of the script that sends a drain where one is missing."""
+        drain = drain_message(self._organization_id, lease_id)
+        return [self._inbox, self._lease], [lease_id, self._lease_ms, drain]
 
     @staticmethod
     def _entries(found: Any) -> list[StreamEntry]:
@@ -244,69 +253,47 @@ class Inbox:
 
     def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
         try:
-            try:
-                return self._redis.evalsha(_sha(name), len(keys), *keys, *args)
-            except NoScriptError:  # the server was restarted, or its scripts were flushed
-                return self._redis.eval(_source(name), len(keys), *keys, *args)
+            return run_script(self._redis, name, keys, args)
         except ResponseError as error:
-            if name == "repair" or "WRONGTYPE" not in str(error) or not self.repair():
+            if "WRONGTYPE" not in str(error) or not self.repair():
                 raise
-            return self._run(name, keys, args)
+            return run_script(self._redis, name, keys, args)
 
     def repair(self) -> bool:
-        """Move keys of a wrong type out of the way, or delete a lease; return whether one was.
+        """Move keys of a wrong type out of the way, or delete them; return whether one was wrong.
 
         A producer whose rights end at its own keys can't do that: a worker does, at the next wake.
         """
-        keys = [self._lease, self._failing, self._inbox, self._dead_letters]
-        try:
-            wrong = self._run("repair", keys, [f":aside:{time.time_ns()}"])
-        except NoPermissionError:
-            return False
-        for key in wrong:
-            logger.error("a key had a wrong type: it was moved aside", extra={"key": key.decode()})
-        return bool(wrong)
+        types = {
+            self._lease: "string",
+            self._failing: "hash",
+            self._inbox: "stream",
+            self._dead_letters: "stream",
+        }
+        return repair_keys(self._redis, types | SHARED_KEYS)
 
 
-def scan_inboxes(redis: Redis) -> Iterator[UUID]:
-    """Yield every organization that has an inbox, which the names of the keys tell.
+def repair_keys(redis: Redis, types: Mapping[str, str] = SHARED_KEYS) -> bool:
+    """Rename keys aside that should be streams and are not; delete others of a wrong type.
 
-    So there is no list of them that could be lost, or that a producer would need the right to
-    write.
+    Returns whether a key was wrong, and could be mended.
     """
-    return scan_organizations(redis, inbox_key)
+    arguments = [f":aside:{time.time_ns()}", *types.values()]
+    try:
+        wrong = run_script(redis, "repair", list(types), arguments)
+    except NoPermissionError:
+        return False
+    for key in wrong:
+        logger.error("a key had a wrong type: it was moved aside", extra={"key": key.decode()})
+    return bool(wrong)
 
 
-def scan_organizations(
-    redis: Redis, key_of: Callable[[UUID], str], type: str | None = None
-) -> Iterator[UUID]:
-    """Yield every organization that has a key of this name, of any type or of one."""
-    pattern = key_of(cast(UUID, "*"))
-    for key in redis.scan_iter(match=pattern, count=1000, _type=type):
-        try:
-            yield UUID(key.decode().partition("{")[2].partition("}")[0])
-        except ValueError:
-            continue  # a key of somebody else
-
-
-def claim_idle(
-    redis: Redis, organization_ids: Iterable[UUID], new_lease_id: Callable[[], str], lease_ms: int
-) -> list[tuple[UUID, str]]:
-    """Take the free leases of inboxes in which messages wait; return those to send drains for."""
-    claims = [(organization_id, new_lease_id()) for organization_id in organization_ids]
-    script = Script(redis, _source("claim_idle"))
-    with redis.pipeline(transaction=False) as pipe:
-        for organization_id, lease_id in claims:
-            keys = [inbox_key(organization_id), lease_key(organization_id)]
-            script(keys=keys, args=[lease_id, lease_ms], client=pipe)
-        taken = pipe.execute(raise_on_error=False)
-    won = []
-    for claim, answer in zip(claims, taken, strict=True):
-        if isinstance(answer, RedisError):  # as for a key of a wrong type: the others go on
-            Inbox(redis, claim[0]).repair()
-        elif answer:
-            won.append(claim)
-    return won
+def run_script(redis: Redis, name: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+    """Run one of the scripts. Raises what redis-py raises."""
+    try:
+        return redis.evalsha(_sha(name), len(keys), *keys, *arguments)
+    except NoScriptError:  # the server was restarted, or its scripts were flushed
+        return redis.eval(script_source(name), len(keys), *keys, *arguments)
 
 
 def chunks(messages: Iterable[bytes]) -> Iterator[list[bytes]]:
@@ -329,7 +316,7 @@ def _entry(id: bytes, fields: list[bytes]) -> StreamEntry:
 
 
 @cache
-def _source(name: str) -> str:
+def script_source(name: str) -> str:
     """Return a script, with the functions that it shares with others behind its first line."""
     scripts = files("producers.inbox").joinpath("scripts")
     own, *included = (
@@ -343,4 +330,4 @@ def _source(name: str) -> str:
 
 @cache
 def _sha(name: str) -> str:
-    return hashlib.sha1(_source(name).encode(), usedforsecurity=False).hexdigest()
+    return hashlib.sha1(script_source(name).encode(), usedforsecurity=False).hexdigest()

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 import worker.db.statements
-from producers.inbox.protocol import Inbox, StreamEntry
+from producers.inbox.protocol import Acquired, Inbox, StreamEntry
 from worker.celery import app
 from worker.db.repository import Repository, Transaction
 from worker.drain.admission import Admitted
@@ -43,11 +43,11 @@ _transaction, _save = Repository.transaction, Transaction.save
 _process = Drain._process
 
 
-def acquire(self: Inbox, run_id: str, **bounds: Any) -> list[StreamEntry]:
-    entries = _acquire(self, run_id, **bounds)
-    if entries:
+def acquire(self: Inbox, run_id: str, **bounds: Any) -> Acquired:
+    acquired = _acquire(self, run_id, **bounds)
+    if acquired.entries:
         reach("after_read")
-    return entries
+    return acquired
 
 
 @contextmanager

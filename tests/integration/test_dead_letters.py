@@ -41,7 +41,7 @@ def operator(tenant: Tenant, token: str | None = None, **changes: Any) -> DeadLe
         "repository": tenant.repository,
         "authorizer": tenant.authorizer,
         "token": token,
-        "send": lambda messages: tenant.inbox.append(messages, token, "lease").count,
+        "send": lambda messages: tenant.inbox.append(messages, token, "lease"),
     }
     return DeadLetterRetrier(**(arguments | changes))
 

@@ -19,7 +19,6 @@ from redis import Redis
 
 from producers.contract.channels import inbox_key, lease_key
 from producers.contract.messages import register_execution
-from producers.inbox.drain_message import send_drain
 from producers.inbox.protocol import Inbox
 from tests.support.servers import Servers
 from tests.support.tenant import Tenant, tagging
@@ -102,7 +101,6 @@ def test_a_worker_ends_soon_after_sigterm_in_a_drain(
     try:
         eventually(lambda: '"ready"' in log.read_text())
         inbox.append([register_execution(uuid4()).encode()], token, str(uuid4()))
-        send_drain(quiet_redis, organization, str(uuid4()))
         eventually(lambda: not redis.xlen(inbox_key(organization)))
         if silent == "postgresql":
             with servers.owner() as owner:
@@ -116,7 +114,6 @@ def test_a_worker_ends_soon_after_sigterm_in_a_drain(
         try:
             messages = [register_execution(uuid4()).encode() for _ in range(2000)]
             inbox.append(messages, token, str(uuid4()))
-            send_drain(quiet_redis, organization, str(uuid4()))
             eventually(lambda: (redis.get(lease_key(organization)) or b"").startswith(b"running"))
             began = time.monotonic()
             worker.send_signal(signal.SIGTERM)

@@ -23,7 +23,6 @@ from producers.contract.channels import changes_channel
 from producers.contract.messages import TagBatch, add, register_execution
 from producers.contract.results import ChangeEvent
 from producers.errors import Unavailable
-from producers.inbox.drain_message import QUEUE
 from producers.redis_client import open_redis
 from producers.subscriber import Subscriber
 from tests.support.waiting import eventually
@@ -286,18 +285,7 @@ def forbidden(redis: Any) -> Iterator[None]:
         redis.execute_command("ACL", "SETUSER", "default", "+@all")
 
 
-@contextmanager
-def queue_of_a_wrong_type(redis: Any) -> Iterator[None]:
-    """Somebody has set the key of the Celery queue to a string: WRONGTYPE."""
-    redis.delete(QUEUE)
-    redis.set(QUEUE, "x")
-    try:
-        yield
-    finally:
-        redis.delete(QUEUE)
-
-
-@pytest.mark.parametrize("fault", [demoted, forbidden, queue_of_a_wrong_type])
+@pytest.mark.parametrize("fault", [demoted, forbidden])
 def test_an_error_as_answer_ends_nothing(
     fragile: Fragile, producer: TagProducer, execution: UUID, fault: Any
 ) -> None:

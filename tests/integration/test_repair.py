@@ -7,7 +7,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
-from producers.inbox.protocol import Inbox, claim_idle
+from producers.inbox.protocol import Inbox
+from producers.inbox.rescue import rescue_some
 from tests.support.tenant import Tenant, tagging
 
 
@@ -19,7 +20,8 @@ def test_a_lease_that_nobody_frees_is_free(
     """Without a time to live, or with more than 60 s left: for a drain and for an append."""
     key = lease_key(tenant.organization)
     tenant.redis.set(key, value, px=milliseconds)
-    assert tenant.inbox.append([tagging("a").encode()], tenant.token, "lease").lease_taken
+    tenant.send(tagging("a"))
+    assert tenant.redis.get(key) == b"queued lease"
     tenant.redis.set(key, value, px=milliseconds)
     tenant.drain()
     assert tenant.tags() == ["a"]
@@ -28,7 +30,7 @@ def test_a_lease_that_nobody_frees_is_free(
 def test_a_lease_that_another_run_holds_is_kept(tenant: Tenant) -> None:
     """One that will expire belongs to its holder."""
     tenant.redis.set(lease_key(tenant.organization), "running another", px=60_000)
-    assert not tenant.inbox.append([tagging("a").encode()], tenant.token, "lease").lease_taken
+    tenant.send(tagging("a"))
     assert tenant.drain() == 0
 
 
@@ -66,6 +68,5 @@ def test_one_organizations_wrong_keys_do_not_keep_others_from_being_woken(
     Inbox(tenant.redis, other).append([tagging("x").encode()], tenant.token, "lease")
     tenant.redis.delete(lease_key(other), inbox_key(organization))
     tenant.redis.set(inbox_key(organization), "x")
-    claims = claim_idle(tenant.redis, sorted([organization, other]), lambda: "lease", 8_000)
-    assert [each for each, _ in claims] == [other]
+    assert rescue_some(tenant.redis, sorted([organization, other]), 8_000) == [other]
     assert not tenant.redis.exists(inbox_key(organization))

@@ -39,7 +39,7 @@ from producers.contract.messages import (
     remove,
 )
 from producers.contract.results import Change, ChangeEvent, ResultRecord
-from producers.inbox.protocol import Inbox, StreamEntry
+from producers.inbox.protocol import Acquired, Inbox, StreamEntry
 from tests.support.reference_model import ReferenceModel
 from tests.support.servers import Servers
 from worker.auth import Authorizer
@@ -89,11 +89,11 @@ class WatchedInbox(Inbox):
         super().__init__(redis, organization, lease_ms=LEASE_MS)
         self.failpoints, self.published = failpoints, published
 
-    def acquire(self, run_id: str, **bounds: Any) -> list[StreamEntry]:
-        entries = super().acquire(run_id, **bounds)
-        if entries:
+    def acquire(self, run_id: str, **bounds: Any) -> Acquired:
+        acquired = super().acquire(run_id, **bounds)
+        if acquired.entries:
             self.failpoints.after_read()
-        return entries
+        return acquired
 
     def ack_and_publish(
         self, run_id: str, entries: Any, publications: Any, dead_letters: Any = (), **bounds: Any
@@ -234,7 +234,7 @@ class Machine(RuleBasedStateMachine):
             run_id=f"run-{self.runs}",
             repository=self.repository,
             authorizer=self.authorizer,
-            requeue=nothing,
+            rescue=nothing,
             group_size=group_size,
             budget_seconds=60.0,
             stopping=lambda: next(turns, True) if turns else False,

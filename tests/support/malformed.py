@@ -16,7 +16,7 @@ HARMLESS: Final = {
     *("no properties", "properties null", "no delivery info", "an encoding that is none"),
     *("an eta that is none", "an eta far away", "a time limit that is none"),
     *("callbacks", "callbacks that are none", "a chain that is none", "a chord"),
-    "an unknown organization",
+    *("an expiry that is none", "an unknown organization"),
 }
 """Celery messages whose faults are in parts that nobody reads: the drain takes place."""
 _MEBIBYTE: Final = 1024 * 1024

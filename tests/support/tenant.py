@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
 
+from producers.contract.channels import lease_key
 from producers.contract.messages import Message, TagBatch, add
 from producers.contract.results import ChangeEvent, ResultRecord
 from producers.contract.values import Uuid7
+from producers.inbox.drain_message import QUEUE
 from producers.inbox.protocol import Inbox
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
@@ -32,7 +36,6 @@ class Tenant:
     authorizer: Authorizer
     organization: UUID
     token: str
-    requeued: list[str] = field(default_factory=list)
     published: list[tuple[str, bytes]] = field(default_factory=list)
 
     @property
@@ -50,12 +53,19 @@ class Tenant:
             "run_id": "run",
             "repository": self.repository,
             "authorizer": self.authorizer,
-            "requeue": lambda: self.requeued.append("run"),
+            "rescue": lambda: None,
             "group_size": 100,
             "budget_seconds": 60.0,
             "stopping": lambda: False,
         }
         return Drain(**(arguments | changes)).run()
+
+    def is_requeued(self) -> bool:
+        """Return whether the drain is at the end of the Celery queue, and has the lease there."""
+        newest = self.redis.lindex(QUEUE, 0)
+        arguments = json.loads(base64.b64decode(json.loads(newest)["body"]))[0]
+        held = self.redis.get(lease_key(self.organization))
+        return (arguments, held) == ([str(self.organization), "run"], b"queued run")
 
     def records(self) -> list[ResultRecord]:
         return [

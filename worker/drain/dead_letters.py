@@ -19,7 +19,8 @@ from producers.contract.channels import dead_letters_key
 from producers.contract.errors import ErrorInfo
 from producers.contract.results import ResultRecord
 from producers.errors import InboxFull
-from producers.inbox.protocol import StreamEntry, scan_organizations
+from producers.inbox.protocol import StreamEntry
+from producers.inbox.rescue import scan_organizations
 from worker.auth import Authorizer
 from worker.db.repository import Repository
 from worker.drain.admission import Admitted, Refused, Unreadable, admit

@@ -59,7 +59,7 @@ class Drain:
 
     Args:
         run_id: Identifies this delivery: the lease says which run of a drain is working.
-        requeue: Sends the drain to the end of the Celery queue; the lease is kept for it.
+        rescue: Looks for drains that were lost, if it is this run's turn to do that.
         group_size: Messages in one transaction, at most.
         budget_seconds: After this time the drain goes to the end of the queue.
         stopping: Tells whether the process is to end.
@@ -70,7 +70,7 @@ class Drain:
     run_id: str
     repository: Repository
     authorizer: Authorizer
-    requeue: Callable[[], None]
+    rescue: Callable[[], None]
     group_size: int
     budget_seconds: float
     stopping: Callable[[], bool]
@@ -90,7 +90,7 @@ class Drain:
                 self._drain(turn)
                 return turn.answered
             except psycopg.errors.LockNotAvailable:  # another worker has the organization
-                self._requeue()
+                self.inbox.requeue(self.run_id)
                 return turn.answered
             except Exception as error:
                 if not is_server_fault(error) and not isinstance(error, psycopg.Error):
@@ -100,7 +100,10 @@ class Drain:
 
     def _drain(self, turn: _Turn) -> None:
         """Process group after group until the turn is over. Raises what breaks one of them."""
-        entries = self.inbox.acquire(self.run_id, max_messages=self.group_size)
+        acquired = self.inbox.acquire(self.run_id, max_messages=self.group_size)
+        if acquired.rescue:
+            self.rescue()
+        entries = acquired.entries
         while entries:
             group = entries[:1] if turn.alone else entries
             try:
@@ -120,9 +123,7 @@ class Drain:
             turn.answered += len(group)
             turn.failures, turn.alone = 0, max(0, turn.alone - 1)
             if entries and (time.monotonic() > turn.deadline or self.stopping()):
-                # If Redis has no memory for that, draining goes on: it frees some.
-                turn.deadline = time.monotonic() + FIRST_BACKOFF_SECONDS + self.budget_seconds
-                self._requeue()
+                self.inbox.requeue(self.run_id)
                 return
 
     def _ends_turn(self, turn: _Turn, error: Exception) -> bool:
@@ -135,7 +136,7 @@ class Drain:
             return True  # the lease runs out, and another worker goes on
         if time.monotonic() > turn.deadline:
             with suppress(RedisError, OSError):  # else it goes on here
-                self._requeue()
+                self.inbox.requeue(self.run_id)
                 return True
         time.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (turn.failures - 1), MAX_BACKOFF_SECONDS))
         return False
@@ -222,10 +223,6 @@ class Drain:
             return outcome
 
         return self.repository.transact(self.organization_id, store)
-
-    def _requeue(self) -> None:
-        if self.inbox.requeue(self.run_id):
-            self.requeue()
 
 
 def apply_in_transaction(

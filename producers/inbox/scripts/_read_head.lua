@@ -19,6 +19,7 @@ local function read_head(inbox, lease, run, lease_ms, max_messages, max_bytes)
     from = '(' .. entry[1]
   end
   if #entries == 0 then
+    redis.call('SREM', WAITING, organization_of(inbox))
     redis.call('DEL', lease)
   else
     redis.call('SET', lease, 'running ' .. run, 'PX', lease_ms)

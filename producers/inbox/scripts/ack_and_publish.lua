@@ -8,6 +8,7 @@
 -- Returns what comes next (_read_head.lua), or false if the lease is another's. A lease that expired
 -- and that nobody took is taken again: this drain is the one at work.
 local held = held_lease(KEYS[2])
+redis.call('SADD', WAITING, organization_of(KEYS[1]))
 local at = 6
 local function next_argument()
   at = at + 1

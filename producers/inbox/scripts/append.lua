@@ -1,20 +1,23 @@
 -- KEYS: inbox, lease
--- ARGV: limit, lease id, lease in ms, token, message, message, …
--- Appends messages up to the limit, in order, and takes the lease if it is free. The time of
--- acceptance is a field, in ms since the epoch: ids give the order alone, and never run back.
--- Returns {how many were appended, 1 if a drain is to be sent}. A client that repeats the call after
--- a lost answer finds the lease queued under its own id, and sends the drain.
-local held = held_lease(KEYS[2])
-local free = tonumber(ARGV[1]) - redis.call('XLEN', KEYS[1])
-local appended = math.max(0, math.min(#ARGV - 4, free))
+-- ARGV: limit, lease id, lease in ms, token, drain message, message, message, …
+-- Appends messages up to the limit, in order. If the lease is free, the drain message is sent in the
+-- same step. The time of acceptance is a field, in ms since the epoch: ids give the order alone, and
+-- never run back. What can fail comes before the messages: a drain that finds nothing does no harm.
+-- Returns how many were appended.
+local held, waiting = held_lease(KEYS[2]), redis.call('XLEN', KEYS[1])
+local appended = math.max(0, math.min(#ARGV - 5, tonumber(ARGV[1]) - waiting))
+if appended == 0 then
+  return 0
+end
+if waiting == 0 then
+  redis.call('SADD', WAITING, organization_of(KEYS[1]))
+end
+if not held then
+  send_drain(KEYS[2], ARGV[2], ARGV[3], ARGV[5])
+end
 local time = redis.call('TIME')
 local accepted_at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
-for i = 5, 4 + appended do
+for i = 6, 5 + appended do
   redis.call('XADD', KEYS[1], '*', 'message', ARGV[i], 'token', ARGV[4], 'accepted_at', accepted_at)
 end
-local queued = 'queued ' .. ARGV[2]
-if appended == 0 or (held and held ~= queued) then
-  return {appended, 0}
-end
-redis.call('SET', KEYS[2], queued, 'PX', ARGV[3])
-return {appended, 1}
+return appended

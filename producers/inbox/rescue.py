@@ -1,0 +1,91 @@
+"""Sends again the drains that were lost, with a worker or with a Redis that came back older.
+
+Each drain and each wake message asks whether it is to do that (claim_rescue.lua): one of them does,
+every five seconds. Its work grows with the inboxes that wait, not with all that there are: their
+organizations are in a set, which the scripts keep (docs/concepts/inbox-protocol.md).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from typing import Final, cast
+from uuid import UUID, uuid4
+
+from redis import Redis
+from redis.commands.core import Script
+from redis.exceptions import RedisError
+
+from producers.contract.channels import inbox_key
+from producers.inbox.protocol import WAITING, Inbox, run_script, script_source
+
+logger = logging.getLogger(__name__)
+
+_MAX_INBOXES: Final = 10_000
+"""More are a random part in each turn, so that no turn takes long."""
+
+
+def claim_rescue(redis: Redis) -> bool:
+    """Return whether the caller is to look for lost drains now."""
+    return bool(run_script(redis, "claim_rescue", [], [str(uuid4())]))
+
+
+def rescue(redis: Redis, lease_ms: int) -> None:
+    """Send a drain for every inbox in which messages wait and none is queued or running."""
+    names = {
+        name: _organization_id(name)
+        for name in cast("list[bytes]", redis.srandmember(WAITING, _MAX_INBOXES))
+    }
+    if strange := [name for name, found in names.items() if found is None]:
+        redis.srem(WAITING, *strange)
+    sent = rescue_some(redis, [found for found in names.values() if found], lease_ms)
+    if sent:
+        logger.info("sent drains that were missing", extra={"inboxes": len(sent)})
+
+
+def rescue_some(redis: Redis, organization_ids: Iterable[UUID], lease_ms: int) -> list[UUID]:
+    """Send a drain for each of these organizations that needs one; return for which one was sent.
+
+    It brings the set of those that wait up to date for them, too.
+    """
+    inboxes = {each: Inbox(redis, each, lease_ms=lease_ms) for each in organization_ids}
+    script = Script(redis, script_source("rescue"))
+    with redis.pipeline(transaction=False) as pipe:
+        for inbox in inboxes.values():
+            script(*inbox.rescue_arguments(str(uuid4())), client=pipe)
+        answers = pipe.execute(raise_on_error=False)
+    sent = []
+    for (organization_id, inbox), answer in zip(inboxes.items(), answers, strict=True):
+        if isinstance(answer, RedisError):  # as for a key of a wrong type: the others go on
+            inbox.repair()
+        elif answer:
+            sent.append(organization_id)
+    return sent
+
+
+def rebuild_waiting(redis: Redis, lease_ms: int) -> None:
+    """Look at every inbox: the set may have been lost, or a producer may not know it."""
+    organization_ids = scan_organizations(redis, inbox_key)
+    while some := list(islice(organization_ids, _MAX_INBOXES)):
+        rescue_some(redis, some, lease_ms)
+
+
+def scan_organizations(
+    redis: Redis, key_of: Callable[[UUID], str], type: str | None = None
+) -> Iterator[UUID]:
+    """Yield every organization that has a key of this name, of any type or of one."""
+    pattern = key_of(cast(UUID, "*"))
+    for key in redis.scan_iter(match=pattern, count=1000, _type=type):
+        if organization_id := _organization_id(key.partition(b"{")[2].partition(b"}")[0]):
+            yield organization_id
+
+
+def _organization_id(name: bytes) -> UUID | None:
+    """Return the organization of this name; None if somebody else has written it."""
+    with suppress(ValueError):
+        organization_id = UUID(name.decode())
+        if str(organization_id).encode() == name:
+            return organization_id
+    return None
