@@ -1,7 +1,6 @@
 """The names of an organization's Redis keys and pub/sub channels.
 
-The braces are a Redis Cluster hash tag: all names of an organization belong to one slot.
-What each of them holds is in docs/concepts/inbox-protocol.md.
+The braces are part of the names. What each of them holds is in docs/concepts/inbox-protocol.md.
 """
 
 from __future__ import annotations

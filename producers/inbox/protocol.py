@@ -262,7 +262,7 @@ class Inbox:
     def repair(self) -> bool:
         """Move keys of a wrong type out of the way, or delete them; return whether one was wrong.
 
-        A producer whose rights end at its own keys can't do that: a worker does, at the next wake.
+        A producer whose rights end at its own keys can't do that: a worker does, at a rescue.
         """
         types = {
             self._lease: "string",
