@@ -117,6 +117,13 @@ class Conflict(BatchRefused):
     """The batch id was used for another batch. Send this one under a new id."""
 
 
+class TooLarge(BatchRefused):
+    """The batch would change more than a batch may. Split it, or remove tags by their metadata.
+
+    The same id gets the same error again (docs/concepts/contract.md#rule-17).
+    """
+
+
 class InternalError(BatchRefused):
     """The worker failed at this batch, and kept it for an operator. Report the batch id to them."""
 
@@ -127,6 +134,7 @@ _REFUSALS: dict[str, type[BatchRefused]] = {
     "forbidden": Forbidden,
     "not_found": NotFound,
     "conflict": Conflict,
+    "too_large": TooLarge,
     "internal_error": InternalError,
 }
 

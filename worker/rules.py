@@ -7,7 +7,9 @@ saves the change set in one transaction (worker/db/repository.py).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, NamedTuple
@@ -35,6 +37,13 @@ from producers.contract.results import (
     Task,
 )
 from producers.contract.values import canonical_json
+
+MAX_VARIANTS: Final = 250
+"""Active tags of a task that differ in their metadata alone."""
+MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
+"""Of the change events of one batch together."""
+MAX_GROUP_BYTES: Final = 16 * 1024 * 1024
+"""At which a group ends: of what it publishes, and of the stored events that it loads."""
 
 TagKey = tuple[int, str, str, str]
 """Flow execution, task name, tag type, tag. Together with the metadata they identify a tag.
@@ -109,6 +118,8 @@ class Snapshot:
     """The active tags by key, and then by the digest of their metadata."""
     tasks: dict[TaskKey, Task] = field(default_factory=dict)
     """The tasks that have a state."""
+    complete: int = sys.maxsize
+    """Of how many messages, the first ones, all that they name was loaded."""
 
 
 class NewTag(NamedTuple):
@@ -123,6 +134,7 @@ class NewBatch:
     digest: bytes
     record: bytes
     revisions: dict[UUID, int]
+    event_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +169,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The outcomes in the order of the messages, and the change set to store with them."""
+    """The outcomes of messages, the first ones, and the change set to store with them."""
 
     outcomes: list[Outcome]
     change_set: ChangeSet
@@ -173,12 +185,27 @@ def decide(
 ) -> Decision:
     """Apply messages to `snapshot` one after the other; each sees the effects of those before it.
 
+    At least the first one is applied. The group ends, and the others wait for the next transaction,
+    at one of which not all was loaded, and where what is to be published reaches its bound: so what
+    a batch is answered does not depend on what it was grouped with.
+
     Args:
         now: The transaction's time, UTC.
         new_id: Returns an id for a new tag, greater than the ones before.
     """
     processor = BatchProcessor(organization_id, snapshot, now, new_id)
-    outcomes = [processor.process(each) for each in messages]
+    outcomes: list[Outcome] = []
+    to_publish = 0
+    answered: set[UUID] = set()
+    for each in messages:
+        if outcomes and (len(outcomes) >= snapshot.complete or to_publish >= MAX_GROUP_BYTES):
+            break
+        outcome = processor.process(each, whole=len(outcomes) < snapshot.complete)
+        if each.message.batch_id not in answered:  # events are published once for all its copies
+            to_publish += sum(len(event) for _, event in outcome.events)
+        answered.add(each.message.batch_id)
+        to_publish += len(outcome.record)
+        outcomes.append(outcome)
     return Decision(outcomes, processor.change_set)
 
 
@@ -201,6 +228,17 @@ def decide_failure(
     return Outcome(record), ChangeSet(batches=[batch])
 
 
+class _TooLarge(Exception):
+    """The batch would pass a bound; `index` is the operation at which it does."""
+
+    def __init__(self, index: int, message: str) -> None:
+        self.error = ErrorInfo(
+            code="too_large",
+            message="the batch would change more than a batch may",
+            details=[ErrorDetail(index=index, message=message)],
+        )
+
+
 ExecutionChanges = dict[int, list[Change | StateChange]]
 """What one message changes, by execution, in the order of its operations."""
 
@@ -221,8 +259,12 @@ class BatchProcessor:
         self.new_id = new_id
         self.change_set = ChangeSet()
 
-    def process(self, authorized: AuthorizedMessage) -> Outcome:
-        """Apply one message and return its outcome."""
+    def process(self, authorized: AuthorizedMessage, *, whole: bool = True) -> Outcome:
+        """Apply one message and return its outcome.
+
+        Args:
+            whole: All that the message names was loaded. If not, it names too much.
+        """
         message, digest = authorized.message, authorized.digest
         known = self.snapshot.batches.get(message.batch_id)
         if known is not None:
@@ -235,17 +277,26 @@ class BatchProcessor:
             error = ErrorInfo(
                 code="not_found", message="an execution or task is unknown", details=details
             )
-            record = error_record(self.organization_id, message.batch_id, error).encode()
+            record = self._error(message.batch_id, error)
         else:
-            if isinstance(message, SetTaskState):
-                status, changes = self._set_state(message, authorized.actor)
-                record = self._record(message, task_execution={"status": status})
-            else:
-                statuses, changes = self._apply(message, authorized.actor)
-                record = self._record(message, tags=[{"status": status} for status in statuses])
-            revisions = self._advance_revisions(changes)
-            events = self._events(message.batch_id, authorized.actor, changes, revisions)
-        self.change_set.batches.append(NewBatch(message.batch_id, digest, record, revisions))
+            changes: ExecutionChanges = {}
+            try:
+                if isinstance(message, SetTaskState):
+                    status = self._set_state(message, authorized.actor, changes)
+                    record = self._record(message, task_execution={"status": status})
+                else:
+                    statuses = self._apply(message, authorized.actor, changes)
+                    record = self._record(message, tags=[{"status": each} for each in statuses])
+                events = self._events(message.batch_id, authorized.actor, changes)
+                if isinstance(message, TagBatch):
+                    _check_size(message, changes, events, whole=whole)
+                revisions = self._advance_revisions(message.batch_id, events)
+            except _TooLarge as too_large:
+                self._undo(changes)
+                events = ()
+                record = self._error(message.batch_id, too_large.error)
+        size = sum(len(event) for _, event in events)
+        self.change_set.batches.append(NewBatch(message.batch_id, digest, record, revisions, size))
         self.snapshot.batches[message.batch_id] = StoredResult(digest, record, events)
         return Outcome(record, events)
 
@@ -256,7 +307,7 @@ class BatchProcessor:
         error = ErrorInfo(
             code="conflict", message="this batch id was used for another request", details=[]
         )
-        return Outcome(error_record(self.organization_id, batch_id, error).encode())
+        return Outcome(self._error(batch_id, error))
 
     def _register(self, message: RegisterExecution) -> RegistrationStatus:
         """Register an execution, or add task names (docs/concepts/contract.md#rule-15).
@@ -296,32 +347,40 @@ class BatchProcessor:
         return details
 
     def _set_state(
-        self, message: SetTaskState, actor: str
-    ) -> tuple[RecordingStatus, ExecutionChanges]:
+        self, message: SetTaskState, actor: str, changes: ExecutionChanges
+    ) -> RecordingStatus:
         key = message.flow_execution_id, message.task_name
         known = self.snapshot.tasks.get(key)
         if known is not None and known.state == message.state:
-            return "unchanged", {}
+            return "unchanged"
         task = Task(*key, message.state, state_changed_at=self.now, state_changed_by=actor)
         self.snapshot.tasks[key] = self.change_set.tasks[key] = task
-        return "recorded", {message.flow_execution_id.int: [StateChange("state", task)]}
+        changes[message.flow_execution_id.int] = [StateChange("state", task)]
+        return "recorded"
 
-    def _apply(self, batch: TagBatch, actor: str) -> tuple[list[OperationStatus], ExecutionChanges]:
+    def _apply(
+        self, batch: TagBatch, actor: str, changes: ExecutionChanges
+    ) -> list[OperationStatus]:
         statuses: list[OperationStatus] = []
-        changes: ExecutionChanges = {}
-        for operation in batch.tags:
+        for index, operation in enumerate(batch.tags):
             step = self._add if operation.operation == "add" else self._remove
-            statuses.append(step(operation, actor, changes))
-        return statuses, changes
+            status = step(operation, actor, changes)
+            if status is None:
+                raise _TooLarge(index, f"{MAX_VARIANTS} active tags differ in their metadata alone")
+            statuses.append(status)
+        return statuses
 
     def _add(
         self, operation: TagOperation, actor: str, changes: ExecutionChanges
-    ) -> OperationStatus:
+    ) -> OperationStatus | None:
+        """Add a tag; None if there are too many of its name."""
         metadata, digest = stored_metadata(operation.tag_metadata)
         key = tag_key(operation)
         active = self.snapshot.tags.setdefault(key, {})
         if digest in active:
             return "already_exists"
+        if len(active) >= MAX_VARIANTS:
+            return None
         flow_execution_key, task_name, tag_type, name = key
         tag = Tag(  # by position, because keywords take twice the time
             self.new_id(),
@@ -347,10 +406,19 @@ class BatchProcessor:
     ) -> OperationStatus:
         active = self.snapshot.tags.get(tag_key(operation), {})
         _, digest = stored_metadata(operation.tag_metadata)
-        digests = list(active) if operation.any_metadata else [digest] if digest in active else []
+        if operation.any_metadata:
+            digests = sorted(active, key=lambda it: (active[it].created_at, active[it].id.int))
+        else:
+            digests = [digest] if digest in active else []
         for digest in digests:
+            tag = active.pop(digest)
+            metadata = tag.tag_metadata if operation.any_metadata else operation.tag_metadata
             tag = replace(
-                active.pop(digest), status="deleted", updated_at=self.now, modified_by=actor
+                tag,
+                tag_metadata=metadata,
+                status="deleted",
+                updated_at=self.now,
+                modified_by=actor,
             )
             new = self.change_set.added.get(tag.id.int)
             if new is None:
@@ -360,33 +428,55 @@ class BatchProcessor:
             changes.setdefault(tag.flow_execution_id.int, []).append(Change("removed", tag))
         return "removed" if digests else "not_found"
 
-    def _advance_revisions(self, changes: ExecutionChanges) -> dict[UUID, int]:
-        """Give each execution that the message really changed its next revision."""
-        revisions = {}
-        for key in changes:
-            execution = self.snapshot.executions[key]
-            execution.revision += 1
-            revisions[execution.id] = execution.revision
-        self.change_set.revisions.update(revisions)
-        return revisions
+    def _undo(self, changes: ExecutionChanges) -> None:
+        """Take back what the operations of a batch changed."""
+        for change in (each for some in changes.values() for each in reversed(some)):
+            assert isinstance(change, Change)
+            tag = change.tag
+            active = self.snapshot.tags[tag_key(tag)]
+            _, digest = stored_metadata(tag.tag_metadata)
+            if change.change == "added":
+                del active[digest], self.change_set.added[tag.id.int]
+                continue
+            active[digest] = replace(tag, status="active", updated_at=None, modified_by=None)
+            if self.change_set.removed.pop(tag.id.int, None) is None:
+                new = self.change_set.added[tag.id.int]
+                self.change_set.added[tag.id.int] = new._replace(tag=active[digest])
 
     def _events(
-        self, batch_id: UUID, actor: str, changes: ExecutionChanges, revisions: dict[UUID, int]
+        self, batch_id: UUID, actor: str, changes: ExecutionChanges
     ) -> tuple[tuple[UUID, bytes], ...]:
+        """Return the change event of each execution that the message really changes."""
         events = []
-        for flow_execution_id, revision in revisions.items():
+        for key, changed in changes.items():
+            execution = self.snapshot.executions[key]
             event = ChangeEvent(
                 organization_id=self.organization_id,
-                flow_execution_id=flow_execution_id,
-                revision=revision,
+                flow_execution_id=execution.id,
+                revision=execution.revision + 1,
                 batch_id=batch_id,
                 changed_by=actor,
                 changed_at=self.now,
-                changes=list(changes[flow_execution_id.int]),
+                changes=list(changed),
             ).encode()
-            self.change_set.changes.append(NewChange(flow_execution_id, revision, batch_id, event))
-            events.append((flow_execution_id, event))
+            events.append((execution.id, event))
         return tuple(events)
+
+    def _advance_revisions(
+        self, batch_id: UUID, events: tuple[tuple[UUID, bytes], ...]
+    ) -> dict[UUID, int]:
+        """Store change events, and give each of their executions its next revision."""
+        revisions = {}
+        for flow_execution_id, event in events:
+            execution = self.snapshot.executions[flow_execution_id.int]
+            execution.revision += 1
+            revision = revisions[flow_execution_id] = execution.revision
+            self.change_set.changes.append(NewChange(flow_execution_id, revision, batch_id, event))
+        self.change_set.revisions.update(revisions)
+        return revisions
+
+    def _error(self, batch_id: UUID, error: ErrorInfo) -> bytes:
+        return error_record(self.organization_id, batch_id, error).encode()
 
     def _record(self, message: Message, **outcome: Any) -> bytes:
         """Encode the result record of an applied message, as `ResultRecord.encode` does."""
@@ -402,3 +492,44 @@ class BatchProcessor:
 
 def _not_found(index: int | None, field: str, message: str) -> ErrorDetail:
     return ErrorDetail(index=index, field=field, message=message)
+
+
+def _check_size(
+    batch: TagBatch,
+    changes: ExecutionChanges,
+    events: tuple[tuple[UUID, bytes], ...],
+    *,
+    whole: bool,
+) -> None:
+    """Raise `_TooLarge` with the operation at which the change events pass their bound.
+
+    Only a removal by name alone makes more than one change.
+    """
+    if whole and sum(len(event) for _, event in events) <= MAX_EVENT_BYTES:
+        return
+    message = f"the change events would be larger than {MAX_EVENT_BYTES} bytes"
+    left = {key: deque(changed) for key, changed in changes.items()}
+    size = 0
+    for index, operation in enumerate(batch.tags):
+        of_execution = left.get(operation.flow_execution_id.int, deque())
+        size += sum(len(to_json(each)) for each in _changes_of(operation, of_execution))
+        if size > MAX_EVENT_BYTES or not any(left.values()):
+            raise _TooLarge(index, message)
+    raise _TooLarge(len(batch.tags) - 1, message)
+
+
+def _changes_of(
+    operation: TagOperation, left: deque[Change | StateChange]
+) -> Iterator[Change | StateChange]:
+    """Take from an execution's changes those of its next operation."""
+    kind = "added" if operation.operation == "add" else "removed"
+    wanted = stored_metadata(operation.tag_metadata)
+    by_name = operation.any_metadata
+    while left and isinstance(first := left[0], Change):
+        if first.change != kind or tag_key(first.tag) != tag_key(operation):
+            return
+        if not by_name and stored_metadata(first.tag.tag_metadata) != wanted:
+            return
+        yield left.popleft()
+        if not by_name:
+            return

@@ -10,7 +10,13 @@ from pydantic import Field
 from producers.contract.values import TolerantModel, tolerant
 
 ErrorCode = Literal[
-    "bad_request", "unauthorized", "forbidden", "not_found", "conflict", "internal_error"
+    "bad_request",
+    "unauthorized",
+    "forbidden",
+    "not_found",
+    "conflict",
+    "too_large",
+    "internal_error",
 ]
 
 

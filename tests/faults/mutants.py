@@ -85,12 +85,16 @@ Repository.transaction, Transaction.save = transaction, save  # type: ignore[met
 # --- Planted bugs --------------------------------------------------------------------------------
 
 
-def _ack_before_commit(self: Drain, entries: Sequence[StreamEntry]) -> list[StreamEntry]:
+def _ack_before_commit(
+    self: Drain, entries: Sequence[StreamEntry]
+) -> tuple[int, list[StreamEntry]]:
     self.inbox.ack_and_publish(self.run_id, entries, [], max_messages=self.group_size)
     return _process(self, entries)
 
 
-def _publish_before_commit(self: Drain, entries: Sequence[StreamEntry]) -> list[StreamEntry]:
+def _publish_before_commit(
+    self: Drain, entries: Sequence[StreamEntry]
+) -> tuple[int, list[StreamEntry]]:
     admitted = [each for each in map(self._admit, entries) if isinstance(each, Admitted)]
     messages = [each.message for each in admitted]
     with _transaction(self.repository, self.organization_id) as opened:
@@ -107,7 +111,7 @@ def _publish_before_commit(self: Drain, entries: Sequence[StreamEntry]) -> list[
         )
         time.sleep(0.01)
         _save(opened, decision.change_set)
-    return following
+    return len(entries), following
 
 
 def _ack_and_release_blindly(self: Inbox, *arguments: Any, **bounds: Any) -> list[StreamEntry]:

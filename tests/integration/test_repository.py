@@ -100,7 +100,14 @@ def test_what_is_saved_is_what_is_loaded(repository: Repository, organization: U
         register_execution(two, ["other", "b"]),
         batch,
     )
-    state = load(repository, organization, batch, register_execution(one), register_execution(two))
+    by_name = TagBatch(
+        tags=[
+            remove(one, "task", "type", "x"),
+            remove(two, "other", "type", '\\N {a,b} "q" \''),
+        ]
+    )
+    executions = register_execution(one), register_execution(two)
+    state = load(repository, organization, batch, by_name, *executions)
     known = state.batches[batch.batch_id]
     assert known.record == decision.outcomes[2].record
     assert set(known.events) == set(decision.outcomes[2].events)

@@ -38,7 +38,7 @@ FILL: Final = """
       from generate_series(1, 3) as o, generate_series(0, 24999) as n;
     insert into tag_batches
     select pg_temp.id(o), pg_temp.id(n), int4send(n), '{"error": {"code": "internal_error"}}',
-           jsonb_build_object(pg_temp.id(n % 50), n / 50 + 1), pg_temp.moment(n)
+           jsonb_build_object(pg_temp.id(n % 50), n / 50 + 1), 2, pg_temp.moment(n)
       from generate_series(1, 3) as o, generate_series(0, 4999) as n;
     insert into tag_changes
     select pg_temp.id(o), pg_temp.id(n % 50), n / 50 + 1, pg_temp.id(n), '{}', pg_temp.moment(n)
@@ -88,7 +88,14 @@ BY: Final = texts("ada")
 NOBODY: Final = pg_arrays.texts([None] * 5)
 NEW_TAGS: Final = {"ids": NEW, "tag_metadata": JSON, "metadata_digests": DIGESTS, "created_by": BY}
 NEW_CHANGES: Final = {"revisions": pg_arrays.bigints(range(101, 106)), "batch_ids": NEW}
-NEW_RESULTS: Final = {"batch_ids": NEW, "digests": DIGESTS, "records": JSON, "revisions": JSON}
+BOUND: Final = {"max_bytes": 1_000_000}
+NEW_RESULTS: Final = {
+    "batch_ids": NEW,
+    "digests": DIGESTS,
+    "records": JSON,
+    "revisions": JSON,
+    "event_bytes": pg_arrays.bigints([0] * 5),
+}
 
 # By the names in worker/db/statements.py and in queries.PREPARED, there with parameters in order.
 # The first word is the name; others tell several cases of a statement apart.
@@ -96,9 +103,11 @@ OF_WORKER: Final = {
     "LOCK": case(1),
     "LIST_ORGANIZATIONS": case(1),
     "ADD_ORGANIZATION": case(0),
-    "LOAD_BATCHES": case(5 + 5, batch_ids=uuids(*range(1000, 1005))),  # with one event each
+    "LOAD_BATCHES": case(
+        5 + 5, batch_ids=uuids(*range(1000, 1005)), **BOUND
+    ),  # with one event each
     "LOAD_EXECUTIONS": case(5, **EXECUTIONS),
-    "LOAD_TAGS": case(5, **TAG_KEYS),
+    "LOAD_TAGS": case(5, **TAG_KEYS, whole=pg_arrays.bigints([1] * 5), max_rows=1000, **BOUND),
     "LOAD_TASKS": case(5, **TASKS),
     "SAVE_BATCHES": case(5, **NEW_RESULTS, **NOW),
     "SAVE_REGISTRATIONS": case(5, **EXECUTIONS, task_names=texts('["task-{}"]'), **NOW),

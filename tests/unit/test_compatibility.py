@@ -90,7 +90,7 @@ def test_a_reader_takes_words_of_a_later_version_as_their_text() -> None:
     record = ResultRecord.decode(json.dumps({**applied, "tags": [{"status": "replaced", "x": 1}]}))
     assert record.statuses == ["replaced"]
     refused = ResultRecord.decode(
-        json.dumps({**head, "error": {"code": "too_large", "message": "m", "details": []}})
+        json.dumps({**head, "error": {"code": "too_new", "message": "m", "details": []}})
     )
     assert type(refusal(refused)) is BatchRefused
     task = {"flow_execution_id": EXECUTION, "task_name": "t", "state": "paused"}

@@ -65,6 +65,7 @@ _STATUS_OF: Final = {
     "forbidden": 403,
     "not_found": 404,
     "conflict": 409,
+    "too_large": 422,
     "internal_error": 500,
 }
 _CONFLICT: Final = ApiError(409, "conflict", "this batch id was used for another request")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, LiteralString, TypeVar, cast
+from typing import Any, Final, LiteralString, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import psycopg
@@ -17,7 +17,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from producers.contract.messages import SetTaskState, TagBatch
+from producers.contract.messages import MAX_OPERATIONS, SetTaskState, TagBatch
 from producers.contract.results import Tag, Task
 from worker.db import pg_arrays, statements
 from worker.db.connection import (
@@ -34,6 +34,8 @@ from worker.db.connection import (
 )
 from worker.db.time_limit import DEFAULT_SECONDS, TimeLimit
 from worker.rules import (
+    MAX_GROUP_BYTES,
+    MAX_VARIANTS,
     AuthorizedMessage,
     ChangeSet,
     Execution,
@@ -48,6 +50,14 @@ from worker.rules import (
 )
 
 Result = TypeVar("Result")
+
+MAX_LOADED_BYTES: Final = 7 * 1024 * 1024
+"""Of tags, in one transaction: 100 for each, and the metadata of those that may be removed by name.
+
+100 operations may need 25,000 tags, 2.5 MB without metadata. So a batch that reaches this bound
+alone removes more than its change events may hold (rules.MAX_EVENT_BYTES).
+"""
+MAX_LOADED_TAGS: Final = MAX_OPERATIONS * MAX_VARIANTS + 1
 
 
 class UnknownOrganization(Exception):
@@ -221,22 +231,30 @@ class Transaction:
 
     def load(self, messages: Sequence[AuthorizedMessage]) -> Snapshot:
         """Return the state of all that the messages name."""
-        keys, tasks, executions = _named(messages)
+        names = _named(messages)
         found_batches = self._find_batches([each.message.batch_id for each in messages])
         found_executions = self._send(
-            statements.LOAD_EXECUTIONS, flow_execution_ids=pg_arrays.uuids(list(executions))
+            statements.LOAD_EXECUTIONS, flow_execution_ids=pg_arrays.uuids(list(names.executions))
         )
         found_tags: Iterable[Any] = []
-        if keys:
-            found_tags = self._send(statements.LOAD_TAGS, **_key_columns(list(keys)))
+        if names.tags:
+            found_tags = self._send(
+                statements.LOAD_TAGS,
+                max_rows=MAX_LOADED_TAGS,
+                max_bytes=MAX_LOADED_BYTES,
+                **_key_columns(list(names.tags)),
+            )
         found_tasks: Iterable[Any] = []
-        if tasks:
-            found_tasks = self._send(statements.LOAD_TASKS, **_task_columns(list(tasks)))
+        if names.tasks:
+            found_tasks = self._send(statements.LOAD_TASKS, **_task_columns(list(names.tasks)))
+        batches, seen = _batches(found_batches)
+        tags, whole = _tags(found_tags)
         return Snapshot(
-            batches=dict(map(_batch, found_batches)),
+            batches=batches,
             executions=dict(map(_execution, found_executions)),
-            tags=_tags(found_tags),
+            tags=tags,
             tasks={row[:2]: Task(*row) for row in found_tasks},
+            complete=_complete(messages, names, seen, whole),
         )
 
     def save(self, change_set: ChangeSet) -> None:
@@ -256,7 +274,7 @@ class Transaction:
 
     def batches(self, batch_ids: Sequence[UUID]) -> dict[UUID, StoredResult]:
         """Return what is stored of these batches, with the change events that they made."""
-        return dict(map(_batch, self._find_batches(batch_ids)))
+        return _batches(self._find_batches(batch_ids))[0]
 
     def wait(self) -> None:
         """Wait until all that was sent has succeeded. Raises the error of what did not."""
@@ -275,7 +293,7 @@ class Transaction:
 
     def _find_batches(self, batch_ids: Sequence[UUID]) -> Iterable[Any]:
         ids = pg_arrays.uuids([id.int for id in batch_ids])
-        return self._send(statements.LOAD_BATCHES, batch_ids=ids)
+        return self._send(statements.LOAD_BATCHES, batch_ids=ids, max_bytes=MAX_GROUP_BYTES)
 
     def _send(self, statement: LiteralString | bytes, **parameters: Any) -> psycopg.Cursor[Any]:
         """Queue a statement; its result is waited for when it is read."""
@@ -290,28 +308,56 @@ class Transaction:
 # --- Rows to objects -----------------------------------------------------------------------------
 
 
-def _named(
-    messages: Sequence[AuthorizedMessage],
-) -> tuple[dict[TagKey, None], dict[TaskKey, None], set[int]]:
-    """Return what messages name: tags, tasks and executions, each once."""
-    keys: dict[TagKey, None] = {}
-    tasks: dict[TaskKey, None] = {}
-    executions: set[int] = set()
-    for message in (each.message for each in messages):
+class _Names(NamedTuple):
+    """What messages name, each once and in their order."""
+
+    tags: dict[tuple[TagKey, bool], int]
+    """Names of tags, and whether all of their metadata are needed, with the message's place."""
+    tasks: dict[TaskKey, None]
+    executions: dict[int, None]
+
+
+def _named(messages: Sequence[AuthorizedMessage]) -> _Names:
+    names = _Names({}, {}, {})
+    for place, message in enumerate(each.message for each in messages):
         if isinstance(message, TagBatch):
-            keys.update(dict.fromkeys(map(tag_key, message.tags)))
+            for operation in message.tags:
+                names.tags.setdefault((tag_key(operation), operation.any_metadata), place)
+                names.executions[operation.flow_execution_id.int] = None
             continue
-        executions.add(message.flow_execution_id.int)
+        names.executions[message.flow_execution_id.int] = None
         if isinstance(message, SetTaskState):
-            tasks[message.flow_execution_id, message.task_name] = None
-    executions.update(flow_execution_id for flow_execution_id, *_ in keys)
-    return keys, tasks, executions
+            names.tasks[message.flow_execution_id, message.task_name] = None
+    return names
 
 
-def _batch(row: Any) -> tuple[UUID, StoredResult]:
-    batch_id, digest, record, executions, events = row
-    stored = tuple((id, event.encode()) for id, event in zip(executions, events, strict=True))
-    return batch_id, StoredResult(digest, record.encode(), stored)
+def _complete(
+    messages: Sequence[AuthorizedMessage], names: _Names, last_batch: UUID | None, last_tag: int
+) -> int:
+    """Return of how many messages, the first ones, all that they name was loaded.
+
+    Args:
+        last_batch: The stored batch at which a look-up was cut; None: it was not.
+        last_tag: The place of the name at which a look-up was cut, from 1; 0: it was not.
+    """
+    complete = len(messages)
+    if last_batch is not None:
+        ids = [each.message.batch_id for each in messages]
+        complete = ids.index(last_batch) + 1
+    if last_tag:
+        complete = min(complete, list(names.tags.values())[last_tag - 1])
+    return complete
+
+
+def _batches(rows: Iterable[Any]) -> tuple[dict[UUID, StoredResult], UUID | None]:
+    """Return stored batches, and the one whose events brought them to the bound, if one did."""
+    batches: dict[UUID, StoredResult] = {}
+    last: Any = None
+    for last in rows:
+        _, batch_id, digest, record, executions, events = last
+        stored = tuple((id, event.encode()) for id, event in zip(executions, events, strict=True))
+        batches[batch_id] = StoredResult(digest, record.encode(), stored)
+    return batches, last[1] if last and last[0] >= MAX_GROUP_BYTES else None
 
 
 def _execution(row: Any) -> tuple[int, Execution]:
@@ -320,20 +366,29 @@ def _execution(row: Any) -> tuple[int, Execution]:
     return flow_execution_id.int, Execution(flow_execution_id, names, revision)
 
 
-def _tags(rows: Iterable[Any]) -> dict[TagKey, dict[bytes, Tag]]:
+def _tags(rows: Iterable[Any]) -> tuple[dict[TagKey, dict[bytes, Tag]], int]:
+    """Return active tags, and the number of the name at which they were cut; 0: they were not.
+
+    A tag that was asked for both ways comes with its metadata, and without.
+    """
     tags: dict[TagKey, dict[bytes, Tag]] = {}
-    for digest, *fields in rows:
+    found = list(rows)
+    for _, _, digest, *fields in found:
         tag = Tag(*fields)
-        tags.setdefault(tag_key(tag), {})[digest] = tag
-    return tags
+        active = tags.setdefault(tag_key(tag), {})
+        if tag.tag_metadata is not None or digest not in active:
+            active[digest] = tag
+    number, total, *_ = found[-1] if found else (0, 0)
+    return tags, number if total >= MAX_LOADED_BYTES or len(found) >= MAX_LOADED_TAGS else 0
 
 
 # --- Objects to columns --------------------------------------------------------------------------
 
 
-def _key_columns(keys: Sequence[TagKey]) -> dict[str, Any]:
-    executions, task_names, tag_types, tags = zip(*keys, strict=True)
+def _key_columns(keys: Sequence[tuple[TagKey, bool]]) -> dict[str, Any]:
+    executions, task_names, tag_types, tags = zip(*[key for key, _ in keys], strict=True)
     return {
+        "whole": pg_arrays.bigints([whole for _, whole in keys]),
         "flow_execution_ids": pg_arrays.uuids(executions),
         "task_names": pg_arrays.texts(task_names),
         "tag_types": pg_arrays.texts(tag_types),
@@ -417,4 +472,5 @@ def _batch_columns(batches: Sequence[NewBatch]) -> dict[str, Any]:
                 for batch in batches
             ]
         ),
+        "event_bytes": pg_arrays.bigints([batch.event_bytes for batch in batches]),
     }

@@ -34,8 +34,14 @@ ADD_ORGANIZATION: Final = """
 """Adds an organization, in a transaction of its own."""
 
 LOAD_BATCHES: Final = """
-    select b.batch_id, b.digest, b.result_record::text, made.executions, made.events
-      from tag_batches b
+    select b.total, b.batch_id, b.digest, b.result_record::text, made.executions, made.events
+      from (select b.*, sum(b.event_bytes) over (rows unbounded preceding) as total
+              from (select unnest(%(batch_ids)s) as batch_id) as k
+             cross join lateral (
+                   select batch_id, digest, result_record, revisions, event_bytes
+                     from tag_batches
+                    where organization_id = %(organization_id)s and batch_id = k.batch_id
+                   offset 0) b) b
      cross join lateral (
            select coalesce(array_agg(flow_execution_id), '{}') as executions,
                   coalesce(array_agg(event), '{}') as events
@@ -46,10 +52,12 @@ LOAD_BATCHES: Final = """
                    where organization_id = %(organization_id)s
                      and flow_execution_id = r.id::uuid and revision = r.number::bigint
                   offset 0) c) as made
-     where b.organization_id = %(organization_id)s
-       and b.batch_id = any(%(batch_ids)s)
+     where b.total - b.event_bytes < %(max_bytes)s
 """
-"""Returns the stored results of batches with their change events, by the two primary keys."""
+"""Returns the stored results of batches with their change events, by the two primary keys.
+
+They come in the order of their ids, and end with the one whose events bring the total to the bound.
+"""
 
 LOAD_EXECUTIONS: Final = """
     select flow_execution_id, task_names, revision
@@ -60,23 +68,39 @@ LOAD_EXECUTIONS: Final = """
 """Returns the executions that messages name, by primary key."""
 
 LOAD_TAGS: Final = """
-    select t.metadata_digest, t.id, t.flow_execution_id, t.task_name, t.tag_type, t.tag,
-           t.tag_metadata, %(organization_id)s, t.status, t.created_at, t.created_by,
-           t.updated_at, t.modified_by
-      from (select unnest(%(flow_execution_ids)s) as flow_execution_id,
-                   unnest(%(task_names)s) as task_name, unnest(%(tag_types)s) as tag_type,
-                   unnest(%(tags)s) as tag) as k
-     cross join lateral (
-           select metadata_digest, id, flow_execution_id, task_name, tag_type, tag, tag_metadata,
-                  status, created_at, created_by, updated_at, modified_by
-             from task_tags
-            where organization_id = %(organization_id)s
-              and flow_execution_id = k.flow_execution_id and task_name = k.task_name
-              and tag_type = k.tag_type and tag = k.tag and status = 'active'
-           offset 0) t
-     order by t.created_at, t.id
+    select number, total, metadata_digest, id, flow_execution_id, task_name, tag_type, tag,
+           tag_metadata, %(organization_id)s, status, created_at, created_by, updated_at,
+           modified_by
+      from (select *, sum(bytes) over (rows unbounded preceding) as total
+              from (select k.number, t.*,
+                           case when k.whole > 0 then t.metadata end as tag_metadata,
+                           case when k.whole > 0 and t.metadata is not null
+                                then 100 + octet_length(t.metadata::text) else 100 end as bytes
+                      from (select generate_subscripts(%(whole)s, 1) as number,
+                                   unnest(%(whole)s) as whole,
+                                   unnest(%(flow_execution_ids)s) as flow_execution_id,
+                                   unnest(%(task_names)s) as task_name,
+                                   unnest(%(tag_types)s) as tag_type,
+                                   unnest(%(tags)s) as tag) as k
+                     cross join lateral (
+                           select metadata_digest, id, flow_execution_id, task_name, tag_type,
+                                  tag, tag_metadata as metadata, status, created_at, created_by,
+                                  updated_at, modified_by
+                             from task_tags
+                            where organization_id = %(organization_id)s
+                              and flow_execution_id = k.flow_execution_id
+                              and task_name = k.task_name and tag_type = k.tag_type
+                              and tag = k.tag and status = 'active'
+                           offset 0) t
+                     limit %(max_rows)s) as found) as summed
+     where total - bytes < %(max_bytes)s
 """
-"""Returns the active tags of the names in operations, by task_tags_active."""
+"""Returns the active tags of the names in operations, by task_tags_active.
+
+They come in the order of the names, with the metadata where it is asked for as a `whole`, and end
+with the one that brings the total of bytes to the bound, or with `max_rows`. A window without an
+order takes its rows as they come, so what is behind the limit is never read.
+"""
 
 LOAD_TASKS: Final = """
     select t.*
@@ -93,10 +117,12 @@ LOAD_TASKS: Final = """
 
 SAVE_BATCHES: Final = """
     insert into tag_batches (organization_id, batch_id, digest, result_record, revisions,
-                             applied_at)
-    select %(organization_id)s, batch_id, digest, record::json, revisions::jsonb, %(now)s
+                             event_bytes, applied_at)
+    select %(organization_id)s, batch_id, digest, record::json, revisions::jsonb, event_bytes,
+           %(now)s
       from (select unnest(%(batch_ids)s) as batch_id, unnest(%(digests)s) as digest,
-                   unnest(%(records)s) as record, unnest(%(revisions)s) as revisions) as b
+                   unnest(%(records)s) as record, unnest(%(revisions)s) as revisions,
+                   unnest(%(event_bytes)s) as event_bytes) as b
 """
 """Stores the results of batches."""
 

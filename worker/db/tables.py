@@ -20,6 +20,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Index,
+    Integer,
     LargeBinary,
     MetaData,
     Table,
@@ -126,6 +127,7 @@ tag_batches = _table(
     _required("digest", LargeBinary),  # of the message
     _required("result_record", JSON),  # as it was published
     _required("revisions", JSONB),  # of the change events that the batch made, by execution
+    _required("event_bytes", Integer),  # the length of these events
     _required("applied_at", _TIME),
     worker_may="select, insert, delete",
 )

@@ -107,7 +107,7 @@ class Drain:
         while entries:
             group = entries[:1] if turn.alone else entries
             try:
-                entries = self._process(group, alone=bool(turn.alone))
+                answered, entries = self._process(group, alone=bool(turn.alone))
             except Exception as error:
                 if turn.alone or is_server_fault(error):
                     raise
@@ -120,7 +120,7 @@ class Drain:
                 turn.alone = len(entries)
                 time.sleep(FIRST_BACKOFF_SECONDS)
                 continue
-            turn.answered += len(group)
+            turn.answered += answered
             turn.failures, turn.alone = 0, max(0, turn.alone - 1)
             if entries and (time.monotonic() > turn.deadline or self.stopping()):
                 self.inbox.requeue(self.run_id)
@@ -141,8 +141,12 @@ class Drain:
         time.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (turn.failures - 1), MAX_BACKOFF_SECONDS))
         return False
 
-    def _process(self, entries: Sequence[StreamEntry], *, alone: bool = False) -> list[StreamEntry]:
-        """Take a group all the way; return the group that comes next.
+    def _process(
+        self, entries: Sequence[StreamEntry], *, alone: bool = False
+    ) -> tuple[int, list[StreamEntry]]:
+        """Take a group all the way; return how many were answered, and the group that comes next.
+
+        A group may end before one whose look-ups or answer would make it too large (rules.decide).
 
         Args:
             alone: The group is one message, which failed before: it may be to blame.
@@ -152,12 +156,19 @@ class Drain:
         outcomes = iter(self._apply(admitted, alone=alone))
         to_publish: list[tuple[str, bytes]] = []
         dead_letters: list[DeadLetter] = []
-        for admission in admissions:
+        events_of: set[UUID] = set()
+        for place, admission in enumerate(admissions):
             match admission:
                 case Admitted():
-                    to_publish += publications(
-                        self.organization_id, admission.reply_to, next(outcomes)
-                    )
+                    outcome = next(outcomes, None)
+                    if outcome is None:
+                        entries = entries[:place]
+                        break
+                    batch_id = admission.message.message.batch_id
+                    if batch_id in events_of:  # a copy: its events are published once
+                        outcome = Outcome(outcome.record)
+                    events_of.add(batch_id)
+                    to_publish += publications(self.organization_id, admission.reply_to, outcome)
                 case Refused(reply_to=reply_to, record=record):
                     to_publish += publications(self.organization_id, reply_to, Outcome(record))
                 case Unreadable(dead_letter=dead_letter, answer=answer):
@@ -168,9 +179,10 @@ class Drain:
                         )
                 case _:
                     assert_never(admission)
-        return self.inbox.ack_and_publish(
+        following = self.inbox.ack_and_publish(
             self.run_id, entries, to_publish, dead_letters, max_messages=self.group_size
         )
+        return len(entries), following
 
     def _admit(self, entry: StreamEntry) -> Admission:
         now = self.now()
@@ -183,7 +195,7 @@ class Drain:
             return fail_admission(entry, self.organization_id, error, now)
 
     def _apply(self, admitted: Sequence[Admitted], *, alone: bool) -> list[Outcome]:
-        """Apply messages in one transaction; return the outcomes in their order."""
+        """Apply messages in one transaction; return outcomes in their order, of the first ones."""
         if not admitted:
             return []
         try:
@@ -231,7 +243,7 @@ def apply_in_transaction(
     messages: Sequence[AuthorizedMessage],
     new_id: Uuid7,
 ) -> list[Outcome]:
-    """Load, decide and save in one transaction; return the outcomes in the messages' order."""
+    """Load, decide and save in one transaction; return outcomes in order, of the first messages."""
 
     def apply(transaction: Transaction) -> list[Outcome]:
         snapshot = transaction.load(messages)  # before `now`, so that it is sent with the lock

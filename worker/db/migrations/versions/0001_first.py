@@ -63,6 +63,7 @@ def upgrade() -> None:
             digest             bytea not null,
             result_record      json not null,
             revisions          jsonb not null,
+            event_bytes        integer not null,
             applied_at         timestamptz not null,
             primary key (organization_id, batch_id)
         )

@@ -1,0 +1,251 @@
+"""Bounds of what a batch may change, and of what a transaction loads and publishes (rule 17)."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from producers.contract.messages import (
+    Message,
+    TagBatch,
+    TagOperation,
+    add,
+    register_execution,
+    remove,
+)
+from producers.contract.results import Change, ResultRecord
+from tests.support.tenant import EXECUTION, Tenant, listening
+from worker import rules
+from worker.db import repository as repositories
+
+BIG = "x" * 7_000
+
+
+def adding(tag: str, *metadata: Any) -> TagBatch:
+    return TagBatch(tags=[add(EXECUTION, "task", "type", tag, each) for each in metadata])
+
+
+def removing(*tags: str) -> TagBatch:
+    return TagBatch(tags=[remove(EXECUTION, "task", "type", each) for each in tags])
+
+
+def fill(tenant: Tenant, tag: str, count: int = 250, text: str = "") -> None:
+    """Add tags that differ in their metadata alone."""
+    for first in range(0, count, 50):
+        tenant.send(adding(tag, *[[n, text] for n in range(first, min(count, first + 50))]))
+    tenant.drain()
+
+
+def last_error(tenant: Tenant) -> Any:
+    error = tenant.records()[-1].error
+    assert error is not None
+    return error
+
+
+def test_250_active_tags_may_differ_in_their_metadata_alone(tenant: Tenant) -> None:
+    """One more is too large: the batch changes nothing, is stored, and a removal makes room."""
+    fill(tenant, "a", 249)
+    batch = TagBatch(
+        tags=[
+            add(EXECUTION, "task", "type", "b"),
+            add(EXECUTION, "task", "type", "a", "the 250th"),
+            add(EXECUTION, "task", "type", "a", "one more"),
+        ]
+    )
+    tenant.send(batch)
+    tenant.drain()
+    error = last_error(tenant)
+    assert (error.code, error.details[0].index) == ("too_large", 2)
+    assert Counter(tenant.tags()) == {"a": 249}
+    tenant.send(adding("a", "the 250th"), TagBatch(tags=[*removing("a").tags, *batch.tags]), batch)
+    tenant.drain()
+    assert tenant.outcomes()[-3] == ["added"]
+    assert tenant.outcomes()[-2] == ["removed", "added", "added", "added"]
+    assert last_error(tenant) == error
+    assert Counter(tenant.tags()) == {"a": 2, "b": 1}
+
+
+def test_change_events_of_a_batch_are_bounded(tenant: Tenant) -> None:
+    """The details name the operation that passes 4 MiB; what is before it can be removed alone."""
+    for tag in "abc":
+        fill(tenant, tag, text=BIG)
+    tenant.send(adding("z", None), removing("z", "y", "a", "b", "c"))
+    tenant.drain()
+    error = last_error(tenant)
+    assert (error.code, error.details[0].index) == ("too_large", 4)
+    assert Counter(tenant.tags()) == {"a": 250, "b": 250, "c": 250, "z": 1}
+    revision = tenant.events()[-1].revision
+    tenant.send(removing("z", "a"), removing("b"))
+    tenant.drain()
+    assert tenant.outcomes()[-2:] == [["removed", "removed"], ["removed"]]
+    assert tenant.events()[-1].revision == revision + 2
+    assert all(len(payload) <= rules.MAX_EVENT_BYTES for _, payload in tenant.published)
+
+
+def test_more_than_a_transaction_loads_is_too_large(tenant: Tenant) -> None:
+    """A batch alone that names more than 7 MiB of metadata ends, and others go on."""
+    tags = "abcdef"
+    for tag in tags:
+        fill(tenant, tag, text=BIG)
+    tenant.send(adding("z", None), removing(*tags), adding("y", None), removing("z"))
+    tenant.drain()
+    assert tenant.outcomes()[-4:] == [["added"], "too_large", ["added"], ["removed"]]
+    assert last_error_index(tenant, -3) == 2
+    for tag in tags:
+        tenant.send(removing(tag))
+    tenant.drain()
+    assert tenant.tags() == ["y"]
+
+
+def last_error_index(tenant: Tenant, place: int) -> int | None:
+    error = tenant.records()[place].error
+    assert error is not None
+    return error.details[0].index
+
+
+def test_what_is_loaded_is_read_only_as_far_as_the_bound(tenant: Tenant) -> None:
+    """100 names with 250 tags of 8 kB each would be 200 MB."""
+    for number in range(8):
+        fill(tenant, f"{number}", text=BIG)
+    batch = removing(*[f"{number}" for number in range(8)])
+    message = rules.AuthorizedMessage(batch, "ada", batch.digest())
+    with tenant.repository.transaction(tenant.organization) as transaction:
+        snapshot = transaction.load([message, message])
+    loaded = sum(len(variants) for variants in snapshot.tags.values())
+    assert snapshot.complete == 0
+    assert loaded * 7_000 < repositories.MAX_LOADED_BYTES + 16_000
+
+
+def test_events_of_copies_are_published_once_in_a_group(tenant: Tenant) -> None:
+    """100 copies of a small batch with a large event: 100 results, and one event."""
+    fill(tenant, "a", text=BIG)
+    before = len(tenant.events())
+    tenant.send(*[removing("a")] * 100)
+    tenant.drain()
+    assert len(tenant.records()) == 5 + 100
+    assert len(tenant.events()) == before + 1
+
+
+def test_a_group_ends_where_its_events_reach_16_mib(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of new batches, and of stored ones that are answered again."""
+    groups: list[int] = []
+    original = type(tenant.inbox).ack_and_publish
+
+    def ack_and_publish(
+        self: Any, run: str, entries: Any, publications: Any, *rest: Any, **bounds: Any
+    ) -> Any:
+        groups.append(sum(len(payload) for _, payload in publications))
+        return original(self, run, entries, publications, *rest, **bounds)
+
+    tags = [f"{number}" for number in range(12)]
+    for tag in tags:
+        fill(tenant, tag, text=BIG)
+    batches = [removing(tag) for tag in tags]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tenant.inbox), "ack_and_publish", ack_and_publish)
+        for _ in range(2):
+            tenant.send(*batches)
+            tenant.drain()
+    assert tenant.outcomes()[-24:] == [["removed"]] * 24
+    assert sum(groups) > 40 * 1024 * 1024
+    assert max(groups) < rules.MAX_GROUP_BYTES + rules.MAX_EVENT_BYTES
+
+
+# --- What a batch is answered does not depend on what it was grouped with ------------------------
+
+
+@pytest.fixture
+def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds that batches of a few operations meet often."""
+    monkeypatch.setattr(rules, "MAX_VARIANTS", 6)
+    monkeypatch.setattr(rules, "MAX_EVENT_BYTES", 3_000)
+    for module in (rules, repositories):
+        monkeypatch.setattr(module, "MAX_GROUP_BYTES", 9_000)
+    monkeypatch.setattr(repositories, "MAX_LOADED_BYTES", 5_400)
+    monkeypatch.setattr(repositories, "MAX_LOADED_TAGS", 4 * 6 + 1)
+
+
+def random_messages(chance: random.Random) -> list[Message]:
+    """Batches over a few names and metadata; some come again, some again with other operations."""
+    messages: list[Message] = []
+    for _ in range(60):
+        again = chance.choice(messages) if messages and chance.random() < 0.2 else None
+        if again is not None and chance.random() < 0.8:
+            messages.append(again)
+            continue
+        tags = [random_operation(chance) for _ in range(chance.randint(1, 4))]
+        batch = TagBatch(tags=tags)
+        if again is not None:
+            batch = batch.model_copy(update={"batch_id": again.batch_id})
+        messages.append(batch)
+    return messages
+
+
+def random_operation(chance: random.Random) -> TagOperation:
+    name = (EXECUTION, "task", "type", chance.choice("ab"))
+    if chance.random() < 0.15:
+        return remove(*name)
+    metadata = ["x" * chance.choice([1, 100, 400]), chance.randint(0, 9)]
+    return (add if chance.random() < 0.7 else remove)(*name, metadata)
+
+
+def answers(tenant: Tenant, messages: list[Message], sizes: Iterator[int]) -> tuple[Any, Any]:
+    """Return results and change events, without times and ids, for groups of these sizes."""
+    with listening(tenant):
+        tenant.published.clear()
+        tenant.send(*messages)
+        while tenant.drain(group_size=next(sizes), budget_seconds=0.0):
+            pass
+        results = [record.error or record.statuses for record in tenant.records()]
+        seen: dict[int, Any] = {}
+        for event in tenant.events():
+            changes = [
+                (each.change, each.tag.tag, json.dumps(each.tag.tag_metadata), each.tag.status)
+                for each in event.changes
+                if isinstance(each, Change)
+            ]
+            assert seen.setdefault(event.revision, changes) == changes
+    return results, seen
+
+
+def other_tenant(tenant: Tenant) -> Tenant:
+    organization = uuid4()
+    token = tenant.servers.token(organization)
+    other = Tenant(
+        tenant.servers, tenant.redis, tenant.repository, tenant.authorizer, organization, token
+    )
+    other.send(register_execution(EXECUTION))
+    other.drain()
+    return other
+
+
+@pytest.mark.usefixtures("small_bounds")
+@pytest.mark.parametrize("seed", range(12))
+def test_answers_do_not_depend_on_groups(tenant: Tenant, seed: int) -> None:
+    """One by one, or in random groups: the same results, errors with details, and events."""
+    chance = random.Random(seed)
+    messages = random_messages(chance)
+    ones = answers(other_tenant(tenant), messages, iter(lambda: 1, 0))
+    groups = answers(other_tenant(tenant), messages, iter(lambda: chance.randint(2, 40), 0))
+    assert ones[0] == groups[0]
+    assert ones[1] == groups[1]
+    if not seed:
+        codes = {each.code for each in ones[0] if not isinstance(each, list)}
+        assert codes >= {"too_large"}
+
+
+def test_a_record_of_the_error_is_read_by_the_sdk() -> None:
+    """Its code is part of the contract."""
+    error = {"code": "too_large", "message": "m", "details": []}
+    record = {"batch_id": str(uuid4()), "organization_id": str(UUID(int=1)), "error": error}
+    read = ResultRecord.decode(json.dumps(record).encode())
+    assert read.error is not None
+    assert read.error.code == "too_large"
