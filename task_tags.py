@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from producers.errors import (
         BadRequest, BatchIdInUse, BatchRefused, ChangesRefused, ConfigurationError, Conflict,
         Forbidden, InboxFull, InternalError, InvalidMessage, NotFound, ProducerClosed,
-        RedisOutOfMemory, ResultTimeout, RevisionExpired, TaskTagsError, TokenExpired,
+        RedisOutOfMemory, ResultTimeout, RevisionExpired, TaskTagsError, TokenExpired, TooLarge,
         Unauthorized, Unavailable
     )
     from producers.subscriber import Subscriber
@@ -37,8 +37,8 @@ __all__ = [
     "Message", "NotFound", "OperationResult", "ProducerClosed", "RedisOutOfMemory",
     "RegisterExecution", "ResultRecord", "ResultTimeout", "RevisionExpired", "SetTaskState",
     "StateChange", "Subscriber", "Tag", "TagBatch", "TagOperation", "TagProducer", "Task",
-    "TaskTagsError", "TokenExpired", "Unauthorized", "Unavailable", "UnknownChange", "add",
-    "parse_message", "register_execution", "remove", "set_task_state",
+    "TaskTagsError", "TokenExpired", "TooLarge", "Unauthorized", "Unavailable", "UnknownChange",
+    "add", "parse_message", "register_execution", "remove", "set_task_state",
 ]
 # fmt: on
 

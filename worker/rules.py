@@ -6,13 +6,11 @@ saves the change set in one transaction (worker/db/repository.py).
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from uuid import UUID
 
 from pydantic_core import to_json
@@ -36,7 +34,20 @@ from producers.contract.results import (
     Tag,
     Task,
 )
-from producers.contract.values import canonical_json
+from worker.snapshot import (
+    AuthorizedMessage,
+    ChangeSet,
+    Decision,
+    Execution,
+    NewBatch,
+    NewChange,
+    NewTag,
+    Outcome,
+    Snapshot,
+    StoredResult,
+    stored_metadata,
+    tag_key,
+)
 
 MAX_VARIANTS: Final = 250
 """Active tags of a task that differ in their metadata alone."""
@@ -44,135 +55,6 @@ MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
 """Of the change events of one batch together."""
 MAX_GROUP_BYTES: Final = 16 * 1024 * 1024
 """At which a group ends: of what it publishes, and of the stored events that it loads."""
-
-TagKey = tuple[int, str, str, str]
-"""Flow execution, task name, tag type, tag. Together with the metadata they identify a tag.
-
-Ids are looked up as integers, here and below, because a UUID hashes and compares in Python.
-"""
-
-TaskKey = tuple[UUID, str]
-"""A flow execution's id and a task name. Together they identify a task."""
-
-
-def tag_key(named: TagOperation | Tag) -> TagKey:
-    return named.flow_execution_id.int, named.task_name, named.tag_type, named.tag
-
-
-def stored_metadata(tag_metadata: Any) -> tuple[bytes | None, bytes]:
-    """Return validated metadata as it is stored: canonical JSON, and its digest of 16 bytes.
-
-    For null, these are None and no bytes. Two digests are equal if and only if the metadata are the
-    same (docs/concepts/contract.md#rule-2).
-    """
-    if tag_metadata is None:
-        return None, b""
-    text = canonical_json(tag_metadata)
-    hasher = _NEW_HASHER()  # a copy is cheaper than parsing the options again
-    hasher.update(text)
-    return text, hasher.digest()
-
-
-_NEW_HASHER: Final = hashlib.blake2b(digest_size=16).copy
-
-
-@dataclass(frozen=True, slots=True)
-class AuthorizedMessage:
-    """A message that is well formed and authorized.
-
-    Its actor is that of its token (docs/concepts/contract.md#rule-7).
-    """
-
-    message: Message
-    actor: str
-    digest: bytes
-    """Equal for two messages that ask for the same."""
-
-
-@dataclass(slots=True)
-class Execution:
-    """A registered flow execution; `task_names` None allows every task name."""
-
-    id: UUID
-    task_names: frozenset[str] | None
-    revision: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoredResult:
-    """What is stored of a batch: enough to answer it again."""
-
-    digest: bytes
-    record: bytes
-    events: tuple[tuple[UUID, bytes], ...] = ()
-    """The change events, each with its execution's id, in the order in which they were made."""
-
-
-@dataclass(slots=True)
-class Snapshot:
-    """What is stored of everything that the messages name. `decide` updates it."""
-
-    batches: dict[UUID, StoredResult] = field(default_factory=dict)
-    executions: dict[int, Execution] = field(default_factory=dict)
-    tags: dict[TagKey, dict[bytes, Tag]] = field(default_factory=dict)
-    """The active tags by key, and then by the digest of their metadata."""
-    tasks: dict[TaskKey, Task] = field(default_factory=dict)
-    """The tasks that have a state."""
-    complete: int = sys.maxsize
-    """Of how many messages, the first ones, all that they name was loaded."""
-
-
-class NewTag(NamedTuple):
-    tag: Tag
-    metadata: bytes | None
-    metadata_digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class NewBatch:
-    batch_id: UUID
-    digest: bytes
-    record: bytes
-    revisions: dict[UUID, int]
-    event_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class NewChange:
-    flow_execution_id: UUID
-    revision: int
-    batch_id: UUID
-    event: bytes
-
-
-@dataclass(slots=True)
-class ChangeSet:
-    """What must be stored before the outcomes are published. Every value is final."""
-
-    batches: list[NewBatch] = field(default_factory=list)
-    registrations: dict[UUID, Execution] = field(default_factory=dict)
-    revisions: dict[UUID, int] = field(default_factory=dict)
-    added: dict[int, NewTag] = field(default_factory=dict)
-    """New rows by id, also of tags that are removed again (docs/concepts/contract.md#rule-4)."""
-    removed: dict[int, Tag] = field(default_factory=dict)
-    tasks: dict[TaskKey, Task] = field(default_factory=dict)
-    changes: list[NewChange] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What is published for a message: its result record and its change events."""
-
-    record: bytes
-    events: tuple[tuple[UUID, bytes], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The outcomes of messages, the first ones, and the change set to store with them."""
-
-    outcomes: list[Outcome]
-    change_set: ChangeSet
 
 
 def decide(

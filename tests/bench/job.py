@@ -25,8 +25,8 @@ from worker.drain.path import (
     apply_in_transaction,
     publications,
 )
-from worker.rules import AuthorizedMessage, Outcome
 from worker.settings import Settings, load_settings
+from worker.snapshot import AuthorizedMessage, Outcome
 
 _freeze = threading.Lock()
 

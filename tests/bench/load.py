@@ -13,7 +13,7 @@ from producers.contract.messages import TagBatch, add
 from tests.bench import collector
 from tests.bench.contenders import Item
 from tests.bench.servers import EMPTY, BenchServers
-from worker.rules import stored_metadata
+from worker.snapshot import stored_metadata
 
 MILLION: Final = "million"
 PREFILLED: Final = 1_000_000

@@ -20,7 +20,7 @@ from tests.support.malformed import stream_entries
 from tests.support.tenant import EXECUTION, Tenant, broken_for, killed, tagging
 from worker.auth import EXECUTIONS_WRITE, WRITE
 from worker.db.repository import Repository, Transaction
-from worker.rules import ChangeSet
+from worker.snapshot import ChangeSet
 
 
 def test_a_group_is_answered_in_order_and_leaves_nothing_behind(tenant: Tenant) -> None:

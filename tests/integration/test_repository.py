@@ -35,7 +35,8 @@ from worker.db.migrate import migrate
 from worker.db.repository import Repository
 from worker.drain.blame import is_server_fault
 from worker.drain.path import apply_in_transaction
-from worker.rules import Execution, Snapshot, decide
+from worker.rules import decide
+from worker.snapshot import Execution, Snapshot
 
 TABLES = (
     "flow_executions",

@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from producers.client import TagProducer
 from producers.contract.messages import (
     Message,
     TagBatch,
@@ -20,9 +21,12 @@ from producers.contract.messages import (
     remove,
 )
 from producers.contract.results import Change, ResultRecord
+from tests.support.memory import max_resident
+from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, listening
 from worker import rules
-from worker.db import repository as repositories
+from worker.db import repository, rows
+from worker.snapshot import AuthorizedMessage
 
 BIG = "x" * 7_000
 
@@ -114,12 +118,12 @@ def test_what_is_loaded_is_read_only_as_far_as_the_bound(tenant: Tenant) -> None
     for number in range(8):
         fill(tenant, f"{number}", text=BIG)
     batch = removing(*[f"{number}" for number in range(8)])
-    message = rules.AuthorizedMessage(batch, "ada", batch.digest())
+    message = AuthorizedMessage(batch, "ada", batch.digest())
     with tenant.repository.transaction(tenant.organization) as transaction:
         snapshot = transaction.load([message, message])
     loaded = sum(len(variants) for variants in snapshot.tags.values())
     assert snapshot.complete == 0
-    assert loaded * 7_000 < repositories.MAX_LOADED_BYTES + 16_000
+    assert loaded * 7_000 < rows.MAX_LOADED_BYTES + 16_000
 
 
 def test_events_of_copies_are_published_once_in_a_group(tenant: Tenant) -> None:
@@ -159,6 +163,33 @@ def test_a_group_ends_where_its_events_reach_16_mib(
     assert max(groups) < rules.MAX_GROUP_BYTES + rules.MAX_EVENT_BYTES
 
 
+def test_a_worker_needs_less_than_400_mb(servers: Servers, producer: TagProducer) -> None:
+    """Also for metadata that take thirty times their size when they are read."""
+    execution = uuid4()
+    producer.apply(register_execution(execution))
+    (worker,) = [p for child, p in servers.stack.supervisor.running if child.name == "worker-1"]
+    empty: list[Any] = []
+    names = [f"{number}" for number in range(6)]
+    futures = [
+        producer.submit(
+            TagBatch(
+                tags=[
+                    add(execution, "task", "type", name, [number, *[empty] * 2_600])
+                    for number in range(first, first + 50)
+                ]
+            )
+        )
+        for name in names
+        for first in range(0, 250, 50)
+    ]
+    by_name = [remove(execution, "task", "type", name) for name in names]
+    futures += [producer.submit(TagBatch(tags=by_name)) for _ in range(4)]
+    futures += [producer.submit(TagBatch(tags=[each])) for each in by_name]
+    errors = [record.error for future in futures if (record := future.result(60)).error]
+    assert [error.code for error in errors] == ["too_large"] * 4
+    assert max_resident(worker.pid) < 400
+
+
 # --- What a batch is answered does not depend on what it was grouped with ------------------------
 
 
@@ -167,10 +198,10 @@ def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds that batches of a few operations meet often."""
     monkeypatch.setattr(rules, "MAX_VARIANTS", 6)
     monkeypatch.setattr(rules, "MAX_EVENT_BYTES", 3_000)
-    for module in (rules, repositories):
+    for module in (rules, repository, rows):
         monkeypatch.setattr(module, "MAX_GROUP_BYTES", 9_000)
-    monkeypatch.setattr(repositories, "MAX_LOADED_BYTES", 5_400)
-    monkeypatch.setattr(repositories, "MAX_LOADED_TAGS", 4 * 6 + 1)
+    monkeypatch.setattr(rows, "MAX_LOADED_BYTES", 5_400)
+    monkeypatch.setattr(rows, "MAX_LOADED_TAGS", 4 * 6 + 1)
 
 
 def random_messages(chance: random.Random) -> list[Message]:

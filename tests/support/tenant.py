@@ -21,7 +21,8 @@ from tests.support.waiting import eventually
 from worker.auth import Authorizer
 from worker.db.repository import Repository, Transaction
 from worker.drain.path import Drain
-from worker.rules import AuthorizedMessage, Decision, decide
+from worker.rules import decide
+from worker.snapshot import AuthorizedMessage, Decision
 
 EXECUTION = uuid4()
 

@@ -46,6 +46,7 @@ PUBLIC = [
     "Task",
     "TaskTagsError",
     "TokenExpired",
+    "TooLarge",
     "Unauthorized",
     "Unavailable",
     "UnknownChange",

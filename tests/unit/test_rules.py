@@ -24,7 +24,8 @@ from producers.contract.messages import (
 from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, Task
 from producers.contract.values import Uuid7
 from tests.support.reference_model import ReferenceModel, json_equal
-from worker.rules import AuthorizedMessage, Decision, Snapshot, decide
+from worker.rules import decide
+from worker.snapshot import AuthorizedMessage, Decision, Snapshot
 
 ORGANIZATION = UUID(int=1)
 ONE, TWO, UNKNOWN = UUID(int=11), UUID(int=12), UUID(int=13)

@@ -13,7 +13,7 @@ import psycopg
 from worker.db.connection import UnsafeRole
 from worker.db.pg_arrays import bigints, decode, texts, uuids
 from worker.db.pg_pipeline import PipelinedConnection, Row
-from worker.rules import StoredResult
+from worker.snapshot import StoredResult
 
 CHECK_SECONDS: Final = 2.0
 READ_SECONDS: Final = 10.0

@@ -5,21 +5,18 @@ The statements are in worker/db/statements.py; what the endpoint reads is in wor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, Final, LiteralString, NamedTuple, TypeVar, cast
+from typing import Any, LiteralString, TypeVar, cast
 from uuid import UUID
 
 import psycopg
-from psycopg.types.json import Jsonb
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from producers.contract.messages import MAX_OPERATIONS, SetTaskState, TagBatch
-from producers.contract.results import Tag, Task
-from worker.db import pg_arrays, statements
+from producers.contract.results import Task
+from worker.db import pg_arrays, rows, statements
 from worker.db.connection import (
     CONNECT_ARGUMENTS,
     DISCARD_PLANS,
@@ -33,31 +30,15 @@ from worker.db.connection import (
     should_discard_plans,
 )
 from worker.db.time_limit import DEFAULT_SECONDS, TimeLimit
-from worker.rules import (
-    MAX_GROUP_BYTES,
-    MAX_VARIANTS,
+from worker.rules import MAX_GROUP_BYTES
+from worker.snapshot import (
     AuthorizedMessage,
     ChangeSet,
-    Execution,
-    NewBatch,
-    NewChange,
-    NewTag,
     Snapshot,
     StoredResult,
-    TagKey,
-    TaskKey,
-    tag_key,
 )
 
 Result = TypeVar("Result")
-
-MAX_LOADED_BYTES: Final = 7 * 1024 * 1024
-"""Of tags, in one transaction: 100 for each, and the metadata of those that may be removed by name.
-
-100 operations may need 25,000 tags, 2.5 MB without metadata. So a batch that reaches this bound
-alone removes more than its change events may hold (rules.MAX_EVENT_BYTES).
-"""
-MAX_LOADED_TAGS: Final = MAX_OPERATIONS * MAX_VARIANTS + 1
 
 
 class UnknownOrganization(Exception):
@@ -231,7 +212,7 @@ class Transaction:
 
     def load(self, messages: Sequence[AuthorizedMessage]) -> Snapshot:
         """Return the state of all that the messages name."""
-        names = _named(messages)
+        names = rows.named(messages)
         found_batches = self._find_batches([each.message.batch_id for each in messages])
         found_executions = self._send(
             statements.LOAD_EXECUTIONS, flow_execution_ids=pg_arrays.uuids(list(names.executions))
@@ -240,41 +221,41 @@ class Transaction:
         if names.tags:
             found_tags = self._send(
                 statements.LOAD_TAGS,
-                max_rows=MAX_LOADED_TAGS,
-                max_bytes=MAX_LOADED_BYTES,
-                **_key_columns(list(names.tags)),
+                max_rows=rows.MAX_LOADED_TAGS,
+                max_bytes=rows.MAX_LOADED_BYTES,
+                **rows.key_columns(list(names.tags)),
             )
         found_tasks: Iterable[Any] = []
         if names.tasks:
-            found_tasks = self._send(statements.LOAD_TASKS, **_task_columns(list(names.tasks)))
-        batches, seen = _batches(found_batches)
-        tags, whole = _tags(found_tags)
+            found_tasks = self._send(statements.LOAD_TASKS, **rows.task_columns(list(names.tasks)))
+        batches, seen = rows.batches(found_batches)
+        tags, whole = rows.tags(found_tags)
         return Snapshot(
             batches=batches,
-            executions=dict(map(_execution, found_executions)),
+            executions=dict(map(rows.execution, found_executions)),
             tags=tags,
             tasks={row[:2]: Task(*row) for row in found_tasks},
-            complete=_complete(messages, names, seen, whole),
+            complete=rows.complete(messages, names, seen, whole),
         )
 
     def save(self, change_set: ChangeSet) -> None:
         """Store what was decided. A statement that has nothing to do is left out."""
         _ = self.now  # the lock is held
-        for statement, rows, columns in (
-            (statements.SAVE_REGISTRATIONS, change_set.registrations, _registration_columns),
-            (statements.SAVE_REVISIONS, change_set.revisions, _revision_columns),
-            (statements.SAVE_REMOVED, change_set.removed, _removed_columns),
-            (statements.SAVE_ADDED, change_set.added, _added_columns),
-            (statements.SAVE_TASKS, change_set.tasks, _state_columns),
-            (statements.SAVE_CHANGES, change_set.changes, _change_columns),
-            (statements.SAVE_BATCHES, change_set.batches, _batch_columns),
+        for statement, found, columns in (
+            (statements.SAVE_REGISTRATIONS, change_set.registrations, rows.registration_columns),
+            (statements.SAVE_REVISIONS, change_set.revisions, rows.revision_columns),
+            (statements.SAVE_REMOVED, change_set.removed, rows.removed_columns),
+            (statements.SAVE_ADDED, change_set.added, rows.added_columns),
+            (statements.SAVE_TASKS, change_set.tasks, rows.state_columns),
+            (statements.SAVE_CHANGES, change_set.changes, rows.change_columns),
+            (statements.SAVE_BATCHES, change_set.batches, rows.batch_columns),
         ):
-            if rows:
-                self._send(statement, **cast(Any, columns)(rows))
+            if found:
+                self._send(statement, **cast(Any, columns)(found))
 
     def batches(self, batch_ids: Sequence[UUID]) -> dict[UUID, StoredResult]:
         """Return what is stored of these batches, with the change events that they made."""
-        return _batches(self._find_batches(batch_ids))[0]
+        return rows.batches(self._find_batches(batch_ids))[0]
 
     def wait(self) -> None:
         """Wait until all that was sent has succeeded. Raises the error of what did not."""
@@ -303,174 +284,3 @@ class Transaction:
         cursor = self._connection.cursor(binary=True)
         self._sent.append((statement, cursor))
         return cursor.execute(statement, values)
-
-
-# --- Rows to objects -----------------------------------------------------------------------------
-
-
-class _Names(NamedTuple):
-    """What messages name, each once and in their order."""
-
-    tags: dict[tuple[TagKey, bool], int]
-    """Names of tags, and whether all of their metadata are needed, with the message's place."""
-    tasks: dict[TaskKey, None]
-    executions: dict[int, None]
-
-
-def _named(messages: Sequence[AuthorizedMessage]) -> _Names:
-    names = _Names({}, {}, {})
-    for place, message in enumerate(each.message for each in messages):
-        if isinstance(message, TagBatch):
-            for operation in message.tags:
-                names.tags.setdefault((tag_key(operation), operation.any_metadata), place)
-                names.executions[operation.flow_execution_id.int] = None
-            continue
-        names.executions[message.flow_execution_id.int] = None
-        if isinstance(message, SetTaskState):
-            names.tasks[message.flow_execution_id, message.task_name] = None
-    return names
-
-
-def _complete(
-    messages: Sequence[AuthorizedMessage], names: _Names, last_batch: UUID | None, last_tag: int
-) -> int:
-    """Return of how many messages, the first ones, all that they name was loaded.
-
-    Args:
-        last_batch: The stored batch at which a look-up was cut; None: it was not.
-        last_tag: The place of the name at which a look-up was cut, from 1; 0: it was not.
-    """
-    complete = len(messages)
-    if last_batch is not None:
-        ids = [each.message.batch_id for each in messages]
-        complete = ids.index(last_batch) + 1
-    if last_tag:
-        complete = min(complete, list(names.tags.values())[last_tag - 1])
-    return complete
-
-
-def _batches(rows: Iterable[Any]) -> tuple[dict[UUID, StoredResult], UUID | None]:
-    """Return stored batches, and the one whose events brought them to the bound, if one did."""
-    batches: dict[UUID, StoredResult] = {}
-    last: Any = None
-    for last in rows:
-        _, batch_id, digest, record, executions, events = last
-        stored = tuple((id, event.encode()) for id, event in zip(executions, events, strict=True))
-        batches[batch_id] = StoredResult(digest, record.encode(), stored)
-    return batches, last[1] if last and last[0] >= MAX_GROUP_BYTES else None
-
-
-def _execution(row: Any) -> tuple[int, Execution]:
-    flow_execution_id, task_names, revision = row
-    names = None if task_names is None else frozenset(task_names)
-    return flow_execution_id.int, Execution(flow_execution_id, names, revision)
-
-
-def _tags(rows: Iterable[Any]) -> tuple[dict[TagKey, dict[bytes, Tag]], int]:
-    """Return active tags, and the number of the name at which they were cut; 0: they were not.
-
-    A tag that was asked for both ways comes with its metadata, and without.
-    """
-    tags: dict[TagKey, dict[bytes, Tag]] = {}
-    found = list(rows)
-    for _, _, digest, *fields in found:
-        tag = Tag(*fields)
-        active = tags.setdefault(tag_key(tag), {})
-        if tag.tag_metadata is not None or digest not in active:
-            active[digest] = tag
-    number, total, *_ = found[-1] if found else (0, 0)
-    return tags, number if total >= MAX_LOADED_BYTES or len(found) >= MAX_LOADED_TAGS else 0
-
-
-# --- Objects to columns --------------------------------------------------------------------------
-
-
-def _key_columns(keys: Sequence[tuple[TagKey, bool]]) -> dict[str, Any]:
-    executions, task_names, tag_types, tags = zip(*[key for key, _ in keys], strict=True)
-    return {
-        "whole": pg_arrays.bigints([whole for _, whole in keys]),
-        "flow_execution_ids": pg_arrays.uuids(executions),
-        "task_names": pg_arrays.texts(task_names),
-        "tag_types": pg_arrays.texts(tag_types),
-        "tags": pg_arrays.texts(tags),
-    }
-
-
-def _task_columns(tasks: Sequence[TaskKey]) -> dict[str, Any]:
-    return {
-        "flow_execution_ids": pg_arrays.uuids([id.int for id, _ in tasks]),
-        "task_names": pg_arrays.texts([task_name for _, task_name in tasks]),
-    }
-
-
-def _state_columns(tasks: dict[TaskKey, Task]) -> dict[str, Any]:
-    return {
-        **_task_columns(list(tasks)),
-        "states": pg_arrays.texts([task.state for task in tasks.values()]),
-        "state_changed_by": pg_arrays.texts([task.state_changed_by for task in tasks.values()]),
-    }
-
-
-def _registration_columns(registrations: dict[UUID, Execution]) -> dict[str, Any]:
-    return {
-        "flow_execution_ids": pg_arrays.uuids([id.int for id in registrations]),
-        "task_names": pg_arrays.texts(
-            [
-                None if execution.task_names is None else json.dumps(sorted(execution.task_names))
-                for execution in registrations.values()
-            ]
-        ),
-    }
-
-
-def _revision_columns(revisions: dict[UUID, int]) -> dict[str, Any]:
-    return {
-        "flow_execution_ids": pg_arrays.uuids([id.int for id in revisions]),
-        "revisions": Jsonb({str(id): revision for id, revision in revisions.items()}),
-    }
-
-
-def _removed_columns(removed: dict[int, Tag]) -> dict[str, Any]:
-    return {
-        "ids": pg_arrays.uuids(list(removed)),
-        "modified_by": Jsonb({str(tag.id): tag.modified_by for tag in removed.values()}),
-    }
-
-
-def _added_columns(added: dict[int, NewTag]) -> dict[str, Any]:
-    tags = [each.tag for each in added.values()]
-    return {
-        "ids": pg_arrays.uuids([tag.id.int for tag in tags]),
-        "flow_execution_ids": pg_arrays.uuids([tag.flow_execution_id.int for tag in tags]),
-        "task_names": pg_arrays.texts([tag.task_name for tag in tags]),
-        "tag_types": pg_arrays.texts([tag.tag_type for tag in tags]),
-        "tags": pg_arrays.texts([tag.tag for tag in tags]),
-        "tag_metadata": pg_arrays.encoded_texts([each.metadata for each in added.values()]),
-        "metadata_digests": pg_arrays.byteas([each.metadata_digest for each in added.values()]),
-        "created_by": pg_arrays.texts([tag.created_by for tag in tags]),
-        "modified_by": pg_arrays.texts([tag.modified_by for tag in tags]),
-    }
-
-
-def _change_columns(changes: Sequence[NewChange]) -> dict[str, Any]:
-    return {
-        "flow_execution_ids": pg_arrays.uuids([change.flow_execution_id.int for change in changes]),
-        "revisions": pg_arrays.bigints([change.revision for change in changes]),
-        "batch_ids": pg_arrays.uuids([change.batch_id.int for change in changes]),
-        "events": pg_arrays.encoded_texts([change.event for change in changes]),
-    }
-
-
-def _batch_columns(batches: Sequence[NewBatch]) -> dict[str, Any]:
-    return {
-        "batch_ids": pg_arrays.uuids([batch.batch_id.int for batch in batches]),
-        "digests": pg_arrays.byteas([batch.digest for batch in batches]),
-        "records": pg_arrays.encoded_texts([batch.record for batch in batches]),
-        "revisions": pg_arrays.texts(
-            [
-                json.dumps({str(id): revision for id, revision in batch.revisions.items()})
-                for batch in batches
-            ]
-        ),
-        "event_bytes": pg_arrays.bigints([batch.event_bytes for batch in batches]),
-    }

@@ -15,7 +15,8 @@ from producers.contract.messages import Message, TagBatch, digest
 from producers.inbox.protocol import DeadLetter, StreamEntry
 from worker.auth import EXECUTIONS_WRITE, WRITE, Authorizer, InvalidToken
 from worker.log import log_limited
-from worker.rules import AuthorizedMessage, error_record
+from worker.rules import error_record
+from worker.snapshot import AuthorizedMessage
 
 
 @dataclass(frozen=True, slots=True)

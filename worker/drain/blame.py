@@ -27,7 +27,8 @@ from producers.inbox.protocol import Inbox, StreamEntry
 from worker.auth import JwksUnavailable
 from worker.db.repository import Repository, Transaction
 from worker.log import log_limited
-from worker.rules import AuthorizedMessage, decide
+from worker.rules import decide
+from worker.snapshot import AuthorizedMessage
 
 MIN_ATTEMPTS: Final = 5
 MIN_SECONDS: Final = 10.0

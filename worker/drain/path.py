@@ -28,7 +28,8 @@ from worker.auth import Authorizer, JwksUnavailable
 from worker.db.repository import Repository, Transaction
 from worker.drain.admission import Admission, Admitted, Refused, Unreadable, admit, fail_admission
 from worker.drain.blame import attempts_to_blame, is_server_fault, log_wait
-from worker.rules import AuthorizedMessage, Outcome, decide, decide_failure
+from worker.rules import decide, decide_failure
+from worker.snapshot import AuthorizedMessage, Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -39,6 +39,16 @@ from worker.db.connection import driver_url
 from worker.drain.admission import Admitted, Refused, Unreadable, admit
 from worker.drain.blame import is_server_fault
 from worker.settings import load_settings
+from worker.snapshot import (
+    AuthorizedMessage,
+    ChangeSet,
+    Execution,
+    Outcome,
+    Snapshot,
+    StoredResult,
+    TagKey,
+    tag_key,
+)
 
 TAG_FIELDS = dataclasses.fields(Tag)
 
@@ -97,6 +107,7 @@ class BatchRow(Base):
     digest: Mapped[bytes]
     result_record: Mapped[str] = mapped_column(JsonText)
     revisions: Mapped[dict[str, Any]]
+    event_bytes: Mapped[int]
     applied_at: Mapped[datetime]
 
 
@@ -136,13 +147,13 @@ class Service:
             case Admitted(message=authorized) as admitted:
                 reply_to, outcome = admitted.reply_to, self._transact(organization_id, authorized)
             case Refused(reply_to=reply_to, record=record):
-                outcome = rules.Outcome(record)
+                outcome = Outcome(record)
             case Unreadable():
                 return b"{}"
         publish(self.redis, organization_id, reply_to, outcome)
         return outcome.record
 
-    def _transact(self, organization_id: UUID, request: rules.AuthorizedMessage) -> rules.Outcome:
+    def _transact(self, organization_id: UUID, request: AuthorizedMessage) -> Outcome:
         try:
             return self._once(organization_id, request)
         except DBAPIError as error:
@@ -150,7 +161,7 @@ class Service:
                 raise
             return self._once(organization_id, request)  # on another connection
 
-    def _once(self, organization_id: UUID, request: rules.AuthorizedMessage) -> rules.Outcome:
+    def _once(self, organization_id: UUID, request: AuthorizedMessage) -> Outcome:
         with self.sessions.begin() as session:
             now = session.scalar(
                 text("select clock_timestamp() from set_config('app.organization_id', :id, true)"),
@@ -159,7 +170,7 @@ class Service:
             assert now is not None
             executions = _lock(session, organization_id, request.message)
             tags = _tags(session, organization_id, request.message)
-            state = rules.Snapshot(
+            state = Snapshot(
                 batches=_known(session, organization_id, request.message.batch_id),
                 executions={each.flow_execution_id.int: _execution(each) for each in executions},
                 tags=_by_key(tags),
@@ -205,9 +216,7 @@ def _tags(session: OrmSession, organization_id: UUID, message: Message) -> Seque
     return session.scalars(query.order_by(TagRow.created_at, TagRow.id)).all()
 
 
-def _known(
-    session: OrmSession, organization_id: UUID, batch_id: UUID
-) -> dict[UUID, rules.StoredResult]:
+def _known(session: OrmSession, organization_id: UUID, batch_id: UUID) -> dict[UUID, StoredResult]:
     """Load the batch if it came before, and the events that it made."""
     row = session.get(BatchRow, (organization_id, batch_id))
     if row is None:
@@ -215,31 +224,31 @@ def _known(
     keys = [(organization_id, UUID(id), revision) for id, revision in row.revisions.items()]
     changes = [session.get_one(ChangeRow, key) for key in keys]
     events = tuple((each.flow_execution_id, _encoded(each.event)) for each in changes)
-    return {batch_id: rules.StoredResult(row.digest, _encoded(row.result_record), events)}
+    return {batch_id: StoredResult(row.digest, _encoded(row.result_record), events)}
 
 
 def _encoded(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _execution(row: FlowExecutionRow) -> rules.Execution:
+def _execution(row: FlowExecutionRow) -> Execution:
     names = None if row.task_names is None else frozenset(row.task_names)
-    return rules.Execution(row.flow_execution_id, names, row.revision)
+    return Execution(row.flow_execution_id, names, row.revision)
 
 
-def _by_key(rows: Iterable[TagRow]) -> dict[rules.TagKey, dict[bytes, Tag]]:
-    tags: dict[rules.TagKey, dict[bytes, Tag]] = {}
+def _by_key(rows: Iterable[TagRow]) -> dict[TagKey, dict[bytes, Tag]]:
+    tags: dict[TagKey, dict[bytes, Tag]] = {}
     for row in rows:
         fields = {field.name: getattr(row, field.name) for field in TAG_FIELDS}
         tag = Tag(**fields)
-        tags.setdefault(rules.tag_key(tag), {})[row.metadata_digest] = tag
+        tags.setdefault(tag_key(tag), {})[row.metadata_digest] = tag
     return tags
 
 
 def _save(
     session: OrmSession,
     organization_id: UUID,
-    writes: rules.ChangeSet,
+    writes: ChangeSet,
     executions: Iterable[FlowExecutionRow],
     tags: Iterable[TagRow],
     now: datetime,
@@ -271,6 +280,7 @@ def _save(
             digest=batch.digest,
             result_record=batch.record.decode(),
             revisions={str(id): revision for id, revision in batch.revisions.items()},
+            event_bytes=batch.event_bytes,
             applied_at=now,
         )
         for batch in writes.batches
