@@ -61,6 +61,7 @@ class Principal(BaseModel):
     organization_id: Id = Field(alias="org")
     scopes: Annotated[frozenset[Any], BeforeValidator(_scopes)] = Field(frozenset(), alias="scope")
     not_before: float = Field(0, alias="nbf")
+    issued_at: float = Field(0, alias="iat")
     """Seconds since the epoch."""
     expires_at: float = Field(alias="exp")
     """Seconds since the epoch."""
@@ -84,7 +85,8 @@ class Authorizer:
         Args:
             at: When the message was accepted, by Redis' clock, in seconds since the epoch: `exp` is
                 compared with it, unless it is more than 60 s ahead of `now`. The leeway is 30 s.
-            now: The time by this process' clock, with which `nbf` is compared; `at` by default.
+            now: The time by this process' clock, with which `nbf` and `iat` are compared; `at` by
+                default.
 
         Raises:
             InvalidToken: The token is not valid at that time.
@@ -100,7 +102,7 @@ class Authorizer:
         used_at = now if at > now + _MAX_AHEAD_SECONDS else at
         if used_at > grant.expires_at + LEEWAY_SECONDS:
             raise InvalidToken("the token has expired")
-        if now < grant.not_before - LEEWAY_SECONDS:
+        if now < max(grant.not_before, grant.issued_at) - LEEWAY_SECONDS:
             raise InvalidToken("the token is not valid yet")
         return grant
 

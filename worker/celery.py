@@ -5,24 +5,21 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import psycopg
 from celery import Task, signals
 from celery.worker.request import Request
-from redis.exceptions import RedisError
 
 from producers.errors import ConfigurationError
 from producers.inbox.rescue import rebuild_waiting
-from producers.redis_client import open_redis
 from worker import log
 from worker.auth import Authorizer
 from worker.broker import create_app
-from worker.db.repository import Repository
 from worker.settings import load_settings
+from worker.startup import check_database, ping, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -63,34 +60,29 @@ def _configure_logs(**_: Any) -> None:
 
 
 @signals.worker_init.connect
-def _check(**_: Any) -> None:
-    """End on settings that can't work or an unsafe role; wait for servers that can't be reached."""
-    repository = Repository(settings.database_url.get_secret_value())
-    try:
+def _check_worker(**_: Any) -> None:
+    """End on settings that can't work or an unsafe role; wait for servers that can't be used."""
+    with _ending_on_wrong_settings():
         Authorizer(settings)
-        _wait_for("the database", repository.check, psycopg.OperationalError)
-        with open_redis(settings.redis_url.get_secret_value()) as redis:
-            _wait_for("Redis", partial(rebuild_waiting, redis, settings.lease_ms), RedisError)
+        wait_for("the database", partial(check_database, settings))
+        rebuild = partial(rebuild_waiting, lease_ms=settings.lease_ms)
+        wait_for("Redis", partial(ping, settings, rebuild))
+
+
+@signals.beat_init.connect
+def _check_beat(**_: Any) -> None:
+    with _ending_on_wrong_settings():
+        wait_for("Redis", partial(ping, settings))
+    logger.info("ready")
+
+
+@contextmanager
+def _ending_on_wrong_settings() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # Celery would log it and go on
         logger.critical(str(error))
         raise SystemExit(1) from None
-    finally:
-        repository.close()
-
-
-def _wait_for(what: str, reach: Callable[[], Any], away: type[Exception]) -> None:
-    """Retry until a server answers, with a backoff of up to a second; log it once."""
-    seconds = 0.05
-    while True:
-        try:
-            reach()
-        except away as error:
-            if seconds == 0.05:
-                logger.warning(f"waiting for {what}: {error}")
-            time.sleep(seconds)
-            seconds = min(seconds * 2, 1.0)
-        else:
-            return
 
 
 @signals.worker_ready.connect
@@ -103,9 +95,4 @@ def _freeze_garbage_collector(**_: Any) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
-    logger.info("ready")
-
-
-@signals.beat_init.connect
-def _log_ready(**_: Any) -> None:
     logger.info("ready")

@@ -34,6 +34,7 @@ from worker.api.limits import MAX_BODY_BYTES, MAX_FRAME_BYTES, LimitedProtocol, 
 from worker.api.queries import Reader
 from worker.auth import Authorizer
 from worker.settings import Settings
+from worker.startup import check_servers
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,11 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings, host: str, port: int) -> None:
-    """Serve the endpoint until a signal ends the process."""
+    """Serve the endpoint until a signal ends the process.
+
+    Raises `ConfigurationError` if a server refuses the credentials or the role.
+    """
+    check_servers(settings)
     app = create_app(settings)
     config = uvicorn.Config(
         RequestIds(DeclaredBodyLimit(DirectRead(app))),  # around the answers to faults, too

@@ -1,0 +1,92 @@
+"""A process ends in one line on settings that cannot work, and waits for servers that may come."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.support.servers import Servers
+from tests.support.waiting import eventually
+from worker.local.stack import BEAT, ENDPOINT, WORKER, command
+
+
+def environment(servers: Servers, **changes: str) -> dict[str, str]:
+    secret = servers.settings.jwt_secret
+    assert secret is not None
+    return {
+        **os.environ,
+        "TASK_TAGS_REDIS_URL": servers.stack.redis_url.replace("?db=0", "?db=2"),
+        "TASK_TAGS_DATABASE_URL": servers.worker_url,
+        "TASK_TAGS_JWT_SECRET": secret.get_secret_value(),
+        **changes,
+    }
+
+
+def wrong_password(servers: Servers) -> dict[str, str]:
+    url = make_url(servers.worker_url).set(password="wrong")
+    return {"TASK_TAGS_DATABASE_URL": url.render_as_string(hide_password=False)}
+
+
+def no_such_database(servers: Servers) -> dict[str, str]:
+    url = make_url(servers.worker_url).set(database="nowhere")
+    return {"TASK_TAGS_DATABASE_URL": url.render_as_string(hide_password=False)}
+
+
+def unsafe_role(servers: Servers) -> dict[str, str]:
+    return {"TASK_TAGS_DATABASE_URL": servers.owner_url}
+
+
+def wrong_redis_password(servers: Servers) -> dict[str, str]:
+    return {"TASK_TAGS_REDIS_URL": servers.stack.redis_url.replace("unix://", "unix://x:wrong@")}
+
+
+@pytest.mark.parametrize("fault", [wrong_password, no_such_database, unsafe_role])
+@pytest.mark.parametrize("process", [WORKER, ENDPOINT])
+def test_a_database_that_refuses_the_settings_ends_a_process(
+    servers: Servers, process: Any, fault: Any
+) -> None:
+    """In one line that names the setting or the remedy, without a traceback."""
+    variables = environment(servers, **fault(servers))
+    ends_in_one_line(process, variables, "task_tags_worker|DATABASE_URL")
+
+
+@pytest.mark.parametrize("process", [WORKER, BEAT, ENDPOINT])
+def test_a_redis_that_refuses_the_settings_ends_a_process(servers: Servers, process: Any) -> None:
+    """A wrong password is not waited out."""
+    fault = wrong_redis_password(servers)
+    ends_in_one_line(process, environment(servers, **fault), "TASK_TAGS_REDIS_URL")
+
+
+def ends_in_one_line(process: Any, variables: dict[str, str], named: str) -> None:
+    ended = subprocess.run(
+        command(process), env=variables, capture_output=True, text=True, timeout=60, cwd="/"
+    )
+    lines = [line for line in ended.stderr.splitlines() if "celery@" not in line]
+    assert ended.returncode not in (0, -9)
+    assert "Traceback" not in ended.stderr
+    assert any(name in lines[-1] for name in named.split("|")), ended.stderr
+
+
+@pytest.mark.parametrize("process", [WORKER, BEAT])
+def test_a_server_that_is_away_is_waited_for(
+    servers: Servers, process: Any, tmp_path: Path
+) -> None:
+    """It is said once, and the process goes on once the server is there."""
+    log, late = tmp_path / "log", Path(servers.stack.redis_url[7:].partition("?")[0])
+    link = tmp_path / "valkey.sock"
+    variables = environment(servers, TASK_TAGS_REDIS_URL=f"unix://{link}?db=2")
+    with log.open("wb") as output:
+        running = subprocess.Popen(command(process), env=variables, stderr=output, cwd="/")
+    try:
+        eventually(lambda: "waiting for Redis" in log.read_text())
+        link.symlink_to(late)
+        eventually(lambda: '"ready"' in log.read_text())
+        assert log.read_text().count("waiting for Redis") == 1
+    finally:
+        running.terminate()
+        running.wait(30)

@@ -1,0 +1,80 @@
+"""What a process checks as it starts: wrong settings end it; a server that is away may come."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import psycopg
+from redis.exceptions import AuthenticationError, RedisError
+
+from producers.errors import ConfigurationError
+from producers.redis_client import open_redis
+from worker.db.connection import UnsafeRole
+from worker.db.repository import Repository
+from worker.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# libpq gives no SQLSTATE for a connection that was refused.
+_REFUSALS: Final = (
+    "authentication failed",
+    "no password supplied",
+    "no pg_hba.conf entry",
+    "not permitted to log in",
+    "does not exist",
+)
+
+
+def check_servers(settings: Settings) -> None:
+    """Try both servers once. Raises `ConfigurationError` if one refuses the credentials or role.
+
+    Whatever else fails is no fault of the settings, and may pass.
+    """
+    for reach in (check_database, ping):
+        with suppress(psycopg.Error, RedisError, OSError):
+            reach(settings)
+
+
+def check_database(settings: Settings) -> None:
+    """Connect to PostgreSQL. Raises `ConfigurationError`, and what psycopg raises."""
+    repository = Repository(settings.database_url.get_secret_value())
+    try:
+        repository.check()
+    except UnsafeRole as error:
+        raise ConfigurationError(str(error)) from error
+    except psycopg.OperationalError as error:
+        if any(refusal in str(error) for refusal in _REFUSALS):
+            text = " ".join(str(error).split())
+            raise ConfigurationError(f"TASK_TAGS_DATABASE_URL: it is refused: {text}") from error
+        raise
+    finally:
+        repository.close()
+
+
+def ping(settings: Settings, then: Callable[[Any], None] = lambda _: None) -> None:
+    """Connect to Redis, and do something with it. Raises `ConfigurationError`, or as redis-py."""
+    with open_redis(settings.redis_url.get_secret_value(), socket_timeout=3) as redis:
+        try:
+            redis.ping()
+        except AuthenticationError as error:
+            raise ConfigurationError(f"TASK_TAGS_REDIS_URL: it is refused: {error}") from error
+        then(redis)
+
+
+def wait_for(what: str, reach: Callable[[], Any]) -> None:
+    """Retry until a server answers, with a backoff of up to a second; log it once."""
+    seconds = 0.05
+    while True:
+        try:
+            reach()
+        except (psycopg.OperationalError, RedisError) as error:
+            if seconds == 0.05:
+                logger.warning(f"waiting for {what}: {error}")
+            time.sleep(seconds)
+            seconds = min(seconds * 2, 1.0)
+        else:
+            return
