@@ -68,6 +68,9 @@ class Enqueuer:
             raise RedisOutOfMemory("Redis has no memory left: nothing more is accepted") from error
         except (RedisError, OSError) as error:
             self.redis.connection_pool.disconnect(inuse_connections=False)
+            if "last possible ID" in str(error):
+                remedy = "an operator has to run `task-tags-admin inbox rebuild`"
+                raise Unavailable(f"the inbox has reached its last stream id: {remedy}") from error
             raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:

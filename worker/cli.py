@@ -25,6 +25,7 @@ from sqlalchemy.exc import DBAPIError
 
 from producers.console import AsJson, escape_terminal, fail, out, print_error, show
 from producers.errors import ConfigurationError, InboxFull, Unavailable
+from producers.inbox.protocol import Inbox
 from producers.redis_client import open_redis
 from worker import log
 from worker.auth import SCOPES, Authorizer, JwksUnavailable, sign_token
@@ -51,6 +52,8 @@ rejected_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(rejected_app, name="rejected")
+inbox_app = typer.Typer(help="Mend an organization's inbox.", no_args_is_help=True)
+app.add_typer(inbox_app, name="inbox")
 
 DataDir = Annotated[Path, typer.Option(help="The directory for data, logs and secrets.")]
 Port = Annotated[
@@ -295,6 +298,13 @@ def drop(org: Org, ids: Ids = None, everything: All = False) -> None:
             return "dropped"
 
         _for_each(redis, org, ids, everything, forget)
+
+
+@inbox_app.command()
+def rebuild(org: Org) -> None:
+    """Move the messages of an inbox to a new stream, when the old one has reached its last id."""
+    with _redis() as redis:
+        out.print(f"{Inbox(redis, org).rebuild()} messages are in the new stream")
 
 
 def _for_each(

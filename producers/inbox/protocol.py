@@ -233,6 +233,14 @@ class Inbox:
         attempts, seconds = self._run("count_failure", [self._failing], [entry.id, error])
         return attempts, seconds
 
+    def rebuild(self) -> int:
+        """Move all messages, in their order, to a stream whose ids begin anew; return how many.
+
+        It is for a stream that has reached its last id, which Redis then refuses to go beyond.
+        """
+        count: int = self._run("rebuild", [self._inbox, f"{self._inbox}:rebuilt"], [])
+        return count
+
     def disconnect(self) -> None:
         """Close the connections, so that the next one goes through the URL and its names again."""
         self._redis.connection_pool.disconnect(inuse_connections=False)

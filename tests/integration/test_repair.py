@@ -5,11 +5,15 @@ from __future__ import annotations
 from uuid import UUID, uuid4
 
 import pytest
+from typer.testing import CliRunner
 
+from producers.client import TagProducer
 from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
+from producers.errors import Unavailable
 from producers.inbox.protocol import Inbox
 from producers.inbox.rescue import rescue_some
 from tests.support.tenant import Tenant, tagging
+from worker.cli import app
 
 
 @pytest.mark.parametrize("milliseconds", [None, 61_000, 600_000])
@@ -70,3 +74,26 @@ def test_one_organizations_wrong_keys_do_not_keep_others_from_being_woken(
     tenant.redis.set(inbox_key(organization), "x")
     assert rescue_some(tenant.redis, sorted([organization, other]), 8_000) == [other]
     assert not tenant.redis.exists(inbox_key(organization))
+
+
+def test_a_stream_that_has_reached_its_last_id_is_rebuilt(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Producers are told so; after `task-tags-admin inbox rebuild` all messages are applied."""
+    redis, key = tenant.redis, inbox_key(tenant.organization)
+    url = tenant.servers.stack.redis_url.replace("?db=0", "?db=1")
+    monkeypatch.setenv("TASK_TAGS_REDIS_URL", url)
+    producer = TagProducer(redis_url=url, organization_id=tenant.organization, token=tenant.token)
+    tags = [f"{number}" for number in range(250)]
+    tenant.send(*map(tagging, tags[:-1]))
+    last = {"message": tagging(tags[-1]).encode(), "token": tenant.token}
+    redis.xadd(key, last, id="18446744073709551615-18446744073709551615")
+    with producer, pytest.raises(Unavailable, match="task-tags-admin inbox rebuild"):
+        producer.enqueue(tagging("refused"))
+    rebuilt = CliRunner().invoke(app, ["inbox", "rebuild", "--org", str(tenant.organization)])
+    assert rebuilt.output == "250 messages are in the new stream\n"
+    tenant.send(tagging("next"))
+    tenant.drain()
+    assert tenant.tags() == [*tags, "next"]
+    empty = CliRunner().invoke(app, ["inbox", "rebuild", "--org", str(tenant.organization)])
+    assert empty.output == "0 messages are in the new stream\n"
