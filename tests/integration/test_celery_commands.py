@@ -1,0 +1,91 @@
+"""Celery's own commands work with these workers: inspect, status, report and events."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from producers.client import TagProducer
+from producers.contract.messages import register_execution
+from tests.support.servers import Servers
+from tests.support.waiting import eventually
+from worker.local.stack import command
+
+INSPECT = [
+    *("active", "active_queues", "clock", "conf", "memdump", "memsample", "ping"),
+    *("registered", "report", "reserved", "revoked", "scheduled", "stats"),
+]
+
+
+@pytest.fixture
+def environment(servers: Servers) -> dict[str, str]:
+    secret = servers.settings.jwt_secret
+    assert secret is not None
+    return {
+        **os.environ,
+        "TASK_TAGS_REDIS_URL": servers.stack.redis_url,
+        "TASK_TAGS_DATABASE_URL": servers.worker_url,
+        "TASK_TAGS_JWT_SECRET": secret.get_secret_value(),
+    }
+
+
+def run(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    argv = command(["celery", "-A", "worker", *words])
+    return subprocess.run(
+        argv, env=environment, capture_output=True, text=True, timeout=60, cwd="/"
+    )
+
+
+def test_inspect_answers(environment: dict[str, str]) -> None:
+    """Each subcommand that needs no argument, from each worker, as JSON."""
+
+    def inspect(subcommand: str) -> subprocess.CompletedProcess[str]:
+        return run(environment, "inspect", subcommand, "--json", "--timeout", "3")
+
+    with ThreadPoolExecutor(4) as pool:
+        all_ended = list(pool.map(inspect, INSPECT))
+    for subcommand, ended in zip(INSPECT, all_ended, strict=True):
+        assert ended.returncode == 0, (subcommand, ended.stderr)
+        answers: dict[str, Any] = json.loads(ended.stdout)
+        assert answers, subcommand
+        assert not any("error" in str(answer)[:20] for answer in answers.values()), answers
+
+
+@pytest.mark.parametrize("words", [["status"], ["report"], ["inspect", "stats"]])
+def test_status_and_report_answer(environment: dict[str, str], words: list[str]) -> None:
+    """In words, without a traceback or a secret."""
+    ended = run(environment, *words)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr + ended.stdout
+    assert environment["TASK_TAGS_JWT_SECRET"] not in ended.stdout
+    assert ended.stdout.strip()
+
+
+def test_events_are_dumped(
+    environment: dict[str, str], producer: TagProducer, tmp_path: Path
+) -> None:
+    """Once they are enabled, each drain of an inbox is seen."""
+    log = tmp_path / "events"
+    with log.open("wb") as output:
+        argv = command(["celery", "-A", "worker", "events", "--dump"])
+        events = subprocess.Popen(argv, env=environment, stdout=output, stderr=output, cwd="/")
+    try:
+        assert run(environment, "control", "enable_events").returncode == 0
+
+        def seen() -> bool:
+            producer.apply(register_execution(uuid4()))
+            return "task_tags.drain" in log.read_text()
+
+        eventually(seen)
+        assert "Traceback" not in log.read_text()
+    finally:
+        run(environment, "control", "disable_events")
+        events.terminate()
+        events.wait(30)
