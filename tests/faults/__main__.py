@@ -1,8 +1,8 @@
 """make faults [SECONDS=600] [SEED=n] [PLANT=bug]: inject faults, then compare with a model.
 
-The last line is `faults: seed=… batches=… injected=… lost=0 doubled=0 reordered=0 gaps=0
-missing_results=0 stuck=0`; the exit code is 1 if any of these is not 0. PLANT puts a known bug into
-the workers, which must be found.
+The last line is `faults: seed=… batches=… injected=… kinds=… lost=0 doubled=0 reordered=0 gaps=0
+missing_results=0 stuck=0 wrongly_refused=0 ended=0`; the exit code is 1 if any of these is not 0.
+PLANT puts a known bug into the workers, which must be found.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from tests.faults.injections import INJECTIONS, inject
 from tests.faults.mutants import PLANTS
 
 FULL_SECONDS = 600.0
-OFTEN = 20
+OFTEN = 10
 CALM_SECONDS = 10.0
-KINDS = ("lost", "doubled", "reordered", "gaps", "missing_results", "stuck")
+KINDS = (
+    *("lost", "doubled", "reordered", "gaps", "missing_results", "stuck"),
+    *("wrongly_refused", "ended"),
+)
 
 
 def main() -> int:
@@ -54,6 +57,8 @@ def main() -> int:
             settle(harness, verdict)
             stop(harness, "worker", "beat")  # one whose lease was taken away may still be at work
             batches = compare(harness, verdict)
+            for story in harness.ended:
+                verdict.add("ended", story)
             with harness.database() as connection:
                 for batch_id in verdict.batch_ids:
                     verdict.stories += history(harness, connection, batch_id)
@@ -62,7 +67,8 @@ def main() -> int:
         for story in verdict.stories:
             print(f"  {story}")
     counts = " ".join(f"{kind}={verdict.counts[kind]}" for kind in KINDS)
-    print(f"faults: seed={seed} batches={batches} injected={injected.total()} {counts}")
+    head = f"seed={seed} batches={batches} injected={injected.total()} kinds={len(+injected)}"
+    print(f"faults: {head} {counts}")
     return 1 if verdict.counts else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from producers.contract.messages import Message, register_execution
 from producers.inbox.drain_message import QUEUE
 from producers.redis_client import open_redis
 from tests.faults.check import Sent, Verdict, check_presence
+from tests.faults.moments import PostgresMoments, RedisMoments
 from tests.faults.producer import Journal, call_file
 from tests.faults.proxy import Proxy
 from tests.support.waiting import eventually
@@ -94,6 +96,10 @@ class Harness:
     old_drains: list[bytes] = field(default_factory=list)
     faults: list[tuple[float, str]] = field(default_factory=list)
     """What was done, and when, in seconds since the epoch."""
+    signalled: set[int] = field(default_factory=set)
+    """Processes that were asked to end."""
+    ended: list[str] = field(default_factory=list)
+    """What ended though nobody killed it."""
 
     def pids(self, prefix: str) -> list[int]:
         return [
@@ -117,6 +123,11 @@ class Harness:
 
     def mend(self) -> None:
         """Start again what has ended; here everything is meant to end often."""
+        for child, process in self.supervisor.running:
+            code = process.poll()
+            if code not in (None, -signal.SIGKILL) and process.pid not in self.signalled:
+                self.ended.append(f"{child.name} ended with {code}")
+                self.signalled.add(process.pid)
         self.supervisor._quick_exits.clear()
         self.supervisor.restart_ended(lambda _: None)
 
@@ -125,7 +136,7 @@ class Harness:
 
     def woken(self) -> int:
         """How often beat had to help."""
-        return sum(text.count("woke inboxes") for _, text in self.worker_logs())
+        return sum(text.count("sent drains that were missing") for _, text in self.worker_logs())
 
     def worker_logs(self) -> Iterator[tuple[str, str]]:
         """Yield what each worker has said so far, after its name."""
@@ -221,12 +232,14 @@ def run_harness(directory: Path, seed: int, plant: str) -> Iterator[Harness]:
                 "alter table task_tags add constraint poison check (tag <> 'poison') not valid"
             )
         proxies = {
-            name: Proxy(home.sockets / f"{name}.sock", valkey.socket)
-            for name in ("worker", "runner")
+            name: Proxy(home.sockets / f"{name}.sock", valkey.socket, RedisMoments)
+            for name in ("worker", "runner", "beat")
         }
         database = home.sockets / "pg"
         database.mkdir(exist_ok=True)
-        proxies["database"] = Proxy(database / ".s.PGSQL.5432", home.sockets / ".s.PGSQL.5432")
+        proxies["database"] = Proxy(
+            database / ".s.PGSQL.5432", home.sockets / ".s.PGSQL.5432", PostgresMoments
+        )
         failpoint = directory / "failpoint"
         environment = {
             "PYTHONPATH": str(REPOSITORY),
@@ -255,7 +268,11 @@ def run_harness(directory: Path, seed: int, plant: str) -> Iterator[Harness]:
                 "host=" + str(database).replace("/", "%2F"),
             ),
         }
-        supervisor.start(*_workers(supervisor, as_worker))
+        as_beat = {
+            **as_worker,
+            "TASK_TAGS_REDIS_URL": f"unix://{proxies['beat'].listen}?db=0",
+        }
+        supervisor.start(*_workers(supervisor, as_worker, as_beat))
         listener = threading.Thread(target=harness.listen)
         listener.start()
         try:
@@ -297,7 +314,9 @@ def _organization(directory: Path, settings: Settings, number: int) -> FaultOrga
     return FaultOrganization(id, token, [uuid4() for _ in range(3)], journals)
 
 
-def _workers(supervisor: Supervisor, environment: dict[str, str]) -> Iterator[ProcessSpec]:
+def _workers(
+    supervisor: Supervisor, as_worker: dict[str, str], as_beat: dict[str, str]
+) -> Iterator[ProcessSpec]:
     def said_ready(name: str) -> bool:
         log = supervisor.log(name)
         return log.exists() and '"message": "ready"' in log.read_text(errors="replace")
@@ -317,7 +336,7 @@ def _workers(supervisor: Supervisor, environment: dict[str, str]) -> Iterator[Pr
             name=name,
             argv=argv,
             ready=partial(said_ready, name),
-            environment=environment,
+            environment=as_beat if name == "beat" else as_worker,
         )
 
 

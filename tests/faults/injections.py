@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from uuid import UUID
 
@@ -19,6 +19,7 @@ from producers.contract.channels import inbox_key, lease_key
 from producers.errors import TaskTagsError
 from producers.inbox.drain_message import QUEUE
 from tests.faults.harness import LEASE_SECONDS, Harness
+from tests.faults.moments import FAULTS, POSTGRES_MOMENTS, REDIS_CODES, SQL_STATES, Harm
 from tests.faults.mutants import FAILPOINTS
 from tests.faults.producer import CALLS, Journal
 from tests.support.malformed import celery_messages, stream_entries
@@ -30,7 +31,9 @@ def _signal(prefix: str, number: signal.Signals) -> Injection:
     def inject(harness: Harness, choose: random.Random) -> None:
         pids = harness.pids(prefix)
         if pids:
-            os.kill(choose.choice(pids), number)
+            pid = choose.choice(pids)
+            harness.signalled.add(pid)
+            os.kill(pid, number)
 
     return inject
 
@@ -193,7 +196,35 @@ def fill_the_disk(harness: Harness, choose: random.Random) -> None:
     filler.unlink()
 
 
+def _harm(proxy: str, moment: str, fault: str, codes: tuple[str, ...]) -> Injection:
+    """Harm the requests of a moment for a while, with any code of its class."""
+
+    def inject(harness: Harness, choose: random.Random) -> None:
+        harm = Harm(moment, fault, choose.choice(codes))
+        if not harness.proxies[proxy].harm(harm, 0.3 + choose.random() * 2):
+            raise OSError("there was no such request")
+
+    return inject
+
+
+def _harms() -> Iterator[tuple[str, Injection]]:
+    """Yield faults by party, fault and moment."""
+    moments = {
+        "worker": ("connect", "take", "acquire", "publish", "hand over"),
+        "runner": ("connect", "append"),
+        "beat": ("connect", "send"),
+    }
+    for proxy, some in moments.items():
+        for moment in some:
+            for fault in FAULTS:
+                yield f"{proxy}: {fault} at {moment}", _harm(proxy, moment, fault, REDIS_CODES)
+    for moment in POSTGRES_MOMENTS:
+        for fault in FAULTS:
+            yield f"worker: {fault} at {moment}", _harm("database", moment, fault, SQL_STATES)
+
+
 INJECTIONS: dict[str, Injection] = {
+    **dict(_harms()),
     "kill worker": _signal("worker", signal.SIGKILL),
     "end worker": _signal("worker", signal.SIGTERM),
     "stop worker": stop_worker,

@@ -16,6 +16,7 @@ from typing import Any
 from uuid import UUID
 
 import worker.db.statements
+import worker.drain.path
 from producers.inbox.protocol import Acquired, Inbox, StreamEntry
 from worker.celery import app
 from worker.db.repository import Repository, Transaction
@@ -24,7 +25,10 @@ from worker.drain.path import Drain, publications
 from worker.rules import decide
 
 FAILPOINTS = ("after_read", "after_lock", "before_commit", "before_publish", "amid_publish")
-PLANTS = ("remove_before_commit", "release_blindly", "no_batch_id_check", "publish_before_commit")
+PLANTS = (
+    *("remove_before_commit", "release_blindly", "no_batch_id_check", "publish_before_commit"),
+    *("blame_at_once", "end_on_errors"),
+)
 
 _armed = Path(os.environ.get("FAULTS_FAILPOINT", "/nonexistent"))
 _plant = os.environ.get("FAULTS_PLANT", "")
@@ -130,11 +134,17 @@ def _ignore_batch_ids() -> None:
     worker.db.statements.SAVE_BATCHES = statement + " on conflict do nothing"  # type: ignore[misc]
 
 
+def _end_on_errors() -> None:
+    Drain._ends_turn = lambda self, turn, error: os._exit(3)  # type: ignore[method-assign]
+
+
 _plants: dict[str, Callable[[], Any]] = {
     "remove_before_commit": lambda: setattr(Drain, "_process", _ack_before_commit),
     "publish_before_commit": lambda: setattr(Drain, "_process", _publish_before_commit),
     "release_blindly": lambda: setattr(Inbox, "ack_and_publish", _ack_and_release_blindly),
     "no_batch_id_check": _ignore_batch_ids,
+    "blame_at_once": lambda: setattr(worker.drain.path, "attempts_to_blame", lambda *_: 1),
+    "end_on_errors": _end_on_errors,
 }
 if _plant:
     _plants[_plant]()

@@ -1,4 +1,4 @@
-"""A proxy on unix sockets that can cut, delay and silence the connections through it."""
+"""A proxy on unix sockets that can cut, delay and silence connections, and harm single requests."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import threading
 import time
 from pathlib import Path
 
+from tests.faults.moments import Harm, Moments
+
 
 class Proxy:
     """Forwards connections from one socket to another, in a separate thread."""
 
-    def __init__(self, listen: Path, target: Path) -> None:
+    def __init__(self, listen: Path, target: Path, moments: type[Moments]) -> None:
         self.listen = listen
         self.target = target
+        self._moments = moments
+        self._harm: Harm | None = None
+        self.harmed = 0
+        """How many requests were harmed."""
         self.delay = 0.0
         self._open = asyncio.Event()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -41,6 +47,13 @@ class Proxy:
         time.sleep(seconds)
         self._loop.call_soon_threadsafe(self._open.set)
         self.cut()
+
+    def harm(self, harm: Harm, seconds: float) -> bool:
+        """Harm all requests of a moment for a while; return whether there was one."""
+        before, self._harm = self.harmed, harm
+        time.sleep(seconds)
+        self._harm = None
+        return self.harmed > before
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._end)
@@ -73,8 +86,46 @@ class Proxy:
             writer.close()
             return
         self._writers |= {writer, upstream[1]}
-        await asyncio.gather(self._pump(reader, upstream[1]), self._pump(upstream[0], writer))
+        await asyncio.gather(
+            self._pump_requests(reader, writer, upstream[1]), self._pump(upstream[0], writer)
+        )
         self._writers -= {writer, upstream[1]}
+
+    async def _pump_requests(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        upstream: asyncio.StreamWriter,
+    ) -> None:
+        moments = self._moments()
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                await self._open.wait()
+                for moment, request in moments.split(data):
+                    harm = self._harm
+                    if harm is None or harm.moment != moment:
+                        upstream.write(request)
+                        continue
+                    self.harmed += 1
+                    if harm.fault == "error":
+                        answer, instead = moments.error(harm.code, request)
+                        writer.write(answer)
+                        upstream.write(instead)
+                    elif harm.fault == "hang":
+                        await asyncio.sleep(harm.seconds)
+                        writer.transport.abort()
+                    elif harm.fault == "lose":
+                        writer.transport.abort()
+                    else:  # the server does it, and its answer is lost
+                        upstream.write(request)
+                        await upstream.drain()
+                        await asyncio.sleep(0.05)
+                        writer.transport.abort()
+                await upstream.drain()
+        with contextlib.suppress(OSError):
+            upstream.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
