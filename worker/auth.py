@@ -85,8 +85,8 @@ class Authorizer:
         Args:
             at: When the message was accepted, by Redis' clock, in seconds since the epoch: `exp` is
                 compared with it, unless it is more than 60 s ahead of `now`. The leeway is 30 s.
-            now: The time by this process' clock, with which `nbf` and `iat` are compared; `at` by
-                default.
+            now: The time by this process' clock, with which `nbf` is compared; `at` by default.
+                `iat` must be past by one of both.
 
         Raises:
             InvalidToken: The token is not valid at that time.
@@ -102,7 +102,9 @@ class Authorizer:
         used_at = now if at > now + _MAX_AHEAD_SECONDS else at
         if used_at > grant.expires_at + LEEWAY_SECONDS:
             raise InvalidToken("the token has expired")
-        if now < max(grant.not_before, grant.issued_at) - LEEWAY_SECONDS:
+        # By both clocks issued in the future: one of them alone may be behind.
+        is_early = max(now, at) < grant.issued_at - LEEWAY_SECONDS
+        if is_early or now < grant.not_before - LEEWAY_SECONDS:
             raise InvalidToken("the token is not valid yet")
         return grant
 

@@ -64,6 +64,8 @@ class Tenant:
     def is_requeued(self) -> bool:
         """Return whether the drain is at the end of the Celery queue, and has the lease there."""
         newest = self.redis.lindex(QUEUE, 0)
+        if newest is None:
+            return False
         arguments = json.loads(base64.b64decode(json.loads(newest)["body"]))[0]
         held = self.redis.get(lease_key(self.organization))
         return (arguments, held) == ([str(self.organization), "run"], b"queued run")

@@ -99,6 +99,7 @@ def headless() -> str:
         signed(exp="soon"),
         signed(exp=[1]),
         signed(nbf=NOW + 31),
+        signed(iat=NOW + 31),
         signed(nbf="x"),
         signed(exp=float("nan")),
         signed(exp=float("inf")),
@@ -286,3 +287,7 @@ def test_a_clock_that_is_wrong_refuses_no_message_for_good() -> None:
         authorizer.verify(token, NOW + hour, NOW + hour)
     with pytest.raises(InvalidToken, match="not valid yet"):
         authorizer.verify(token, NOW, NOW - hour)
+    issued = signed(exp=NOW + 300, iat=NOW)
+    assert authorizer.verify(issued, NOW, NOW - hour)  # the worker's clock alone is behind
+    with pytest.raises(InvalidToken, match="not valid yet"):
+        authorizer.verify(issued, NOW - hour, NOW - hour)
