@@ -66,15 +66,20 @@ def ping(settings: Settings, then: Callable[[Any], None] = lambda _: None) -> No
 
 
 def wait_for(what: str, reach: Callable[[], Any]) -> None:
-    """Retry until a server answers, with a backoff of up to a second; log it once."""
+    """Retry until a server answers, with a backoff of up to a second; log it once.
+
+    Raises `ConfigurationError` if its first answer is a refusal. One that has just come up may
+    refuse for a while, until its database and roles are made.
+    """
     seconds = 0.05
     while True:
         try:
             reach()
-        except (psycopg.OperationalError, RedisError) as error:
+            return
+        except (psycopg.OperationalError, RedisError, ConfigurationError) as error:
             if seconds == 0.05:
+                if isinstance(error, ConfigurationError):
+                    raise
                 logger.warning(f"waiting for {what}: {error}")
             time.sleep(seconds)
             seconds = min(seconds * 2, 1.0)
-        else:
-            return
