@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from celery import Task, signals
 from celery.worker.request import Request
@@ -22,6 +22,9 @@ from worker.settings import load_settings
 from worker.startup import check_database, ping, wait_for
 
 logger = logging.getLogger(__name__)
+
+# It is refused where writes are, but not for want of memory: draining frees some.
+_NEEDS_WRITES: Final = "#!lua flags=allow-oom\nreturn 1"
 
 try:
     settings = load_settings()
@@ -65,8 +68,12 @@ def _check_worker(**_: Any) -> None:
     with _ending_on_wrong_settings():
         Authorizer(settings)
         wait_for("the database", partial(check_database, settings))
-        rebuild = partial(rebuild_waiting, lease_ms=settings.lease_ms)
-        wait_for("Redis", partial(ping, settings, rebuild))
+        wait_for("Redis", partial(ping, settings, _use_redis))
+
+
+def _use_redis(redis: Any) -> None:
+    redis.eval(_NEEDS_WRITES, 0)
+    rebuild_waiting(redis, settings.lease_ms)
 
 
 @signals.beat_init.connect

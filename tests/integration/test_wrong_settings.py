@@ -1,0 +1,104 @@
+"""Settings that can't work end a process in one line; a server that takes no writes is awaited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from producers.client import TagProducer
+from producers.contract.messages import register_execution
+from producers.redis_client import open_redis
+from tests.support.processes import await_line, settings_of, started
+from tests.support.servers import Servers
+from tests.support.waiting import eventually
+from worker.local.servers import Valkey, find_server_paths
+from worker.local.stack import BEAT, ENDPOINT, WORKER, free_port
+from worker.local.supervisor import Supervisor
+
+SECRET = "hunter2"
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """A Valkey for these tests alone: nobody else works on it."""
+    directory = tmp_path_factory.mktemp("valkey")
+    with Supervisor(directory / "logs") as supervisor:
+        valkey = Valkey(find_server_paths(directory))
+        supervisor.start(valkey.child())
+        yield valkey
+
+
+def commands() -> dict[str, list[str]]:
+    port = str(free_port(0))
+    return {"worker": WORKER, "beat": BEAT, "endpoint": [*ENDPOINT, "--port", port]}
+
+
+def test_malformed_urls_end_all_processes_in_one_line(servers: Servers, tmp_path: Path) -> None:
+    """With an exit code that is not 0, without a traceback and without the password."""
+    environment = settings_of(
+        servers,
+        TASK_TAGS_DATABASE_URL=f"postgresql://x:{SECRET}@host:port/x",
+        TASK_TAGS_REDIS_URL=f"redis//x:{SECRET}@host",
+    )
+    option = f"redis://x:{SECRET}@127.0.0.1:1?no_such=1"
+    with ExitStack() as running:
+        processes = {}
+        for name, words in commands().items():
+            log = tmp_path / name
+            processes[log] = running.enter_context(started(words, log, environment))
+        log = tmp_path / "option"
+        processes[log] = running.enter_context(
+            started(BEAT, log, settings_of(servers, TASK_TAGS_REDIS_URL=option))
+        )
+        for log, process in processes.items():
+            code, lines = process.wait(20), log.read_text().splitlines()
+            assert code > 0, log.name
+            assert len(lines) == 1, lines
+            named = ["no_such"] if log.name == "option" else ["DATABASE_URL: ", "REDIS_URL: "]
+            assert [name for name in named if name not in lines[0]] == [], lines
+            assert "Traceback" not in lines[0]
+            assert SECRET not in lines[0]
+
+
+def test_servers_that_take_no_writes_are_waited_for(
+    servers: Servers, valkey: Valkey, tmp_path: Path
+) -> None:
+    """A replica ends nobody; sessions that are read-only by default are none of the product's."""
+    redis: Any
+    words = commands()
+    organization = uuid4()
+    token = servers.token(organization)
+    read_only = "&options=-c%20default_transaction_read_only%3Don"
+    environment = settings_of(
+        servers,
+        TASK_TAGS_REDIS_URL=valkey.url,
+        TASK_TAGS_DATABASE_URL=servers.worker_url + read_only,
+    )
+    with ExitStack() as running, open_redis(valkey.url) as redis:
+        redis.replicaof("127.0.0.1", "1")
+        running.callback(redis.replicaof, "NO", "ONE")
+        processes = [
+            running.enter_context(started(words[name], tmp_path / name, environment))
+            for name in words
+        ]
+        readyz = f"http://127.0.0.1:{words['endpoint'][-1]}/readyz"
+        await_line(tmp_path / "worker", "waiting for Redis: You can't write against a read only")
+        await_line(tmp_path / "beat", "read only replica")  # at its first message
+        await_line(tmp_path / "endpoint", '"ready"')
+        eventually(lambda: httpx.get(readyz).status_code == 503)
+        assert [process.poll() for process in processes] == [None] * 3
+        assert "Frequent restarts" not in (tmp_path / "worker").read_text()
+        redis.replicaof("NO", "ONE")
+        await_line(tmp_path / "worker", '"ready"')
+        eventually(lambda: httpx.get(readyz).status_code == 200)
+        with TagProducer(
+            redis_url=valkey.url, organization_id=organization, token=token
+        ) as producer:
+            assert producer.apply(register_execution(uuid4())).statuses == ["registered"]
+        assert [process.poll() for process in processes] == [None] * 3
