@@ -14,11 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psycopg
 import pytest
+from websockets.sync.client import connect
 
+from producers.client import TagProducer
+from producers.contract.messages import TagBatch, add, register_execution
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.local.servers import Postgres, find_server_paths, load_or_create_secret, wait_for_orphan
@@ -77,7 +81,7 @@ def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path
     with up(space) as (process, said):
         for name in ("postgresql", "valkey", "worker-1", "beat", "endpoint"):
             assert re.search(rf"{name} +ready in \d", said)
-        settings = dict(re.findall(r"export (\w+)='?([^\s']+|[^']+)'?\n", said))
+        settings = exported(said)
         assert set(settings) == {
             "TASK_TAGS_REDIS_URL",
             "TASK_TAGS_ENDPOINT_URL",
@@ -103,18 +107,41 @@ def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path
 
 
 def test_data_survives_and_a_killed_supervisor_leaves_nothing_running(space: Path) -> None:
-    """After SIGKILL its children end by themselves; the next start finds the data."""
-    with up(space) as (process, _):
-        database = Postgres(find_server_paths(space), load_or_create_secret(space, "postgres")).url(
-            database="task_tags"
-        )
-        with psycopg.connect(database, autocommit=True) as connection:
-            connection.execute("create table survivor (a int)")
-        process.kill()
-        process.wait()
-        eventually(lambda: not processes_of(space), 20)
-    with up(space), psycopg.connect(database) as connection:
-        assert connection.execute("select count(*) from survivor").fetchone() == (0,)
+    """After SIGKILL its children end by themselves, also at work; the next start goes on."""
+    execution, count = uuid4(), 2000
+    batches = [TagBatch(tags=[add(execution, "t", "t", f"{i}")]) for i in range(count)]
+    with up(space) as (process, said):
+        settings = exported(said)
+        watched = f"{settings['TASK_TAGS_ENDPOINT_URL']}/task-tags/changes".replace("http", "ws")
+        headers = {"Authorization": f"Bearer {settings['TASK_TAGS_TOKEN']}"}
+        with TagProducer(
+            redis_url=settings["TASK_TAGS_REDIS_URL"],
+            organization_id=settings["TASK_TAGS_ORGANIZATION_ID"],
+            token=settings["TASK_TAGS_TOKEN"],
+        ) as producer:
+            producer.apply(register_execution(execution))
+            watching = connect(
+                f"{watched}?flow_execution_id={execution}",
+                additional_headers=headers,
+                close_timeout=0.1,  # what it has not read keeps it from seeing the end
+            )
+            producer.enqueue_many(batches)
+            assert '"revision":1' in watching.recv(20)  # the worker is at work
+            process.kill()
+            process.wait()
+            eventually(lambda: not processes_of(space), 10)
+            watching.close()
+    database = Postgres(find_server_paths(space), load_or_create_secret(space, "postgres")).url(
+        database="task_tags"
+    )
+    with up(space), psycopg.connect(database, autocommit=True) as connection:
+        stored = "select count(*) from task_tags"
+        eventually(lambda: connection.execute(stored).fetchone() == (count,), 30)
+
+
+def exported(said: str) -> dict[str, str]:
+    """Return the settings that `up` prints."""
+    return dict(re.findall(r"export (\w+)='?([^\s']+|[^']+)'?\n", said))
 
 
 def test_a_part_that_dies_is_started_again(space: Path) -> None:
