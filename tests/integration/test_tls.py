@@ -57,7 +57,7 @@ def test_the_sdk_tells_an_impostor_nothing(listener: TlsListener, token: str) ->
 def test_a_process_tells_an_impostor_nothing(
     listener: TlsListener, servers: Servers, process: Any, tmp_path: Path
 ) -> None:
-    """Neither at its start nor by Celery's connection to the broker."""
+    """Neither at its start nor by Celery's connection to the broker; with the CA, it works."""
     secret = servers.settings.jwt_secret
     assert secret is not None
     environment = {
@@ -79,6 +79,15 @@ def test_a_process_tells_an_impostor_nothing(
                         b"task_tags" in each or b"BRPOP" in each for each in listener.received
                     )
                 )
+                if process is WORKER:
+                    organization = uuid4()
+                    with TagProducer(
+                        redis_url=environment["TASK_TAGS_REDIS_URL"],
+                        organization_id=organization,
+                        token=servers.token(organization),
+                    ) as producer:
+                        applied = producer.apply(register_execution(uuid4()))
+                    assert applied.statuses == ["registered"]
             else:
                 eventually(lambda: listener.failed > 2)
                 assert listener.received == []
