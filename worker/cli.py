@@ -170,15 +170,8 @@ def token(
     scopes = tuple(word for each in scope or SCOPES for word in each.split())
     if unknown := set(scopes) - set(SCOPES):
         fail(2, f"there is no scope {', '.join(sorted(unknown))}: choose from {', '.join(SCOPES)}")
-    print(
-        sign_token(
-            load_settings(),
-            organization_id=org,
-            actor=sub,
-            scopes=scopes,
-            lifetime=timedelta(days=days),
-        )
-    )
+    settings, lifetime = load_settings(), timedelta(days=days)
+    print(sign_token(settings, organization_id=org, actor=sub, scopes=scopes, lifetime=lifetime))
 
 
 @app.command()

@@ -153,6 +153,11 @@ class ErrorAnswer(BaseModel):
     request_id: str
 
 
+def text_header(name: str, description: str, **schema: Any) -> dict[str, Any]:
+    """Return the OpenAPI description of a header of an answer."""
+    return {name: {"description": description, "schema": {"type": "string", **schema}}}
+
+
 def documented(*problems: ApiError) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI descriptions of errors, by status."""
     return {

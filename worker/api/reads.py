@@ -25,6 +25,7 @@ from worker.api.errors import (
     UNAVAILABLE,
     documented,
     forbidden,
+    text_header,
     wrong_parameter,
 )
 from worker.api.params import (
@@ -75,12 +76,13 @@ class TaskAnswer(BaseModel):
     tags: list[Tag]
 
 
-def _etag(description: str, example: str) -> dict[str, Any]:
-    schema = {"type": "string", "examples": [example]}
-    return {"ETag": {"description": description, "schema": schema}}
-
-
-_ETAG: Final = _etag("The execution's revision, in quotes.", '"42"')
+_ETAG: Final = text_header("ETag", "The execution's revision, in quotes.", examples=['"42"'])
+_TASKS_ETAG: Final = text_header(
+    "ETag",
+    "The execution's revision and the number of registered task names, in quotes.",
+    examples=['"42.3"'],
+)
+_LINK: Final = text_header("Link", 'The URL of the next events, if there are more: `rel="next"`.')
 
 
 def _headers(revision: int | str) -> dict[str, str]:
@@ -181,14 +183,7 @@ async def _read_page(
     summary="Read the tasks of a flow execution, with their states and tags",
     response_model=list[TaskAnswer],
     response_description="Each task that is registered or has an active tag or a state, by name.",
-    responses={
-        200: {
-            "headers": _etag(
-                "The execution's revision and the number of registered task names, in quotes.",
-                '"42.3"',
-            )
-        }
-    },
+    responses={200: {"headers": _TASKS_ETAG}},
 )
 async def read_tasks(
     caller: Reading,
@@ -209,17 +204,7 @@ async def read_tasks(
     summary="Read the stored change events of a flow execution",
     response_model=list[ChangeEvent],
     response_description="The events after a revision, in order; none if there are no more.",
-    responses={
-        200: {
-            "headers": {
-                "Link": {
-                    "description": 'The URL of the next events, if there are more: `rel="next"`.',
-                    "schema": {"type": "string"},
-                }
-            }
-        },
-        **documented(GONE),
-    },
+    responses={200: {"headers": _LINK}, **documented(GONE)},
 )
 async def read_changes(
     request: Request,

@@ -46,6 +46,7 @@ from worker.api.errors import (
     ApiError,
     documented,
     forbidden,
+    text_header,
 )
 from worker.api.params import NoParameters
 from worker.api.queries import READ_ERRORS, Reader
@@ -317,11 +318,7 @@ class Accepted(BaseModel):
     batch_id: UUID
 
 
-_LOCATION: Final = {
-    "headers": {
-        "Location": {"description": "The path of the stored result.", "schema": {"type": "string"}}
-    }
-}
+_LOCATION: Final = {"headers": text_header("Location", "The path of the stored result.")}
 _ACCEPTED: Final = {
     "model": Accepted,
     "description": "Enqueued; there is no result yet.",
