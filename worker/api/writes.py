@@ -125,11 +125,13 @@ class WriteService:
             return await self._result(organization_id, message, pending.record, seconds)
 
     async def _enqueue(self, organization_id: UUID, message: Message, token: str) -> None:
-        encoded = _encoded(message)
         try:
+            encoded = [message.encode()]
             accepted = await to_thread.run_sync(
-                self.enqueuer.enqueue, organization_id, [encoded], token, limiter=self.threads
+                self.enqueuer.enqueue, organization_id, encoded, token, limiter=self.threads
             )
+        except InvalidMessage as error:
+            raise _invalid(error) from None
         except Unavailable as error:
             raise ApiError(503, "unavailable", "Redis can't be used; try again later") from error
         if not accepted:
@@ -158,13 +160,6 @@ class WriteService:
             if stored is not None:
                 raise _CONFLICT
         return None
-
-
-def _encoded(message: Message) -> bytes:
-    try:
-        return message.encode()
-    except InvalidMessage as error:
-        raise _invalid(error) from None
 
 
 def _invalid(error: InvalidMessage) -> ApiError:
