@@ -21,6 +21,7 @@ from producers.client import TagProducer
 from producers.contract.channels import changes_channel
 from producers.contract.messages import SetTaskState, TagBatch, add, register_execution
 from tests.support.memory import resident
+from tests.support.processes import endpoint_of
 from tests.support.servers import Servers
 from tests.support.tenant import applied
 from tests.support.waiting import eventually
@@ -454,7 +455,7 @@ def test_a_frame_that_is_too_large_is_not_read(source: ChangeSource, execution: 
 
 def test_who_sends_pings_and_does_not_read_is_let_go(source: ChangeSource) -> None:
     """Nor is there memory for the answers to it, before any token."""
-    pid = endpoint_of(source)
+    pid = endpoint_of(source.servers)
     before = resident(pid)
     with raw_watcher(source, uuid4(), token="") as flooding:
         ping = bytes([0x89, 0x80 + 125, 0, 0, 0, 0]) + bytes(125)
@@ -544,7 +545,7 @@ def test_watchers_may_come_and_go_while_connections_are_lost(
 def test_who_does_not_read_is_let_go(source: ChangeSource, execution: UUID) -> None:
     """No more is kept for it than its connection buffers; it gets a close code and may return."""
     large = {"text": "x" * 8000}
-    endpoint = endpoint_of(source)
+    endpoint = endpoint_of(source.servers)
     before = resident(endpoint)
     for _ in range(20):
         tags = [add(execution, "task", "type", f"{uuid4()}", large) for _ in range(50)]
@@ -565,11 +566,6 @@ def test_who_does_not_read_is_let_go(source: ChangeSource, execution: UUID) -> N
     assert (1013).to_bytes(2) + b"too slow" in received
     with source.watch(execution, after=59) as again:
         assert take(again, 1) == [60]
-
-
-def endpoint_of(source: ChangeSource) -> int:
-    running = source.servers.stack.supervisor.running
-    return next(process.pid for child, process in running if child.name == "endpoint")
 
 
 def raw_watcher(

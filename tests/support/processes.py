@@ -26,6 +26,12 @@ def settings_of(servers: Servers, **changes: str) -> dict[str, str]:
     }
 
 
+def endpoint_of(servers: Servers) -> int:
+    """Return the process id of the endpoint of all tests."""
+    running = servers.stack.supervisor.running
+    return next(process.pid for child, process in running if child.name == "endpoint")
+
+
 @contextmanager
 def started(
     words: list[str], log: Path, environment: dict[str, str]

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cache
 from importlib.resources import files
 from typing import Any, Final
@@ -30,8 +30,9 @@ from worker.api import feeds, health, reads, writes
 from worker.api.change_hub import ChangeHub
 from worker.api.errors import HANDLERS, OF_EVERY_ROUTE, TOO_LARGE, answer
 from worker.api.health import Readiness
-from worker.api.limits import MAX_BODY_BYTES, MAX_FRAME_BYTES, LimitedProtocol, LimitedWebSocket
+from worker.api.limits import ADMITTED, MAX_BODY_BYTES, RESERVED_FILES, LimitedProtocol
 from worker.api.queries import Reader
+from worker.api.websocket_limits import MAX_FRAME_BYTES, LimitedWebSocket
 from worker.auth import Authorizer
 from worker.settings import Settings
 from worker.startup import check_servers
@@ -71,7 +72,10 @@ for path in _PAGE:
 
 
 class RequestIds:
-    """Gives each request an id; it is in `request.state` and in the headers of the answer."""
+    """Gives each request an id; it is in `request.state` and in the headers of the answer.
+
+    A request that is cancelled ends here: its client has disconnected.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -92,7 +96,8 @@ class RequestIds:
                 ]
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        with suppress(asyncio.CancelledError):
+            await self._app(scope, receive, send_with_id)
 
 
 class DeclaredBodyLimit:
@@ -149,6 +154,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     Raises `ConfigurationError` if a server refuses the credentials or the role.
     """
     check_servers(settings)
+    ADMITTED.set(RESERVED_FILES + settings.endpoint_connections)
     app = create_app(settings)
     config = uvicorn.Config(
         RequestIds(DeclaredBodyLimit(DirectRead(app))),  # around the answers to faults, too

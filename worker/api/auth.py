@@ -27,7 +27,7 @@ def bearer_token(connection: HTTPConnection) -> str:
     return token if scheme.lower() == "bearer" else ""
 
 
-async def authenticate(authorizer: Authorizer, token: str, scope: str) -> Principal:
+async def authenticate(connection: HTTPConnection, token: str, scope: str) -> Principal:
     """Return what a token proves now, if it has the scope.
 
     Raises:
@@ -35,6 +35,7 @@ async def authenticate(authorizer: Authorizer, token: str, scope: str) -> Princi
     """
     if not token:
         raise ApiError(401, "unauthorized", "a bearer token is required")
+    authorizer: Authorizer = connection.app.state.authorizer
     try:
         if authorizer.may_block:
             principal = await run_in_threadpool(authorizer.verify_now, token)
@@ -44,6 +45,7 @@ async def authenticate(authorizer: Authorizer, token: str, scope: str) -> Princi
         raise ApiError(401, "unauthorized", str(error)) from None
     except JwksUnavailable:
         raise ApiError(503, "unavailable", "the keys of tokens can't be fetched") from None
+    connection.state.on_authenticated()
     if not principal.allows(scope):
         raise forbidden(scope)
     return principal
@@ -51,7 +53,7 @@ async def authenticate(authorizer: Authorizer, token: str, scope: str) -> Princi
 
 async def require_scope(connection: HTTPConnection, scope: str) -> Principal:
     """Return what the bearer token in the headers proves, if it has the scope."""
-    return await authenticate(connection.app.state.authorizer, bearer_token(connection), scope)
+    return await authenticate(connection, bearer_token(connection), scope)
 
 
 _BEARER: Final = HTTPBearer(scheme_name="bearer", bearerFormat="JWT", auto_error=False)

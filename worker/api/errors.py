@@ -48,6 +48,7 @@ class ApiError(Exception):
 
 _HEADERS: Final = {
     401: {"WWW-Authenticate": "Bearer"},
+    413: {"Connection": "close"},
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},
 }

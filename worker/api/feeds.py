@@ -45,6 +45,8 @@ router = APIRouter(responses=READ_PROBLEMS)
 
 TOKEN_SECONDS: Final = 10.0
 PING_SECONDS: Final = 15.0
+RENEWAL_SECONDS: Final = 1.0
+"""The least time between two tokens that are received over one WebSocket."""
 _PAGE: Final = 100
 _PAGE_BYTES: Final = 64 * 1024
 _RETRY_SECONDS: Final = 1.0
@@ -122,7 +124,7 @@ async def watch_changes(websocket: WebSocket) -> None:
     try:
         query = parse_query(websocket, FeedQuery)
         token = bearer_token(websocket) or await _first_token(websocket)
-        principal = await authenticate(websocket.app.state.authorizer, token, READ)
+        principal = await authenticate(websocket, token, READ)
         cursor = ChangeCursor(websocket, query, principal)
         await cursor.check()
         await first_completed(
@@ -151,10 +153,11 @@ async def _receive_tokens(websocket: WebSocket, principal: Principal) -> None:
                 token = await receive_token(websocket)
         except TimeoutError:
             raise EXPIRED from None
-        renewed = await authenticate(websocket.app.state.authorizer, token, READ)
+        renewed = await authenticate(websocket, token, READ)
         if renewed.organization_id != principal.organization_id:
             raise ApiError(403, "forbidden", "the token is of another organization")
         principal = renewed
+        await asyncio.sleep(RENEWAL_SECONDS)
 
 
 async def _first_token(websocket: WebSocket) -> str:
