@@ -28,9 +28,10 @@ from producers.errors import ConfigurationError, InboxFull, Unavailable
 from producers.inbox.protocol import Inbox
 from producers.redis_client import open_redis
 from worker import log
-from worker.auth import SCOPES, Authorizer, JwksUnavailable, sign_token
+from worker.auth import SCOPES, Authorizer, sign_token
 from worker.db.repository import Repository
 from worker.drain import dead_letters
+from worker.jwk_set import JwksUnavailable
 from worker.local.supervisor import StartupError, Stopped
 from worker.settings import Settings, load_settings
 
@@ -271,8 +272,10 @@ def retry(
         closing(Repository(settings.database_url.get_secret_value())) as repository,
         TagProducer(redis_url=redis_url, organization_id=org, token=token) as producer,
     ):
+        authorizer = Authorizer(settings)
+        authorizer.fetch_keys()
         retrier = dead_letters.DeadLetterRetrier(
-            redis, repository, Authorizer(settings), token, producer.send
+            redis, repository, authorizer, token, producer.send
         )
 
         def enqueue_again(entry: dead_letters.DeadLetterEntry) -> str:

@@ -25,14 +25,16 @@ class Settings(InboxSettings):
     """The signature algorithms that tokens may use, separated by commas; all of one family."""
     jwt_secret: SecretStr | None = None
     """The secret for HS256, HS384 or HS512: at least 32 bytes."""
+    jwt_previous_secret: SecretStr | None = None
+    """A second secret that tokens may be signed with, while secrets are rotated."""
     jwt_public_key: str | None = None
     """The public key in PEM for EdDSA, ES256, RS256 and the like."""
     jwt_jwks_url: str | None = None
     """The URL of a JWK set with the public keys."""
     jwt_audience: str | None = None
-    """The `aud` that tokens must have; not checked if it is not set."""
+    """The `aud` that tokens must have; required with public keys, else not checked if unset."""
     jwt_issuer: str | None = None
-    """The `iss` that tokens must have; not checked if it is not set."""
+    """The `iss` that tokens must have; required with public keys, else not checked if unset."""
 
     group_size: int = Field(100, ge=1, le=1000)
     """The most messages that are applied in one transaction."""

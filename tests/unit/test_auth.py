@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from datetime import timedelta
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -22,7 +22,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from pydantic import SecretStr
 
 from producers.errors import ConfigurationError
-from worker.auth import SCOPES, WRITE, Authorizer, InvalidToken, JwksUnavailable, sign_token
+from tests.support.waiting import eventually
+from worker import jwk_set
+from worker.auth import SCOPES, WRITE, Authorizer, InvalidToken, sign_token
+from worker.jwk_set import JwksUnavailable
 from worker.settings import Settings
 
 SECRET = "a secret of at least thirty-two bytes"
@@ -78,6 +81,23 @@ def headless() -> str:
     return f"{head}.{part(CLAIMS)}.AA"
 
 
+def with_parts(head: str, payload: str) -> str:
+    parts = [base64.urlsafe_b64encode(each.encode()).rstrip(b"=") for each in (head, payload)]
+    signature = hmac.new(SECRET.encode(), b".".join(parts), sha256).digest()
+    encoded = base64.urlsafe_b64encode(signature).rstrip(b"=")
+    return b".".join((*parts, encoded)).decode()
+
+
+def doubled(claim: str) -> str:
+    """Return a token with a claim twice, of which the last one would count."""
+    first = json.dumps({claim: "nonsense"})[:-1]
+    return with_parts(json.dumps({"alg": "HS256"}), f"{first}, {json.dumps(CLAIMS)[1:]}")
+
+
+def of_type(kind: object) -> str:
+    return with_parts(json.dumps({"alg": "HS256", "typ": kind}), json.dumps(CLAIMS))
+
+
 @pytest.mark.parametrize(
     "token",
     [
@@ -112,6 +132,28 @@ def headless() -> str:
         signed(org=None),
         signed(org=5),
         signed(scope=5),
+        signed(scope={"task-tags:read": True}),
+        signed(scope=[["task-tags:read"]]),
+        signed(exp=True),
+        signed(exp=1e308),
+        signed(exp=-1),
+        signed(exp=str(int(NOW) + 60)),
+        signed(nbf=str(int(NOW))),
+        signed(nbf=False),
+        signed(iat=str(int(NOW))),
+        signed(iat=True),
+        signed(sub="a\u202eb"),
+        signed(sub="a\nb"),
+        signed(sub="task-tags:worker"),
+        signed(sub=5),
+        signed() + "=",
+        signed() + "\n",
+        " " + signed(),
+        doubled("org"),
+        doubled("exp"),
+        of_type("logout+jwt"),
+        of_type("application/secevent+jwt"),
+        of_type(5),
     ],
 )
 def test_a_wrong_token_proves_nothing(token: str | bytes | None) -> None:
@@ -133,28 +175,56 @@ def test_a_token_must_be_valid_when_the_message_was_accepted() -> None:
             authorizer.verify(token, at)
 
 
+@pytest.mark.parametrize("kind", ["JWT", "jwt", "at+jwt", "application/at+jwt", None])
+def test_access_tokens_are_taken_whatever_they_call_themselves(kind: str | None) -> None:
+    """RFC 7519, 5.1 and RFC 9068, 2.1."""
+    assert Authorizer(settings()).verify(of_type(kind), NOW).actor == "ada"
+
+
+def test_scopes_are_separated_by_spaces_alone() -> None:
+    """RFC 8693, 4.2: a tab is part of a scope's name."""
+    grant = Authorizer(settings()).verify(signed(scope="a\ttask-tags:write  task-tags:read "), NOW)
+    assert grant.scopes == ["a\ttask-tags:write", "task-tags:read"]
+
+
+def test_two_secrets_are_valid_while_they_are_rotated() -> None:
+    """Tokens of the new and of the previous one are taken, and no others."""
+    old = "the previous secret, of at least 32 bytes"
+    authorizer = Authorizer(settings(jwt_previous_secret=SecretStr(old)))
+    for secret in (SECRET, old):
+        assert authorizer.verify(signed(secret), NOW).actor == "ada"
+    with pytest.raises(InvalidToken):
+        authorizer.verify(signed("another secret of at least 32 bytes"), NOW)
+
+
+AUDIENCE = {"jwt_audience": "task-tags", "jwt_issuer": "https://issuer"}
+MADE_FOR_US = {"aud": "task-tags", "iss": "https://issuer"}
+
+
 @pytest.mark.parametrize("algorithm", KEYS)
 def test_public_keys_of_each_kind_are_taken(algorithm: str) -> None:
     """EdDSA, ES256 and RS256."""
     key = KEYS[algorithm]
     authorizer = Authorizer(
-        settings(jwt_secret=None, jwt_algorithms=(algorithm,), jwt_public_key=public(key))
+        settings(
+            jwt_secret=None, jwt_algorithms=(algorithm,), jwt_public_key=public(key), **AUDIENCE
+        )
     )
-    assert authorizer.verify(signed(key, algorithm), NOW).actor == "ada"
+    assert authorizer.verify(signed(key, algorithm, **MADE_FOR_US), NOW).actor == "ada"
     for other in KEYS.keys() - {algorithm}:
         with pytest.raises(InvalidToken):
-            authorizer.verify(signed(KEYS[other], other), NOW)
+            authorizer.verify(signed(KEYS[other], other, **MADE_FOR_US), NOW)
 
 
 @pytest.mark.parametrize("algorithm", KEYS)
 def test_a_public_key_is_not_taken_for_a_secret(algorithm: str) -> None:
     """Key confusion: HS256, signed with the public key that everybody has."""
     pem = public(KEYS[algorithm])
-    body = f"{part({'alg': 'HS256', 'typ': 'JWT'})}.{part(CLAIMS)}"
+    body = f"{part({'alg': 'HS256', 'typ': 'JWT'})}.{part(CLAIMS | MADE_FOR_US)}"
     mac = hmac.new(pem.encode(), body.encode(), sha256).digest()
     forged = f"{body}.{base64.urlsafe_b64encode(mac).rstrip(b'=').decode()}"
     authorizer = Authorizer(
-        settings(jwt_secret=None, jwt_algorithms=(algorithm,), jwt_public_key=pem)
+        settings(jwt_secret=None, jwt_algorithms=(algorithm,), jwt_public_key=pem, **AUDIENCE)
     )
     with pytest.raises(InvalidToken):
         authorizer.verify(forged, NOW)
@@ -170,59 +240,155 @@ def test_audience_and_issuer_are_checked_if_they_are_set() -> None:
     assert Authorizer(settings()).verify(signed(aud="anything", iss="anyone"), NOW)
 
 
-@contextmanager
-def serving(body: bytes) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body)
+class JwksServer:
+    """Serves a JWK set, which a test may change, and counts the requests."""
 
-        def log_message(self, *_: object) -> None:
-            pass
+    def __init__(self) -> None:
+        self.body = b""
+        self.requests = 0
+        serving = self
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=[0.01])
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/jwks"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                serving.requests += 1
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(serving.body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.01])
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/jwks"
+
+    def publish(self, **keys: Any) -> None:
+        self.body = json.dumps({"keys": [jwk_of(kid, key) for kid, key in keys.items()]}).encode()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def authorizer(self) -> Authorizer:
+        return Authorizer(
+            settings(jwt_secret=None, jwt_algorithms=("ES256",), jwt_jwks_url=self.url, **AUDIENCE)
+        )
 
 
-def test_keys_may_come_from_a_jwk_set() -> None:
-    """The token's `kid` names the key; an unknown one is refused; a silent server is no refusal."""
-    key = KEYS["ES256"]
-    jwk = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key()))
-    jwk |= {"kid": "one", "use": "sig", "alg": "ES256"}
-    by_url = {"jwt_secret": None, "jwt_algorithms": ("ES256",)}
-    with serving(json.dumps({"keys": [jwk]}).encode()) as url:
-        authorizer = Authorizer(settings(**by_url, jwt_jwks_url=url))
-        token = jwt.encode(CLAIMS, key, algorithm="ES256", headers={"kid": "one"})
-        assert authorizer.verify(token, NOW).actor == "ada"
-        for wrong in ("two", None):
-            headers = {"kid": wrong} if wrong else None
-            with pytest.raises(InvalidToken):
-                authorizer.verify(jwt.encode(CLAIMS, key, "ES256", headers=headers), NOW)
+def jwk_of(kid: str, key: Any) -> dict[str, Any]:
+    if isinstance(key, dict):
+        return {"kid": kid, **key}
+    jwk: dict[str, Any] = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key()))
+    return {**jwk, "kid": kid, "use": "sig", "alg": "ES256"}
+
+
+def named(kid: str | None, key: Any = KEYS["ES256"]) -> str:
+    headers = {"kid": kid} if kid else None
+    return jwt.encode(CLAIMS | MADE_FOR_US, key, "ES256", headers=headers)
+
+
+@pytest.fixture
+def keys() -> Iterator[JwksServer]:
+    server = JwksServer()
+    yield server
+    server.close()
+
+
+def test_keys_may_come_from_a_jwk_set(keys: JwksServer) -> None:
+    """The token's `kid` names the key; unknown ones, and tokens without, are refused."""
+    keys.publish(one=KEYS["ES256"])
+    authorizer = keys.authorizer()
+    assert authorizer.verify(named("one"), NOW).actor == "ada"
+    for wrong in (named("two"), named(None), "garbage"):
         with pytest.raises(InvalidToken):
-            authorizer.verify("garbage", NOW)
-    away = Authorizer(settings(**by_url, jwt_jwks_url=url))
-    with pytest.raises(JwksUnavailable):
-        away.verify(token, NOW)
+            authorizer.verify_now(wrong)
+
+
+def test_keys_that_can_not_be_used_are_skipped(keys: JwksServer) -> None:
+    """Secrets, keys of other algorithms, of other uses, and what is no key at all."""
+    rsa_key = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(KEYS["RS256"].public_key()))
+    keys.publish(
+        secret={"kty": "oct", "k": part("x" * 64)},
+        other={**rsa_key, "alg": "RS256"},
+        encrypts=jwk_of("encrypts", KEYS["ES256"]) | {"use": "enc"},
+        strange={"kty": "strange"},
+        half={"kty": "EC", "crv": "P-256"},
+        one=KEYS["ES256"],
+    )
+    authorizer = keys.authorizer()
+    assert authorizer.verify(named("one"), NOW).actor == "ada"
+    for kid in ("secret", "other", "encrypts", "strange", "half"):
+        with pytest.raises(InvalidToken):
+            authorizer.verify_now(named(kid))
+
+
+def test_unknown_keys_cost_one_request_for_all(keys: JwksServer) -> None:
+    """However many tokens name them, and without waiting for the answer."""
+    keys.publish(one=KEYS["ES256"])
+    authorizer = keys.authorizer()
+    authorizer.verify(named("one"), NOW)
+    for number in range(200):
+        with pytest.raises(InvalidToken):
+            authorizer.verify_now(named(f"{number}"))
+    assert keys.requests == 1
+
+
+def test_a_message_waits_for_keys_that_were_fetched_after_it_was_seen(
+    keys: JwksServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that was published a moment ago is found; a key that is in no set is refused then."""
+    keys.publish(one=KEYS["ES256"])
+    authorizer = keys.authorizer()
+    authorizer.verify(named("one"), NOW)
+    two, three = named("two"), named("three")
+    for token in (two, three):
+        with pytest.raises(JwksUnavailable):
+            authorizer.verify(token, NOW)
+    keys.publish(one=KEYS["ES256"], two=KEYS["ES256"])
+    monkeypatch.setattr(jwk_set, "REFRESH_SECONDS", 0)
+    eventually(lambda: verified(authorizer, two))
+    with pytest.raises(InvalidToken):
+        authorizer.verify(three, NOW)
+    with pytest.raises(JwksUnavailable):  # accepted later, perhaps after the key was published
+        authorizer.verify(three, NOW + 1)
+
+
+def verified(authorizer: Authorizer, token: str) -> bool:
+    with suppress(JwksUnavailable):
+        return authorizer.verify(token, NOW).actor == "ada"
+    return False
+
+
+def test_a_token_ends_with_its_key(keys: JwksServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set without the key ends what is remembered of its tokens."""
+    keys.publish(one=KEYS["ES256"])
+    authorizer = keys.authorizer()
+    authorizer.verify(named("one"), NOW)
+    keys.publish(two=KEYS["ES256"])
+    monkeypatch.setattr(jwk_set, "REFRESH_SECONDS", 0)
+    eventually(lambda: verified(authorizer, named("two")))
+    with pytest.raises(InvalidToken):
+        authorizer.verify_now(named("one"))
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"keys": []}', b"[]", b"\xff"])
-def test_a_jwk_set_that_can_not_be_read_is_not_the_tokens_fault(body: bytes) -> None:
+def test_a_jwk_set_that_can_not_be_read_is_not_the_tokens_fault(
+    keys: JwksServer, body: bytes
+) -> None:
     """The message is tried again later, instead of being refused for good."""
-    with serving(body) as url:
-        authorizer = Authorizer(
-            settings(jwt_secret=None, jwt_algorithms=("ES256",), jwt_jwks_url=url)
-        )
-        token = jwt.encode(CLAIMS, KEYS["ES256"], algorithm="ES256", headers={"kid": "one"})
+    keys.body = body
+    with pytest.raises(JwksUnavailable):
+        keys.authorizer().verify(named("one"), NOW)
+
+
+def test_a_jwk_set_that_is_away_is_not_the_tokens_fault(keys: JwksServer) -> None:
+    authorizer = keys.authorizer()
+    keys.url = "http://127.0.0.1:1/jwks"
+    for verify in (keys.authorizer().verify_now, lambda token: authorizer.verify(token, NOW)):
         with pytest.raises(JwksUnavailable):
-            authorizer.verify(token, NOW)
+            verify(named("one"))
 
 
 def test_a_key_that_is_taken_away_is_soon_worth_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +396,7 @@ def test_a_key_that_is_taken_away_is_soon_worth_nothing(monkeypatch: pytest.Monk
     authorizer = Authorizer(settings())
     token = signed()
     authorizer.verify(token, NOW)
-    authorizer._key = "another secret of at least 32 bytes"
+    authorizer._keys = ["another secret of at least 32 bytes"]
     assert authorizer.verify(token, NOW)
     later = time.monotonic() + 301
     monkeypatch.setattr(time, "monotonic", lambda: later)
@@ -238,8 +404,16 @@ def test_a_key_that_is_taken_away_is_soon_worth_nothing(monkeypatch: pytest.Monk
         authorizer.verify(token, NOW)
 
 
+ASYMMETRIC = {
+    "jwt_secret": None,
+    "jwt_algorithms": ("RS256",),
+    "jwt_public_key": "no key",
+    **AUDIENCE,
+}
+
+
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "setting"),
     [
         ({"jwt_secret": None}, "TASK_TAGS_JWT_SECRET"),
         ({"jwt_secret": SecretStr("short")}, "TASK_TAGS_JWT_SECRET"),
@@ -248,17 +422,20 @@ def test_a_key_that_is_taken_away_is_soon_worth_nothing(monkeypatch: pytest.Monk
         ({"jwt_public_key": "x"}, "TASK_TAGS_JWT_ALGORITHMS"),
         ({"jwt_algorithms": ("RS256",)}, "TASK_TAGS_JWT_SECRET"),
         ({"jwt_secret": None, "jwt_algorithms": ("RS256",)}, "TASK_TAGS_JWT_PUBLIC_KEY"),
+        ({"jwt_previous_secret": SecretStr("short")}, "TASK_TAGS_JWT_PREVIOUS_SECRET"),
+        (ASYMMETRIC | {"jwt_audience": None}, "TASK_TAGS_JWT_AUDIENCE"),
+        (ASYMMETRIC | {"jwt_issuer": ""}, "TASK_TAGS_JWT_ISSUER"),
         (
-            {"jwt_secret": None, "jwt_algorithms": ("RS256",), "jwt_public_key": "no key"},
+            ASYMMETRIC,
             "TASK_TAGS_JWT_PUBLIC_KEY",
         ),
     ],
 )
 def test_settings_that_could_accept_a_forgery_are_refused(
-    values: dict[str, Any], named: str
+    values: dict[str, Any], setting: str
 ) -> None:
     """Each process refuses to start, and names the setting."""
-    with pytest.raises(ConfigurationError, match=named):
+    with pytest.raises(ConfigurationError, match=setting):
         Authorizer(settings(**values))
 
 
@@ -272,7 +449,7 @@ def test_a_minted_token_is_accepted() -> None:
         lifetime=timedelta(hours=1),
     )
     grant = Authorizer(settings(jwt_audience="tags")).verify_now(token)
-    assert grant.scopes == set(SCOPES)
+    assert grant.scopes == list(SCOPES)
 
 
 def test_a_clock_that_is_wrong_refuses_no_message_for_good() -> None:

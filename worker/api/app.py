@@ -194,6 +194,7 @@ def create_app(settings: Settings) -> FastAPI:
         state.readiness = Readiness()
         running = (pubsub.run(), state.change_hub.run(), state.reader.run())
         jobs = [asyncio.create_task(job) for job in running]
+        await asyncio.to_thread(state.authorizer.fetch_keys)
         try:
             await state.reader.check()
         except (psycopg.Error, TimeoutError):

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Final
 
 from fastapi import Security
 from fastapi.security import HTTPBearer, SecurityScopes
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 
 from worker.api.errors import ApiError, forbidden
@@ -16,15 +15,15 @@ from worker.auth import (
     WRITE,
     Authorizer,
     InvalidToken,
-    JwksUnavailable,
     Principal,
 )
+from worker.jwk_set import JwksUnavailable
 
 
 def bearer_token(connection: HTTPConnection) -> str:
     """Return the bearer token in the headers, or an empty string."""
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
-    return token if scheme.lower() == "bearer" else ""
+    return token.lstrip(" ") if scheme.lower() == "bearer" else ""  # RFC 9110, 11.4: 1*SP
 
 
 async def authenticate(connection: HTTPConnection, token: str, scope: str) -> Principal:
@@ -37,10 +36,7 @@ async def authenticate(connection: HTTPConnection, token: str, scope: str) -> Pr
         raise ApiError(401, "unauthorized", "a bearer token is required")
     authorizer: Authorizer = connection.app.state.authorizer
     try:
-        if authorizer.may_block:
-            principal = await run_in_threadpool(authorizer.verify_now, token)
-        else:
-            principal = authorizer.verify_now(token)
+        principal = authorizer.verify_now(token)
     except InvalidToken as error:
         raise ApiError(401, "unauthorized", str(error)) from None
     except JwksUnavailable:

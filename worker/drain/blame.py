@@ -24,8 +24,8 @@ from producers.contract.messages import (
 )
 from producers.contract.values import Uuid7
 from producers.inbox.protocol import Inbox, StreamEntry
-from worker.auth import JwksUnavailable
 from worker.db.repository import Repository, Transaction
+from worker.jwk_set import JwksUnavailable
 from worker.log import log_limited
 from worker.rules import decide
 from worker.snapshot import AuthorizedMessage

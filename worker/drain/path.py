@@ -24,10 +24,11 @@ from redis.exceptions import RedisError
 from producers.contract.channels import changes_channel, results_channel
 from producers.contract.values import Uuid7
 from producers.inbox.protocol import DeadLetter, Inbox, StreamEntry
-from worker.auth import Authorizer, JwksUnavailable
+from worker.auth import Authorizer
 from worker.db.repository import Repository, Transaction
 from worker.drain.admission import Admission, Admitted, Refused, Unreadable, admit, fail_admission
 from worker.drain.blame import attempts_to_blame, is_server_fault, log_wait
+from worker.jwk_set import JwksUnavailable
 from worker.rules import decide, decide_failure
 from worker.snapshot import AuthorizedMessage, Outcome
 
@@ -152,7 +153,7 @@ class Drain:
         Args:
             alone: The group is one message, which failed before: it may be to blame.
         """
-        admissions = [self._admit(entry) for entry in entries]
+        admissions = self._admit_all(entries)
         admitted = [each for each in admissions if isinstance(each, Admitted)]
         outcomes = iter(self._apply(admitted, alone=alone))
         to_publish: list[tuple[str, bytes]] = []
@@ -184,6 +185,19 @@ class Drain:
             self.run_id, entries, to_publish, dead_letters, max_messages=self.group_size
         )
         return len(entries), following
+
+    def _admit_all(self, entries: Sequence[StreamEntry]) -> list[Admission]:
+        """Admit messages. Raises `JwksUnavailable` after all of them were seen."""
+        admissions: list[Admission] = []
+        unavailable: JwksUnavailable | None = None
+        for entry in entries:
+            try:
+                admissions.append(self._admit(entry))
+            except JwksUnavailable as error:
+                unavailable = error
+        if unavailable is not None:
+            raise unavailable
+        return admissions
 
     def _admit(self, entry: StreamEntry) -> Admission:
         now = self.now()
