@@ -207,12 +207,74 @@ def test_a_token_without_the_scope_is_403(servers: Servers, organization: UUID) 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
 def test_other_methods_are_refused(http: httpx.Client, method: str) -> None:
-    """405 with what is allowed; a method that HTTP does not know is a bad request."""
+    """405 with all that are allowed; a method that HTTP does not know is a bad request."""
     response = http.request(method, "/task-tags")
     assert response.status_code == (400 if method == "BREW" else 405)
     error_of(response)
     if response.status_code == 405:
-        assert "GET" in response.headers["allow"]
+        assert response.headers["allow"] == "GET, HEAD, PATCH"
+
+
+def test_allow_has_the_methods_of_all_routes_of_a_path(http: httpx.Client) -> None:
+    """RFC 9110, 15.5.6."""
+    allowed = {
+        "/task-executions": "GET, HEAD, PUT",
+        f"/flow-executions/{uuid4()}": "PUT",
+        f"/task-tags/batches/{uuid4()}": "GET, HEAD",
+        "/healthz": "GET, HEAD",
+        "/": "GET, HEAD",
+    }
+    found = {path: http.delete(path).headers["allow"] for path in allowed}
+    assert found == allowed
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/healthz",
+        "/readyz",
+        "/docs",
+        "/openapi.json",
+        "/nothing",
+        "/task-tags?flow_execution_id={execution}",
+        "/task-tags?flow_execution_id={execution}&limit=1",
+        "/task-tags?flow_execution_id=x",
+        "/task-executions?flow_execution_id={execution}",
+        "/task-tags/changes?flow_execution_id={execution}",
+        "/task-tags/changes/events?flow_execution_id={execution}",
+        "/task-tags/batches/{execution}",
+    ],
+)
+def test_head_is_get_without_the_body(http: httpx.Client, execution: UUID, path: str) -> None:
+    """The same status and headers, on a connection that can be used again (RFC 9110, 9.3.2)."""
+    url = path.format(execution=execution)
+    head = http.head(url)
+    assert head.content == b""
+    with http.stream("GET", url) as response:
+        assert head.status_code == response.status_code
+        differing = {"x-request-id", "date"}
+        assert {name: value for name, value in head.headers.items() if name not in differing} == {
+            name: value
+            for name, value in response.headers.items()
+            if name not in {*differing, "transfer-encoding"}
+        }
+    assert http.get("/healthz").status_code == 200
+
+
+def test_there_may_be_several_spaces_before_the_token(
+    servers: Servers, token: str, execution: UUID
+) -> None:
+    """RFC 9110, 11.4."""
+    url = f"{servers.stack.endpoint_url}/task-tags?flow_execution_id={execution}"
+    for header, status in ((f"bearer   {token}", 200), (f"Bearer\t{token}", 401)):
+        assert httpx.get(url, headers={"Authorization": header}).status_code == status
+
+
+def test_proxies_are_told_not_to_hold_events_back(http: httpx.Client, execution: UUID) -> None:
+    """https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_buffering"""
+    url = f"/task-tags/changes/events?flow_execution_id={execution}"
+    assert http.head(url).headers["x-accel-buffering"] == "no"
 
 
 def test_unknown_paths_are_404_in_the_same_shape(http: httpx.Client) -> None:

@@ -74,7 +74,7 @@ for path in _PAGE:
 class RequestIds:
     """Gives each request an id; it is in `request.state` and in the headers of the answer.
 
-    A request that is cancelled ends here: its client has disconnected.
+    A request that is cancelled ends here: nobody waits for the rest of its answer.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -98,6 +98,25 @@ class RequestIds:
 
         with suppress(asyncio.CancelledError):
             await self._app(scope, receive, send_with_id)
+
+
+class HeadRequests:
+    """Answers `HEAD` as `GET`, without the body (RFC 9110, 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send(message)
+            await send({"type": "http.response.body", "body": b""})
+            raise asyncio.CancelledError  # the rest is not wanted, and may have no end
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 class DeclaredBodyLimit:
@@ -157,7 +176,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     ADMITTED.set(RESERVED_FILES + settings.endpoint_connections)
     app = create_app(settings)
     config = uvicorn.Config(
-        RequestIds(DeclaredBodyLimit(DirectRead(app))),  # around the answers to faults, too
+        RequestIds(HeadRequests(DeclaredBodyLimit(DirectRead(app)))),  # around faults, too
         host=host,
         port=port,
         loop="uvloop",

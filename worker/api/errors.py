@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from producers.contract.errors import ErrorDetail
 from worker.api.limits import MAX_BODY_BYTES, error_body
@@ -77,6 +78,8 @@ def wrong_parameter(details: list[ErrorDetail]) -> ApiError:
 async def answer(request: Request, error: Exception) -> Response:
     """Answer any exception in the one shape of errors."""
     problem = problem_of(error)
+    if problem.status == 405:
+        problem.headers = {"Allow": ", ".join(_methods(request))}
     if problem is UNAVAILABLE:
         logger.warning("the database can't be used", extra={"error": type(error).__name__})
     elif problem is FAULT:
@@ -84,6 +87,17 @@ async def answer(request: Request, error: Exception) -> Response:
         logger.error("a request failed", exc_info=error, extra=about)
     body = problem.body(request.state.request_id)
     return Response(body, problem.status, problem.headers, "application/json")
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods of a path, of all its routes."""
+    found = {
+        method
+        for method in ("DELETE", "GET", "PATCH", "POST", "PUT")
+        for route in request.app.routes
+        if route.matches({**request.scope, "method": method})[0] == Match.FULL
+    }
+    return sorted(found | ({"HEAD"} if "GET" in found else set()))
 
 
 def problem_of(error: Exception) -> ApiError:
@@ -95,7 +109,7 @@ def problem_of(error: Exception) -> ApiError:
             return wrong_parameter(parameter_faults(error.errors()))
         case HTTPException(status_code=405):
             text = "this path has other methods"
-            return ApiError(405, "method_not_allowed", text, headers=error.headers)
+            return ApiError(405, "method_not_allowed", text)
         case HTTPException():
             return NOT_FOUND
         case ClientDisconnect():  # the answer is not sent
@@ -170,7 +184,11 @@ def documented(*problems: ApiError) -> dict[int | str, dict[str, Any]]:
                     "example": json.loads(problem.body("3f7e1c1e-5a57-4f0c-9a0f-1b1f0c7f5a11"))
                 }
             },
-            "headers": {name: {"schema": {"type": "string"}} for name in problem.headers},
+            "headers": {
+                name: {"schema": {"type": "string"}}
+                for name in problem.headers
+                if name != "Connection"
+            },
         }
         for problem in problems
     }

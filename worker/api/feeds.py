@@ -211,6 +211,7 @@ class EventStream(Response):
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),  # nginx would hold events back
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 

@@ -286,7 +286,9 @@ async def read_batch(
 ) -> Response:
     """Read the result of a batch. 404 until it is stored.
 
-    The errors `bad_request`, `unauthorized` and `forbidden` are never stored.
+    A batch that was refused for the state of the tables (`not_found`, `too_large`) is stored, too,
+    and so is `internal_error`. The errors `bad_request`, `unauthorized`, `forbidden` and `conflict`
+    never are.
     """
     stored = await reader.record(caller.organization_id, batch_id)
     if stored is None:

@@ -235,7 +235,7 @@ class WriteRequest:
         service: WriteService = self.request.app.state.write_service
         token = bearer_token(self.request)
         record = await service.apply(caller.organization_id, message, token, seconds)
-        return _answer(kind, batch_id, record)
+        return _answer(kind, batch_id, record, is_kept=self.key is not None)
 
     async def _body(self) -> bytes:
         """Read the body. Raises `ApiError` (413) if it is longer than a message may be."""
@@ -256,14 +256,21 @@ async def write_request(
 Writing = Annotated[WriteRequest, Depends(write_request)]
 
 
-def _answer(kind: str, batch_id: UUID, record: ResultRecord | None) -> Response:
-    """Return the answer to a request by the result of its message, or 202 if there is none yet."""
+def _answer(kind: str, batch_id: UUID, record: ResultRecord | None, *, is_kept: bool) -> Response:
+    """Return the answer to a request by the result of its message, or 202 if there is none yet.
+
+    Args:
+        is_kept: The request has an Idempotency-Key, so its result is that of each repetition.
+    """
     headers = {"Location": f"/task-tags/batches/{batch_id}"}
     if record is None:
         return Response(to_json({"batch_id": batch_id}), 202, headers, "application/json")
     if record.error is not None:
         refused = record.error
-        raise ApiError(_STATUS_OF[refused.code], refused.code, refused.message, refused.details)
+        text = refused.message
+        if is_kept and refused.code == "not_found":
+            text += "; this answer is kept under the Idempotency-Key: send another key afterwards"
+        raise ApiError(_STATUS_OF[refused.code], refused.code, text, refused.details)
     statuses = [{"status": status} for status in record.statuses]
     body: Any = {"tags": statuses} if kind == "tag_batch" else statuses[0]
     status = 201 if record.statuses == ["registered"] else 200
