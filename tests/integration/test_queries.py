@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,8 +19,9 @@ from sqlalchemy import make_url
 from producers.contract.messages import TagBatch, add, register_execution
 from tests.support.servers import Servers
 from tests.support.tenant import applied
-from worker.api.queries import Reader
+from worker.api.queries import PREPARED, Reader
 from worker.db.connection import UnsafeRole
+from worker.db.pg_pipeline import PipelinedConnection, Row
 from worker.db.repository import Repository
 
 
@@ -144,6 +146,77 @@ def test_a_read_that_fails_or_takes_too_long_ends_with_an_error_and_the_next_is_
                     await names(reader, *tagged[0])
             monkeypatch.undo()
             assert await names(reader, *tagged[1]) == ["0", "1"]
+
+    asyncio.run(main())
+
+
+NAP = {"nap (uuid, double precision)": "select pg_sleep($2)::text where $1 is not null"}
+
+
+async def nap(connection: PipelinedConnection, seconds: float) -> Row | None:
+    return await connection.ask(uuid4(), b"nap", [struct.pack("!d", seconds)])
+
+
+def test_a_statement_that_takes_too_long_fails_alone(servers: Servers) -> None:
+    """The server ends it after 2 s; those that share its connection are answered."""
+
+    async def main() -> None:
+        connection = PipelinedConnection(servers.endpoint_url, NAP)
+        naps = [nap(connection, 60 if number == 3 else 0) for number in range(8)]
+        found = await asyncio.gather(*naps, return_exceptions=True)
+        assert [isinstance(each, tuple) for each in found] == [number != 3 for number in range(8)]
+        assert isinstance(found[3], psycopg.errors.QueryCanceled)
+        connection.close(psycopg.OperationalError())
+
+    asyncio.run(main())
+
+
+def test_a_statement_that_nobody_waits_for_is_cancelled(servers: Servers) -> None:
+    """Where it is under way, and where it waits behind others that are."""
+
+    async def main() -> None:
+        connection = PipelinedConnection(servers.endpoint_url, NAP)
+        await nap(connection, 0)
+        began = asyncio.get_running_loop().time()
+        abandoned = [asyncio.create_task(nap(connection, 1.9)) for _ in range(10)]
+        await asyncio.sleep(0.1)
+        for each in abandoned:
+            each.cancel()
+        while True:
+            try:
+                await nap(connection, 0)
+            except psycopg.errors.QueryCanceled:
+                continue  # a cancellation that came late
+            break
+        assert asyncio.get_running_loop().time() - began < 5  # without, it would be 19
+        connection.close(psycopg.OperationalError())
+
+    asyncio.run(main())
+
+
+def test_nobody_waits_behind_the_large_reads_of_another_organization(
+    servers: Servers, tagged: list[tuple[UUID, UUID]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor for results, revisions and readiness, whoever asks."""
+    (slow,) = (name for name in PREPARED if name.startswith("changes"))
+    monkeypatch.setitem(PREPARED, slow, "select 1::bigint, null, pg_sleep(1.5)::text")
+
+    async def main() -> None:
+        (greedy, its), *others = tagged
+        async with reading(servers.endpoint_url, 4) as reader:
+            await asyncio.gather(*(names(reader, *each) for each in tagged * 10))
+            large = [
+                asyncio.create_task(reader.changes(greedy, its, 0, 1, 1000)) for _ in range(20)
+            ]
+            await asyncio.sleep(0.1)
+            for organization, execution in others:
+                assert await names(reader, organization, execution)
+            assert await reader.revisions(greedy, [its]) == {its: 1}
+            assert await reader.record(greedy, uuid4()) is None
+            await reader.check()
+            assert not any(task.done() for task in large)
+            for task in large:
+                task.cancel()
 
     asyncio.run(main())
 

@@ -667,3 +667,68 @@ def test_without_a_limit_a_link_goes_on_after_a_hundred(
     assert response.json() == []
     found = list(follow(http, response))
     assert [[event["revision"] for event in page] for page in found] == [[], [101]]
+
+
+# --- Large answers -------------------------------------------------------------------------------
+
+
+def fill(servers: Servers, organization: UUID, execution: UUID, number: int, size: int) -> None:
+    """Store active tags, with metadata of so many bytes."""
+    with servers.owner() as connection:
+        connection.execute(
+            """
+            insert into task_tags
+                   (organization_id, id, flow_execution_id, task_name, tag_type, tag, tag_metadata,
+                    metadata_digest, status, created_at, created_by)
+            select %s, gen_random_uuid(), %s, 'large', 'type', 'tag-' || n,
+                   to_json(repeat('x', %s)), int4send(n), 'active',
+                   now() + interval '1 ms' * n, 'ada'
+              from generate_series(1, %s) as n
+            """,
+            [organization, execution, size - 2, number],
+        )
+
+
+def test_an_answer_over_8_mib_is_refused_and_read_in_pages(
+    servers: Servers, http: httpx.Client, organization: UUID, apply: Apply
+) -> None:
+    """Whole, of the task, or with a filter: never shortened. What is smaller is answered whole."""
+    execution = uuid4()
+    apply(register_execution(execution), TagBatch(tags=[add(execution, "small", "type", "x")]))
+    fill(servers, organization, execution, 1000, 8 * 1024)
+    about = {"flow_execution_id": str(execution)}
+    for path, more in (
+        ("/task-tags", {}),
+        ("/task-tags", {"task_name": "large"}),
+        ("/task-tags", {"tag_type": "type"}),
+        ("/task-executions", {}),
+        ("/task-executions", {"task_name": "large"}),
+    ):
+        refused = http.get(path, params={**about, **more})
+        assert refused.status_code == 400
+        assert error_of(refused)["code"] == "too_large"
+        assert "limit" in error_of(refused)["message"]
+    read, cursor = 0, {"limit": "300"}
+    while cursor:
+        page = http.get("/task-tags", params={**about, **cursor}).json()
+        read += len(page["tags"])
+        cursor = {"cursor": page["next_cursor"]} if page["next_cursor"] else {}
+    assert read == 1001
+    for path in ("/task-tags", "/task-executions"):
+        assert http.get(path, params={**about, "task_name": "small"}).status_code == 200
+
+
+def test_large_answers_below_that_are_whole(
+    servers: Servers, http: httpx.Client, organization: UUID, apply: Apply
+) -> None:
+    """More tags than are read at once, in the same order, and 304 as for all others."""
+    execution = uuid4()
+    apply(register_execution(execution), TagBatch(tags=[add(execution, "small", "type", "x")]))
+    fill(servers, organization, execution, 10_000, 100)
+    response = http.get("/task-tags", params={"flow_execution_id": str(execution)})
+    assert response.status_code == 200
+    tags = [tag["tag"] for tag in response.json() if tag["task_name"] == "large"]
+    assert tags == [f"tag-{number}" for number in range(1, 10_001)]
+    known = {"If-None-Match": response.headers["etag"]}
+    again = http.get("/task-tags", params={"flow_execution_id": str(execution)}, headers=known)
+    assert again.status_code == 304

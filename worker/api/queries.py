@@ -17,7 +17,13 @@ from worker.snapshot import StoredResult
 
 CHECK_SECONDS: Final = 2.0
 READ_SECONDS: Final = 10.0
-"""A read that takes longer ends with `TimeoutError`."""
+"""A read that takes longer, with those before it on its connection, ends with `TimeoutError`."""
+MAX_ANSWER_BYTES: Final = 8 * 1024 * 1024
+"""The most bytes of an answer that is no page."""
+MAX_DIRECT_TAGS: Final = 900
+"""So many tags are surely less than that: each has at most 8 KiB of metadata and 1 KiB of rest."""
+_MAX_TAGS: Final = MAX_ANSWER_BYTES // 333
+"""So many are surely more: a tag has at least 333 bytes."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +44,22 @@ _EXECUTION: Final = (
 # $1 organization, $2 flow execution, $3 task name or null, $4 revisions that the reader knows.
 READ_TAGS: Final = f"""
     select e.revision, case when e.revision = any($4) then null else (
-           select coalesce(json_agg(row_to_json(t)), '[]')::text
+           select case when count(*) <= {MAX_DIRECT_TAGS}
+                       then coalesce(json_agg(row_to_json(t)), '[]')::text end
              from (select {_TAG}
                      from task_tags
                     where organization_id = e.organization_id
                       and flow_execution_id = e.flow_execution_id
                       and ($3 is null or task_name = $3)
                       and status = 'active'
-                    order by task_tags.created_at, id) t) end
+                    order by task_tags.created_at, id
+                    limit {MAX_DIRECT_TAGS + 1}) t) end
       {_EXECUTION}
 """
 """Returns the revision and the active tags of an execution as JSON, by task_tags_active.
 
 It is one statement, so that the tags are those of the revision. They are null if the reader knows
-the revision.
+the revision, or if there are too many for this statement.
 """
 
 # $1 to $3 as above, $4 types, $5 tags, $6 and $7 time and id of the last tag before, $8 limit.
@@ -67,21 +75,31 @@ _READ_PAGE: Final = f"""
                       and ($6 is null or (task_tags.created_at, id) > ($6::timestamptz, $7::uuid))
                       and status = 'active'
                     order by task_tags.created_at, id
-                    limit $8 + 1) t)
+                    limit coalesce($8 + 1, {_MAX_TAGS + 1})) t)
     select e.revision,
            (select coalesce(json_agg(tag order by place), '[]')::text
-              from page where $8 is null or place <= $8),
+              from page where $8 is null or place <= $8
+            having $8 is not null
+                or coalesce(sum(octet_length(tag::text)), 0) <= {MAX_ANSWER_BYTES}),
            (select last from page where place = $8 and exists (select from page where place > $8))
       {_EXECUTION}
 """
 """Returns the revision, a page of tags as JSON, and where the next page begins.
 
-It reads all active tags of the execution or task by task_tags_active, and sorts them.
+It reads all active tags of the execution or task by task_tags_active, and sorts them. Without a
+limit, the tags are null if they are more than `MAX_ANSWER_BYTES`.
 """
 
 # $1 organization, $2 flow execution, $3 task name or null.
 _READ_TASKS: Final = f"""
-    with named as (
+    with sizes as (
+           select coalesce(sum(octet_length(tag_metadata::text)), 0) + count(*) * 333 as bytes
+             from (select tag_metadata
+                     from task_tags
+                    where organization_id = $1 and flow_execution_id = $2
+                      and ($3 is null or task_name = $3) and status = 'active'
+                    limit {_MAX_TAGS + 1}) t),
+         named as (
            select jsonb_array_elements_text(e.task_names) as task_name,
                   null::json as tag, 0 as place
              {_EXECUTION}
@@ -93,7 +111,8 @@ _READ_TASKS: Final = f"""
              from (select {_TAG}
                      from task_tags
                     where organization_id = $1 and flow_execution_id = $2
-                      and ($3 is null or task_name = $3) and status = 'active') g),
+                      and ($3 is null or task_name = $3) and status = 'active'
+                      and (select bytes from sizes) <= {MAX_ANSWER_BYTES}) g),
          tasks as (
            select task_name collate "C" as task_name,
                   json_agg(tag order by place) filter (where tag is not null) as tags
@@ -108,12 +127,14 @@ _READ_TASKS: Final = f"""
                           s.state_changed_by, coalesce(n.tags, '[]') as tags
                      from tasks n
                      left join task_executions s on s.organization_id = $1
-                           and s.flow_execution_id = $2 and s.task_name = n.task_name) t)
+                           and s.flow_execution_id = $2 and s.task_name = n.task_name) t
+          having (select bytes from sizes) <= {MAX_ANSWER_BYTES})
       {_EXECUTION}
 """
 """Returns every task that is registered or has a tag or a state, with its state and tags, as JSON.
 
-By task_tags_active and the primary key of task_executions; filters by task after reading.
+By task_tags_active and the primary key of task_executions; filters by task after reading. The tasks
+are null if their tags are more than `MAX_ANSWER_BYTES`.
 """
 
 # $1 organization, $2 flow execution, $3 revision, $4 max events, $5 max characters.
@@ -183,6 +204,10 @@ PREPARED: Final = {
 """All statements by name and types, as `PipelinedConnection` prepares them."""
 
 
+_SMALL: Final = (b"recovery", b"revisions", b"record")
+"""Statements that read a few rows at most."""
+
+
 class StoredChanges(NamedTuple):
     """Stored change events of an execution after some revision."""
 
@@ -198,8 +223,8 @@ class Page(NamedTuple):
     """Some of an execution's active tags."""
 
     revision: int
-    tags: bytes
-    """A JSON array."""
+    tags: bytes | None
+    """A JSON array; None if it has more than `MAX_ANSWER_BYTES`."""
     after: str | None
     """The time of creation and the id of the last tag, as text; None if no more tags follow."""
 
@@ -210,42 +235,50 @@ class Tasks(NamedTuple):
     revision: int
     registered: int
     """The number of registered task names."""
-    tasks: bytes
-    """A JSON array."""
+    tasks: bytes | None
+    """A JSON array; None if it has more than `MAX_ANSWER_BYTES`."""
 
 
 class Reader:
-    """Reads the database for the endpoint. Its methods raise `READ_ERRORS`."""
+    """Reads the database for the endpoint. Its methods raise `READ_ERRORS`.
+
+    One connection is for reads of a few rows, so that results, revisions and readiness never wait
+    behind large ones. Of the others, an organization occupies half at a time.
+
+    Args:
+        connections: How many; with one, all reads share it.
+    """
 
     def __init__(self, database_url: str, connections: int) -> None:
         self._connections = [
             PipelinedConnection(database_url, PREPARED) for _ in range(connections)
         ]
+        self._shared = self._connections[1:] or self._connections
 
     async def check(self) -> None:
-        """Check that each open connection leads to a primary server, one at least.
+        """Check that the database is a primary server. Raises what reading raises."""
+        await self._check(self._connections[0])
 
-        Raises what reading raises. A connection to a server in recovery is closed: its content is
-        old, or will be, and the next one goes through the URL and its names again.
+    async def _check(self, connection: PipelinedConnection) -> None:
+        """Close a connection to a server in recovery, and raise: its content is old, or will be.
+
+        The next connection goes through the URL and its names again.
         """
-        nobody = UUID(int=0)
-        opened = [each for each in self._connections if each.is_open] or self._connections[:1]
-        async with asyncio.timeout(READ_SECONDS):
-            for connection in opened:
-                row = await connection.ask(nobody, b"recovery", [])
-                if row is None or row[0] != b"\x00":
-                    error = psycopg.OperationalError("the server is in recovery")
-                    connection.close(error)
-                    raise error
+        row = await self._ask_on(connection, UUID(int=0), b"recovery", [])
+        if row is None or row[0] != b"\x00":
+            error = psycopg.OperationalError("the server is in recovery")
+            connection.close(error)
+            raise error
 
     async def run(self) -> None:
-        """Check the connections every few seconds, until cancelled."""
+        """Check all connections every few seconds, until cancelled."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
-            try:
-                await self.check()
-            except READ_ERRORS as error:
-                logger.warning("the database can't be used", extra={"error": str(error)[:200]})
+            opened = [self._connections[0], *(each for each in self._shared if each.is_open)]
+            for found in await asyncio.gather(*map(self._check, opened), return_exceptions=True):
+                if isinstance(found, READ_ERRORS):
+                    about = {"error": str(found)[:200] or type(found).__name__}
+                    logger.warning("the database can't be used", extra=about)
 
     async def tags(
         self,
@@ -256,7 +289,8 @@ class Reader:
     ) -> tuple[int, bytes | None] | None:
         """Return the revision and the active tags as JSON; None if there is no such execution.
 
-        The tags are None if the revision is one of `known`.
+        The tags are None if the revision is one of `known`, or if they are more than
+        `MAX_DIRECT_TAGS`: `page` returns them.
         """
         parameters = [flow_execution_id.bytes, _text(task_name), bigints(known)]
         statement = b"tags" if task_name is None else b"task"
@@ -320,7 +354,9 @@ class Reader:
         if found is None:
             return None
         revision, page, last = found
-        return Page(_integer(revision), page or b"[]", None if last is None else last.decode())
+        if limit is None:
+            page = _bounded(page)
+        return Page(_integer(revision), page, None if last is None else last.decode())
 
     async def tasks(
         self, organization_id: UUID, flow_execution_id: UUID, task_name: str | None
@@ -331,7 +367,7 @@ class Reader:
         if found is None:
             return None
         revision, registered, tasks = found
-        return Tasks(_integer(revision), _integer(registered), tasks or b"[]")
+        return Tasks(_integer(revision), _integer(registered), _bounded(tasks))
 
     async def revisions(
         self, organization_id: UUID, flow_execution_ids: Sequence[UUID]
@@ -357,17 +393,42 @@ class Reader:
     async def _ask(
         self, organization_id: UUID, statement: bytes, parameters: Sequence[bytes | None]
     ) -> Row | None:
-        """Run a statement on the least busy connection; retry once if the connection was lost."""
-        connection = min(self._connections, key=len)
+        """Run a statement on the connection where it waits least."""
+        if statement in _SMALL:
+            connection = self._connections[0]
+        else:
+            used = [each for each in self._shared if each.serves(organization_id)]
+            is_most = 2 * len(used) >= len(self._shared)
+            connection = min(used if is_most and used else self._shared, key=len)
+        return await self._ask_on(connection, organization_id, statement, parameters)
+
+    async def _ask_on(
+        self,
+        connection: PipelinedConnection,
+        organization_id: UUID,
+        statement: bytes,
+        parameters: Sequence[bytes | None],
+    ) -> Row | None:
+        """Run a statement; retry once if the connection was lost, or another read was cancelled."""
+        began = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(READ_SECONDS):
                 try:
                     return await connection.ask(organization_id, statement, parameters)
+                except psycopg.errors.QueryCanceled:
+                    if connection.cancelled_at < began:
+                        raise  # it took too long itself
                 except psycopg.OperationalError:
-                    return await connection.ask(organization_id, statement, parameters)
+                    pass
+                return await connection.ask(organization_id, statement, parameters)
         except TimeoutError:
-            connection.close(psycopg.OperationalError("the database does not answer"))
+            if connection.is_stuck:
+                connection.close(psycopg.OperationalError("the database does not answer"))
             raise
+
+
+def _bounded(answer: bytes | None) -> bytes | None:
+    return None if answer is None or len(answer) > MAX_ANSWER_BYTES else answer
 
 
 def _text(value: str | None) -> bytes | None:

@@ -23,6 +23,7 @@ from worker.api.errors import (
     GONE,
     NOT_FOUND,
     UNAVAILABLE,
+    ApiError,
     documented,
     forbidden,
     text_header,
@@ -43,6 +44,11 @@ from worker.api.queries import Reader, StoredChanges
 from worker.auth import READ
 
 READ_PROBLEMS: Final = documented(EXPIRED, forbidden(READ), NOT_FOUND, UNAVAILABLE)
+
+TOO_MUCH: Final = ApiError(400, "too_large", "the answer has more than 8 MiB: use limit")
+TOO_MANY_TAGS: Final = ApiError(
+    400, "too_large", "the answer has more than 8 MiB: use task_name, or GET /task-tags with limit"
+)
 
 router = APIRouter(responses=READ_PROBLEMS)
 
@@ -128,8 +134,10 @@ async def read_tags(
     if found is None:
         raise NOT_FOUND
     revision, tags = found
-    if tags is None:
+    if revision in known:
         return Response(status_code=304, headers=_headers(revision))
+    if tags is None:
+        return await _read_page(caller.organization_id, query, reader, known)
     return _json(tags, _headers(revision))
 
 
@@ -168,6 +176,8 @@ async def _read_page(
         raise NOT_FOUND
     if found.revision in known:
         return Response(status_code=304, headers=_headers(found.revision))
+    if found.tags is None:
+        raise TOO_MUCH
     if limit is None:
         return _json(found.tags, _headers(found.revision))
     cursor = None if found.after is None else cursor_of(found.after)
@@ -193,6 +203,8 @@ async def read_tasks(
     found = await reader.tasks(caller.organization_id, query.flow_execution_id, query.task_name)
     if found is None:
         raise NOT_FOUND
+    if found.tasks is None:
+        raise TOO_MANY_TAGS
     return _json(found.tasks, _headers(f"{found.revision}.{found.registered}"))
 
 

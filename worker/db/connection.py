@@ -46,7 +46,6 @@ _SESSION_SETTINGS: Final = {
     "extra_float_digits": "1",
     "standard_conforming_strings": "on",
     "row_security": "on",
-    "statement_timeout": "30s",
     "lock_timeout": "100ms",
     "idle_in_transaction_session_timeout": "30s",
     "plan_cache_mode": "force_generic_plan",
@@ -60,12 +59,13 @@ _SESSION_SETTINGS: Final = {
 _COMPARED: Final = ("search_path", "timezone", "row_security", "statement_timeout", "lock_timeout")
 
 
-def session_statement(schema: str) -> str:
+def session_statement(schema: str, statement_timeout: str = "30s") -> str:
     """Return the statement that sets all session settings at connect."""
-    return f"select {', '.join(_set(*each, local=False) for each in _settings(schema))}"
+    settings = _settings(schema, statement_timeout)
+    return f"select {', '.join(_set(*each, local=False) for each in settings)}"
 
 
-def scope_statement(organization_id: str, schema: str) -> str:
+def scope_statement(organization_id: str, schema: str, statement_timeout: str = "30s") -> str:
     """Return the statement that sets a transaction's organization, and what a pooler has changed.
 
     It only compares where `session_statement` was run on this server connection, which costs a
@@ -74,10 +74,11 @@ def scope_statement(organization_id: str, schema: str) -> str:
     Args:
         organization_id: The placeholder for the organization's id.
         schema: The schema of the tables.
+        statement_timeout: How long the server works on one statement; as at connect.
     """
     differing = ", ".join(
         f"case when current_setting('{name}') <> '{value}' then {_set(name, value, local=True)} end"
-        for name, value in _settings(schema)
+        for name, value in _settings(schema, statement_timeout)
         if name in _COMPARED
     )
     return f"""
@@ -87,9 +88,9 @@ def scope_statement(organization_id: str, schema: str) -> str:
     """
 
 
-def _settings(schema: str) -> list[tuple[str, str]]:
-    quoted = schema.replace("'", "''")
-    return [("search_path", quoted), *_SESSION_SETTINGS.items()]
+def _settings(schema: str, statement_timeout: str) -> list[tuple[str, str]]:
+    changing = {"search_path": schema.replace("'", "''"), "statement_timeout": statement_timeout}
+    return list({**changing, **_SESSION_SETTINGS}.items())
 
 
 def _set(name: str, value: str, *, local: bool) -> str:

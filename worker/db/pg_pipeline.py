@@ -8,9 +8,10 @@ prepared statement does not need (docs/decisions.md#reads-in-pipeline-mode).
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -32,7 +33,20 @@ from worker.db.connection import (
 Row = tuple[bytes | None, ...]
 """The columns of a row in PostgreSQL's binary format."""
 
-SCOPE_STATEMENT = b"scope"
+SCOPE_STATEMENT: Final = b"scope"
+STATEMENT_TIMEOUT: Final = "2s"
+"""How long the server works on one statement; the transactions behind it wait for as long."""
+STUCK_SECONDS: Final = 6.0
+"""A connection whose server has not answered anything for this time is lost."""
+_CANCEL_AFTER_SECONDS: Final = 0.05
+_CANCEL_SECONDS: Final = 3.0
+
+
+class _Awaited(NamedTuple):
+    """A transaction that was sent."""
+
+    organization_id: UUID
+    answer: asyncio.Future[Row | None]
 
 
 class PipelinedConnection:
@@ -54,13 +68,28 @@ class PipelinedConnection:
         self._uses = 0
         self._socket = -1  # libpq no longer tells it once the connection is lost
         self._connecting = asyncio.Lock()
-        self._answers: deque[asyncio.Future[Row | None]] = deque()
+        self._awaited: deque[_Awaited] = deque()
+        self._by_organization: Counter[UUID] = Counter()
+        self._answered_at = 0.0
+        self._cancelling: asyncio.Task[None] | None = None
+        self.cancelled_at = 0.0
+        """When a statement was last cancelled here, by the event loop's clock."""
         self._row: Row | None = None
         self._error: psycopg.Error | None = None
 
     def __len__(self) -> int:
         """Return how many answers are awaited."""
-        return len(self._answers)
+        return len(self._awaited)
+
+    def serves(self, organization_id: UUID) -> bool:
+        """Whether an answer for this organization is awaited."""
+        return self._by_organization[organization_id] > 0
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the server has not answered anything for too long."""
+        waited = asyncio.get_running_loop().time() - self._answered_at
+        return bool(self._awaited) and waited > STUCK_SECONDS
 
     @property
     def is_open(self) -> bool:
@@ -72,6 +101,8 @@ class PipelinedConnection:
     ) -> Row | None:
         """Run a prepared statement for an organization; return its row, or None.
 
+        If this is cancelled, so is the statement at the server, unless it ends in 50 ms.
+
         Args:
             parameters: In the binary format; the organization's id goes before them.
 
@@ -82,7 +113,8 @@ class PipelinedConnection:
             async with self._connecting:
                 if self._connection is None:
                     self._connection = await self._open()
-        answer: asyncio.Future[Row | None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Row | None] = loop.create_future()
         connection = self._connection.pgconn
         values = [organization_id.bytes, *parameters]
         self._uses += 1
@@ -92,12 +124,19 @@ class PipelinedConnection:
             connection.send_query_prepared(SCOPE_STATEMENT, [str(organization_id).encode()])
             connection.send_query_prepared(statement, values, [pq.Format.BINARY] * len(values), 1)
             connection.pipeline_sync()
-            self._answers.append(answer)
+            if not self._awaited:
+                self._answered_at = loop.time()
+            self._awaited.append(_Awaited(organization_id, answer))
+            self._by_organization[organization_id] += 1
             self._flush()
         except psycopg.OperationalError as error:
             self.close(error)
             raise
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._cancel_soon()
+            raise
 
     async def _open(self) -> psycopg.AsyncConnection[Any]:
         arguments = {**self._arguments, **CONNECT_ARGUMENTS}
@@ -106,8 +145,9 @@ class PipelinedConnection:
             assert_safe_role(await (await connection.execute(ROLE_CHECK, TABLES)).fetchall())
             found = await (await connection.execute(SCHEMA)).fetchone()
             schema = found[0] if found else "public"
-            await connection.execute(session_statement(schema).encode())
-            prepared = {"scope (text)": scope_statement("$1", schema), **self._prepared}
+            await connection.execute(session_statement(schema, STATEMENT_TIMEOUT).encode())
+            scope = scope_statement("$1", schema, STATEMENT_TIMEOUT)
+            prepared = {"scope (text)": scope, **self._prepared}
             for name, statement in prepared.items():
                 await connection.execute(f"prepare {name} as {statement}".encode())
         except BaseException:
@@ -128,11 +168,32 @@ class PipelinedConnection:
             loop.remove_reader(self._socket)
             loop.remove_writer(self._socket)
             connection.pgconn.finish()
-        answers, self._answers = self._answers, deque()
+        awaited, self._awaited = self._awaited, deque()
+        self._by_organization.clear()
         self._row = self._error = None
-        for answer in answers:
-            if not answer.done():
-                answer.set_exception(error)
+        for each in awaited:
+            if not each.answer.done():
+                each.answer.set_exception(error)
+
+    def _cancel_soon(self) -> None:
+        """Cancel the statement at which the server works, if nobody waits for it soon."""
+        if self._awaited and self._awaited[0].answer.cancelled():
+            loop = asyncio.get_running_loop()
+            loop.call_later(_CANCEL_AFTER_SECONDS, self._cancel, self._awaited[0])
+
+    def _cancel(self, abandoned: _Awaited) -> None:
+        if self._connection is None or self._cancelling is not None:
+            return
+        if self._awaited and self._awaited[0] is abandoned:
+            self._cancelling = asyncio.create_task(self._send_cancel(self._connection))
+
+    async def _send_cancel(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Cancel whatever the server works at: by now, it may be the next statement."""
+        with suppress(psycopg.Error):
+            await connection.cancel_safe(timeout=_CANCEL_SECONDS)
+        self.cancelled_at = asyncio.get_running_loop().time()
+        self._cancelling = None
+        self._cancel_soon()
 
     def _flush(self) -> None:
         """Send what libpq holds; the rest is sent when the server takes more."""
@@ -155,7 +216,7 @@ class PipelinedConnection:
         connection = self._connection.pgconn
         try:
             connection.consume_input()
-            while self._answers and not connection.is_busy():
+            while self._awaited and not connection.is_busy():
                 result = connection.get_result()
                 if result is not None:
                     self._take(result)
@@ -171,8 +232,14 @@ class PipelinedConnection:
             columns = range(result.nfields if result.ntuples else 0)
             self._row = tuple(result.get_value(0, column) for column in columns) or None
         elif result.status == pq.ExecStatus.PIPELINE_SYNC:
-            answer = self._answers.popleft()
+            organization_id, answer = self._awaited.popleft()
+            self._by_organization[organization_id] -= 1
+            if not self._by_organization[organization_id]:
+                del self._by_organization[organization_id]
+            self._answered_at = asyncio.get_running_loop().time()
             row, error, self._row, self._error = self._row, self._error, None, None
+            if self._awaited and self._awaited[0].answer.cancelled():
+                self._cancel_soon()
             if answer.done():
                 return  # nobody awaits it any more
             if error is not None:
