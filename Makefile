@@ -2,16 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Compiled modules are kept: without them each of the stack's processes takes seconds more to start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help run demo unit test faults fairness soak watchers bench ab count check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-run: .venv/ready  ## Start the local stack, send the sample flow through it, stay up until Ctrl-C
-	@$(BIN)/python -m worker.cli demo --stay || [ $$? -eq 130 ]
+# Ctrl-C reaches the shell as well: it must wait for the stack to end.
+run: .venv/run  ## Start the local stack, send the sample flow through it, stay up until Ctrl-C; PORT=8080
+	@trap : INT; $(BIN)/python -m worker.cli demo --stay --port $(or $(PORT),8080) || \
+		{ code=$$?; [ $$code -eq 130 ] || exit $$code; }
 
-demo: .venv/ready  ## The same, but end with exit code 0 if all is as expected
+demo: .venv/run  ## The same, but end with exit code 0 if all is as expected
 	@$(BIN)/python -m worker.cli demo --port 0
 
 # Without the plugin of hypothesis, which takes a second to load and has nothing that is used here.
@@ -55,26 +60,31 @@ format: .venv/ready  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: .venv/ready  ## Choose versions anew and write requirements.lock
-	$(BIN)/uv pip compile pyproject.toml $(COMPILE) --upgrade -o requirements.lock
-	$(BIN)/uv pip compile pyproject.toml $(COMPILE) --extra bench -c requirements.lock -o requirements-bench.lock
+lock: .venv/ready  ## Choose versions anew and write the three lock files
+	$(COMPILE) --extra dev --upgrade -o requirements.lock
+	$(COMPILE) -c requirements.lock -o requirements-run.lock
+	$(COMPILE) --extra dev --extra bench -c requirements.lock -o requirements-bench.lock
 
-COMPILE := --universal --python-version 3.11 --extra worker --extra embedded --extra dev --generate-hashes \
-	--no-header --no-annotate --quiet
+COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --group build \
+	--extra worker --extra embedded --generate-hashes --no-header --no-annotate --quiet
 
 clean:  ## Remove what make and the local stack have made
 	rm -rf .venv .task-tags build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.venv/ready: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is required: make PYTHON=...")'
-	@echo "installing into .venv"
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+# What running needs comes first. The rest (linters, type checker, browser driver and the like) is
+# installed when a goal needs it.
+.venv/run: requirements-run.lock pyproject.toml tools/install.sh
+	@echo "installing what running needs into .venv (200 MB)"
+	@PYTHON="$(PYTHON)" sh tools/install.sh requirements-run.lock
+	@touch .venv/run
+
+.venv/ready: .venv/run requirements.lock
+	@echo "installing what tests and checks need into .venv (300 MB)"
+	@PYTHON="$(PYTHON)" sh tools/install.sh requirements.lock
 	@touch .venv/ready
 
 # All that is needed is in the lock, so nothing is resolved: arq's own bound on redis would not let it.
 .venv/bench: .venv/ready requirements-bench.lock
 	@echo "installing what is compared"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-bench.lock
+	@PYTHON="$(PYTHON)" sh tools/install.sh requirements-bench.lock
 	@touch .venv/bench

@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 def test_the_wheel_becomes_no_other_applications_configuration(tmp_path: Path) -> None:
     """Celery imports any top-level `celeryconfig`; the wheel has its own inside `worker`."""
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "-w", tmp_path, REPOSITORY], check=True, capture_output=True)
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
