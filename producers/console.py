@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, NoReturn, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
@@ -20,6 +22,9 @@ from producers.contract.errors import describe
 from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, UnknownChange
 
 Item = TypeVar("Item")
+
+_NARROW: Final = (14, 18, 0, 0, 10, 20)
+"""The widest columns of a table of tags on a narrow terminal: at 80, the tag has 10 at least."""
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -54,7 +59,11 @@ def progress(items: Sequence[Item]) -> Iterable[Item]:
 
 def escape_terminal(text: str) -> str:
     """Escape control characters and Rich markup, so that a terminal only shows the text."""
-    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+    return escape(_printable(text))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def result_line(record: ResultRecord) -> str:
@@ -83,12 +92,41 @@ def _changed(change: Change | StateChange | UnknownChange) -> str:
     return f"{sign} {escape_terminal(f'{tag.task_name}  {tag.tag_type}: {tag.tag}')}"
 
 
-def tag_table(tags: Sequence[dict[str, Any]]) -> Table:
-    """Return active tags, as the endpoint serves them, as a table."""
-    table = Table("task", "type", "tag", "metadata", "by", "at", box=None, pad_edge=False)
-    for tag in tags:
-        metadata = tag["tag_metadata"]
-        text = "" if metadata is None else json.dumps(metadata, ensure_ascii=False)
-        cells = [tag["task_name"], tag["tag_type"], tag["tag"], text, tag["created_by"]]
-        table.add_row(*[escape_terminal(cell) for cell in cells], tag["created_at"][:19] + "Z")
-    return table
+def tag_table(tags: Sequence[dict[str, Any]]) -> RenderableType:
+    """Return active tags, as the endpoint serves them, as a table that cuts nothing.
+
+    On a terminal that is too narrow the metadata is below the tag, and long texts go on in the next
+    line. Elsewhere each tag is one line.
+    """
+    return _TagTable(tags)
+
+
+@dataclass(frozen=True)
+class _TagTable:
+    tags: Sequence[dict[str, Any]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        rows = [_cells(tag) for tag in self.tags]
+        headers = ["task", "type", "tag", "metadata", "by", "at"]
+        widths = [max(map(cell_len, column)) for column in zip(headers, *rows, strict=True)]
+        natural = sum(widths) + 2 * (len(widths) - 1)
+        if console.is_terminal and natural > options.max_width:
+            rows = [[*row[:2], "\n".join(filter(None, row[2:4])), *row[4:]] for row in rows]
+            headers.remove("metadata")
+            task, type, _, _, by, at = map(min, widths, _NARROW)
+            rest = options.max_width - task - type - by - at - 2 * 4
+            widths = [task, type, max(rest, 4), by, at]
+            natural = sum(widths) + 2 * 4
+        table = Table(box=None, pad_edge=False, width=natural)
+        for header, width in zip(headers, widths, strict=True):
+            table.add_column(header, width=width, overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        yield table
+
+
+def _cells(tag: dict[str, Any]) -> list[str]:
+    metadata = tag["tag_metadata"]
+    text = "" if metadata is None else json.dumps(metadata, ensure_ascii=False)
+    cells = [tag["task_name"], tag["tag_type"], tag["tag"], text, tag["created_by"]]
+    return [*map(_printable, cells), tag["created_at"][:19] + "Z"]

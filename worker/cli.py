@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Annotated, Final
 from uuid import UUID
 
@@ -24,6 +25,7 @@ from redis import Redis, RedisError
 from sqlalchemy.exc import DBAPIError
 
 from producers.console import AsJson, escape_terminal, fail, out, print_error, show
+from producers.contract.messages import Message, TagBatch, add, register_execution
 from producers.errors import ConfigurationError, InboxFull, Unavailable
 from producers.inbox.protocol import Inbox
 from producers.redis_client import open_redis
@@ -64,7 +66,7 @@ Workers = Annotated[int, typer.Option(min=1, max=64, help="The number of worker 
 
 
 SAMPLE_EXECUTION: Final = UUID("01970000-0000-7000-8000-00000000e001")
-"""The execution of the sample messages; `demo` replaces it with a new one."""
+"""The execution of the sample messages, and of what `up` prints; `demo` makes a new one."""
 
 
 def main() -> None:
@@ -106,7 +108,8 @@ def _stack(data_dir: Path, port: int, workers: int) -> Iterator[Stack]:
 def up(data_dir: DataDir = Path(".task-tags"), port: Port = 8080, workers: Workers = 1) -> None:
     """Start PostgreSQL, Valkey, a worker, beat and the endpoint, and run them until Ctrl-C."""
     with _stack(data_dir, port, workers) as stack:
-        _tell(stack)
+        stack.supervisor.wait(say)
+        _tell(stack, SAMPLE_EXECUTION, "review", register_execution(SAMPLE_EXECUTION))
         stack.supervisor.watch(say)
 
 
@@ -129,9 +132,10 @@ def demo(
         report = sample.run(stack.redis_url, stack.endpoint_url, stack.organization_id, stack.token)
         for difference in report.differences:
             print(f"different: {difference}")
+        stack.supervisor.wait(say)
         if stay:
             print(report.summary)
-            _tell(stack, report.execution)
+            _tell(stack, report.execution, report.task_name)
             stack.supervisor.watch(say)
     print(report.summary, flush=True)
     sys.exit(1 if report.differences else 0)
@@ -160,18 +164,28 @@ def migrate_command(
 
 @app.command()
 def token(
-    org: Annotated[UUID, typer.Option(help="The organization's id.")],
+    org: Annotated[
+        UUID | None, typer.Option(help="The organization's id; by default the local stack's.")
+    ] = None,
     sub: Annotated[str, typer.Option(help="The actor.")] = "developer",
     scope: Annotated[
         list[str] | None, typer.Option(help=f"Any of {', '.join(SCOPES)}; all by default.")
     ] = None,
     days: Annotated[float, typer.Option(min=0, max=36500, help="Days until it expires.")] = 1,
+    data_dir: DataDir = Path(".task-tags"),
 ) -> None:
-    """Sign a token with TASK_TAGS_JWT_SECRET, for development."""
+    """Sign a token, for development: with TASK_TAGS_JWT_SECRET, or else as the local stack."""
     scopes = tuple(word for each in scope or SCOPES for word in each.split())
     if unknown := set(scopes) - set(SCOPES):
         fail(2, f"there is no scope {', '.join(sorted(unknown))}: choose from {', '.join(SCOPES)}")
     settings, lifetime = load_settings(), timedelta(days=days)
+    has_key = settings.jwt_secret or settings.jwt_public_key or settings.jwt_jwks_url
+    if not has_key and (data_dir / "secrets.json").exists():
+        from worker.local.stack import DEVELOPMENT_ORGANIZATION, signing_settings
+
+        settings, org = signing_settings(data_dir), org or DEVELOPMENT_ORGANIZATION
+    if org is None:
+        fail(2, "--org is missing, and there is no local stack here")
     print(sign_token(settings, organization_id=org, actor=sub, scopes=scopes, lifetime=lifetime))
 
 
@@ -334,16 +348,22 @@ def _redis() -> Redis:
 # --- Helpers -------------------------------------------------------------------------------------
 
 
-def _tell(stack: Stack, execution: UUID = SAMPLE_EXECUTION) -> None:
-    """Print how to look at an execution, and how to use the stack from another terminal."""
+def _tell(stack: Stack, execution: UUID, task_name: str, *first: Message) -> None:
+    """Print how to look at an execution, and commands for another terminal that change it."""
     page = f"{stack.endpoint_url}/#execution={execution}&token={stack.token}"
     print(f"\n  live page  {page}\n  API        {stack.endpoint_url}/docs")
     print("\nTry in another terminal, and see it on the page:\n")
+    scripts = Path(sys.executable).absolute().parent
+    if Path(which("task-tags") or "").parent != scripts:
+        print(f'  export PATH={shlex.quote(str(scripts))}:"$PATH"')
     for name, value in stack.environment.items():
         print(f"  export {name}={shlex.quote(value)}")
+    batch = TagBatch(tags=[add(execution, task_name, "review_status", "seen")])
+    lines = " ".join(shlex.quote(each.encode().decode()) for each in (*first, batch))
     print(
-        "  task-tags enqueue --unchecked examples/document-review.jsonl && "
-        f"task-tags list {SAMPLE_EXECUTION}\n\nCtrl-C stops everything; the data stays.",
+        f"  printf '%s\\n' {lines} | task-tags enqueue - --wait\n  task-tags list {execution}\n"
+        f"  task-tags-admin token --sub ada --data-dir {shlex.quote(str(stack.directory))}"
+        "  # to be somebody else\n\nCtrl-C stops everything; the data stays.",
         flush=True,
     )
 

@@ -24,6 +24,7 @@ from tests.support.waiting import eventually
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
+NO_STACK = ("--data-dir", "/nowhere")
 HOSTILE = {
     "TASK_TAGS_REDIS_URL": "garbage",
     "TASK_TAGS_DATABASE_URL": "garbage",
@@ -249,7 +250,8 @@ def test_a_token_is_minted_for_development(servers: Servers, organization: UUID)
 @pytest.mark.parametrize(
     ("arguments", "values", "code", "said"),
     [
-        (("token", "--org", str(uuid4())), {}, 2, "TASK_TAGS_JWT_SECRET"),
+        (("token", "--org", str(uuid4()), *NO_STACK), {}, 2, "TASK_TAGS_JWT_SECRET"),
+        (("token", *NO_STACK), {}, 2, "--org is missing"),
         (("token", "--org", "x"), {}, 2, "x"),
         (("token", "--org", str(uuid4()), "--scope", "all"), {}, 2, "there is no scope all"),
         (("migrate",), {"TASK_TAGS_DATABASE_URL": "postgresql://127.0.0.1:1/x"}, 3, "refused"),

@@ -19,15 +19,19 @@ from uuid import uuid4
 import httpx
 import psycopg
 import pytest
+from rich.cells import cell_len
 from websockets.sync.client import connect
 
 from producers.client import TagProducer
 from producers.contract.messages import TagBatch, add, register_execution
 from tests.support.servers import Servers
+from tests.support.terminal import in_terminal
 from tests.support.waiting import eventually
 from worker.local.servers import Postgres, find_server_paths, load_or_create_secret, wait_for_orphan
+from worker.local.stack import free_port
 
 REPOSITORY = Path(__file__).parents[2]
+LOCKS = [path.name for path in REPOSITORY.glob("requirements*.lock")]
 
 
 def admin(*words: str, **values: str) -> subprocess.Popen[str]:
@@ -96,7 +100,10 @@ def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path
         second = admin("up", "--data-dir", str(space), "--port", "0")
         output, _ = second.communicate(timeout=30)
         assert second.returncode == 3
-        assert f"error: a stack runs already on {space}" in output
+        assert (
+            f"error: a stack runs already on {space}: pid {process.pid}, "
+            f"{settings['TASK_TAGS_ENDPOINT_URL']}; to stop it: kill -INT {process.pid}\n"
+        ) in output
         process.send_signal(signal.SIGINT)
         begin = time.monotonic()
         output, _ = process.communicate(timeout=60)
@@ -104,6 +111,87 @@ def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path
         assert "Traceback" not in output
         assert time.monotonic() - begin < 15
     assert processes_of(space) == []
+
+
+def test_what_up_prints_works_as_printed(space: Path) -> None:
+    """Each command, in another directory and with nothing of this environment."""
+    with up(space, PATH=os.defpath) as (_, said):
+        output = run_as_printed(said)
+        assert "registered" in output
+        assert_the_page_shows_what_changed(said, output)
+
+
+def test_make_run_in_a_terminal(space: Path) -> None:
+    """What it prints works, no time or type is cut, a second one says where it is; then Ctrl-C."""
+    clone = space / "ö clone"
+    clone.mkdir()
+    for name in ("Makefile", "examples", "pyproject.toml", "tools", *LOCKS):
+        (clone / name).symlink_to(REPOSITORY / name)
+    scripts = clone / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    for name in ("python", "task-tags", "task-tags-admin"):
+        (scripts / name).symlink_to(Path(sys.executable).with_name(name))
+    (clone / ".venv" / "pyvenv.cfg").symlink_to(Path(sys.prefix) / "pyvenv.cfg")
+    (clone / ".venv" / "lib").symlink_to(Path(sys.prefix) / "lib")
+    (clone / ".venv" / "run").touch()
+    environment = {"PATH": os.defpath, "HOME": str(space), "TERM": "xterm", "LANG": "C.UTF-8"}
+    make = ["make", "run", f"PORT={free_port(0)}"]
+    with in_terminal(make, clone, environment) as terminal:
+        terminal.await_words("Ctrl-C stops everything; the data stays.\n")
+        said = terminal.said
+        tables = said[said.index("tags of ") : said.index("demo: ")]
+        assert len(re.findall(r"review_status +reviewed .* developer  [-\d]{10}T[:\d]{8}Z", tables))
+        assert "…" not in tables
+        assert max(map(cell_len, re.sub(r"\x1b\[\d*m", "", tables).splitlines())) <= 80
+        assert_the_page_shows_what_changed(said, run_as_printed(said))
+        second = subprocess.run(
+            ["make", "run"], cwd=clone, env=environment, capture_output=True, text=True
+        )
+        (stop,) = re.findall(rf"{make[-1][5:]}; to stop it: (kill -INT \d+)\n", second.stderr)
+        assert "Traceback" not in second.stderr
+        terminal.press("\x03")
+        terminal.await_end()
+        assert terminal.said.removeprefix(said) == "^C  stopping\n"
+    with in_terminal(make, clone, environment) as terminal:
+        terminal.await_words("Ctrl-C stops everything")
+        pid = (clone / ".task-tags" / "lock").read_text().partition(" ")[0]
+        subprocess.run(re.sub(r"\d+", pid, stop), shell=True, check=True)
+        assert terminal.await_end() == 0
+        assert terminal.said.endswith("stays.\n  stopping\n")
+    assert processes_of(clone) == []
+
+
+def run_as_printed(said: str) -> str:
+    """Run the commands that are printed, in a shell that has nothing of ours; return its output."""
+    lines = said.partition("Try in another terminal")[2].splitlines()
+    commands = [line for line in lines if line.startswith("  ")]
+    assert len(commands) == 8, commands
+    done = subprocess.run(
+        ["sh", "-eu", "-c", "\n".join(commands)],
+        cwd="/",
+        env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def assert_the_page_shows_what_changed(said: str, output: str) -> None:
+    """The execution in the link has the tag, also for who has the token that was printed last."""
+    found = re.search(r"live page  (http\S+)/#execution=(\S+)&token=", said)
+    assert found is not None
+    assert f"{found[1]}/docs" in said
+    assert httpx.get(f"{found[1]}/docs").status_code == httpx.get(found[1]).status_code == 200
+    headers = {"Authorization": f"Bearer {output.split()[-1]}"}
+    query = {"flow_execution_id": found[2], "tag": "seen"}
+    tags = httpx.get(f"{found[1]}/task-tags", params=query, headers=headers).json()
+    assert [(tag["tag_type"], tag["created_by"]) for tag in tags] == [
+        ("review_status", "developer")
+    ]
+    assert "seen" in output
 
 
 def test_data_survives_and_a_killed_supervisor_leaves_nothing_running(space: Path) -> None:
@@ -141,7 +229,7 @@ def test_data_survives_and_a_killed_supervisor_leaves_nothing_running(space: Pat
 
 def exported(said: str) -> dict[str, str]:
     """Return the settings that `up` prints."""
-    return dict(re.findall(r"export (\w+)='?([^\s']+|[^']+)'?\n", said))
+    return dict(re.findall(r"export (TASK_\w+)='?([^\s']+|[^']+)'?\n", said))
 
 
 def test_a_part_that_dies_is_started_again(space: Path) -> None:

@@ -6,7 +6,6 @@ Each run replaces the ids of the sample's executions and batches, so that it can
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,8 +27,7 @@ from worker.local.supervisor import StartupError
 
 WAIT_SECONDS: Final = 30.0
 
-_WIDTH: Final = None if sys.stdout.isatty() else 140
-_console: Final = Console(highlight=False, soft_wrap=True, width=_WIDTH)
+_console: Final = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +38,13 @@ class DemoReport:
         summary: The last line to print.
         differences: Everything that is not as expected.
         execution: A flow execution of the run, to look at.
+        task_name: One of its tasks.
     """
 
     summary: str
     differences: list[str]
     execution: UUID
+    task_name: str
 
 
 @dataclass
@@ -112,7 +112,14 @@ class Demo:
             f"results, {len(self.events)} change events, {len(tags)} active tags",
             [*self._compare_results(), *self._compare_replay(tags)],
             executions[0],
+            next(self._task_names(executions[0]), "review"),
         )
+
+    def _task_names(self, execution: UUID) -> Iterator[str]:
+        for message in self.messages:
+            for operation in message.get("tags", []):
+                if operation.get("flow_execution_id") == str(execution):
+                    yield operation["task_name"]
 
     def _executions(self) -> Iterator[UUID]:
         for message in self.messages:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 from urllib.parse import quote
 
 import psycopg
@@ -36,15 +36,26 @@ _UNPRIVILEGED: Final = "nobody"
 
 
 @contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
-    """Lock the state directory until the block ends. Raises `StartupError` if it is locked."""
+def lock_directory(directory: Path) -> Iterator[TextIO]:
+    """Lock the state directory until the block ends, and yield the file that says who has it.
+
+    Raises `StartupError` if it is locked, with what that file says and how to stop its owner.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as lock:
+    with (directory / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartupError(f"a stack runs already on {directory}") from None
-        yield
+            lock.seek(0)
+            pid, _, url = lock.read().partition(" ")
+            raise StartupError(
+                f"a stack runs already on {directory}: pid {pid}, {url or 'still starting'}; "
+                f"to stop it: kill -INT {pid}"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield lock
 
 
 def load_or_create_secret(directory: Path, name: str) -> str:

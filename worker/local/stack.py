@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-import httpx
 from pydantic import SecretStr
 from redis import RedisError
 from sqlalchemy import make_url
@@ -54,6 +54,7 @@ class Stack:
     organization_id: UUID
     token: str
     supervisor: Supervisor
+    directory: Path
 
     @property
     def environment(self) -> dict[str, str]:
@@ -91,44 +92,58 @@ def run_stack(
         StartupError: With one line that says why.
     """
     directory = directory.absolute()
-    with lock_directory(directory), Supervisor(directory / "logs") as supervisor:
-        port = free_port(port)
-        redis_url, owner_url = _servers(
-            directory, supervisor, say, external_database_url, external_redis_url
-        )
+    with lock_directory(directory) as lock, Supervisor(directory / "logs") as supervisor:
         try:
-            migrate(owner_url, {role: load_or_create_secret(directory, role) for role in ROLES})
-        except DBAPIError as error:
-            raise StartupError(f"the database can't be migrated: {error.orig}") from None
-        say("migrations  done")
-        url = f"http://127.0.0.1:{port}"
-        as_worker, as_endpoint = (
-            _environment(role, owner_url, redis_url, directory) for role in ROLES
-        )
-        names = [f"worker-{number}" for number in range(1, workers + 1)]
-        argv = command(WORKER)
-        supervisor.start(
-            *(_celery(supervisor, name, [*argv, "-n", f"{name}@%h"], as_worker) for name in names),
-            _celery(supervisor, "beat", command(BEAT), as_worker),
-            ProcessSpec(
-                name="endpoint",
-                argv=[*command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
-                ready=lambda: _answers(f"{url}/readyz"),
-                environment=as_endpoint,
-            ),
-            say=say,
-        )
-        token = sign_token(
-            signing_settings(directory),
-            organization_id=DEVELOPMENT_ORGANIZATION,
-            actor="developer",
-            scopes=SCOPES,
-            lifetime=timedelta(days=TOKEN_DAYS),
-        )
-        try:
-            yield Stack(redis_url, url, DEVELOPMENT_ORGANIZATION, token, supervisor)
+            port = free_port(port)
+            lock.write(f" http://127.0.0.1:{port}")
+            lock.flush()
+            redis_url, owner_url = _servers(
+                directory, supervisor, say, external_database_url, external_redis_url
+            )
+            yield _start(directory, supervisor, port, workers, say, redis_url, owner_url)
         finally:
             say("stopping")
+
+
+def _start(
+    directory: Path,
+    supervisor: Supervisor,
+    port: int,
+    workers: int,
+    say: Callable[[str], None],
+    redis_url: str,
+    owner_url: str,
+) -> Stack:
+    """Start what uses the servers. Beat may not be ready yet when this returns."""
+    try:
+        migrate(owner_url, {role: load_or_create_secret(directory, role) for role in ROLES})
+    except DBAPIError as error:
+        raise StartupError(f"the database can't be migrated: {error.orig}") from None
+    say("migrations  done")
+    as_worker, as_endpoint = (_environment(role, owner_url, redis_url, directory) for role in ROLES)
+    names = [f"worker-{number}" for number in range(1, workers + 1)]
+    argv = command(WORKER)
+    supervisor.start(
+        *(_celery(supervisor, name, [*argv, "-n", f"{name}@%h"], as_worker) for name in names),
+        ProcessSpec(
+            name="endpoint",
+            argv=[*command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
+            ready=lambda: _is_ready(port),
+            environment=as_endpoint,
+        ),
+        say=say,
+    )
+    # Only what goes wrong needs it: it does not make the others start later.
+    supervisor.spawn(_celery(supervisor, "beat", command(BEAT), as_worker))
+    token = sign_token(
+        signing_settings(directory),
+        organization_id=DEVELOPMENT_ORGANIZATION,
+        actor="developer",
+        scopes=SCOPES,
+        lifetime=timedelta(days=TOKEN_DAYS),
+    )
+    url = f"http://127.0.0.1:{port}"
+    return Stack(redis_url, url, DEVELOPMENT_ORGANIZATION, token, supervisor, directory)
 
 
 def signing_settings(directory: Path) -> Settings:
@@ -203,11 +218,15 @@ def command(words: list[str]) -> list[str]:
     return [sys.executable, "-m", module, *words[1:]]
 
 
-def _answers(url: str) -> bool:
+def _is_ready(port: int) -> bool:
+    connection = HTTPConnection("127.0.0.1", port, timeout=2)  # httpx loads certificates each time
     try:
-        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
-    except httpx.TransportError:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def free_port(port: int) -> int:
@@ -218,5 +237,6 @@ def free_port(port: int) -> int:
             return free
     except OSError as error:
         raise StartupError(
-            f"port {port} can't be used ({os.strerror(error.errno or 0)}): choose one with --port"
+            f"port {port} can't be used ({os.strerror(error.errno or 0)}): choose one with --port, "
+            "or make run PORT=…"
         ) from None

@@ -53,6 +53,7 @@ class Supervisor:
         self.afterwards: list[Callable[[], None]] = []
         """Called when all children have ended."""
         self.running: list[tuple[ProcessSpec, subprocess.Popen[bytes]]] = []
+        self._waiting: list[ProcessSpec] = []
         self._quick_exits: dict[str, int] = {}
         self._restart_at: dict[int, float] = {}
         self._started: dict[str, float] = {}
@@ -79,26 +80,36 @@ class Supervisor:
         return self._logs / f"{name}.log"
 
     def start(self, *children: ProcessSpec, say: Callable[[str], None] = lambda _: None) -> None:
-        """Start children side by side, wait until all are ready, and say how long that took.
+        """Start children side by side, and wait until they are ready. Raises `StartupError`."""
+        self.spawn(*children)
+        self.wait(say)
+
+    def spawn(self, *children: ProcessSpec) -> None:
+        """Start children without waiting for them; `wait` does that."""
+        for child in children:
+            self.log(child.name).unlink(missing_ok=True)
+            self.running.append((child, self._spawn(child)))
+            self._waiting.append(child)
+
+    def wait(self, say: Callable[[str], None]) -> None:
+        """Wait until all children are ready, and say of each how long it took.
 
         Raises:
             StartupError: A child ended, or was not ready within a minute. It quotes the last line
                 of the child's log.
         """
-        begin = time.monotonic()
-        for child in children:
-            self.log(child.name).unlink(missing_ok=True)
-            self.running.append((child, self._spawn(child)))
-        waiting = list(children)
-        while waiting := [child for child in waiting if not child.ready()]:
+        while self._waiting:
+            for child in self._waiting[:]:
+                seconds = time.monotonic() - self._started[child.name]
+                if child.ready():
+                    self._waiting.remove(child)
+                    say(f"{child.name:<11} ready in {seconds:.1f} s")
+                elif seconds > START_SECONDS:
+                    raise self._failure(child, "is not ready")
             for child, process in self.running:
-                if child in waiting and process.poll() is not None:
+                if child in self._waiting and process.poll() is not None:
                     raise self._failure(child, f"ended with {process.returncode}")
-            if time.monotonic() > begin + START_SECONDS:
-                raise self._failure(waiting[0], "is not ready")
             time.sleep(0.02)
-        for child in children:
-            say(f"{child.name:<11} ready in {time.monotonic() - begin:.1f} s")
 
     def watch(self, say: Callable[[str], None]) -> None:
         """Restart children that end, until a signal raises `Stopped`."""
