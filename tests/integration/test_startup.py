@@ -78,7 +78,7 @@ def test_a_server_that_is_away_is_waited_for(
     servers: Servers, process: Any, tmp_path: Path
 ) -> None:
     """It is said once, and the process goes on once the server is there."""
-    log, late = tmp_path / "log", Path(servers.stack.redis_url[7:].partition("?")[0])
+    log, late = tmp_path / "log", Path(servers.redis_socket)
     link = tmp_path / "valkey.sock"
     variables = environment(servers, TASK_TAGS_REDIS_URL=f"unix://{link}?db=2")
     with log.open("wb") as output:

@@ -29,7 +29,7 @@ def listener(servers: Servers, redis: Any, tmp_path: Path) -> Iterator[TlsListen
     redis.execute_command(
         "ACL", "SETUSER", USER, "reset", "on", f">{PASSWORD}", "~*", "&*", "+@all"
     )
-    with tls_listener(tmp_path, servers.stack.redis_url[7:].partition("?")[0]) as listener:
+    with tls_listener(tmp_path, servers.redis_socket) as listener:
         yield listener
     redis.acl_deluser(USER)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import unquote, urlsplit
 from uuid import UUID
 
 import psycopg
@@ -31,6 +32,11 @@ class Servers:
             scopes=scopes or SCOPES,
             lifetime=timedelta(hours=1),
         )
+
+    @property
+    def redis_socket(self) -> str:
+        """The path of the socket, which is quoted in the URL."""
+        return unquote(urlsplit(self.stack.redis_url).path)
 
     def owner(self) -> psycopg.Connection:
         return psycopg.connect(self.owner_url, autocommit=True)
