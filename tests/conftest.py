@@ -30,6 +30,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started in the background of a script: the processes under test would ignore Ctrl-C as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Tests start hundreds of processes; each would compile all modules anew, which takes seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:
     if (
         name != "TASK_TAGS_NO_BROWSER"
