@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+import re
+from typing import Any, Final, Self
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -12,6 +13,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from producers.errors import ConfigurationError
 from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, MAX_LEASE_SECONDS
+
+_MAX_TOKEN_CHARACTERS: Final = 8 * 1024
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+")  # RFC 6750, section 2.1
 
 
 class InboxSettings(BaseSettings):
@@ -23,7 +27,7 @@ class InboxSettings(BaseSettings):
 
     redis_url: SecretStr = SecretStr("redis://localhost:6379/0")
     """Redis or Valkey, as `redis://`, `rediss://` or `unix://`: inboxes, Celery queue, channels."""
-    inbox_limit: int = Field(DEFAULT_LIMIT, ge=1)
+    inbox_limit: int = Field(DEFAULT_LIMIT, ge=1, le=1_000_000_000)
     """How many messages may wait in an inbox before `InboxFull`, or 429 from the endpoint."""
     lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=MAX_LEASE_SECONDS)
     """Seconds until a lease that its drain does not renew expires; another may be sent then."""
@@ -72,6 +76,25 @@ class ProducerSettings(InboxSettings):
     token: SecretStr | None = None
     """The bearer token that messages are enqueued under."""
 
+    @field_validator("endpoint_url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        if not is_http_url(value):
+            raise PydanticCustomError("url", "must be like http://host:8080")
+        return value
+
+    @field_validator("token")
+    @classmethod
+    def _is_token(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        token = value.get_secret_value().strip()
+        if len(token) > _MAX_TOKEN_CHARACTERS or not _TOKEN.fullmatch(token):
+            raise PydanticCustomError(
+                "token", "must be 1 to 8192 of the characters A-Z a-z 0-9 . _ ~ + / = -"
+            )
+        return SecretStr(token)
+
     @property
     def required_organization_id(self) -> UUID:
         """Return the organization, or raise `ConfigurationError`."""
@@ -85,6 +108,15 @@ class ProducerSettings(InboxSettings):
         if self.token is None:
             raise ConfigurationError("TASK_TAGS_TOKEN is not set")
         return self.token.get_secret_value()
+
+
+def is_http_url(text: str) -> bool:
+    """Return whether a text is the URL of an HTTP server."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 load_settings = ProducerSettings.load

@@ -29,7 +29,8 @@ _NEEDS_WRITES: Final = "#!lua flags=allow-oom\nreturn 1"
 try:
     settings = load_settings()
 except ConfigurationError as error:
-    sys.exit(str(error))
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(2)
 
 
 class NoAckRequest(Request):  # type: ignore[misc]
@@ -89,7 +90,7 @@ def _ending_on_wrong_settings() -> Iterator[None]:
         yield
     except Exception as error:  # Celery would log it and go on
         logger.critical(str(error))
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, ConfigurationError) else 1) from None
 
 
 @signals.worker_ready.connect

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
@@ -12,7 +12,14 @@ from pydantic_settings import NoDecode
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from producers.settings import InboxSettings
+from producers.settings import InboxSettings, is_http_url
+
+ALGORITHMS: Final = (
+    *("HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    *("ES256", "ES256K", "ES384", "ES512", "EdDSA"),
+)
+_MAX_DAYS: Final = 36_500
+_MIN_DAYS: Final = 0.001
 
 
 class Settings(InboxSettings):
@@ -40,11 +47,11 @@ class Settings(InboxSettings):
     """The most messages that are applied in one transaction."""
     transaction_seconds: float = Field(30, ge=1, le=3600)
     """Seconds that a transaction may last, whatever the server does, before it is given up."""
-    drain_budget_seconds: float = Field(0.25, gt=0, le=60)
+    drain_budget_seconds: float = Field(0.25, ge=0.001, le=60)
     """Seconds until a drain goes to the end of the queue, behind other organizations' drains."""
-    retention_days: float = Field(30, gt=0)
+    retention_days: float = Field(30, ge=_MIN_DAYS, le=_MAX_DAYS)
     """Days for which a result is stored. In this time, the same batch never takes effect twice."""
-    changes_retention_days: float | None = Field(None, gt=0)
+    changes_retention_days: float | None = Field(None, ge=_MIN_DAYS, le=_MAX_DAYS)
     """Days for which a change event is stored; for ever if it is not set."""
     endpoint_connections: int = Field(4, ge=1, le=1000)
     """The number of database connections of one endpoint process."""
@@ -54,10 +61,11 @@ class Settings(InboxSettings):
     @classmethod
     def _is_postgresql(cls, value: SecretStr) -> SecretStr:
         try:
-            backend = make_url(value.get_secret_value()).get_backend_name()
-        except ArgumentError:
-            backend = ""
-        if backend not in ("postgresql", "postgres"):
+            url = make_url(value.get_secret_value())
+            known = url.get_backend_name() in ("postgresql", "postgres")
+        except (ArgumentError, ValueError):
+            known = False
+        if not known or not 0 < (url.port or 5432) < 65536:
             raise PydanticCustomError(
                 "url", "must be like postgresql://user:password@host/database"
             )
@@ -74,6 +82,32 @@ class Settings(InboxSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(value.replace(" ", "").split(",")) if isinstance(value, str) else value
+
+    @field_validator("jwt_algorithms")
+    @classmethod
+    def _are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := set(value) - set(ALGORITHMS):
+            words = {
+                "unknown": ", ".join(map(ascii, sorted(unknown))),
+                "known": ", ".join(ALGORITHMS),
+            }
+            raise PydanticCustomError("algorithm", "{unknown} is none of {known}", words)
+        return value
+
+    @field_validator("jwt_jwks_url")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is not None and not is_http_url(value):
+            raise PydanticCustomError("url", "must be like https://host/jwks.json")
+        return value
+
+    @field_validator("jwt_secret", "jwt_public_key", "jwt_audience", "jwt_issuer")
+    @classmethod
+    def _is_not_blank(cls, value: Any) -> Any:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if text is not None and not text.strip():
+            raise PydanticCustomError("blank", "must not be blank")
+        return value
 
     @property
     def retention(self) -> timedelta:

@@ -40,7 +40,7 @@ def commands() -> dict[str, list[str]]:
 
 
 def test_malformed_urls_end_all_processes_in_one_line(servers: Servers, tmp_path: Path) -> None:
-    """With an exit code that is not 0, without a traceback and without the password."""
+    """With an exit code of its own, without a traceback and without the password."""
     environment = settings_of(
         servers,
         TASK_TAGS_DATABASE_URL=f"postgresql://x:{SECRET}@host:port/x",
@@ -58,7 +58,7 @@ def test_malformed_urls_end_all_processes_in_one_line(servers: Servers, tmp_path
         )
         for log, process in processes.items():
             code, lines = process.wait(20), log.read_text().splitlines()
-            assert code > 0, log.name
+            assert code == (1 if log.name == "option" else 2), log.name
             assert len(lines) == 1, lines
             named = ["no_such"] if log.name == "option" else ["DATABASE_URL: ", "REDIS_URL: "]
             assert [name for name in named if name not in lines[0]] == [], lines
@@ -102,3 +102,39 @@ def test_servers_that_take_no_writes_are_waited_for(
         ) as producer:
             assert producer.apply(register_execution(uuid4())).statuses == ["registered"]
         assert [process.poll() for process in processes] == [None] * 3
+
+
+NUMBERS = (
+    *("INBOX_LIMIT", "LEASE_SECONDS", "GROUP_SIZE", "TRANSACTION_SECONDS", "ENDPOINT_CONNECTIONS"),
+    *("DRAIN_BUDGET_SECONDS", "RETENTION_DAYS", "CHANGES_RETENTION_DAYS"),
+)
+OTHERS = ("REDIS_URL", "DATABASE_URL", "JWT_ALGORITHMS", "JWT_JWKS_URL", "LOG_LEVEL")
+OF_PRODUCERS = ("REDIS_URL", "INBOX_LIMIT", "LEASE_SECONDS", "ORGANIZATION_ID", "ENDPOINT_URL")
+
+
+@pytest.mark.parametrize("value", [" ", "9" * 400, "inf", "-1", "٣"])
+def test_a_wrong_setting_is_named_by_every_process(
+    servers: Servers, tmp_path: Path, value: str
+) -> None:
+    """In one line, with exit code 2: worker, beat, endpoint and the commands of both tools."""
+    id = str(uuid4())
+    words = commands() | {
+        "token": ["task-tags-admin", "token", "--org", id],
+        "rejected": ["task-tags-admin", "rejected", "list"],
+        "enqueue": ["task-tags", "enqueue", "-"],
+        "list": ["task-tags", "list", id],
+        "watch": ["task-tags", "watch", id],
+    }
+    with ExitStack() as running:
+        processes = {}
+        for name, command in words.items():
+            names = OF_PRODUCERS if command[0] == "task-tags" else (*NUMBERS, *OTHERS)
+            wrong = {f"TASK_TAGS_{each}": value for each in names}
+            process = running.enter_context(
+                started(command, tmp_path / name, settings_of(servers, **wrong))
+            )
+            processes[name] = names, process
+        for name, (names, process) in processes.items():
+            code, lines = process.wait(60), (tmp_path / name).read_text().splitlines()
+            assert (code, len(lines)) == (2, 1), (name, lines)
+            assert [each for each in names if f"TASK_TAGS_{each}: " not in lines[0]] == []
