@@ -1,8 +1,8 @@
 """The command `task-tags`: enqueue messages, read tags, watch changes and results, print schemas.
 
 Exit codes: 0 done; 1 a batch was refused; 2 wrong input or settings; 3 Redis or the endpoint can't
-be used; 4 the inbox is full (with --block: at the end of that time); 5 no result in time; 130
-interrupted.
+be used; 4 the inbox is full (with --block: at the end of that time); 5 no result in time; 6
+standard output can't be written; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Annotated, Any, Final
 from uuid import UUID
 
@@ -22,10 +22,9 @@ import httpx
 import typer
 
 from producers import console
+from producers.batch_file import Batch, CheckedBatches, WrongInput, read_unchecked
 from producers.client import TagProducer
 from producers.contract.encoding import parse_message
-from producers.contract.errors import InvalidMessage, describe
-from producers.contract.messages import Message
 from producers.contract.results import ResultRecord
 from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.endpoint import client_options, error_summary
@@ -45,14 +44,19 @@ UNAVAILABLE: Final = 3
 FULL: Final = 4
 NO_RESULT: Final = 5
 
+INTERRUPTED: Final = 130
+
 _PIECE: Final = 500
+_PIECE_BYTES: Final = 1024 * 1024
+_AHEAD_BYTES: Final = 8 * _PIECE_BYTES
+_MAX_SECONDS: Final = 7 * 24 * 3600
 
 app = typer.Typer(
     help="Enqueue tag batches, read tags, and watch changes and results.",
     epilog="Settings: TASK_TAGS_REDIS_URL, TASK_TAGS_ENDPOINT_URL, TASK_TAGS_ORGANIZATION_ID, "
     "TASK_TAGS_TOKEN. Exit codes: 0 done; 1 a batch was refused; 2 wrong input or settings; "
     "3 Redis or the endpoint can't be used; 4 the inbox is full; 5 no result in time; "
-    "130 interrupted.",
+    "6 standard output can't be written; 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,18 +64,30 @@ app = typer.Typer(
 
 
 def main() -> None:
+    console.open_streams()
     try:
         app()
-    except ConfigurationError as error:
+    except (ConfigurationError, WrongInput, httpx.InvalidURL) as error:
         console.fail(WRONG, error)
-    except (Unavailable, httpx.TransportError, httpx.InvalidURL) as error:
+    except UnicodeEncodeError:
+        console.fail(WRONG, "an argument is not UTF-8")
+    except httpx.RequestError as error:
+        said = str(error) or type(error).__name__
+        console.fail(UNAVAILABLE, f"the endpoint can't be used: {said}")
+    except Unavailable as error:
         console.fail(UNAVAILABLE, error)
-    except InboxFull as error:
-        console.fail(FULL, error)
     except ResultTimeout as error:
         console.fail(NO_RESULT, error)
     except TaskTagsError as error:
         console.fail(REFUSED, error)
+    except console.OutputFailed as error:
+        console.fail(console.OUTPUT_FAILED, error)
+
+
+def _name(value: str | None) -> str | None:
+    if value is not None and not (value.strip() and value.isprintable()):
+        raise typer.BadParameter("must be a name that can be printed")
+    return value
 
 
 @app.command()
@@ -82,11 +98,29 @@ def enqueue(
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for the results and print them.")
     ] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for each result.")] = 30,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            callback=console.within(0.001, _MAX_SECONDS),
+            help="Wait for each result so long; at most 604800, a week.",
+        ),
+    ] = 30,
     block: Annotated[
         float | None,
         typer.Option(
-            min=0, metavar="SECONDS", help="Wait for free capacity in the inbox, so long in total."
+            metavar="SECONDS",
+            callback=console.within(0, _MAX_SECONDS),
+            help="Wait for free capacity in the inbox, so long in total; at most a week.",
+        ),
+    ] = None,
+    ids_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            callback=_name,
+            help="Make batch ids that are left out from NAME and the line's number, so that "
+            "another run of the same file and NAME changes nothing.",
         ),
     ] = None,
     unchecked: Annotated[
@@ -94,24 +128,22 @@ def enqueue(
     ] = False,
     as_json: console.AsJson = False,
 ) -> None:
-    """Enqueue the messages of a file, in order. Nothing is sent if a line is wrong."""
-    if wait and unchecked:
-        console.fail(WRONG, "--wait can't be combined with --unchecked")
-    lines = _read_lines(file)
-    messages = [] if unchecked else _parse_lines(lines)
-    deadline = time.monotonic() + (block or 0)
+    """Enqueue the messages of a file, in order. Nothing is sent if a line is wrong.
+
+    A line may leave out schema_version, kind and batch_id; then its new batch id is printed.
+    """
+    if unchecked and (wait or ids_from):
+        console.fail(WRONG, "--unchecked can't be combined with --wait or --ids-from")
     with TagProducer() as producer:
-        if wait:
-            sys.exit(_print_results(_submit(producer, messages, deadline), timeout, as_json))
-        encoded = lines if unchecked else [message.encode() for message in messages]
-        for start in console.progress(range(0, len(encoded), _PIECE)):
-            piece = encoded[start : start + _PIECE]
-            accepted = producer.send(piece, deadline - time.monotonic())
-            if accepted < len(piece):
-                sent = f"{start + accepted} of {len(encoded)}"
-                console.fail(FULL, f"the inbox is full: {sent} batches were enqueued")
-    done = json.dumps({"enqueued": len(encoded)})
-    console.show(f"{len(encoded)} batches enqueued", [done], as_json)
+        batches = read_unchecked(file) if unchecked else CheckedBatches(file, ids_from)
+        total = batches.total if isinstance(batches, CheckedBatches) else None
+        run = _Run(producer, total, block or 0, as_json)
+        with run.telling_what_was_sent():
+            if wait:
+                sys.exit(run.print_results(run.submit(batches), timeout))
+            run.send(batches)
+            done = json.dumps({"enqueued": run.sent})
+            console.show(f"{run.sent} batches enqueued", [done], as_json)
 
 
 @app.command(name="list")
@@ -128,9 +160,13 @@ def list_tags(
     if response.status_code != 200:
         code = UNAVAILABLE if response.status_code >= 500 else REFUSED
         console.fail(code, error_summary(response))
-    tags: list[dict[str, Any]] = response.json()
+    try:
+        tags: list[dict[str, Any]] = response.json()
+        table = console.tag_table(tags) if tags else "no active tags"
+    except (ValueError, LookupError, TypeError):
+        raise Unavailable("the endpoint's answer is not a list of tags") from None
     lines = (json.dumps(tag, ensure_ascii=False) for tag in tags)
-    console.show(console.tag_table(tags) if tags else "no active tags", lines, as_json)
+    console.show(table, lines, as_json)
 
 
 @app.command()
@@ -177,7 +213,7 @@ def schema(
 ) -> None:
     """Print the JSON Schemas of messages, results and change events."""
     document = asyncapi_document() if asyncapi else json.dumps(json_schemas(), indent=2) + "\n"
-    typer.echo(document, nl=False)
+    console.write(document)
 
 
 def _print_record(record: ResultRecord, as_json: bool) -> None:
@@ -187,56 +223,109 @@ def _print_record(record: ResultRecord, as_json: bool) -> None:
 # --- Enqueuing -----------------------------------------------------------------------------------
 
 
-def _read_lines(file: str) -> list[bytes]:
-    try:
-        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as error:
-        console.fail(WRONG, f"{file}: {error.strerror}")
-    return [line for line in raw.split(b"\n") if line.strip()]
-
-
-def _parse_lines(lines: Sequence[bytes]) -> list[Message]:
-    messages, wrong = [], 0
-    for number, line in enumerate(lines, 1):
-        try:
-            messages.append(parse_message(line))
-        except InvalidMessage as error:
-            wrong += 1
-            for detail in error.details[:20]:
-                console.print_error(f"line {number}: {describe(detail)}")
-    if wrong:
-        console.fail(WRONG, f"nothing was enqueued: {wrong} of {len(lines)} lines are wrong")
-    return messages
-
-
-Submitted = Iterator[tuple[Message, Future[ResultRecord]]]
-
-
-def _submit(producer: TagProducer, messages: Sequence[Message], deadline: float) -> Submitted:
-    """Submit messages, at most `_PIECE` ahead of the results, so that these fit in the inbox.
+class _Run:
+    """One run of `enqueue`: sends batches in order, and knows how many were sent.
 
     Args:
-        deadline: On the monotonic clock; until then, wait for free capacity in the inbox.
+        total: How many batches there are, if that is known.
+        block: Seconds to wait, in total, for free capacity in the inbox.
     """
-    waiting: deque[tuple[Message, Future[ResultRecord]]] = deque()
-    for message in console.progress(messages):
-        waiting.append((message, producer.submit(message, deadline - time.monotonic())))
-        if len(waiting) == _PIECE:
-            yield waiting.popleft()
-    yield from waiting
 
+    def __init__(
+        self, producer: TagProducer, total: int | None, block: float, as_json: bool
+    ) -> None:
+        self.sent = 0
+        self._producer = producer
+        self._total = total
+        self._block = block
+        self._as_json = as_json
+        self._last_line = 0
 
-def _print_results(submitted: Submitted, timeout: float, as_json: bool) -> int:
-    """Print results in order, each after so many seconds at most, and return the exit code."""
-    code = 0
-    for message, result in submitted:
+    @contextmanager
+    def telling_what_was_sent(self) -> Iterator[None]:
+        """Say in the error of whatever ends the run how much of it was done."""
         try:
-            record = result.result(timeout)
-        except FutureTimeout:
-            result.cancel()
-            console.print_error(f"{message.batch_id}: no result in {timeout:g} s")
-            code = NO_RESULT
-        else:
-            _print_record(record, as_json)
-            code = REFUSED if record.error is not None else code
-    return code
+            yield
+        except (TaskTagsError, console.OutputFailed, KeyboardInterrupt) as error:
+            of = "" if self._total is None else f" of {self._total}"
+            until = f", up to line {self._last_line}" if self.sent else ""
+            perhaps = ", perhaps more" if isinstance(error, Unavailable) else ""
+            told = f"{self.sent}{of} batches were enqueued{until}{perhaps}"
+            if isinstance(error, KeyboardInterrupt):
+                console.fail(INTERRUPTED, f"interrupted: {told}")
+            if isinstance(error, InboxFull):
+                console.fail(FULL, f"the inbox is full: {told}")
+            error.add_note(told)
+            raise
+
+    def send(self, batches: Iterable[Batch]) -> None:
+        """Send batches. Raises `InboxFull`, and what `TagProducer.send` raises."""
+        for piece in _pieces(console.progress(batches, self._total)):
+            self._print_new_ids(piece)
+            begin = time.monotonic()
+            accepted = self._producer.send([batch.encoded for batch in piece], self._block)
+            self._block -= time.monotonic() - begin
+            if accepted:
+                self.sent += accepted
+                self._last_line = piece[accepted - 1].line
+            if accepted < len(piece):
+                raise InboxFull([])
+
+    def submit(self, batches: Iterable[Batch]) -> Iterator[tuple[UUID, Future[ResultRecord]]]:
+        """Submit batches; yield their ids and results in order.
+
+        They are at most `_PIECE` ahead of the results, so that these fit in the inbox, and so many
+        bytes that they fit in memory.
+        """
+        waiting: deque[tuple[Batch, UUID, Future[ResultRecord]]] = deque()
+        size = 0
+        for batch in console.progress(batches, self._total):
+            self._print_new_ids([batch])
+            message, begin = parse_message(batch.encoded), time.monotonic()
+            waiting.append((batch, message.batch_id, self._producer.submit(message, self._block)))
+            self._block -= time.monotonic() - begin
+            self.sent += 1
+            self._last_line = batch.line
+            size += len(batch.encoded)
+            while len(waiting) == _PIECE or size > _AHEAD_BYTES:
+                first, batch_id, result = waiting.popleft()
+                size -= len(first.encoded)
+                yield batch_id, result
+        yield from ((batch_id, result) for _, batch_id, result in waiting)
+
+    def print_results(
+        self, submitted: Iterable[tuple[UUID, Future[ResultRecord]]], timeout: float
+    ) -> int:
+        """Print results in order, each after so many seconds at most, and return the exit code."""
+        code = 0
+        for batch_id, result in submitted:
+            try:
+                record = result.result(timeout)
+            except FutureTimeout:
+                result.cancel()
+                console.print_error(f"{batch_id}: no result in {timeout:g} s")
+                code = NO_RESULT
+            else:
+                _print_record(record, self._as_json)
+                code = REFUSED if record.error is not None else code
+        return code
+
+    def _print_new_ids(self, piece: list[Batch]) -> None:
+        for line, _, new_id in piece:
+            if new_id is not None:
+                said = json.dumps({"line": line, "batch_id": str(new_id)})
+                console.show(f"line {line}: batch {new_id}", [said], self._as_json)
+
+
+def _pieces(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Yield batches in pieces of a bounded number and size."""
+    piece: list[Batch] = []
+    size = 0
+    for batch in batches:
+        piece.append(batch)
+        size += len(batch.encoded)
+        if len(piece) == _PIECE or size > _PIECE_BYTES:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece

@@ -5,11 +5,14 @@ Texts from outside are escaped: a terminal shows their control characters and do
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, NoReturn, TypeVar
+from typing import Annotated, Any, Final, NoReturn, TypeVar, cast
 
 import typer
 from rich.cells import cell_len
@@ -25,11 +28,71 @@ Item = TypeVar("Item")
 
 _NARROW: Final = (14, 18, 0, 0, 10, 20)
 """The widest columns of a table of tags on a narrow terminal: at 80, the tag has 10 at least."""
+OUTPUT_FAILED: Final = 6
+"""The exit code of both commands when standard output can't be written."""
+_ESCAPED: Final = "task-tags-escaped"
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
+
+
+# --- Standard streams ----------------------------------------------------------------------------
+
+
+class OutputFailed(Exception):
+    """Standard output is closed or full, or nobody reads it any more."""
+
+
+class _Stream(io.TextIOWrapper):
+    """Standard output or error, which writes each line at once.
+
+    What its encoding does not have is written as `\\u` escapes. Standard output raises
+    `OutputFailed` if it can't be written; nobody can be told that of standard error, which may be
+    the log of a process and have room again later.
+    """
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._give_up(error)
+            return 0
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        if self is sys.stdout:
+            # What is left in the buffer is written when the process ends: it must go somewhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            raise OutputFailed(f"standard output can't be written: {error.strerror}") from None
+
+
+def open_streams() -> None:
+    """Prepare standard output and error; both commands do it first."""
+    codecs.register_error(_ESCAPED, _escape)
+    sys.stdout, sys.stderr = _stream(sys.stdout), _stream(sys.stderr)
+
+
+def _stream(stream: Any) -> _Stream:
+    if stream is None:  # closed: as a descriptor that can't be written
+        closed = io.FileIO(os.open(os.devnull, os.O_RDONLY), "w")
+        return _Stream(io.BufferedWriter(closed), "utf-8", line_buffering=True)
+    encoding = stream.encoding
+    return _Stream(stream.detach(), encoding, errors=_ESCAPED, line_buffering=True)
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+# --- What is printed -----------------------------------------------------------------------------
 
 
 def fail(code: int, error: object) -> NoReturn:
@@ -39,7 +102,8 @@ def fail(code: int, error: object) -> NoReturn:
 
 
 def print_error(error: object) -> None:
-    line = " ".join(str(error).split()) or type(error).__name__
+    text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+    line = " ".join(text.split())
     err.print(f"[bold red]error:[/] {escape_terminal(line)}")
 
 
@@ -47,14 +111,33 @@ def show(text: RenderableType, json_lines: Iterable[str], as_json: bool) -> None
     """Print JSON lines as they are; or else the text, whose strings are Rich markup."""
     if as_json:
         for line in json_lines:
-            typer.echo(line)
+            write(f"{line}\n")
     else:
         out.print(text)
 
 
-def progress(items: Sequence[Item]) -> Iterable[Item]:
+def write(text: str) -> None:
+    """Print a text for programs: as it is, in UTF-8."""
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8", errors=_ESCAPED)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def progress(items: Iterable[Item], total: int | None) -> Iterable[Item]:
     """Show a progress bar on a terminal, and nothing elsewhere."""
-    return track(items, "enqueuing", console=err, transient=True, disable=not err.is_terminal)
+    hidden = not err.is_terminal
+    return track(items, "enqueuing", total, console=err, transient=True, disable=hidden)
+
+
+def within(least: float, most: float) -> Callable[[float | None], float | None]:
+    """Return the callback of an option that takes numbers between two bounds alone."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not least <= value <= most:  # NaN is not, either
+            raise typer.BadParameter(f"{value:g} is not in the range {least:g} to {most:,.10g}")
+        return value
+
+    return check
 
 
 def escape_terminal(text: str) -> str:

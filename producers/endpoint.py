@@ -10,20 +10,39 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from producers.contract.results import ChangeEvent
-from producers.errors import ChangesRefused, RevisionExpired, Unavailable
+from producers.errors import ChangesRefused, ConfigurationError, RevisionExpired, Unavailable
 
 _PAGE_EVENTS: Final = 100
 _EVENTS: Final = TypeAdapter(list[ChangeEvent])
 
 
 def client_options(url: str, token: str) -> dict[str, Any]:
-    """Return the arguments of an httpx client, without a proxy for an endpoint on this machine."""
-    return {
+    """Return the arguments of an httpx client, without a proxy for an endpoint on this machine.
+
+    Raises `ConfigurationError` if httpx can't use the URL, or what the environment says.
+    """
+    try:
+        trust_env = httpx.URL(url).host not in ("localhost", "127.0.0.1", "::1")
+    except httpx.InvalidURL as error:
+        raise ConfigurationError(f"TASK_TAGS_ENDPOINT_URL: {error}") from None
+    try:
+        verify = httpx.create_ssl_context(trust_env=trust_env)
+    except OSError as error:
+        names = "SSL_CERT_FILE, SSL_CERT_DIR or SSLKEYLOGFILE"
+        raise ConfigurationError(f"{names} can't be used: {error.strerror or error}") from None
+    options: dict[str, Any] = {
         "base_url": url,
         "headers": {"Authorization": f"Bearer {token}"},
         "timeout": 10,
-        "trust_env": httpx.URL(url).host not in ("localhost", "127.0.0.1", "::1"),
+        "trust_env": trust_env,
+        "verify": verify,
     }
+    try:
+        httpx.Client(**options).close()
+    except (ValueError, ImportError, httpx.InvalidURL) as error:
+        names = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY"
+        raise ConfigurationError(f"{names} can't be used: {error}") from None
+    return options
 
 
 async def fetch_changes(

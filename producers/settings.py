@@ -114,7 +114,8 @@ def is_http_url(text: str) -> bool:
     """Return whether a text is the URL of an HTTP server."""
     try:
         parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        return bool(known) and text.isprintable() and " " not in text
     except ValueError:
         return False
 

@@ -1,7 +1,7 @@
 """The command `task-tags-admin`: local stack, demo, migrations, tokens, endpoint, dead letters.
 
 Exit codes: 0 done; 1 the demonstration found a difference; 2 wrong input or settings; 3 something
-could not be started or reached; 130 interrupted.
+could not be started or reached; 6 standard output can't be written; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from pydantic import SecretStr
 from redis import Redis, RedisError
 from sqlalchemy.exc import DBAPIError
 
-from producers.console import AsJson, escape_terminal, fail, out, print_error, show
+from producers.console import (
+    OUTPUT_FAILED,
+    AsJson,
+    OutputFailed,
+    escape_terminal,
+    fail,
+    open_streams,
+    out,
+    print_error,
+    show,
+    within,
+)
 from producers.contract.messages import Message, TagBatch, add, register_execution
 from producers.errors import ConfigurationError, InboxFull, Unavailable
 from producers.inbox.protocol import Inbox
@@ -43,7 +54,8 @@ if TYPE_CHECKING:  # commands import what they need
 app = typer.Typer(
     help="Run and administer task tags.",
     epilog="Exit codes: 0 done; 1 the demonstration found a difference; 2 wrong input or settings; "
-    "3 something could not be started or reached; 130 interrupted.",
+    "3 something could not be started or reached; 6 standard output can't be written; "
+    "130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -70,6 +82,7 @@ SAMPLE_EXECUTION: Final = UUID("01970000-0000-7000-8000-00000000e001")
 
 
 def main() -> None:
+    open_streams()
     try:
         app()
     except ConfigurationError as error:
@@ -82,6 +95,8 @@ def main() -> None:
         fail(3, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
     except (StartupError, psycopg.Error, InboxFull, Unavailable, JwksUnavailable) as error:
         fail(3, error)
+    except OutputFailed as error:
+        fail(OUTPUT_FAILED, error)
 
 
 def say(line: str) -> None:
@@ -171,7 +186,9 @@ def token(
     scope: Annotated[
         list[str] | None, typer.Option(help=f"Any of {', '.join(SCOPES)}; all by default.")
     ] = None,
-    days: Annotated[float, typer.Option(min=0, max=36500, help="Days until it expires.")] = 1,
+    days: Annotated[
+        float, typer.Option(callback=within(0, 36500), help="Days until it expires, to 36500.")
+    ] = 1,
     data_dir: DataDir = Path(".task-tags"),
 ) -> None:
     """Sign a token, for development: with TASK_TAGS_JWT_SECRET, or else as the local stack."""

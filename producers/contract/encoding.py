@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from producers.contract.errors import ErrorDetail, InvalidMessage
 from producers.contract.messages import (
     MAX_MESSAGE_BYTES,
+    SCHEMA_VERSION,
     TOO_LARGE,
     BaseMessage,
     Message,
@@ -37,6 +38,12 @@ _MESSAGES: Final[dict[str, type[BaseMessage]]] = {
     "tag_batch": TagBatch,
     "flow_execution": RegisterExecution,
     "task_execution": SetTaskState,
+}
+# The first one that is there tells the kind of a message that does not say it.
+_KIND_OF_FIELD: Final = {
+    "tags": "tag_batch",
+    "state": "task_execution",
+    "flow_execution_id": "flow_execution",
 }
 _TAG_BATCH: Final = TypeAdapter(TagBatch)
 _ID: Final[TypeAdapter[UUID]] = TypeAdapter(UUID)
@@ -69,6 +76,15 @@ def parse_canonical(raw: bytes) -> tuple[Message, bytes]:
     return message, message.canonical_bytes()
 
 
+def parse_line(raw: bytes, batch_id: UUID) -> Message:
+    """Read one message that a person wrote.
+
+    `schema_version`, `kind` and `batch_id` may be left out: the version is 1, the kind is that of
+    the fields, and the id is the one given here. Raises as `parse_message` does.
+    """
+    return _parse_strictly(raw, batch_id)
+
+
 def parse_body(kind: str, raw: bytes, **rest: Any) -> Message:
     """Build a message from a JSON object and the fields in `rest`, which the object must not have.
 
@@ -88,11 +104,15 @@ def parse_body(kind: str, raw: bytes, **rest: Any) -> Message:
     return cast(Message, message)
 
 
-def _parse_strictly(raw: bytes) -> Message:
+def _parse_strictly(raw: bytes, batch_id: UUID | None = None) -> Message:
     if len(raw) > MAX_MESSAGE_BYTES:
         readable = _decode(_lenient_json, raw) if len(raw) <= MAX_READABLE_BYTES else None
         raise _invalid(readable, [TOO_LARGE])
     fields = _json_object(raw)
+    if batch_id is not None:
+        kinds = [{"kind": kind} for name, kind in _KIND_OF_FIELD.items() if name in fields]
+        left_out = {"schema_version": SCHEMA_VERSION, "batch_id": batch_id, **(kinds or [{}])[0]}
+        fields = left_out | fields
     kind = fields.get("kind")
     model = _MESSAGES.get(kind) if isinstance(kind, str) else None
     details = [

@@ -18,6 +18,7 @@ from producers.client import TagProducer
 from producers.console import escape_terminal
 from producers.contract.messages import TagBatch, add, register_execution
 from producers.contract.schemas import asyncapi_document
+from producers.errors import NotFound
 from tests.support.commands import environment, run
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
@@ -83,6 +84,88 @@ def test_nothing_is_sent_if_a_line_is_wrong(servers: Servers, mine: dict[str, st
     assert "nothing was enqueued: 2 of 3 lines are wrong" in done.stderr
 
 
+# --- Lines that people write ---------------------------------------------------------------------
+
+
+def readme_lines() -> str:
+    """Return the lines of batches.jsonl that the README shows."""
+    block = (REPOSITORY / "README.md").read_text("utf-8").partition("```json\n")[2]
+    return block.partition("```")[0]
+
+
+def test_the_lines_of_the_readme_are_taken_as_they_are(
+    servers: Servers, mine: dict[str, str]
+) -> None:
+    """Without version, kind and id. The id that a line gets is printed, and is the result's."""
+    sent = readme_lines()
+    done = run(servers, "enqueue", "-", "--wait", "--json", stdin=sent, **mine)
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    new = [each for each in printed if "line" in each]
+    results = [each for each in printed if "line" not in each]
+    assert [each["line"] for each in new] == [1, 2, 3]
+    assert [each["batch_id"] for each in results] == [each["batch_id"] for each in new]
+    assert {UUID(each["batch_id"]).version for each in new} == {7}
+    assert results[0]["flow_execution"] == {"status": "registered"}
+    assert results[1]["task_execution"] == {"status": "recorded"}
+    assert [each["status"] for each in results[2]["tags"]] == ["added"]
+    again = run(servers, "enqueue", "-", stdin="\n" + sent, **mine)
+    assert [line.split(": batch ")[0] for line in again.stdout.splitlines()] == [
+        *("line 2", "line 3", "line 4", "3 batches enqueued")
+    ]
+
+
+def test_a_run_with_derived_ids_may_be_repeated(servers: Servers, mine: dict[str, str]) -> None:
+    """The same name and file are the same batches; another name, or a changed line, are others."""
+    execution, own = uuid4(), uuid4()
+    operation = {"operation": "add", "flow_execution_id": str(execution), "task_name": "t"}
+    tag = {"tags": [operation | {"tag_type": "t", "tag": "x"}]}
+    fields = [{"flow_execution_id": str(execution)}, tag, tag | {"batch_id": str(own)}, tag]
+    sent = [json.dumps(each) for each in fields]
+
+    def outcomes(sent: list[str], name: str) -> tuple[int, list[str], list[str]]:
+        words = ["enqueue", "-", "--wait", "--ids-from", name]
+        done = run(servers, *words, stdin="\n".join(sent), **mine)
+        assert done.stderr == ""
+        printed = [line for line in done.stdout.splitlines() if not line.startswith("line ")]
+        ids, texts = zip(*(line.split("  ") for line in printed), strict=True)
+        assert ids[2] == str(own)
+        assert {UUID(id).version for id in (ids[0], ids[1], ids[3])} == {5}
+        return done.returncode, list(ids), list(texts)
+
+    texts = ["registered", "added", "already_exists", "already_exists"]
+    first = outcomes(sent, "run 1")
+    assert first == (0, first[1], texts)
+    assert outcomes(sent, "run 1") == first
+    _, ids, other = outcomes(sent, "run 2")
+    assert set(ids) & set(first[1]) == {str(own)}
+    assert other[:2] == ["already_exists", "already_exists"]
+    code, ids, changed = outcomes([*sent[:3], sent[3].replace('"x"', '"y"')], "run 1")
+    assert (code, ids, changed[:3]) == (1, first[1], texts[:3])
+    assert changed[3].startswith("conflict")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{}", "kind: is required"),
+        ('{"kind": null, "tags": []}', "kind: must be 'tag_batch' or"),
+        ('{"batch_id": null, "tags": []}', "batch_id: must be a UUID"),
+        ('{"schema_version": 2, "flow_execution_id": "{id}"}', "schema_version: must be 1"),
+        ('{"flow_execution_id": "{id}", "state": "queued"}', "task_name: is required"),
+        ('{"flow_execution_id": "{id}", "tags": 1, "tags": 2}', "the same key twice"),
+        ('{"flow_execution_id": "{id}", "task_name": "t"}', "task_name: is not a known field"),
+    ],
+)
+def test_what_is_left_out_is_filled_in_and_nothing_is_guessed(
+    servers: Servers, mine: dict[str, str], line: str, said: str
+) -> None:
+    """A field that is there is checked as ever."""
+    done = run(servers, "enqueue", "-", stdin=line.replace("{id}", str(uuid4())), **mine)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"line 1: {said}" in done.stderr or said in done.stderr
+
+
 def test_a_file_is_enqueued_without_waiting(
     servers: Servers, mine: dict[str, str], space: Path
 ) -> None:
@@ -116,7 +199,6 @@ def test_a_full_inbox_is_waited_for_as_long_as_one_says(
         (("list", "{id}"), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, "refused"),
         (("list", "{id}"), {"TASK_TAGS_TOKEN": "garbage"}, 1, "the token is not valid"),
         (("list", "{id}"), {}, 1, "there is no such thing here"),
-        (("list", "{id}"), {"TASK_TAGS_ENDPOINT_URL": "nonsense"}, 3, "protocol"),
         (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "garbage"}, 2, "TASK_TAGS_REDIS_URL"),
         (("watch", "{id}"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
         (("results", "r"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
@@ -129,6 +211,12 @@ def test_a_full_inbox_is_waited_for_as_long_as_one_says(
         ),
         (("nonsense",), {}, 2, "No such command"),
         (("enqueue", "-", "--block", "-1"), {}, 2, "--block"),
+        (("enqueue", "-", "--block", "nan"), {}, 2, "nan is not in the range 0 to 604,800"),
+        (("enqueue", "-", "--ids-from", " "), {}, 2, "must be a name"),
+        (("enqueue", "-", "--ids-from", "\udcff"), {}, 2, "must be a name"),
+        (("enqueue", "-", "--ids-from", "x", "--unchecked"), {}, 2, "can't be combined"),
+        (("list", "{id}", "--task", "\udcff"), {}, 2, "an argument is not UTF-8"),
+        (("results", "\udcff"), {}, 2, "an argument is not UTF-8"),
     ],
 )
 def test_an_error_is_one_clear_line(
@@ -147,6 +235,20 @@ def test_an_error_is_one_clear_line(
     assert done.returncode == code
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["-5", "0", "nan", "inf", "1e300", "604801", "soon", ""])
+def test_a_timeout_that_cannot_be_waited_is_refused_before_anything_is_enqueued(
+    servers: Servers, mine: dict[str, str], producer: TagProducer, seconds: str
+) -> None:
+    """Exit code 2, and the execution that would have been registered is unknown."""
+    execution = uuid4()
+    sent = lines(register_execution(execution))
+    done = run(servers, "enqueue", "-", "--wait", "--timeout", seconds, stdin=sent, **mine)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Invalid value for '--timeout'" in done.stderr
+    with pytest.raises(NotFound):
+        producer.batch().add(execution, "t", "t", "x").apply()
 
 
 @pytest.mark.parametrize("command", ["watch", "results"])
@@ -261,6 +363,7 @@ def test_a_token_is_minted_for_development(servers: Servers, organization: UUID)
         (("endpoint",), {"TASK_TAGS_LOG_LEVEL": "loud"}, 2, "TASK_TAGS_LOG_LEVEL"),
         (("up", "--data-dir", "/proc/nowhere"), {}, 3, "/proc/nowhere"),
         (("token", "--org", str(uuid4()), "--days", "1e12"), {}, 2, "--days"),
+        (("token", "--org", str(uuid4()), "--days", "nan"), {}, 2, "--days"),
     ],
 )
 def test_an_administrators_error_is_one_clear_line(
