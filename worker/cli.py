@@ -156,15 +156,29 @@ def demo(
     sys.exit(1 if report.differences else 0)
 
 
+def _password(option: typer.CallbackParam, value: str | None) -> str | None:
+    if value and not (value.strip() and value.isprintable() and len(value) <= 1000):
+        fail(2, f"{option.envvar}: must have 1 to 1000 printable characters")
+    return value
+
+
 @app.command(name="migrate")
 def migrate_command(
     worker_password: Annotated[
         str | None,
-        typer.Option(envvar="TASK_TAGS_WORKER_PASSWORD", help="For the role task_tags_worker."),
+        typer.Option(
+            envvar="TASK_TAGS_WORKER_PASSWORD",
+            callback=_password,
+            help="For the role task_tags_worker.",
+        ),
     ] = None,
     endpoint_password: Annotated[
         str | None,
-        typer.Option(envvar="TASK_TAGS_ENDPOINT_PASSWORD", help="For the role task_tags_endpoint."),
+        typer.Option(
+            envvar="TASK_TAGS_ENDPOINT_PASSWORD",
+            callback=_password,
+            help="For the role task_tags_endpoint.",
+        ),
     ] = None,
 ) -> None:
     """Create or update tables and roles. TASK_TAGS_DATABASE_URL names the owner of the tables."""
@@ -206,9 +220,19 @@ def token(
     print(sign_token(settings, organization_id=org, actor=sub, scopes=scopes, lifetime=lifetime))
 
 
+def _host(value: str) -> str:
+    try:
+        value.encode("idna")
+    except UnicodeError:
+        raise typer.BadParameter("is not the name of a host") from None
+    return value
+
+
 @app.command()
 def endpoint(
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(callback=_host, help="The address to listen on.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
 ) -> None:
     """Serve the endpoint: reading, watching, writing, and the live page."""
@@ -294,7 +318,7 @@ def retry(
     """
     from producers.client import TagProducer
 
-    if not token:
+    if not (token := token.strip()):
         fail(2, "TASK_TAGS_TOKEN is not set")
     settings = load_settings()
     redis_url = settings.redis_url.get_secret_value()

@@ -103,10 +103,14 @@ class Settings(InboxSettings):
 
     @field_validator("jwt_secret", "jwt_public_key", "jwt_audience", "jwt_issuer")
     @classmethod
-    def _is_not_blank(cls, value: Any) -> Any:
+    def _is_text(cls, value: Any) -> Any:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
-        if text is not None and not text.strip():
-            raise PydanticCustomError("blank", "must not be blank")
+        try:
+            known = text is None or bool(text.encode().strip())
+        except UnicodeEncodeError:
+            known = False
+        if not known:
+            raise PydanticCustomError("text", "must be a text in UTF-8 that is not blank")
         return value
 
     @property

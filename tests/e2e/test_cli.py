@@ -364,6 +364,11 @@ def test_a_token_is_minted_for_development(servers: Servers, organization: UUID)
         (("up", "--data-dir", "/proc/nowhere"), {}, 3, "/proc/nowhere"),
         (("token", "--org", str(uuid4()), "--days", "1e12"), {}, 2, "--days"),
         (("token", "--org", str(uuid4()), "--days", "nan"), {}, 2, "--days"),
+        (("migrate",), {"TASK_TAGS_WORKER_PASSWORD": " "}, 2, "TASK_TAGS_WORKER_PASSWORD: must"),
+        (("migrate",), {"TASK_TAGS_ENDPOINT_PASSWORD": "x" * 9999}, 2, "ENDPOINT_PASSWORD: must"),
+        (("migrate",), {"TASK_TAGS_WORKER_PASSWORD": "\udcff"}, 2, "WORKER_PASSWORD: must"),
+        (("endpoint", "--host", "a..b"), {"TASK_TAGS_JWT_SECRET": "s" * 32}, 2, "name of a host"),
+        (("rejected", "retry", "--org", str(uuid4()), "x"), {"TASK_TAGS_TOKEN": " "}, 2, "TOKEN"),
     ],
 )
 def test_an_administrators_error_is_one_clear_line(

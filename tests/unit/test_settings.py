@@ -20,6 +20,7 @@ VALUES = {
     "negative": "-1",
     "zero": "0",
     "non-ASCII digits": "٣",
+    "not UTF-8": "\udcff" * 32,
     "non-ASCII port": "http://localhost:٨٠",
     "huge port": "postgresql://localhost:99999/x",
     "URL without a host": "http://",
@@ -58,6 +59,7 @@ def test_a_wrong_value_is_refused_by_name(
         return
     given = getattr(settings, name)
     assert value == "" or name in TEXTS or isinstance(given, int | float)
+    assert value != VALUES["not UTF-8"]
     assert not isinstance(given, int | float) or 0 < given <= 1_000_000_000
     assert settings.lease_ms >= 1000
     if isinstance(settings, Settings):
