@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,8 +28,10 @@ _NEEDS_WRITES: Final = "#!lua flags=allow-oom\nreturn 1"
 try:
     settings = load_settings()
 except ConfigurationError as error:
-    sys.stderr.write(f"error: {error}\n")
-    sys.exit(2)
+    from producers.console import fail, open_streams  # workers go without what it imports
+
+    open_streams()
+    fail(2, error)
 
 
 class NoAckRequest(Request):  # type: ignore[misc]

@@ -112,14 +112,13 @@ OTHERS = ("REDIS_URL", "DATABASE_URL", "JWT_ALGORITHMS", "JWT_JWKS_URL", "LOG_LE
 OF_PRODUCERS = ("REDIS_URL", "INBOX_LIMIT", "LEASE_SECONDS", "ORGANIZATION_ID", "ENDPOINT_URL")
 
 
-@pytest.mark.parametrize("value", [" ", "9" * 400, "inf", "-1", "٣"])
+@pytest.mark.parametrize("value", [" ", "inf", "٣"])  # more are tried in tests/unit
 def test_a_wrong_setting_is_named_by_every_process(
     servers: Servers, tmp_path: Path, value: str
 ) -> None:
     """In one line, with exit code 2: worker, beat, endpoint and the commands of both tools."""
     id = str(uuid4())
     words = commands() | {
-        "token": ["task-tags-admin", "token", "--org", id],
         "rejected": ["task-tags-admin", "rejected", "list"],
         "enqueue": ["task-tags", "enqueue", "-"],
         "list": ["task-tags", "list", id],
