@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import psycopg
-from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from producers.errors import ConfigurationError
 from producers.redis_client import open_redis
@@ -60,7 +60,9 @@ def ping(settings: Settings, then: Callable[[Any], None] = lambda _: None) -> No
     with open_redis(settings.redis_url.get_secret_value(), socket_timeout=3) as redis:
         try:
             redis.ping()
-        except AuthenticationError as error:
+        except (AuthenticationError, ResponseError) as error:
+            if isinstance(error, ResponseError) and "DB index" not in str(error):
+                raise
             raise ConfigurationError(f"TASK_TAGS_REDIS_URL: it is refused: {error}") from error
         then(redis)
 

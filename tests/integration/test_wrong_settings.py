@@ -66,6 +66,26 @@ def test_malformed_urls_end_all_processes_in_one_line(servers: Servers, tmp_path
             assert SECRET not in lines[0]
 
 
+@pytest.mark.parametrize("database", ["99999", "-1"])
+def test_a_redis_database_that_the_server_does_not_have_ends_all_processes(
+    servers: Servers, tmp_path: Path, database: str
+) -> None:
+    """Nobody waits for it: it is a wrong setting, exit code 2."""
+    url = servers.stack.redis_url.replace("db=0", f"db={database}")
+    with ExitStack() as running:
+        processes = {
+            name: running.enter_context(
+                started(words, tmp_path / name, settings_of(servers, TASK_TAGS_REDIS_URL=url))
+            )
+            for name, words in commands().items()
+        }
+        for name, process in processes.items():
+            assert process.wait(60) == 2, name
+            lines = (tmp_path / name).read_text().splitlines()
+            said = "TASK_TAGS_REDIS_URL: it is refused: DB index is out of range"
+            assert said in lines[-1], (name, lines)
+
+
 def test_servers_that_take_no_writes_are_waited_for(
     servers: Servers, valkey: Valkey, tmp_path: Path
 ) -> None:
