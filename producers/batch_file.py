@@ -42,7 +42,9 @@ def read_unchecked(file: str) -> Iterator[Batch]:
 
 
 class CheckedBatches:
-    """The batches of a file, all of whose lines are right. They are kept in a temporary file.
+    """The batches of a file, all of whose lines are right, to be iterated over once.
+
+    They are kept in a temporary file.
 
     Args:
         file: Its name, or - for standard input.
@@ -56,13 +58,12 @@ class CheckedBatches:
     def __init__(self, file: str, ids_from: str | None) -> None:
         self.total = 0
         try:
-            self._kept = SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115 - it ends with its object
+            self._kept = SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115
             self._check(_lines(file), ids_from)
         except OSError as error:
             raise WrongInput(f"the temporary directory can't be used: {error.strerror}") from None
 
     def __iter__(self) -> Iterator[Batch]:
-        self._kept.seek(0)
         for kept in self._kept:
             number, new_id, encoded = kept.rstrip(b"\n").split(b" ", 2)
             yield Batch(int(number), encoded, UUID(new_id.decode()) if new_id else None)
@@ -81,6 +82,7 @@ class CheckedBatches:
                 continue
             new_id = str(id) if message.batch_id == id else ""
             self._kept.write(b"%d %s %s\n" % (number, new_id.encode(), encoded))
+        self._kept.seek(0)  # it writes what is buffered
         if wrong:
             raise WrongInput(f"nothing was enqueued: {wrong} of {self.total} lines are wrong")
 

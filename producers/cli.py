@@ -43,7 +43,6 @@ WRONG: Final = 2
 UNAVAILABLE: Final = 3
 FULL: Final = 4
 NO_RESULT: Final = 5
-
 INTERRUPTED: Final = 130
 
 _PIECE: Final = 500
@@ -90,6 +89,33 @@ def _name(value: str | None) -> str | None:
     return value
 
 
+Timeout = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        callback=console.within(0.001, _MAX_SECONDS),
+        help="Wait for each result so long; at most 604800, a week.",
+    ),
+]
+Block = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        callback=console.within(0, _MAX_SECONDS),
+        help="Wait for free capacity in the inbox, so long in total; at most a week.",
+    ),
+]
+IdsFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        callback=_name,
+        help="Make batch ids that are left out from NAME and the line's number, so that another "
+        "run of the same file and NAME changes nothing.",
+    ),
+]
+
+
 @app.command()
 def enqueue(
     file: Annotated[
@@ -98,31 +124,9 @@ def enqueue(
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for the results and print them.")
     ] = False,
-    timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            callback=console.within(0.001, _MAX_SECONDS),
-            help="Wait for each result so long; at most 604800, a week.",
-        ),
-    ] = 30,
-    block: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            callback=console.within(0, _MAX_SECONDS),
-            help="Wait for free capacity in the inbox, so long in total; at most a week.",
-        ),
-    ] = None,
-    ids_from: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            callback=_name,
-            help="Make batch ids that are left out from NAME and the line's number, so that "
-            "another run of the same file and NAME changes nothing.",
-        ),
-    ] = None,
+    timeout: Timeout = 30,
+    block: Block = None,
+    ids_from: IdsFrom = None,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Send lines unchanged; the worker checks them.")
     ] = False,

@@ -171,13 +171,14 @@ def test_input_that_cannot_be_read_is_exit_code_2(
         assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize("count", [5815, 20_000], ids=["with the last bytes", "earlier"])
 def test_a_directory_and_a_full_temporary_directory_are_said(
-    servers: Servers, mine: dict[str, str], tmp_path: Path
+    servers: Servers, mine: dict[str, str], tmp_path: Path, count: int
 ) -> None:
     """Nothing is enqueued, and the exit code is 2."""
     done = run(servers, "enqueue", str(tmp_path), **mine)
     assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}: Is a directory\n")
-    sent, limit = batches(20_000), "ulimit -f 100; trap '' XFSZ; "
+    sent, limit = batches(count), "ulimit -f 1100; trap '' XFSZ; "
     words = ["-c", MAIN.format(module="producers.cli"), "enqueue", "-"]
     full = subprocess.run(
         ["bash", "-c", f'{limit} exec "$0" "$@"', sys.executable, *words],
