@@ -2,134 +2,39 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
-import pytest
-from playwright.sync_api import Browser, Locator, Page, Route, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from producers.client import TagProducer
-from producers.contract.messages import TagBatch, TagOperation, add, remove
-from tests.support.browser import address, open_browser
+from producers.contract.messages import add, remove
+from tests.support.browser import (
+    Open,
+    add_by_hand,
+    applied,
+    batches,
+    connection,
+    remove_button,
+    shown_revisions,
+    shown_tags,
+    tags_of,
+)
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.auth import READ, SCOPES, sign_token
 
-Open = Callable[..., Page]
-
-if os.environ.get("TASK_TAGS_NO_BROWSER") == "1":
-    pytest.skip("TASK_TAGS_NO_BROWSER=1: the live page is not tested", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One for the whole file; each page of a test has a separate context, and so a token."""
-    expect.set_options(timeout=15_000)
-    with open_browser() as browser:
-        yield browser
-
-
-@pytest.fixture
-def complaints() -> list[str]:
-    """Messages in the consoles of browsers: script errors, violations of the security policy."""
-    return []
-
-
-@pytest.fixture
-def open_page(browser: Browser, servers: Servers, complaints: list[str]) -> Iterator[Open]:
-    """Open the live page of an execution in a new context, and wait until it is live."""
-    contexts = []
-
-    def open_page(execution: UUID, token: str, *, live: bool = True, **options: Any) -> Page:
-        context = browser.new_context(reduced_motion="reduce", **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "console",
-            lambda said: complaints.append(said.text) if said.type == "error" else None,
-        )
-        page.goto(address(servers.stack.endpoint_url, execution, token))
-        if live:
-            expect(connection(page)).to_have_text("Live")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-
-
-@pytest.fixture
-def execution(producer: TagProducer) -> UUID:
-    """One that knows two tasks and allows no others."""
-    execution = uuid4()
-    producer.register(execution, ["extract_data", "review"])
-    applied(producer, add(execution, "extract_data", "source", "scanner-3"))
-    return execution
-
-
-def applied(producer: TagProducer, *operations: TagOperation) -> None:
-    producer.apply(TagBatch(tags=list(operations)))
-
-
-# --- What a person sees of the page ---------------------------------------------------------------
-
-
-def connection(page: Page) -> Locator:
-    return page.get_by_role("status", name="Connection")
-
-
-def tags_of(page: Page, task: str) -> Locator:
-    return page.get_by_role("list", name=f"Tags of {task}", exact=True).get_by_role("listitem")
-
-
-def batches(page: Page) -> Locator:
-    return page.get_by_role("region", name="Batches").locator("ol > li")
-
-
-def remove_button(page: Page, name: str) -> Locator:
-    return page.get_by_role("button", name=f"Remove {name}", exact=True)
-
-
-def add_by_hand(page: Page, task: str, tag_type: str, tag: str, metadata: str = "") -> None:
-    page.get_by_label("Task", exact=True).fill(task)
-    page.get_by_label("Type", exact=True).fill(tag_type)
-    page.get_by_label("Tag", exact=True).fill(tag)
-    page.get_by_role("textbox", name="Metadata").fill(metadata)
-    page.get_by_role("button", name="Add tag").click()
-
-
-def shown_tags(page: Page) -> list[tuple[str, ...]]:
-    """Return task, type, tag, metadata and actor of each tag on the page."""
-    rows = page.locator("li.tag").evaluate_all(
-        """rows => rows.map(row => [
-            row.closest('.task').querySelector('.task-name'),
-            ...['.chip-type', '.chip-tag', '.metadata', '.by-who'].map(
-                part => row.querySelector(part)),
-        ].map(part => part.textContent))"""
-    )
-    return sorted(tuple(row) for row in rows)
-
 
 def stored_tags(http: httpx.Client, execution: UUID) -> list[tuple[str, ...]]:
-    """Return the same of each tag that the endpoint gives; none of them has metadata."""
+    """Return what `shown_tags` does, of what the endpoint gives; no tag of it has metadata."""
     tags = http.get("/task-tags", params={"flow_execution_id": str(execution)}).json()
     return sorted(
         (tag["task_name"], tag["tag_type"], tag["tag"], "", tag["created_by"]) for tag in tags
     )
-
-
-def shown_revisions(page: Page) -> list[int]:
-    found: list[int] = page.locator("[data-revision]").evaluate_all(
-        "rows => rows.map(row => Number(row.dataset.revision))"
-    )
-    return found
 
 
 @contextmanager
@@ -144,9 +49,6 @@ def endpoint_stopped(servers: Servers) -> Iterator[None]:
     finally:
         supervisor.restart_ended(lambda _: None)
         eventually(child.ready)
-
-
-# --- Facts ---------------------------------------------------------------------------------------
 
 
 def test_what_one_page_changes_the_other_shows_in_place(
