@@ -26,6 +26,7 @@ const page = {
   failures: 0, // in a row
   retryAt: null,
   retryTimer: null,
+  today: new Date().toDateString(), // the day that the times are told for
 };
 const tasks = new Map(); // task name → {node, state, tags: Map of tag id → {node, tag}}
 const rows = new Map(); // batch id → {node, event, seenAfter, sent}
@@ -220,13 +221,23 @@ function passes(status) {
 
 const UNKNOWN_EXECUTION = "There is no such execution here: nobody has registered it, or it is another organization’s.";
 
-function onClosed(code, message = "it gave no reason") {
+/** What a close without an error frame means: the codes of RFC 6455, and those registered later. */
+const CLOSED = {
+  1000: "The endpoint ended the connection.",
+  1001: "The endpoint was stopped.",
+  1006: NO_ANSWER, // no closing handshake: a lost connection, or none at all
+  1011: "The endpoint met a fault of its own.",
+  1012: "The endpoint is being restarted.",
+  1013: "The endpoint has too much to do.",
+  1014: "What stands before the endpoint got no answer from it.",
+};
+
+function onClosed(code, message) {
   const refused = { 4400: 400, 4401: 401, 4403: 403, 4404: 404, 1009: 400 }[code];
   if (code === 4410) readAnew("Changes in between are no longer stored: everything is read anew.");
-  else if (refused) onRefusal({ status: refused, message });
-  else if (code === 1001) retryLater("The endpoint was stopped.");
-  else if (code === 1006) retryLater(NO_ANSWER); // no closing handshake: a lost connection, or none at all
-  else retryLater(`The endpoint ended the connection: ${sentence(message)}`);
+  else if (refused) onRefusal({ status: refused, message: message ?? "it gave no reason" });
+  else if (message) retryLater(`The endpoint ended the connection: ${sentence(message)}`);
+  else retryLater(CLOSED[code] ?? `The endpoint ended the connection, with the code ${code}.`);
 }
 
 function retryLater(why) {
@@ -263,6 +274,12 @@ function readFromTheStart() {
 
 function reconnectNow() {
   if (page.retryAt !== null) connect();
+}
+
+/** In a tab that was not looked at, timers stand still. */
+function onSeen() {
+  datePast();
+  reconnectNow();
 }
 
 /** A connection may die without a word. So look, now and then, whether there is more than was heard. */
@@ -370,8 +387,19 @@ function nameOf({ tag_type, tag, tag_metadata }) {
   return `${tag_type}: ${tag}${metadata.length > SHOWN_METADATA ? " with metadata" : metadata}`;
 }
 
+const VERDICTS = {
+  good: ["accepted", "approved", "ok", "passed", "succeeded", "valid", "verified"],
+  bad: ["declined", "denied", "error", "failed", "invalid", "refused", "rejected"],
+};
+
+/** Whether a tag says yes or no, which is told by a colour and a sign, whatever its type. */
+function verdictOf(tag) {
+  return Object.keys(VERDICTS).find((verdict) => VERDICTS[verdict].includes(tag.toLowerCase())) ?? "";
+}
+
 function fillChip(chip, { tag_type, tag }) {
   chip.dataset.hue = hueOf(tag_type);
+  chip.dataset.verdict = verdictOf(tag);
   within(chip, ".chip-type").textContent = tag_type;
   within(chip, ".chip-tag").textContent = tag;
 }
@@ -896,11 +924,25 @@ function textNode(name, text) {
 /** A name that others gave: its direction of writing must not turn the words around it. */
 const isolated = (text) => textNode("bdi", text);
 
-function timeOf(iso, className = "") {
+const TIME = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
+const DATE_AND_TIME = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+
+function wordsOfTime(iso) {
   const moment = new Date(iso);
   const today = moment.toDateString() === new Date().toDateString();
-  const style = today ? { timeStyle: "medium" } : { dateStyle: "medium", timeStyle: "short" };
-  const node = textNode("time", new Intl.DateTimeFormat(undefined, style).format(moment));
+  return (today ? TIME : DATE_AND_TIME).format(moment);
+}
+
+/** A page may stay open for days: what was of today gets its date when the day is over. */
+function datePast() {
+  const today = new Date().toDateString();
+  if (page.today === today) return;
+  page.today = today;
+  for (const node of document.querySelectorAll("time[datetime]")) node.textContent = wordsOfTime(node.dateTime);
+}
+
+function timeOf(iso, className = "") {
+  const node = textNode("time", wordsOfTime(iso));
   node.dateTime = node.title = iso;
   node.className = className;
   return node;
@@ -951,7 +993,8 @@ at("reconnect").addEventListener("click", connect);
 addEventListener("hashchange", begin);
 addEventListener("online", reconnectNow);
 addEventListener("offline", () => at("connection").dataset.state === "live" && retryLater("This device is offline."));
-document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && reconnectNow());
+document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && onSeen());
 setInterval(countDown, 500);
+setInterval(datePast, 1_000);
 setInterval(feelPulse, PULSE_MS);
 begin();

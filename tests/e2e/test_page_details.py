@@ -1,0 +1,118 @@
+"""The live page in a real browser: small things that hurt those who look at it for long."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from uuid import UUID
+
+import pytest
+from playwright.sync_api import Page, WebSocketRoute, expect
+
+from producers.client import TagProducer
+from producers.contract.messages import add
+from tests.support.browser import Open, applied, connection, tags_of
+
+
+def alert(page: Page, words: str) -> None:
+    expect(page.get_by_role("alert").filter(has_text=words)).to_be_visible()
+
+
+def cut_off(page: Page, code: int = 1012) -> Callable[[], None]:
+    """End the connection, and each new one, with a code, until what is returned is called."""
+    lost = [True]
+
+    def answer(socket: WebSocketRoute) -> None:
+        if lost:
+            socket.on_message(lambda _: socket.close(code=code))
+        else:
+            socket.connect_to_server()
+
+    page.route_web_socket("**/task-tags/changes*", answer)
+    page.evaluate("dispatchEvent(new Event('offline'))")
+    expect(connection(page)).to_have_text("Not connected")
+    return lost.clear
+
+
+CLOSED = {
+    1000: "The endpoint ended the connection.",
+    1011: "The endpoint met a fault of its own.",
+    1012: "The endpoint is being restarted.",
+    1013: "The endpoint has too much to do.",
+    3999: "The endpoint ended the connection, with the code 3999.",
+}
+
+
+@pytest.mark.parametrize("code", CLOSED)
+def test_a_connection_that_is_closed_says_why_in_words(
+    execution: UUID, open_page: Open, token: str, code: int
+) -> None:
+    """Of a restart and of other codes; then the page connects again by itself."""
+    page = open_page(execution, token)
+    restore = cut_off(page, code)
+    alert(page, CLOSED[code])
+    restore()
+    expect(connection(page)).to_have_text("Live")
+
+
+def test_a_time_of_another_day_has_its_date(execution: UUID, open_page: Open, token: str) -> None:
+    """Also on a page that was open when the day ended."""
+    page = open_page(execution, token, locale="en-GB")
+    time = tags_of(page, "extract_data").get_by_role("time")
+    expect(time).to_have_text(re.compile(r"^\d\d:\d\d:\d\d$"))
+    page.evaluate(
+        """() => {
+            const now = Date.now, Real = Date;
+            window.Date = class extends Real {
+                constructor(...given) {
+                    super(...(given.length ? given : [now() + 26 * 3600 * 1000]));
+                }
+            };
+        }"""
+    )
+    expect(time).to_have_text(re.compile(r"^\d{1,2} \w{3,4} \d{4}, \d\d:\d\d$"))
+
+
+def test_approved_and_rejected_look_different(
+    producer: TagProducer, execution: UUID, open_page: Open, token: str
+) -> None:
+    """By their colours, and by a sign for who sees no colours; a word of no verdict has none."""
+    for tag in ("approved", "rejected", "pending"):
+        applied(producer, add(execution, "review", "review_status", tag))
+    page = open_page(execution, token)
+    looks = {}
+    for tag in ("approved", "rejected", "pending"):
+        chip = tags_of(page, "review").filter(has_text=tag).locator(".chip")
+        looks[tag] = chip.evaluate(
+            """chip => [
+                getComputedStyle(chip).color,
+                getComputedStyle(chip).backgroundColor,
+                getComputedStyle(chip.querySelector('.chip-tag'), '::before').content,
+            ]"""
+        )
+    colours, grounds, signs = zip(*looks.values(), strict=True)
+    assert len(set(colours)) == len(set(grounds)) == len(set(signs)) == 3
+    assert [sign.split()[0] for sign in signs] == ['"✓', '"✗', "none"]
+
+
+def test_the_connections_state_can_be_seen_in_forced_colours(
+    execution: UUID, open_page: Open, token: str
+) -> None:
+    """There is a dot, and it is another one while there is no connection; words say the same."""
+    page = open_page(execution, token, forced_colors="active")
+    seen = [page.locator(".dot").screenshot()]
+    cut_off(page)
+    seen.append(page.locator(".dot").screenshot())
+    box = page.locator(".dot").bounding_box()
+    page.locator(".dot").evaluate("dot => dot.style.visibility = 'hidden'")
+    seen.append(page.screenshot(clip=box))
+    assert len(set(seen)) == 3
+
+
+def test_paper_has_no_buttons(execution: UUID, open_page: Open, token: str) -> None:
+    """And no fields to fill in; the tags are there."""
+    page = open_page(execution, token)
+    assert page.locator(":is(button, input):visible").count() > 5
+    page.emulate_media(media="print")
+    assert page.locator(":is(button, input):visible").count() == 0
+    expect(tags_of(page, "extract_data")).to_be_visible()
