@@ -11,7 +11,17 @@ from playwright.sync_api import Page, WebSocketRoute, expect
 
 from producers.client import TagProducer
 from producers.contract.messages import add
-from tests.support.browser import Open, applied, connection, tags_of
+from tests.support.browser import (
+    Open,
+    add_by_hand,
+    applied,
+    connection,
+    remove_button,
+    remove_by_hand,
+    tags_of,
+)
+from tests.support.servers import Servers
+from worker.auth import READ
 
 
 def alert(page: Page, words: str) -> None:
@@ -116,3 +126,80 @@ def test_paper_has_no_buttons(execution: UUID, open_page: Open, token: str) -> N
     page.emulate_media(media="print")
     assert page.locator(":is(button, input):visible").count() == 0
     expect(tags_of(page, "extract_data")).to_be_visible()
+
+
+def test_a_token_to_read_with_shows_nothing_that_changes_things(
+    servers: Servers, organization: UUID, execution: UUID, open_page: Open, token: str
+) -> None:
+    """No form and no ×, also for the keyboard; a token that may write brings both."""
+    page = open_page(execution, servers.token(organization, READ))
+    expect(page.get_by_text("to read only")).to_be_visible()
+    expect(tags_of(page, "extract_data")).to_be_visible()
+    names = page.get_by_role("button").all_inner_texts()
+    assert names == ["Open another", "Forget token"]
+    assert page.get_by_role("textbox").count() + page.get_by_role("combobox").count() == 0
+
+    page.get_by_role("button", name="Open another").click()
+    page.get_by_label("Token").fill(token)
+    page.get_by_role("button", name="Open", exact=True).click()
+    expect(connection(page)).to_have_text("Live")
+    add_by_hand(page, "review", "review_status", "reviewed")
+    remove_by_hand(page, "review_status: reviewed from review")
+    expect(tags_of(page, "review")).to_have_count(0)
+
+
+def test_a_second_enter_removes_nothing(
+    producer: TagProducer, execution: UUID, open_page: Open, token: str
+) -> None:
+    """Nor does a double click. After a removal the focus is on no button, yet near."""
+    for number in range(3):
+        applied(producer, add(execution, "review", "number", f"{number}"))
+    page = open_page(execution, token)
+    first = remove_button(page, "number: 0 from review")
+    first.focus()
+    for _ in range(4):
+        page.keyboard.press("Enter")
+    expect(first).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    expect(first).to_be_focused()
+    first.dblclick()
+    expect(first).to_be_visible()
+
+    remove_by_hand(page, "number: 1 from review")
+    expect(tags_of(page, "review")).to_have_count(2)
+    expect(tags_of(page, "review").filter(has_text="number: 2")).to_be_focused()
+    for _ in range(3):
+        page.keyboard.press("Enter")
+    add_by_hand(page, "review", "number", "last")
+    expect(tags_of(page, "review")).to_have_text([re.compile(f"number: {n}") for n in "02l"])
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_notice_of_a_lost_connection_moves_nothing(
+    execution: UUID, open_page: Open, token: str, width: int
+) -> None:
+    """Neither as it comes nor as it goes: the × stays where the pointer is."""
+    page = open_page(execution, token, viewport={"width": width, "height": 740})
+    button = remove_button(page, "source: scanner-3 from extract_data")
+    places = [button.bounding_box()]
+    restore = cut_off(page)
+    alert(page, CLOSED[1012])
+    expect(page.get_by_role("button", name="Reconnect now")).to_be_visible()
+    places.append(button.bounding_box())
+    restore()
+    expect(connection(page)).to_have_text("Live")
+    places.append(button.bounding_box())
+    assert places == places[:1] * 3
+
+
+def test_a_token_that_ends_moves_nothing(execution: UUID, open_page: Open, token: str) -> None:
+    """The form for another one comes when it is asked for."""
+    page = open_page(execution, token)
+    button = remove_button(page, "source: scanner-3 from extract_data")
+    place = button.bounding_box()
+    cut_off(page, 4401)
+    alert(page, "The token was refused")
+    assert button.bounding_box() == place
+    page.get_by_role("button", name="Give another token").click()
+    expect(page.get_by_label("Token")).to_be_focused()

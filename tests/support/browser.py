@@ -78,6 +78,11 @@ def remove_button(page: Page, name: str) -> Locator:
     return page.get_by_role("button", name=f"Remove {name}", exact=True)
 
 
+def remove_by_hand(page: Page, name: str) -> None:
+    remove_button(page, name).click()
+    page.get_by_role("group", name=f"Remove {name}?").get_by_role("button", name="Remove").click()
+
+
 def add_by_hand(page: Page, task: str, tag_type: str, tag: str, metadata: str = "") -> None:
     page.get_by_label("Task", exact=True).fill(task)
     page.get_by_label("Type", exact=True).fill(tag_type)

@@ -262,8 +262,10 @@ function askForToken(why) {
   leaveConnection();
   forgetToken();
   showConnection("stopped", "Not connected");
-  if (page.revision !== null) showNotice(asOf());
-  openForm(why);
+  if (page.revision === null) {
+    hide(at("notice"));
+    openForm(why);
+  } else showNotice(`${why} ${asOf()}`, { words: "Give another token", run: () => openForm(why) });
 }
 
 function readFromTheStart() {
@@ -351,7 +353,7 @@ function showTag(tag) {
   within(node, "time").replaceWith(timeOf(tag.created_at));
   const button = within(node, ".remove");
   button.setAttribute("aria-label", `Remove ${nameOf(tag)} from ${tag.task_name}`);
-  button.addEventListener("click", () => removeTag(tag, node));
+  button.addEventListener("click", () => askToRemove(tag, node));
   within(taskNode, ".tags").append(node);
   within(taskNode, ".no-tags").hidden = true;
   tags.set(tag.id, { node, tag });
@@ -363,8 +365,8 @@ function dropTag({ id, task_name }) {
   const { node: taskNode, tags } = taskOf(task_name);
   const shown = tags.get(id);
   if (!shown) return;
-  const neighbour = shown.node.nextElementSibling ?? shown.node.previousElementSibling;
-  passFocusOn(shown.node, neighbour ? within(neighbour, ".remove") : within(taskNode, ".task-name"));
+  // Not to the next ×: who presses Enter once more would ask to remove what they did not mean.
+  passFocusOn(shown.node, shown.node.nextElementSibling ?? shown.node.previousElementSibling ?? within(taskNode, ".task-name"));
   shown.node.remove();
   tags.delete(id);
   within(taskNode, ".no-tags").hidden = tags.size > 0;
@@ -652,8 +654,26 @@ function wordsOf(status) {
   return words[status] ?? status;
 }
 
-async function removeTag({ task_name, tag_type, tag, tag_metadata }, node) {
+/** Ask first. The focus is on keeping it, and that is where the × was: a second Enter or click removes nothing. */
+function askToRemove(tag, node) {
+  const question = document.createElement("span");
+  question.className = "sure";
+  question.setAttribute("role", "group");
+  question.setAttribute("aria-label", `Remove ${nameOf(tag)} from ${tag.task_name}?`);
   const button = within(node, ".remove");
+  const keep = () => {
+    question.replaceWith(button);
+    button.focus();
+  };
+  const [yes, no] = [buttonFor("Remove", () => removeTag(tag, node, yes)), buttonFor("Keep", keep)];
+  yes.classList.add("danger");
+  question.append(yes, no);
+  question.addEventListener("keydown", ({ key }) => key === "Escape" && keep());
+  button.replaceWith(question);
+  no.focus();
+}
+
+async function removeTag({ task_name, tag_type, tag, tag_metadata }, node, button) {
   if (button.getAttribute("aria-disabled")) return;
   // Disabled for real, it would lose the focus.
   button.setAttribute("aria-disabled", "true");
@@ -686,7 +706,7 @@ function problemPlace() {
 }
 
 function hideProblem(place) {
-  hide(place, place.id === "add-problem" ? at("tag-field") : within(place.parentNode, ".remove"));
+  hide(place, place.id === "add-problem" ? at("tag-field") : place.closest(".tag"));
   place.replaceChildren();
 }
 
@@ -898,8 +918,21 @@ function forgetState() {
 function showActor() {
   const claims = page.token && actorOf(page.token);
   const place = at("actor");
+  const writes = mayWrite(claims);
   place.replaceChildren();
-  if (claims) place.append("as ", isolated(claims.sub), ", until ", timeOf(new Date(claims.exp * 1000).toISOString()));
+  if (claims) {
+    const until = timeOf(new Date(claims.exp * 1000).toISOString());
+    place.append("as ", isolated(claims.sub), writes ? "" : ", to read only", ", until ", until);
+  }
+  // The style sheet leaves out what changes things. Without a token, who is typing goes on.
+  if (page.token) at("execution").dataset.writes = writes ? "yes" : "no";
+}
+
+/** A token that can't be read may be good for anything. */
+function mayWrite(claims) {
+  if (!claims) return true;
+  const scopes = Array.isArray(claims.scope) ? claims.scope : String(claims.scope ?? "").split(/\s+/);
+  return scopes.includes("task-tags:write");
 }
 
 function actorOf(token) {
