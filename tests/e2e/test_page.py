@@ -196,13 +196,18 @@ def test_tokens_and_executions_that_are_refused_are_told_in_words(
 def test_a_batch_that_is_refused_is_told_beside_the_form(
     execution: UUID, open_page: Open, token: str
 ) -> None:
-    """Metadata that is not JSON is not sent; the endpoint refuses a task that it does not know."""
+    """Metadata that is not JSON is not sent; of a wrong task, the right names are told."""
     page = open_page(execution, token)
     add_by_hand(page, "review", "review_status", "reviewed", "{reviewer}")
     expect(page.get_by_role("alert")).to_contain_text("tag_metadata: must be JSON")
     expect(page.get_by_role("textbox", name="Metadata")).to_be_focused()
     add_by_hand(page, "unknown", "review_status", "reviewed")
-    expect(page.get_by_role("alert")).to_contain_text("task_name")
+    refused = page.get_by_role("alert")
+    expect(refused).to_contain_text("there is no task “\u2068unknown\u2069” here")
+    expect(refused).to_contain_text(
+        "Its tasks are “\u2068extract_data\u2069”, “\u2068review\u2069”."
+    )
+    expect(page.get_by_label("Task", exact=True)).to_have_attribute("aria-invalid", "true")
     expect(batches(page)).to_have_count(1)
     # Beyond what a JavaScript number can hold: added and removed as it was written.
     add_by_hand(page, "review", "number", "large", "9007199254740993")

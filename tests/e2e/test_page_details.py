@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from uuid import UUID
 
 import pytest
-from playwright.sync_api import Page, WebSocketRoute, expect
+from playwright.sync_api import expect
 
 from producers.client import TagProducer
 from producers.contract.messages import add
@@ -16,33 +15,14 @@ from tests.support.browser import (
     add_by_hand,
     applied,
     connection,
+    cut_off,
     remove_button,
     remove_by_hand,
     tags_of,
+    told,
 )
 from tests.support.servers import Servers
 from worker.auth import READ
-
-
-def alert(page: Page, words: str) -> None:
-    expect(page.get_by_role("alert").filter(has_text=words)).to_be_visible()
-
-
-def cut_off(page: Page, code: int = 1012) -> Callable[[], None]:
-    """End the connection, and each new one, with a code, until what is returned is called."""
-    lost = [True]
-
-    def answer(socket: WebSocketRoute) -> None:
-        if lost:
-            socket.on_message(lambda _: socket.close(code=code))
-        else:
-            socket.connect_to_server()
-
-    page.route_web_socket("**/task-tags/changes*", answer)
-    page.evaluate("dispatchEvent(new Event('offline'))")
-    expect(connection(page)).to_have_text("Not connected")
-    return lost.clear
-
 
 CLOSED = {
     1000: "The endpoint ended the connection.",
@@ -60,7 +40,7 @@ def test_a_connection_that_is_closed_says_why_in_words(
     """Of a restart and of other codes; then the page connects again by itself."""
     page = open_page(execution, token)
     restore = cut_off(page, code)
-    alert(page, CLOSED[code])
+    told(page, CLOSED[code])
     restore()
     expect(connection(page)).to_have_text("Live")
 
@@ -184,7 +164,7 @@ def test_the_notice_of_a_lost_connection_moves_nothing(
     button = remove_button(page, "source: scanner-3 from extract_data")
     places = [button.bounding_box()]
     restore = cut_off(page)
-    alert(page, CLOSED[1012])
+    told(page, CLOSED[1012])
     expect(page.get_by_role("button", name="Reconnect now")).to_be_visible()
     places.append(button.bounding_box())
     restore()
@@ -199,7 +179,7 @@ def test_a_token_that_ends_moves_nothing(execution: UUID, open_page: Open, token
     button = remove_button(page, "source: scanner-3 from extract_data")
     place = button.bounding_box()
     cut_off(page, 4401)
-    alert(page, "The token was refused")
+    told(page, "The token was refused")
     assert button.bounding_box() == place
     page.get_by_role("button", name="Give another token").click()
     expect(page.get_by_label("Token")).to_be_focused()

@@ -12,7 +12,7 @@ from typing import Final
 from uuid import UUID
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, WebSocketRoute, expect, sync_playwright
 
 from producers.client import TagProducer
 from producers.contract.messages import TagBatch, TagOperation
@@ -108,3 +108,23 @@ def shown_revisions(page: Page) -> list[int]:
         "rows => rows.map(row => Number(row.dataset.revision))"
     )
     return found
+
+
+def told(page: Page, words: str) -> None:
+    expect(page.get_by_role("alert").filter(has_text=words)).to_be_visible()
+
+
+def cut_off(page: Page, code: int = 1012) -> Callable[[], None]:
+    """End the connection, and each new one, with a code, until what is returned is called."""
+    lost = [True]
+
+    def answer(socket: WebSocketRoute) -> None:
+        if lost:
+            socket.on_message(lambda _: socket.close(code=code))
+        else:
+            socket.connect_to_server()
+
+    page.route_web_socket("**/task-tags/changes*", answer)
+    page.evaluate("dispatchEvent(new Event('offline'))")
+    expect(connection(page)).to_have_text("Not connected")
+    return lost.clear

@@ -2,11 +2,13 @@
 
 It reads the state with its revision, then follows the changes after that revision over a WebSocket. Whatever is lost on
 the way is asked for again by revision, so nothing is missed and nothing is shown twice. All that comes from the API is
-set as text. The token stays in this tab: in memory and in its session storage, never in a URL. */
+set as text. The token stays in the tabs of this browser that show this page: in memory and in their session storage,
+never in a URL. A tab that is opened without one is given it by another. */
 
 const STREAM_ROWS = 200; // older rows are dropped, so that a page may stay open for days
 const EARLIER_ROWS = 50; // how much of the past a page begins with
 const SHOWN_CHANGES = 4; // of one batch; the others are folded away
+const SHOWN_NAMES = 20; // of the tasks that there are, when one is named that there is not
 const SHOWN_METADATA = 120; // characters; what is longer is folded away
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 10_000;
@@ -19,7 +21,10 @@ const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
 
 const page = {
   execution: null,
+  task: null, // that a link names
+  arriving: false, // until that task has been gone to
   token: null,
+  asking: false, // other tabs, for their token
   revision: null, // of what is shown; null until it has been read
   socket: null,
   attempt: 0, // counts attempts to connect: what belongs to an earlier one is dropped
@@ -133,6 +138,7 @@ async function readEverything(attempt) {
   for (const event of earlier.events) showEvent(event);
   if (earlier.note) at("stream-end").textContent = earlier.note;
   showCounts();
+  goToTask();
 }
 
 /** Read the last changes up to a revision, to begin the stream with. */
@@ -327,6 +333,7 @@ function taskOf(name) {
     const next = [...tasks.keys()].filter((other) => other > name).sort()[0];
     at("tasks").insertBefore(node, next === undefined ? null : tasks.get(next).node);
     tasks.set(name, { node, tags: new Map() });
+    if (name === page.task) at("task-problem").hidden = true;
     addOption("known-tasks", name);
   }
   return tasks.get(name);
@@ -370,6 +377,24 @@ function dropTag({ id, task_name }) {
   shown.node.remove();
   tags.delete(id);
   within(taskNode, ".no-tags").hidden = tags.size > 0;
+}
+
+/** Go to the task that the link names. */
+function goToTask() {
+  if (!page.arriving) return;
+  page.arriving = false;
+  const missing = !tasks.has(page.task);
+  at("task-problem").hidden = !missing;
+  if (missing) at("task-problem").textContent = `There is no task ${quoted(page.task)} here. ${knownTasks()}`;
+  else within(tasks.get(page.task).node, ".task-name").focus();
+}
+
+/** Say which names of tasks would be right. */
+function knownTasks() {
+  const names = [...tasks.keys()].sort();
+  if (names.length === 0) return "It has no tasks yet.";
+  const more = names.length > SHOWN_NAMES ? ` and ${count(names.length - SHOWN_NAMES, "other")}` : "";
+  return `Its tasks are ${names.slice(0, SHOWN_NAMES).map(quoted).join(", ")}${more}.`;
 }
 
 function dropTask(name) {
@@ -588,8 +613,16 @@ async function change(operation, place, onDone, key = newKey()) {
     if (!(refusal instanceof Refusal)) throw refusal;
     // The same key makes it the same batch, so it can't take effect twice.
     const again = () => change(operation, place, onDone, key);
-    showProblem(place, refusal, passes(refusal.status) ? again : null);
+    showProblem(place, explained(refusal, operation), passes(refusal.status) ? again : null);
   }
+}
+
+/** The endpoint says that a task is unknown; which ones are known is seen here. */
+function explained(refusal, { task_name }) {
+  const wrong = refusal.status === 404 && refusal.details.some(({ field }) => field === "task_name");
+  if (!wrong) return refusal;
+  const details = [{ field: "task_name", message: knownTasks() }];
+  return new Refusal(404, `there is no task ${quoted(task_name)} here`, { details });
 }
 
 /** Ask for the stored result of a batch that was accepted but not applied in time. */
@@ -786,27 +819,30 @@ function announce() {
 
 // --- Opening and forgetting ----------------------------------------------------------------------
 
-/** Take execution and token from the fragment. The token leaves the address bar at once. */
+/** Take execution, task and token from the fragment. The token leaves the address bar at once. */
 function readFragment() {
   const given = new URLSearchParams(location.hash.slice(1));
   const token = given.get("token");
-  const execution = given.get("execution");
   if (token !== null) {
     given.delete("token");
     history.replaceState(null, "", `#${given}`);
   }
-  return { execution, token };
+  return { execution: given.get("execution"), task: given.get("task") || null, token };
 }
 
+/** Show what the address bar says: at first, and after Back, Forward or a link. */
 function begin() {
-  const { execution, token } = readFragment();
+  const { execution, task, token } = readFragment();
   if (token) rememberToken(cleaned(token));
-  else page.token = sessionStorage.getItem(TOKEN_KEY);
-  if (execution && page.token) openExecution(execution);
-  else openForm("", execution);
+  else page.token ??= sessionStorage.getItem(TOKEN_KEY);
+  if (execution && page.token) openExecution(execution, task);
+  else {
+    if (execution?.toLowerCase() !== page.execution) leaveExecution();
+    openForm("", execution);
+  }
 }
 
-function openExecution(execution) {
+function openExecution(execution, task = null) {
   const problem = problemWith(execution, page.token);
   if (problem) {
     openForm(problem, execution);
@@ -815,14 +851,25 @@ function openExecution(execution) {
   const same = execution.toLowerCase() === page.execution;
   if (!same) forgetState();
   page.execution = execution.toLowerCase();
+  page.task = task;
+  page.arriving = task !== null;
   page.failures = 0;
-  history.replaceState(null, "", `#execution=${page.execution}`);
+  showAddress();
   document.title = `${page.execution.slice(0, 8)} – task tags`;
   at("execution-id").textContent = page.execution;
   showActor();
   at("opening").hidden = true;
   at("execution").hidden = false;
+  if (same && page.revision !== null) goToTask();
   connect();
+}
+
+/** Have the address bar name what is shown; Back leads to what was shown before. */
+function showAddress() {
+  const { execution, task } = page;
+  const address = `#${new URLSearchParams(task === null ? { execution } : { execution, task })}`;
+  const before = readFragment().execution?.toLowerCase() ?? null;
+  history[before === execution ? "replaceState" : "pushState"](null, "", address);
 }
 
 function problemWith(execution, token) {
@@ -844,7 +891,8 @@ function onOpen(event) {
   }
   rememberToken(given);
   at("token-field").value = "";
-  openExecution(flow_execution_id.trim());
+  const execution = flow_execution_id.trim();
+  openExecution(execution, readFragment().execution === execution ? readFragment().task : null);
   at("execution-title").focus();
 }
 
@@ -880,6 +928,7 @@ function cleaned(token) {
 
 function rememberToken(token) {
   page.token = token;
+  page.asking = false;
   sessionStorage.setItem(TOKEN_KEY, token);
 }
 
@@ -889,16 +938,46 @@ function forgetToken() {
   showActor();
 }
 
-/** Forget the token and all that was read with it. */
+/** Forget the token, here and in other tabs, and all that was read with it. */
 function forget() {
+  otherTabs.postMessage({ forgotten: page.token });
+  forgetHere();
+}
+
+function forgetHere() {
   const { execution } = page;
-  leaveConnection();
   forgetToken();
+  leaveExecution();
+  openForm("", execution);
+}
+
+function leaveExecution() {
+  leaveConnection();
   forgetState();
-  page.execution = null;
+  page.execution = page.task = null;
+  document.title = "task tags";
   at("execution").hidden = true;
   showConnection("idle", "Not connected");
-  openForm("", execution);
+}
+
+// Between the tabs of a browser: nothing of it is stored.
+const otherTabs = new BroadcastChannel("task-tags");
+
+/** A link that is opened in a new tab needs no token if another tab has one. Who forgot it is not given it again. */
+function askOtherTabs() {
+  const [navigation] = performance.getEntriesByType("navigation");
+  if (page.token || navigation?.type !== "navigate") return;
+  page.asking = true;
+  otherTabs.postMessage({ wanted: true });
+}
+
+function onOtherTab({ data: { wanted, token, forgotten } }) {
+  if (wanted && page.token) otherTabs.postMessage({ token: page.token });
+  if (token && page.asking && at("token-field").value === "") {
+    rememberToken(token);
+    begin();
+  }
+  if (forgotten && forgotten === page.token) forgetHere();
 }
 
 function forgetState() {
@@ -909,7 +988,7 @@ function forgetState() {
   ownBatches.clear();
   for (const id of ["stream", "known-tasks", "known-types"]) at(id).replaceChildren();
   for (const id of ["counts", "stream-end", "add-said", "announcer"]) at(id).textContent = "";
-  for (const id of ["no-tasks", "no-batches", "notice"]) at(id).hidden = true;
+  for (const id of ["no-tasks", "no-batches", "notice", "task-problem"]) at(id).hidden = true;
   at("add-form").reset();
   hideProblem(at("add-problem"));
 }
@@ -956,6 +1035,9 @@ function textNode(name, text) {
 
 /** A name that others gave: its direction of writing must not turn the words around it. */
 const isolated = (text) => textNode("bdi", text);
+
+/** The same within a text. */
+const quoted = (name) => `“\u2068${name}\u2069”`;
 
 const TIME = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
 const DATE_AND_TIME = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
@@ -1024,6 +1106,7 @@ at("change").addEventListener("click", openAnother);
 at("forget").addEventListener("click", forget);
 at("reconnect").addEventListener("click", connect);
 addEventListener("hashchange", begin);
+otherTabs.addEventListener("message", onOtherTab);
 addEventListener("online", reconnectNow);
 addEventListener("offline", () => at("connection").dataset.state === "live" && retryLater("This device is offline."));
 document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && onSeen());
@@ -1031,3 +1114,4 @@ setInterval(countDown, 500);
 setInterval(datePast, 1_000);
 setInterval(feelPulse, PULSE_MS);
 begin();
+askOtherTabs();
