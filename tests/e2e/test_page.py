@@ -263,6 +263,8 @@ def test_it_is_readable_on_a_phone_and_works_by_keyboard_alone(
     page = open_page(execution, token, viewport={"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") == 360
 
+    tab_to(page, page.locator("summary").filter(has_text="Add a tag"))
+    page.keyboard.press("Enter")
     tab_to(page, page.get_by_label("Task", exact=True))
     for word in ("extract_data", "review_status", "reviewed"):
         page.keyboard.type(word)

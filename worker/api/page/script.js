@@ -8,6 +8,7 @@ never in a URL. A tab that is opened without one is given it by another. */
 const STREAM_ROWS = 200; // older rows are dropped, so that a page may stay open for days
 const EARLIER_ROWS = 50; // how much of the past a page begins with
 const SHOWN_CHANGES = 4; // of one batch; the others are folded away
+const SHOWN_TAGS = 600; // with a row of their own, on the whole page; of a task, six at least and 100 at most
 const SHOWN_NAMES = 20; // of the tasks that there are, when one is named that there is not
 const SHOWN_METADATA = 120; // characters; what is longer is folded away
 const FIRST_WAIT_MS = 500;
@@ -33,7 +34,7 @@ const page = {
   retryTimer: null,
   today: new Date().toDateString(), // the day that the times are told for
 };
-const tasks = new Map(); // task name → {node, state, tags: Map of tag id → {node, tag}}
+const tasks = new Map(); // task name → {node, open, folded, tags: Map of tag id → {node or null, tag}}
 const rows = new Map(); // batch id → {node, event, seenAfter, sent}
 const ownBatches = new Set(); // ids of batches that were sent from here
 const unannounced = []; // change events since the last announcement
@@ -315,13 +316,17 @@ function showTasks(read) {
     const shown = taskOf(task.task_name);
     const ids = new Set(task.tags.map((tag) => tag.id));
     for (const { tag } of [...shown.tags.values()]) if (!ids.has(tag.id)) dropTag(tag);
-    for (const tag of task.tags) showTag(tag);
+    for (const tag of task.tags) keepTag(tag);
   }
+  for (const task of tasks.values()) layRows(task);
 }
 
 function applyChange({ change, tag, task }) {
-  if (change === "added") flash(showTag(tag));
-  else if (change === "removed") dropTag(tag);
+  if (change === "added") {
+    keepTag(tag);
+    layRows(taskOf(tag.task_name));
+    flash(taskOf(tag.task_name).tags.get(tag.id).node);
+  } else if (change === "removed") dropTag(tag);
   else if (change === "state") flash(showState(task));
 }
 
@@ -332,7 +337,9 @@ function taskOf(name) {
     within(node, ".tags").setAttribute("aria-label", `Tags of ${name}`);
     const next = [...tasks.keys()].filter((other) => other > name).sort()[0];
     at("tasks").insertBefore(node, next === undefined ? null : tasks.get(next).node);
-    tasks.set(name, { node, tags: new Map() });
+    const task = { node, open: false, folded: 0, tags: new Map() };
+    within(node, ".earlier").addEventListener("click", () => unfold(task));
+    tasks.set(name, task);
     if (name === page.task) at("task-problem").hidden = true;
     addOption("known-tasks", name);
   }
@@ -350,9 +357,47 @@ function showState({ task_name, state, state_changed_at, state_changed_by }) {
   return node.firstElementChild;
 }
 
-function showTag(tag) {
-  const { node: taskNode, tags } = taskOf(tag.task_name);
-  if (tags.has(tag.id)) return tags.get(tag.id).node;
+function keepTag(tag) {
+  const { tags } = taskOf(tag.task_name);
+  if (tags.has(tag.id)) return;
+  tags.set(tag.id, { node: null, tag });
+  addOption("known-types", tag.tag_type);
+}
+
+/** Give each tag its row, yet of very many tags only to the last ones: the earlier ones are a button's to show. */
+function layRows(task) {
+  const entries = [...task.tags.values()];
+  const most = task.open ? Infinity : Math.max(6, Math.min(100, Math.floor(SHOWN_TAGS / tasks.size)));
+  const rows = entries.length - task.folded;
+  if (rows > most || rows === 0) task.folded = Math.max(0, entries.length - Math.ceil(most / 2));
+  const button = within(task.node, ".earlier");
+  button.hidden = task.folded === 0;
+  button.textContent = `Show ${count(task.folded, "earlier tag")}`;
+  for (const entry of entries.slice(0, task.folded)) foldAway(entry, button);
+  const list = within(task.node, ".tags");
+  let next = null;
+  for (const entry of entries.slice(task.folded).reverse()) {
+    if (!entry.node) list.insertBefore((entry.node = rowOf(entry.tag)), next);
+    next = entry.node;
+  }
+  within(task.node, ".no-tags").hidden = entries.length > 0;
+}
+
+function foldAway(entry, button) {
+  if (!entry.node) return;
+  passFocusOn(entry.node, button);
+  entry.node.remove();
+  entry.node = null;
+}
+
+function unfold(task) {
+  task.open = true;
+  task.folded = 0;
+  layRows(task);
+  within(task.node, ".tag").focus();
+}
+
+function rowOf(tag) {
   const node = copyOf("tag-template");
   fillChip(within(node, ".chip"), tag);
   within(node, ".metadata").append(...metadataOf(tag));
@@ -361,22 +406,20 @@ function showTag(tag) {
   const button = within(node, ".remove");
   button.setAttribute("aria-label", `Remove ${nameOf(tag)} from ${tag.task_name}`);
   button.addEventListener("click", () => askToRemove(tag, node));
-  within(taskNode, ".tags").append(node);
-  within(taskNode, ".no-tags").hidden = true;
-  tags.set(tag.id, { node, tag });
-  addOption("known-types", tag.tag_type);
   return node;
 }
 
 function dropTag({ id, task_name }) {
-  const { node: taskNode, tags } = taskOf(task_name);
-  const shown = tags.get(id);
-  if (!shown) return;
-  // Not to the next ×: who presses Enter once more would ask to remove what they did not mean.
-  passFocusOn(shown.node, shown.node.nextElementSibling ?? shown.node.previousElementSibling ?? within(taskNode, ".task-name"));
-  shown.node.remove();
-  tags.delete(id);
-  within(taskNode, ".no-tags").hidden = tags.size > 0;
+  const task = taskOf(task_name);
+  const { node } = task.tags.get(id) ?? {};
+  if (node === undefined) return;
+  if (node) {
+    // Not to the next ×: who presses Enter once more would ask to remove what they did not mean.
+    passFocusOn(node, node.nextElementSibling ?? node.previousElementSibling ?? within(task.node, ".task-name"));
+    node.remove();
+  } else task.folded -= 1;
+  task.tags.delete(id);
+  layRows(task);
 }
 
 /** Go to the task that the link names. */
@@ -442,7 +485,9 @@ function metadataOf({ tag_metadata }) {
   if (tag_metadata === null) return [];
   const text = JSON.stringify(tag_metadata);
   if (text.length <= SHOWN_METADATA) return [textNode("code", text)];
-  return [folded(`metadata, ${text.length.toLocaleString()} characters`, textNode("code", text))];
+  const fold = folded(`metadata, ${text.length.toLocaleString()} characters`, () => textNode("code", text));
+  fold.firstElementChild.tabIndex = -1; // the arrow keys lead to it
+  return [fold];
 }
 
 function addOption(list, value) {
@@ -460,6 +505,39 @@ function showCounts() {
   at("no-tasks").hidden = tasks.size > 0;
   at("no-batches").hidden = rows.size > 0;
   at("stream-end").hidden = at("stream-end").textContent === "";
+  keepStop();
+}
+
+// --- One tab stop for all tags -------------------------------------------------------------------
+
+/** The arrow keys lead from one to the next. */
+const STOPS = '#execution[data-writes="yes"] .remove, .metadata summary';
+
+function stopOf(node) {
+  if (node.matches(STOPS)) return node;
+  return node.matches(".tag") ? within(node, STOPS) : null;
+}
+
+function setStop(stop) {
+  for (const old of at("tasks").querySelectorAll('[tabindex="0"]')) old.tabIndex = -1;
+  stop.tabIndex = 0;
+}
+
+/** There must always be one. */
+function keepStop() {
+  if (at("tasks").querySelector('[tabindex="0"]')?.matches(STOPS)) return;
+  const first = at("tasks").querySelector(STOPS);
+  if (first) setStop(first);
+}
+
+function onArrow(event) {
+  const { key, target } = event;
+  const here = stopOf(target);
+  if (!here || !["ArrowDown", "ArrowUp", "Home", "End"].includes(key)) return;
+  event.preventDefault();
+  const stops = [...at("tasks").querySelectorAll(STOPS)];
+  const place = stops.indexOf(here) + { ArrowDown: target === here ? 1 : 0, ArrowUp: -1 }[key];
+  (key === "Home" ? stops[0] : key === "End" ? stops.at(-1) : stops[place])?.focus();
 }
 
 // --- The stream of batches -----------------------------------------------------------------------
@@ -517,19 +595,23 @@ function fillRow({ node, event, sent, seenAfter }) {
   within(node, ".batch-counts").textContent = sent?.statuses ? "" : countsOf(changes);
   within(node, "time").replaceWith(timeOf(event?.changed_at ?? sent.at, "quiet"));
   const asked = sent && { change: sent.operation.operation, tag: sent.operation };
-  const lines = (event ? changes : [asked]).map(lineOf); // what has no effect is shown as it was asked for
+  const lines = event ? changes : [asked]; // what has no effect is shown as it was asked for
   const list = within(node, ".changes");
-  list.replaceChildren(...lines.slice(0, SHOWN_CHANGES));
+  list.replaceChildren(...lines.slice(0, SHOWN_CHANGES).map(lineOf));
   if (lines.length > SHOWN_CHANGES) list.append(restOf(lines.slice(SHOWN_CHANGES)));
   within(node, ".statuses").replaceChildren(...(sent?.statuses ?? []).map(statusOf));
   within(node, ".latency").textContent = latencyOf(sent, seenAfter);
 }
 
 function restOf(lines) {
-  const list = document.createElement("ul");
-  list.append(...lines);
   const item = document.createElement("li");
-  item.append(folded(`and ${lines.length} more`, list));
+  item.append(
+    folded(`and ${lines.length} more`, () => {
+      const list = document.createElement("ul");
+      list.append(...lines.map(lineOf));
+      return list;
+    }),
+  );
   return item;
 }
 
@@ -849,7 +931,10 @@ function openExecution(execution, task = null) {
     return;
   }
   const same = execution.toLowerCase() === page.execution;
-  if (!same) forgetState();
+  if (!same) {
+    forgetState();
+    at("adding").open = !matchMedia("(max-width: 40rem)").matches; // a phone shows the tasks first
+  }
   page.execution = execution.toLowerCase();
   page.task = task;
   page.arriving = task !== null;
@@ -1005,6 +1090,7 @@ function showActor() {
   }
   // The style sheet leaves out what changes things. Without a token, who is typing goes on.
   if (page.token) at("execution").dataset.writes = writes ? "yes" : "no";
+  keepStop();
 }
 
 /** A token that can't be read may be good for anything. */
@@ -1077,9 +1163,11 @@ function sentence(words) {
   return /[.!?]$/.test(words) ? words : `${words}.`;
 }
 
-function folded(words, content) {
+/** What is folded away is built when it is opened: a page of thousands of lines stays light. */
+function folded(words, build) {
   const node = document.createElement("details");
-  node.append(textNode("summary", words), content);
+  node.append(textNode("summary", words));
+  node.addEventListener("toggle", () => node.append(build()), { once: true });
   return node;
 }
 
@@ -1101,6 +1189,8 @@ function flash(node) {
 
 at("open-form").addEventListener("submit", onOpen);
 at("add-form").addEventListener("submit", addTag);
+at("tasks").addEventListener("keydown", onArrow);
+at("tasks").addEventListener("focusin", ({ target }) => stopOf(target) && setStop(stopOf(target)));
 at("keep").addEventListener("click", closeForm);
 at("change").addEventListener("click", openAnother);
 at("forget").addEventListener("click", forget);
