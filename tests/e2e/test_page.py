@@ -103,6 +103,13 @@ def test_what_one_page_changes_the_other_shows_in_place(
     assert complaints == []
 
 
+NOTE_WHAT_IS_SAID = """() => {
+    const words = document.getElementById('notice-words');
+    window.said = '';
+    new MutationObserver(() => said += `${words.textContent} | `).observe(words, {childList: true});
+}"""
+
+
 def test_pages_catch_up_by_themselves_after_the_endpoint_was_away(
     servers: Servers,
     producer: TagProducer,
@@ -115,6 +122,7 @@ def test_pages_catch_up_by_themselves_after_the_endpoint_was_away(
     pages = [open_page(execution, token) for _ in range(2)]
     add_by_hand(pages[0], "review", "review_status", "pending")
     expect(tags_of(pages[1], "review")).to_have_count(1)
+    pages[0].evaluate(NOTE_WHAT_IS_SAID)
     with endpoint_stopped(servers):
         for page in pages:
             expect(connection(page)).to_have_text("Not connected")
@@ -134,6 +142,7 @@ def test_pages_catch_up_by_themselves_after_the_endpoint_was_away(
         expect(page.get_by_text("revision 23", exact=False)).to_be_visible()
         assert shown_tags(page) == stored_tags(http, execution)
         assert shown_revisions(page) == list(range(23, 0, -1))
+    assert "The endpoint is being restarted. " in pages[0].evaluate("said")
     pages[0].get_by_role("button", name="Send again").click()
     for page in pages:
         expect(tags_of(page, "review").filter(has_text="lost?")).to_be_visible()

@@ -37,6 +37,7 @@ const page = {
 const tasks = new Map(); // task name → {node, open, folded, tags: Map of tag id → {node or null, tag}}
 const rows = new Map(); // batch id → {node, event, seenAfter, sent}
 const ownBatches = new Set(); // ids of batches that were sent from here
+const options = { "known-tasks": new Set(), "known-types": new Set() }; // what the fields of the form suggest
 const unannounced = []; // change events since the last announcement
 
 const at = (id) => document.getElementById(id);
@@ -335,7 +336,8 @@ function taskOf(name) {
     const node = copyOf("task-template");
     within(node, ".task-name bdi").textContent = name;
     within(node, ".tags").setAttribute("aria-label", `Tags of ${name}`);
-    const next = [...tasks.keys()].filter((other) => other > name).sort()[0];
+    let next;
+    for (const other of tasks.keys()) if (other > name && !(other > next)) next = other;
     at("tasks").insertBefore(node, next === undefined ? null : tasks.get(next).node);
     const task = { node, open: false, folded: 0, tags: new Map() };
     within(node, ".earlier").addEventListener("click", () => unfold(task));
@@ -491,7 +493,8 @@ function metadataOf({ tag_metadata }) {
 }
 
 function addOption(list, value) {
-  if ([...at(list).options].some((option) => option.value === value)) return;
+  if (options[list].has(value)) return;
+  options[list].add(value);
   const option = document.createElement("option");
   option.value = value;
   at(list).append(option);
@@ -778,6 +781,7 @@ function askToRemove(tag, node) {
   const button = within(node, ".remove");
   const keep = () => {
     question.replaceWith(button);
+    within(node, ".problem")?.remove();
     button.focus();
   };
   const [yes, no] = [buttonFor("Remove", () => removeTag(tag, node, yes)), buttonFor("Keep", keep)];
@@ -1045,8 +1049,8 @@ function leaveExecution() {
   showConnection("idle", "Not connected");
 }
 
-// Between the tabs of a browser: nothing of it is stored.
-const otherTabs = new BroadcastChannel("task-tags");
+// Between the tabs of a browser that show the page of this endpoint: nothing of it is stored.
+const otherTabs = new BroadcastChannel(`task-tags ${location.pathname}`);
 
 /** A link that is opened in a new tab needs no token if another tab has one. Who forgot it is not given it again. */
 function askOtherTabs() {
@@ -1071,7 +1075,10 @@ function forgetState() {
   for (const name of [...tasks.keys()]) dropTask(name);
   rows.clear();
   ownBatches.clear();
-  for (const id of ["stream", "known-tasks", "known-types"]) at(id).replaceChildren();
+  for (const id of ["stream", "known-tasks", "known-types"]) {
+    at(id).replaceChildren();
+    options[id]?.clear();
+  }
   for (const id of ["counts", "stream-end", "add-said", "announcer"]) at(id).textContent = "";
   for (const id of ["no-tasks", "no-batches", "notice", "task-problem"]) at(id).hidden = true;
   at("add-form").reset();
