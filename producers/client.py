@@ -9,18 +9,14 @@ import asyncio
 import base64
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Self, TypeVar
-from uuid import UUID, uuid4
+from uuid import UUID
 
-from producers.contract.channels import results_channel
 from producers.contract.messages import (
     ANY_METADATA,
     Message,
@@ -28,6 +24,7 @@ from producers.contract.messages import (
     TagOperation,
     TaskState,
     add,
+    build,
     register_execution,
     remove,
     set_task_state,
@@ -35,7 +32,6 @@ from producers.contract.messages import (
 from producers.contract.results import ResultRecord
 from producers.enqueuer import Enqueuer
 from producers.errors import (
-    BatchIdInUse,
     InboxFull,
     ProducerClosed,
     ResultTimeout,
@@ -43,17 +39,15 @@ from producers.errors import (
     Unavailable,
     refusal,
 )
-from producers.pubsub import Listener, LoopThread, PubSubMultiplexer, wait_at_most
-from producers.redis_client import open_async_redis
+from producers.result_listener import ResultListener
 from producers.settings import load_settings
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_SECONDS: Final = 30.0
-RESEND_SECONDS: Final = 5.0
-MAX_RESEND_SECONDS: Final = 60.0
+_MAX_TIMEOUT_SECONDS: Final = 7 * 86_400.0
+_SUBSCRIBE_SECONDS: Final = 5.0
 _RETRY_SECONDS: Final = 0.2
-_POLL_SECONDS: Final = 0.5
 _EXPIRED_SECONDS: Final = 60.0
 _MIN_PAUSE_SECONDS: Final = 0.01
 _MAX_PAUSE_SECONDS: Final = 0.2
@@ -89,7 +83,7 @@ class TagProducer:
             self._token = lambda: fixed
         url = settings.redis_url.get_secret_value()
         self._enqueuer = Enqueuer(url, settings.inbox_limit, int(settings.lease_seconds * 1000))
-        self._listener = _ResultListener(url, self._organization_id, self._resend)
+        self._listener = ResultListener(url, self._organization_id, self._resend)
         self._closed = threading.Event()
 
     def batch(self, *, batch_id: UUID | None = None) -> BatchBuilder[UUID, ResultRecord]:
@@ -146,25 +140,37 @@ class TagProducer:
             InboxFull, Unavailable: The batch was not accepted.
             BatchIdInUse: Another batch with this id is still awaited.
         """
-        return self._listener.register(message, lambda each: self.enqueue_many([each], block))
+        return self._submit(message, block, _SUBSCRIBE_SECONDS)
 
-    def apply(self, message: Message, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ResultRecord:
+    def _submit(
+        self, message: Message, block: float | None, seconds: float
+    ) -> Future[ResultRecord]:
+        def enqueue(each: Message) -> None:
+            self.enqueue_many([each], block)
+
+        return self._listener.register(message, enqueue, min(seconds, _SUBSCRIBE_SECONDS))
+
+    def apply(
+        self, message: Message, timeout: float | None = DEFAULT_TIMEOUT_SECONDS
+    ) -> ResultRecord:
         """Enqueue a batch and wait for its result, also across lost connections.
 
         Args:
-            timeout: Seconds to wait at most.
+            timeout: Seconds to wait at most; None for as long as it takes.
 
         Raises:
+            ValueError: The time-out is negative or no number; nothing was enqueued.
             ResultTimeout: No result arrived in time.
             BatchRefused: The worker refused the batch; the subclass says why.
             InboxFull, Unavailable: The batch was not accepted.
         """
-        deadline = time.monotonic() + timeout
+        seconds = _seconds(timeout)
+        deadline = time.monotonic() + seconds
         future = self.submit_until(message, deadline)
         try:
             return _accepted(future.result(max(0, deadline - time.monotonic())))
         except FutureTimeout:
-            raise ResultTimeout(f"no result in {timeout:g} s") from None
+            raise ResultTimeout(f"no result in {seconds:g} s") from None
         finally:
             future.cancel()
 
@@ -172,7 +178,7 @@ class TagProducer:
         """Submit; retry while Redis can't be used, until `deadline` on the monotonic clock."""
         while True:
             try:
-                return self.submit(message)
+                return self._submit(message, None, deadline - time.monotonic())
             except Unavailable:
                 if time.monotonic() + _RETRY_SECONDS > deadline:
                     raise
@@ -208,6 +214,8 @@ class TagProducer:
         return False
 
     def _append(self, encoded: Sequence[bytes]) -> int:
+        if self._closed.is_set():
+            raise ProducerClosed("the producer was closed")
         return self._enqueuer.enqueue(self._organization_id, encoded, self._valid_token())
 
     def _valid_token(self) -> str:
@@ -239,8 +247,20 @@ class TagProducer:
 class AsyncTagProducer:
     """TagProducer for asyncio, with the same arguments and methods."""
 
-    def __init__(self, **arguments: Any) -> None:
-        self._producer = TagProducer(**arguments)
+    def __init__(
+        self,
+        *,
+        redis_url: str | None = None,
+        organization_id: UUID | str | None = None,
+        token: str | Callable[[], str] | None = None,
+        inbox_limit: int | None = None,
+    ) -> None:
+        self._producer = TagProducer(
+            redis_url=redis_url,
+            organization_id=organization_id,
+            token=token,
+            inbox_limit=inbox_limit,
+        )
 
     def batch(
         self, *, batch_id: UUID | None = None
@@ -266,16 +286,23 @@ class AsyncTagProducer:
         """As TagProducer's. It waits in a thread, which cancellation does not interrupt."""
         return await asyncio.to_thread(self._producer.enqueue_many, list(messages), block)
 
+    async def submit(
+        self, message: Message, block: float | None = None
+    ) -> asyncio.Future[ResultRecord]:
+        """Enqueue a batch and return the future of its result, as TagProducer's."""
+        return asyncio.wrap_future(await asyncio.to_thread(self._producer.submit, message, block))
+
     async def apply(
-        self, message: Message, timeout: float = DEFAULT_TIMEOUT_SECONDS
+        self, message: Message, timeout: float | None = DEFAULT_TIMEOUT_SECONDS
     ) -> ResultRecord:
-        deadline = time.monotonic() + timeout
+        seconds = _seconds(timeout)
+        deadline = time.monotonic() + seconds
         future = await asyncio.to_thread(self._producer.submit_until, message, deadline)
         try:
             async with asyncio.timeout(max(0, deadline - time.monotonic())):
                 return _accepted(await asyncio.wrap_future(future))
         except TimeoutError:
-            raise ResultTimeout(f"no result in {timeout:g} s") from None
+            raise ResultTimeout(f"no result in {seconds:g} s") from None
 
     async def close(self) -> None:
         await asyncio.to_thread(self._producer.close)
@@ -297,7 +324,7 @@ class BatchBuilder(Generic[Enqueued, Applied]):
     def __init__(
         self,
         enqueue: Callable[[TagBatch], Enqueued],
-        apply: Callable[[TagBatch, float], Applied],
+        apply: Callable[[TagBatch, float | None], Applied],
         batch_id: UUID | None,
     ) -> None:
         self._enqueue = enqueue
@@ -329,15 +356,24 @@ class BatchBuilder(Generic[Enqueued, Applied]):
         return self
 
     def build(self) -> TagBatch:
-        if self._batch_id is None:
-            return TagBatch(tags=self._operations)
-        return TagBatch(tags=self._operations, batch_id=self._batch_id)
+        """Return the batch. Raises `InvalidMessage` if it has no operation, or more than 100."""
+        given = {} if self._batch_id is None else {"batch_id": self._batch_id}
+        return build(TagBatch, {"tags": self._operations, **given})
 
     def enqueue(self) -> Enqueued:
         return self._enqueue(self.build())
 
-    def apply(self, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> Applied:
+    def apply(self, timeout: float | None = DEFAULT_TIMEOUT_SECONDS) -> Applied:
         return self._apply(self.build(), timeout)
+
+
+def _seconds(timeout: float | None) -> float:
+    """Return a time-out that every wait takes: a week instead of none. Raises `ValueError`."""
+    if timeout is None:
+        return _MAX_TIMEOUT_SECONDS
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+        raise ValueError("timeout must be a number of seconds, 0 or more, or None")
+    return min(timeout, _MAX_TIMEOUT_SECONDS)
 
 
 def _is_expired(token: str) -> bool:
@@ -354,128 +390,3 @@ def _accepted(record: ResultRecord) -> ResultRecord:
     if record.error is not None:
         raise refusal(record)
     return record
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A batch whose result is awaited by one or more futures."""
-
-    message: Message
-    resend_at: float
-    backoff: float = RESEND_SECONDS
-    futures: list[Future[ResultRecord]] = field(default_factory=list)
-
-
-class _ResultListener(Listener):
-    """Completes futures with the results that are published on this producer's own channel."""
-
-    def __init__(
-        self, redis_url: str, organization_id: UUID, resend: Callable[[Sequence[Message]], None]
-    ) -> None:
-        self._redis_url = redis_url
-        self._organization_id = organization_id
-        self._reply_to = f"producer-{uuid4()}"
-        self._channel = results_channel(organization_id, self._reply_to)
-        self._resend = resend
-        self._waiting: dict[UUID, _Waiting] = {}
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._subscribed = threading.Event()
-        self._thread = LoopThread("task-tags-results")
-        self._running: Future[None] | None = None
-        self._pid = os.getpid()
-
-    def register(self, message: Message, enqueue: Callable[[Message], Any]) -> Future[ResultRecord]:
-        """Enqueue a message that names this listener in `reply_to`; return its result's future."""
-        self._start()
-        message = message.model_copy(update={"reply_to": self._reply_to})
-        future: Future[ResultRecord] = Future()
-        with self._lock:
-            waiting = self._waiting.setdefault(
-                message.batch_id, _Waiting(message, time.monotonic() + RESEND_SECONDS)
-            )
-            if waiting.message.digest() != message.digest():
-                raise BatchIdInUse(f"another batch {message.batch_id} is still awaited")
-            waiting.futures.append(future)
-        try:
-            enqueue(message)
-        except BaseException:
-            future.cancel()
-            self._forget_cancelled()
-            raise
-        return future
-
-    def close(self) -> None:
-        self._closed.set()
-        with self._lock:
-            waiting = list(self._waiting.values())
-            self._waiting.clear()
-        for future in (future for each in waiting for future in each.futures):
-            with suppress(InvalidStateError):
-                future.set_exception(ProducerClosed("the producer was closed"))
-        self._thread.close()
-
-    def on_subscribed(self) -> None:
-        if self._subscribed.is_set():
-            self._lost.set()
-        self._subscribed.set()
-
-    def on_event(self, payload: bytes) -> None:
-        record = ResultRecord.decode(payload)
-        with self._lock:
-            waiting = self._waiting.pop(record.batch_id, None)
-        for future in waiting.futures if waiting else []:
-            with suppress(InvalidStateError):  # it was cancelled in the meantime
-                future.set_result(record)
-
-    def resend_overdue(self, *, everything: bool = False) -> None:
-        """Enqueue again what has waited long, or everything after results may have been missed."""
-        self._forget_cancelled()
-        now = time.monotonic()
-        with self._lock:
-            overdue = [
-                each for each in self._waiting.values() if everything or now >= each.resend_at
-            ]
-            for each in overdue:
-                each.backoff = min(each.backoff * 2, MAX_RESEND_SECONDS)
-                each.resend_at = now + each.backoff
-        if overdue:
-            self._resend([each.message for each in overdue])
-
-    def _start(self) -> None:
-        """Subscribe, and return once that is confirmed. Raises `Unavailable` after 5 s."""
-        if self._closed.is_set():
-            raise ProducerClosed("the producer was closed")
-        if self._pid != os.getpid():  # a fork has neither the thread nor what it was waiting for
-            self._pid, self._lock, self._running = os.getpid(), threading.Lock(), None
-            self._waiting, self._subscribed = {}, threading.Event()
-            self._reply_to = f"producer-{uuid4()}"
-            self._channel = results_channel(self._organization_id, self._reply_to)
-        with self._lock:
-            if self._running is None or self._running.done():
-                self._running = self._thread.submit(self._run())
-        if not self._subscribed.wait(5):
-            raise Unavailable("Redis can't be reached")
-
-    async def _run(self) -> None:
-        self._lost = asyncio.Event()
-        async with open_async_redis(self._redis_url) as redis:
-            pubsub = PubSubMultiplexer(redis)
-            with pubsub.listening(self._channel, self):
-                async with pubsub.running():
-                    while True:
-                        await wait_at_most(_POLL_SECONDS, self._lost.wait())
-                        lost = self._lost.is_set()
-                        self._lost.clear()
-                        try:
-                            await asyncio.to_thread(self.resend_overdue, everything=lost)
-                        except Exception:  # of the token function: other futures still wait
-                            logger.exception("batches could not be enqueued again")
-
-    def _forget_cancelled(self) -> None:
-        with self._lock:
-            self._waiting = {
-                batch_id: each
-                for batch_id, each in self._waiting.items()
-                if not all(future.cancelled() for future in each.futures)
-            }

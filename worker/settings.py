@@ -101,7 +101,9 @@ class Settings(InboxSettings):
             raise PydanticCustomError("url", "must be like https://host/jwks.json")
         return value
 
-    @field_validator("jwt_secret", "jwt_public_key", "jwt_audience", "jwt_issuer")
+    @field_validator(
+        *("jwt_secret", "jwt_previous_secret", "jwt_public_key", "jwt_audience", "jwt_issuer")
+    )
     @classmethod
     def _is_text(cls, value: Any) -> Any:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value

@@ -8,9 +8,9 @@ from contextlib import suppress
 from typing import Any, Final, cast
 from uuid import UUID
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from producers.contract.errors import ErrorDetail, InvalidMessage
+from producers.contract.errors import ErrorDetail, InvalidMessage, detail_of, error_details
 from producers.contract.messages import (
     MAX_MESSAGE_BYTES,
     SCHEMA_VERSION,
@@ -20,6 +20,7 @@ from producers.contract.messages import (
     RegisterExecution,
     SetTaskState,
     TagBatch,
+    TagOperation,
 )
 from producers.contract.values import INT64_MAX, INT64_MIN, BeyondInt64, ReplyTo
 
@@ -94,11 +95,13 @@ def parse_body(kind: str, raw: bytes, **rest: Any) -> Message:
     fields, model = _json_object(raw), _MESSAGES[kind]
     own = model.model_fields.keys() - BaseMessage.model_fields.keys() - {"kind"} - rest.keys()
     known = {name: value for name, value in fields.items() if name in own}
-    details = [_detail((name,), "extra_forbidden", {}) for name in fields if name not in known]
+    unknown = [name for name in fields if name not in known][:1]
+    details = [detail_of((name,), "extra_forbidden", {}) for name in unknown]
+    _keep_one_unknown(known.get("tags"))
     try:
         message = model.model_validate({"kind": kind, **rest, **known})
     except ValidationError as error:
-        raise _invalid(rest, details + _details(error)) from None
+        raise _invalid(rest, details + error_details(error)) from None
     if details:
         raise _invalid(rest, details)
     return cast(Message, message)
@@ -124,13 +127,23 @@ def _parse_strictly(raw: bytes, batch_id: UUID | None = None) -> Message:
         if "kind" in fields:
             details.append(ErrorDetail(field="kind", message=f"must be {_either(_MESSAGES)}"))
         raise _invalid(fields, details)
+    _keep_one_unknown([fields], model)
+    _keep_one_unknown(fields.get("tags"))
     try:
         message = model.model_validate(fields)
     except ValidationError as error:
-        raise _invalid(fields, details + _details(error)) from None
+        raise _invalid(fields, details + error_details(error)) from None
     if details:
         raise _invalid(fields, details)
     return cast(Message, message)
+
+
+def _keep_one_unknown(objects: Any, model: type[BaseModel] = TagOperation) -> None:
+    """Remove the unknown fields of each object but one: they are one fault, and cheap to find."""
+    for each in objects if isinstance(objects, list) else ():
+        if isinstance(each, dict) and len(each) > len(model.model_fields):
+            for name in [name for name in each if name not in model.model_fields][1:]:
+                del each[name]
 
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -202,51 +215,3 @@ def _invalid(fields: Any, details: list[ErrorDetail]) -> InvalidMessage:
     return InvalidMessage(
         details, batch_id=get("batch_id", _ID), reply_to=get("reply_to", _REPLY_TO)
     )
-
-
-def _details(error: ValidationError) -> list[ErrorDetail]:
-    """Return all faults of a pydantic error in words of our own: pydantic's may quote the value."""
-    return [
-        _detail(fault["loc"], fault["type"], fault.get("ctx", {}))
-        for fault in error.errors(include_url=False, include_input=False)
-    ]
-
-
-def _detail(location: tuple[int | str, ...], kind: str, context: dict[str, Any]) -> ErrorDetail:
-    index = next((step for step in location if isinstance(step, int)), None)
-    names = [step for step in location if isinstance(step, str)]
-    field = names[-1] if names and not (names == ["tags"] and index is not None) else None
-    if kind == "extra_forbidden" and field is not None and not _is_plain_name(field):
-        field = None
-    return ErrorDetail(index=index, field=field, message=_text(kind, field, context))
-
-
-def _is_plain_name(name: str) -> bool:
-    return len(name) <= 64 and name.isascii() and name.isidentifier()
-
-
-_TEXTS: Final = {
-    "missing": "is required",
-    "extra_forbidden": "is not a known field",
-    "string_type": "must be a string",
-    "string_unicode": "must not contain lone surrogates",
-    "string_too_short": "must have at least {min_length} character(s)",
-    "string_too_long": "must have at most {max_length} characters",
-    "uuid_type": "must be a UUID",
-    "uuid_parsing": "must be a UUID",
-    "literal_error": "must be {expected}",
-    "list_type": "must be a list",
-    "too_short": "must have at least {min_length} item(s)",
-    "too_long": "must have at most {max_length} items",
-    "model_type": "must be an object",
-    "model_attributes_type": "must be an object",
-    "tag_metadata": "{reason}",
-}
-
-
-def _text(kind: str, field: str | None, context: dict[str, Any]) -> str:
-    if kind == "string_pattern_mismatch":
-        if field == "reply_to":
-            return "must have 1 to 200 of the characters A-Z a-z 0-9 . _ : -"
-        return "must not contain U+0000"
-    return _TEXTS.get(kind, "is not valid").format_map(context)

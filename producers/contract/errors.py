@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from producers.contract.values import TolerantModel, tolerant
 
@@ -68,3 +68,54 @@ def describe(detail: ErrorDetail) -> str:
     where = [f"operation {detail.index}"] if detail.index is not None else []
     where += [detail.field] if detail.field is not None else []
     return f"{', '.join(where)}: {detail.message}" if where else detail.message
+
+
+# --- pydantic's faults in words ------------------------------------------------------------------
+
+
+def error_details(error: ValidationError) -> list[ErrorDetail]:
+    """Return all faults of a pydantic error in words of our own: pydantic's may quote the value."""
+    return [
+        detail_of(fault["loc"], fault["type"], fault.get("ctx", {}))
+        for fault in error.errors(include_url=False, include_input=False)
+    ]
+
+
+def detail_of(location: tuple[int | str, ...], kind: str, context: dict[str, Any]) -> ErrorDetail:
+    index = next((step for step in location if isinstance(step, int)), None)
+    names = [step for step in location if isinstance(step, str)]
+    field = names[-1] if names and not (names == ["tags"] and index is not None) else None
+    if kind == "extra_forbidden" and field is not None and not _is_plain_name(field):
+        field = None
+    return ErrorDetail(index=index, field=field, message=_text(kind, field, context))
+
+
+def _is_plain_name(name: str) -> bool:
+    return len(name) <= 64 and name.isascii() and name.isidentifier()
+
+
+_TEXTS: Final = {
+    "missing": "is required",
+    "extra_forbidden": "is not a known field",
+    "string_type": "must be a string",
+    "string_unicode": "must not contain lone surrogates",
+    "string_too_short": "must have at least {min_length} character(s)",
+    "string_too_long": "must have at most {max_length} characters",
+    "uuid_type": "must be a UUID",
+    "uuid_parsing": "must be a UUID",
+    "literal_error": "must be {expected}",
+    "list_type": "must be a list",
+    "too_short": "must have at least {min_length} item(s)",
+    "too_long": "must have at most {max_length} items",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "tag_metadata": "{reason}",
+}
+
+
+def _text(kind: str, field: str | None, context: dict[str, Any]) -> str:
+    if kind == "string_pattern_mismatch":
+        if field == "reply_to":
+            return "must have 1 to 200 of the characters A-Z a-z 0-9 . _ : -"
+        return "must not contain U+0000"
+    return _TEXTS.get(kind, "is not valid").format_map(context)

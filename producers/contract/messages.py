@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal, TypeVar
 from uuid import UUID
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from producers.contract.errors import ErrorDetail, InvalidMessage
+from producers.contract.errors import ErrorDetail, InvalidMessage, error_details
 from producers.contract.values import (
     Id,
     ReplyTo,
@@ -33,6 +33,17 @@ MAX_TASK_NAMES: Final = 10_000
 TOO_LARGE: Final = ErrorDetail(
     message=f"the message must not be larger than {MAX_MESSAGE_BYTES} bytes"
 )
+
+
+Model = TypeVar("Model", bound=StrictModel)
+
+
+def build(model: type[Model], fields: dict[str, Any]) -> Model:
+    """Build a message or a part of one. Raises `InvalidMessage` with every fault."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidMessage(error_details(error)) from None
 
 
 # --- Tag batches ---------------------------------------------------------------------------------
@@ -61,15 +72,16 @@ class TagOperation(StrictModel):
 def add(
     flow_execution_id: UUID | str, task_name: str, tag_type: str, tag: str, tag_metadata: Any = None
 ) -> TagOperation:
-    """Build the operation that adds a tag. Raises pydantic's `ValidationError` for a bad value."""
-    return TagOperation(
-        operation="add",
-        flow_execution_id=cast(UUID, flow_execution_id),
-        task_name=task_name,
-        tag_type=tag_type,
-        tag=tag,
-        tag_metadata=tag_metadata,
-    )
+    """Build the operation that adds a tag. Raises `InvalidMessage`."""
+    fields = {
+        "operation": "add",
+        "flow_execution_id": flow_execution_id,
+        "task_name": task_name,
+        "tag_type": tag_type,
+        "tag": tag,
+        "tag_metadata": tag_metadata,
+    }
+    return build(TagOperation, fields)
 
 
 class _Unset:
@@ -87,7 +99,7 @@ def remove(
     tag: str,
     tag_metadata: Any = ANY_METADATA,
 ) -> TagOperation:
-    """Build the operation that removes a tag.
+    """Build the operation that removes a tag. Raises `InvalidMessage`.
 
     Args:
         tag_metadata: Removes exactly the tag with this metadata (None: without metadata). If it is
@@ -102,7 +114,7 @@ def remove(
     }
     if tag_metadata is not ANY_METADATA:
         fields["tag_metadata"] = tag_metadata
-    return TagOperation(**fields)
+    return build(TagOperation, fields)
 
 
 # --- Messages ------------------------------------------------------------------------------------
@@ -211,15 +223,16 @@ Message = TagBatch | RegisterExecution | SetTaskState
 def register_execution(
     flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
 ) -> RegisterExecution:
-    """Build the message that registers a flow execution; None allows every task name."""
-    names = None if task_names is None else list(task_names)
-    return RegisterExecution.model_validate(
-        {"flow_execution_id": flow_execution_id, "task_names": names}
-    )
+    """Build the message that registers a flow execution; None allows every task name.
+
+    Raises `InvalidMessage`, also for one string, whose characters would be taken for names.
+    """
+    names = task_names if task_names is None or isinstance(task_names, str) else list(task_names)
+    fields = {"flow_execution_id": flow_execution_id, "task_names": names}
+    return build(RegisterExecution, fields)
 
 
 def set_task_state(flow_execution_id: UUID | str, task_name: str, state: TaskState) -> SetTaskState:
-    """Build the message that sets the state of a task."""
-    return SetTaskState.model_validate(
-        {"flow_execution_id": flow_execution_id, "task_name": task_name, "state": state}
-    )
+    """Build the message that sets the state of a task. Raises `InvalidMessage`."""
+    fields = {"flow_execution_id": flow_execution_id, "task_name": task_name, "state": state}
+    return build(SetTaskState, fields)

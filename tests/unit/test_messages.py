@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -10,9 +11,16 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
+from producers.client import BatchBuilder
 from producers.contract.encoding import parse_body, parse_message
 from producers.contract.errors import InvalidMessage, describe
-from producers.contract.messages import TagBatch, add, register_execution, remove
+from producers.contract.messages import (
+    TagBatch,
+    add,
+    register_execution,
+    remove,
+    set_task_state,
+)
 from producers.contract.results import ChangeEvent, ResultRecord
 from producers.contract.schemas import json_schemas
 from producers.contract.values import MAX_METADATA_BYTES, Uuid7
@@ -252,11 +260,32 @@ def test_the_digest_is_of_what_is_asked_not_of_how_it_is_spelled() -> None:
     assert removal() != removal(tag_metadata=None)  # any metadata, or none
 
 
+@pytest.mark.parametrize("fields", [1, 2, 9000])
+def test_unknown_fields_of_an_object_are_one_fault(fields: int) -> None:
+    """However many, at the top and in each operation; so finding them takes little time."""
+    unknown = {f"x{number}": 1 for number in range(fields)}
+    operation = tagged()["tags"][0]
+    body = {"tags": [operation, {**operation, **unknown}], **unknown}
+    with pytest.raises(InvalidMessage) as caught:
+        parse_body("tag_batch", json.dumps(body).encode())
+    places = [(detail.index, detail.field, detail.message) for detail in caught.value.details]
+    assert places == [(None, "x0", "is not a known field"), (1, "x0", "is not a known field")]
+
+
 def test_the_sdk_refuses_what_the_worker_would_refuse() -> None:
     """A flow runner gets the error where it makes the value, and the error does not repeat it."""
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(InvalidMessage, match="tag: must have at most 200 characters") as caught:
         add(EXECUTION, "a", "t", "secret" * 100)
     assert "secretsecret" not in str(caught.value)
+    wrong: list[Callable[[], object]] = [
+        lambda: remove("no id", "a", "t", "x"),
+        lambda: register_execution(EXECUTION, "review"),
+        lambda: set_task_state(EXECUTION, "a", "unheard of"),  # type: ignore[arg-type]
+        lambda: BatchBuilder(str, str, None).build(),  # type: ignore[arg-type]
+    ]
+    for make in wrong:
+        with pytest.raises(InvalidMessage):
+            make()
     with pytest.raises(InvalidMessage, match="1048576"):
         register_execution(EXECUTION, [f"{i:0200d}" for i in range(6000)]).encode()
 

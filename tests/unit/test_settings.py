@@ -26,7 +26,7 @@ VALUES = {
     "URL without a host": "http://",
 }
 FIELDS = [(model, name) for model in (ProducerSettings, Settings) for name in model.model_fields]
-TEXTS = {"jwt_audience", "jwt_issuer", "jwt_secret", "token"}
+TEXTS = {"jwt_audience", "jwt_issuer", "jwt_secret", "jwt_previous_secret", "token"}
 """Settings of which a text of any kind may be right."""
 
 
