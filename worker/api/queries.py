@@ -20,8 +20,8 @@ READ_SECONDS: Final = 10.0
 """A read that takes longer, with those before it on its connection, ends with `TimeoutError`."""
 MAX_ANSWER_BYTES: Final = 8 * 1024 * 1024
 """The most bytes of an answer that is no page."""
-MAX_DIRECT_TAGS: Final = 900
-"""So many tags are surely less than that: each has at most 8 KiB of metadata and 1 KiB of rest."""
+MAX_DIRECT_TAGS: Final = 1000
+"""So many tags are little more than that: each has at most 8 KiB of metadata and 1 KiB of rest."""
 _MAX_TAGS: Final = MAX_ANSWER_BYTES // 333
 """So many are surely more: a tag has at least 333 bytes."""
 
@@ -297,7 +297,7 @@ class Reader:
         found = await self._ask(organization_id, statement, parameters)
         if found is None or found[0] is None:
             return None
-        return _integer(found[0]), found[1]
+        return _integer(found[0]), _bounded(found[1])
 
     async def changes(
         self,
