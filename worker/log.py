@@ -29,7 +29,11 @@ def configure(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for chatty in ("celery.worker.strategy", "celery.app.trace", "celery.beat", "httpx", "kombu"):
+    # uvicorn's has the query of each WebSocket, in which a client may have put its token.
+    for chatty in (
+        *("celery.worker.strategy", "celery.app.trace", "celery.beat", "httpx", "kombu"),
+        "uvicorn.error",
+    ):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 

@@ -194,3 +194,13 @@ def test_connections_are_limited_below_the_open_files(
             assert known.get("/readyz").status_code == 200
         eventually(lambda: health(url) == 200)
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_token_in_a_query_is_not_logged(servers: Servers, token: str, tmp_path: Path) -> None:
+    """Neither of a request nor of a WebSocket: it is refused, and logs outlive tokens."""
+    with small_endpoint(servers, tmp_path / "log") as url:
+        query = f"/task-tags/changes?flow_execution_id={uuid4()}&token={token}"
+        assert httpx.get(url + query).status_code == 401
+        with connect_websocket(url.replace("http", "ws", 1) + query) as watching:
+            assert "not a known parameter" in str(watching.recv(SECONDS))
+    assert token[-20:] not in (tmp_path / "log").read_text()
