@@ -24,7 +24,7 @@ from producers.contract.messages import (
 )
 from producers.contract.values import INT64_MAX, INT64_MIN, BeyondInt64, ReplyTo
 
-MAX_DETAILS: Final = 1_000
+MAX_DETAILS: Final = 100
 """Further faults of one message are counted, not listed."""
 MAX_READABLE_BYTES: Final = 4 * MAX_MESSAGE_BYTES
 """A message over its limit is still read up to this size, to find whom to answer."""
@@ -140,9 +140,10 @@ def _parse_strictly(raw: bytes, batch_id: UUID | None = None) -> Message:
 
 def _keep_one_unknown(objects: Any, model: type[BaseModel] = TagOperation) -> None:
     """Remove the unknown fields of each object but one: they are one fault, and cheap to find."""
+    known = model.model_fields.keys()
     for each in objects if isinstance(objects, list) else ():
-        if isinstance(each, dict) and len(each) > len(model.model_fields):
-            for name in [name for name in each if name not in model.model_fields][1:]:
+        if isinstance(each, dict) and not each.keys() <= known:
+            for name in [name for name in each if name not in known][1:]:
                 del each[name]
 
 

@@ -111,7 +111,7 @@ def purged(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             database,
             TASK_TAGS_REDIS_URL=redis_url,
             TASK_TAGS_CHANGES_RETENTION_DAYS="30",  # as it is for results by default
-            TASK_TAGS_DRAIN_BUDGET_SECONDS="0.000001",
+            TASK_TAGS_DRAIN_BUDGET_SECONDS="0.001",
             TASK_TAGS_LOG_LEVEL="DEBUG",
         )
         stack.enter_context(started(WORKER, log, environment))

@@ -483,7 +483,7 @@ def test_a_wrong_body_is_refused(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        json.dumps({f"unknown{number}": 1 for number in range(3000)}),
+        json.dumps({"tags": [{}] * 100}),
         json.dumps({"tags": [{f"unknown{n}": 1 for n in range(30)}] * 100}),
     ],
 )
@@ -678,7 +678,7 @@ def test_a_wrong_registration_is_refused(http: httpx.Client) -> None:
         (b'{"task_names": [], "task_names": null}', WHOLE),
         (b'{"unknown": 1}', [(None, "unknown")]),
         (b'{"flow_execution_id": "%b"}' % mark, [(None, "flow_execution_id")]),
-        (b'{"batch_id": 1, "kind": 2}', [(None, "batch_id"), (None, "kind")]),
+        (b'{"batch_id": 1, "kind": 2}', [(None, "batch_id")]),  # unknown fields are one fault
         (b'{"task_names": "%b"}' % mark, [(None, "task_names")]),
         (b'{"task_names": {}}', [(None, "task_names")]),
         (b'{"task_names": ["a", 1, "", null]}', [(n, "task_names") for n in (1, 2, 3)]),
