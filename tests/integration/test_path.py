@@ -221,6 +221,8 @@ def test_asyncio_flow_runners_have_the_same_methods(
             await changes.aclose()  # type: ignore[attr-defined]
             subscriber.close()
             await producer.enqueue_many(batches)
+            submitted = await producer.submit(batches[0])
+            assert (await submitted).statuses == ["added"]
             with pytest.raises(NotFound):
                 await producer.apply(TagBatch(tags=[add(uuid4(), "t", "t", "x")]))
             return list(records)
