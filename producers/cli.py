@@ -23,7 +23,7 @@ import typer
 
 from producers import console
 from producers.batch_file import Batch, CheckedBatches, WrongInput, read_unchecked
-from producers.client import TagProducer
+from producers.client import MAX_TIMEOUT_SECONDS, TagProducer
 from producers.contract.encoding import parse_message
 from producers.contract.results import ResultRecord
 from producers.contract.schemas import asyncapi_document, json_schemas
@@ -48,7 +48,6 @@ INTERRUPTED: Final = 130
 _PIECE: Final = 500
 _PIECE_BYTES: Final = 1024 * 1024
 _AHEAD_BYTES: Final = 8 * _PIECE_BYTES
-_MAX_SECONDS: Final = 7 * 24 * 3600
 
 app = typer.Typer(
     help="Enqueue tag batches, read tags, and watch changes and results.",
@@ -93,7 +92,7 @@ Timeout = Annotated[
     float,
     typer.Option(
         metavar="SECONDS",
-        callback=console.within(0.001, _MAX_SECONDS),
+        callback=console.within(0.001, MAX_TIMEOUT_SECONDS),
         help="Wait for each result so long; at most 604800, a week.",
     ),
 ]
@@ -101,7 +100,7 @@ Block = Annotated[
     float | None,
     typer.Option(
         metavar="SECONDS",
-        callback=console.within(0, _MAX_SECONDS),
+        callback=console.within(0, MAX_TIMEOUT_SECONDS),
         help="Wait for free capacity in the inbox, so long in total; at most a week.",
     ),
 ]
@@ -142,7 +141,7 @@ def enqueue(
         batches = read_unchecked(file) if unchecked else CheckedBatches(file, ids_from)
         total = batches.total if isinstance(batches, CheckedBatches) else None
         run = _Run(producer, total, block or 0, as_json)
-        with run.telling_what_was_sent():
+        with run.reporting_progress():
             if wait:
                 sys.exit(run.print_results(run.submit(batches), timeout))
             run.send(batches)
@@ -246,7 +245,7 @@ class _Run:
         self._last_line = 0
 
     @contextmanager
-    def telling_what_was_sent(self) -> Iterator[None]:
+    def reporting_progress(self) -> Iterator[None]:
         """Say in the error of whatever ends the run how much of it was done."""
         try:
             yield
@@ -254,12 +253,12 @@ class _Run:
             of = "" if self._total is None else f" of {self._total}"
             until = f", up to line {self._last_line}" if self.sent else ""
             perhaps = ", perhaps more" if isinstance(error, Unavailable) else ""
-            told = f"{self.sent}{of} batches were enqueued{until}{perhaps}"
+            report = f"{self.sent}{of} batches were enqueued{until}{perhaps}"
             if isinstance(error, KeyboardInterrupt):
-                console.fail(INTERRUPTED, f"interrupted: {told}")
+                console.fail(INTERRUPTED, f"interrupted: {report}")
             if isinstance(error, InboxFull):
-                console.fail(FULL, f"the inbox is full: {told}")
-            error.add_note(told)
+                console.fail(FULL, f"the inbox is full: {report}")
+            error.add_note(report)
             raise
 
     def send(self, batches: Iterable[Batch]) -> None:

@@ -45,7 +45,7 @@ from producers.settings import load_settings
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_SECONDS: Final = 30.0
-_MAX_TIMEOUT_SECONDS: Final = 7 * 86_400.0
+MAX_TIMEOUT_SECONDS: Final = 7 * 86_400.0
 _SUBSCRIBE_SECONDS: Final = 5.0
 _RETRY_SECONDS: Final = 0.2
 _EXPIRED_SECONDS: Final = 60.0
@@ -370,10 +370,10 @@ class BatchBuilder(Generic[Enqueued, Applied]):
 def _seconds(timeout: float | None) -> float:
     """Return a time-out that every wait takes: a week instead of none. Raises `ValueError`."""
     if timeout is None:
-        return _MAX_TIMEOUT_SECONDS
+        return MAX_TIMEOUT_SECONDS
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
         raise ValueError("timeout must be a number of seconds, 0 or more, or None")
-    return min(timeout, _MAX_TIMEOUT_SECONDS)
+    return min(timeout, MAX_TIMEOUT_SECONDS)
 
 
 def _is_expired(token: str) -> bool:

@@ -22,6 +22,7 @@ import jwt
 from jwt.utils import base64url_decode
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from producers.contract.encoding import each_name_once
 from producers.contract.values import Id
 from producers.errors import ConfigurationError
 from worker.jwk_set import JwkSet, JwksUnavailable
@@ -166,7 +167,7 @@ class Authorizer:
                 raise InvalidToken("the token is not valid")
             claims = self._claims(raw, keys)
             for part in raw.split(b".")[:2]:
-                json.loads(base64url_decode(part), object_pairs_hook=_each_once)
+                json.loads(base64url_decode(part), object_pairs_hook=each_name_once)
             return Principal.model_validate(claims)
         except ValidationError as error:
             wrong = str(error.errors()[0]["loc"][0])
@@ -241,14 +242,6 @@ def _remember(memory: OrderedDict[Any, Any], key: Any, value: Any) -> None:
     memory[key] = value
     if len(memory) > _REMEMBERED:
         memory.popitem(last=False)
-
-
-def _each_once(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON. Raises `ValueError` if a name is there twice."""
-    found = dict(members)
-    if len(found) < len(members):
-        raise ValueError("doubled names")
-    return found
 
 
 def _key_source(settings: Settings) -> tuple[Sequence[Any], JwkSet | None]:

@@ -27,7 +27,7 @@ class JwksUnavailable(Exception):
 
 
 class JwkSet:
-    """The keys that may sign, by their ids. No method waits longer than it is told to.
+    """The keys that may sign, by their ids. No method waits longer than its caller asks for.
 
     A set is fetched again after about 5 minutes, or at most every 30 s if a token names an unknown
     key; it is no longer used after 10 minutes. Keys that no algorithm can use are skipped.
@@ -54,13 +54,15 @@ class JwkSet:
         Raises:
             JwksUnavailable: There is no set, or it is too old.
         """
-        is_known = kid in self._keys if isinstance(kid, str) else False
-        if not is_known or time.monotonic() - self.fetched_at > _FRESH_SECONDS:
+        if self._find(kid) is None or time.monotonic() - self.fetched_at > _FRESH_SECONDS:
             self._refresh()
         if not self._is_fetched.is_set():
             self._is_fetched.wait(wait)
         if time.monotonic() - self.fetched_at > _USABLE_SECONDS:
             raise JwksUnavailable("the JWK set can't be fetched")
+        return self._find(kid)
+
+    def _find(self, kid: object) -> Any | None:
         return self._keys.get(kid) if isinstance(kid, str) else None
 
     def _refresh(self) -> None:

@@ -154,7 +154,8 @@ class _DuplicateKey(ValueError):
     pass
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of its members. Raises `ValueError` if a name is there twice."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise _DuplicateKey
@@ -167,7 +168,7 @@ def _integer(digits: str) -> int | BeyondInt64:
     return value
 
 
-_strict_json: Final = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+_strict_json: Final = json.JSONDecoder(object_pairs_hook=each_name_once, parse_int=_integer)
 _lenient_json: Final = json.JSONDecoder(parse_int=_integer)
 _UNREADABLE: Final = object()
 

@@ -141,6 +141,20 @@ def test_a_flood_of_frames_is_refused(servers: Servers, opcode: int) -> None:
         assert watching.close_code in (1008, 4400)  # 4400: an empty text is no token
 
 
+def test_a_handshake_begins_one_websocket_whatever_is_behind_it(servers: Servers) -> None:
+    """Frames may be sent once it is answered: what comes before is not taken for a request."""
+    handshake = (
+        b"GET /task-tags/changes?flow_execution_id=x HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n"
+        b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    with connect(servers) as connection:
+        connection.sendall(handshake * 2 + HEALTH * 1000)
+        received = answers(connection)
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert received.startswith(b"HTTP/1.1 101")
+
+
 # --- Many connections ----------------------------------------------------------------------------
 
 

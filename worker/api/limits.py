@@ -34,7 +34,7 @@ PIECE_BYTES: Final = 16 * 1024
 _MAX_FILES: Final = 65_536
 RESERVED_FILES: Final = 128
 _MAX_REFUSING: Final = 64
-"""Connections beyond the limit that are told so, of the reserved files."""
+"""Connections beyond the limit that are answered with 503; they use reserved files."""
 _MIN_CONNECTIONS: Final = 16
 _MAX_UNAUTHENTICATED: Final = 1000
 
@@ -48,9 +48,11 @@ def error_body(code: str, message: str, details: list[Any], request_id: str) -> 
 class ConnectionLimits:
     """Limits how many connections are open, and how many of them without a valid token so far."""
 
+    max_connections = _MAX_FILES
+    max_unauthenticated = _MAX_UNAUTHENTICATED
+
     def __init__(self) -> None:
         self._unauthenticated: set[Any] = set()
-        self.set(RESERVED_FILES)
 
     def set(self, reserved_files: int) -> None:
         """Raise the process' limit of open files, and keep some of them for other uses."""
@@ -112,6 +114,28 @@ class WriteStallTimer:
             self._give_up()
 
 
+class IdleClose:
+    """Closes a connection once its client has stopped sending, at most 5 s later.
+
+    With unread data, closing would reset the connection, and the client could lose the answer.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._until = self._loop.time() + CLOSE_SECONDS
+        self._timer = self._loop.call_later(IDLE_SECONDS, transport.close)
+
+    def received(self) -> None:
+        """Wait a little longer, because there was something to discard."""
+        if self._loop.time() < self._until:
+            self.cancel()
+            self._timer = self._loop.call_later(IDLE_SECONDS, self._transport.close)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+
 class HeldFlow(FlowControl):
     """Does not read on while requests of the connection wait, whatever else asks for it."""
 
@@ -153,15 +177,14 @@ class LimitedProtocol(HttpToolsProtocol):
     _wire_bytes = 0
     _declared: int | None = None
     _in_head = True
-    _unread = b""
     _refused = False
     _refusal = b""
     _running: RequestResponseCycle | None = None
-    _closing_at: float | None = None
-    _closing: asyncio.TimerHandle | None = None
+    _closing: IdleClose | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._unread = bytearray()
         self.flow: HeldFlow = HeldFlow(transport)
         self._stall = WriteStallTimer(transport, transport.abort)
         self._start_deadline()
@@ -179,7 +202,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._closing.cancel()
         super().connection_lost(exc)
         self.pipeline.clear()
-        self._unread = b""
+        self._unread.clear()
         if self._running is not None and self._running.scope["method"] in ("GET", "HEAD"):
             self._task.cancel()  # nobody reads the answer
 
@@ -194,8 +217,8 @@ class LimitedProtocol(HttpToolsProtocol):
     # --- Reading ---------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._closing_at is not None:
-            self._discard()
+        if self._closing is not None:
+            self._closing.received()
         elif not self._refused:
             self._unread += data
             self._feed()
@@ -204,7 +227,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Parse what was received, as far as there is room for requests."""
         while self._unread and not self._refused and self._has_room():
             end = self._piece_end()
-            piece, self._unread = self._unread[:end], self._unread[end:]
+            piece = bytes(self._unread[:end])
+            del self._unread[:end]
             if self._in_head:
                 self._head_bytes += len(piece)
             else:
@@ -297,6 +321,7 @@ class LimitedProtocol(HttpToolsProtocol):
         return running is not None and not (running.response_complete or running.disconnected)
 
     def handle_websocket_upgrade(self) -> None:
+        self._unread.clear()  # no client may send frames before the handshake is answered
         ADMITTED.leave(self)
         self._stop_deadline()
         self._stall.end()
@@ -314,7 +339,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer the request that is being read, behind those before it; read no more."""
         if self._refused or self.transport.is_closing():
             return
-        self._refused, self._unread = True, b""
+        self._refused = True
+        self._unread.clear()
         self._stop_deadline()
         self._refusal = refusal(status, reason, code)
         if not self._in_head:
@@ -338,22 +364,13 @@ class LimitedProtocol(HttpToolsProtocol):
         self.close_gently()
 
     def close_gently(self) -> None:
-        """Close the connection once its client has stopped sending.
-
-        With unread data, closing would reset the connection, and the client could lose the answer.
-        """
-        self._refused, self._unread, self.flow.held = True, b"", False
+        """Send nothing more, and close the connection once its client has stopped sending."""
+        self._refused, self.flow.held = True, False
+        self._unread.clear()
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._closing_at = self.loop.time() + CLOSE_SECONDS
-        self._closing = self.loop.call_later(IDLE_SECONDS, self.transport.close)
-
-    def _discard(self) -> None:
-        assert self._closing is not None
-        if self.loop.time() < (self._closing_at or 0):
-            self._closing.cancel()
-            self._closing = self.loop.call_later(IDLE_SECONDS, self.transport.close)
+        self._closing = IdleClose(self.transport)
 
     def _start_deadline(self) -> None:
         self._deadline = self.loop.call_later(REQUEST_SECONDS, self._too_slow)

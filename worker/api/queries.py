@@ -399,7 +399,7 @@ class Reader:
         else:
             used = [each for each in self._shared if each.serves(organization_id)]
             is_most = 2 * len(used) >= len(self._shared)
-            connection = min(used if is_most and used else self._shared, key=len)
+            connection = min(used if is_most else self._shared, key=len)
         return await self._ask_on(connection, organization_id, statement, parameters)
 
     async def _ask_on(

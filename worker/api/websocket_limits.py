@@ -12,7 +12,7 @@ from typing import Any, Final
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.http11 import Request
 
-from worker.api.limits import ADMITTED, CLOSE_SECONDS, IDLE_SECONDS, WriteStallTimer, refusal
+from worker.api.limits import ADMITTED, CLOSE_SECONDS, IdleClose, WriteStallTimer, refusal
 
 MAX_FRAME_BYTES: Final = 64 * 1024
 TOO_SLOW: Final = 1013
@@ -29,7 +29,7 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
 
     _stall: WriteStallTimer
     _cutting: asyncio.TimerHandle | None = None
-    _refused_at: float | None = None
+    _closing: IdleClose | None = None
     _frames_left: float = _MAX_FRAMES
     _counted_at = 0.0
 
@@ -64,19 +64,14 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
             self._cutting = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
 
     def handle_parser_exception(self) -> None:
-        """Send the close frame, and discard what the client still sends before disconnecting.
-
-        With unread data, disconnecting would reset the connection, and the client could lose the
-        close frame.
-        """
+        """Send the close frame, and discard what the client still sends before disconnecting."""
         assert self.conn.close_sent is not None
         code, reason = self.conn.close_sent.code, self.conn.close_sent.reason
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
-        self._refused_at = self.loop.time()
         self.transport.resume_reading()
-        self.close_timer = self.loop.call_later(IDLE_SECONDS, self.transport.close)
+        self._closing = IdleClose(self.transport)
         self._cut_soon()
 
     def handle_connect(self, event: Request) -> None:
@@ -103,15 +98,14 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
             self._receive(data[start : start + _PIECE_BYTES])
 
     def _receive(self, data: bytes) -> None:
-        if self._refused_at is None:
+        if self._closing is not None:
+            self._closing.received()
+        else:
             super().data_received(data)
             if not self.handshake_initiated:  # a complete head that is no handshake
                 self.transport.write(refusal(400, "Bad Request", "bad_request"))
                 self.transport.close()
                 self._cut_soon()
-        elif self.close_timer is not None and self.loop.time() < self._refused_at + CLOSE_SECONDS:
-            self.close_timer.cancel()
-            self.close_timer = self.loop.call_later(IDLE_SECONDS, self.transport.close)
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         super().on_task_complete(task)
@@ -120,6 +114,7 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         ADMITTED.leave(self)
         self._stall.end()
-        if self._cutting is not None:
-            self._cutting.cancel()
+        for timer in (self._cutting, self._closing):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)

@@ -238,8 +238,7 @@ class PipelinedConnection:
                 del self._by_organization[organization_id]
             self._answered_at = asyncio.get_running_loop().time()
             row, error, self._row, self._error = self._row, self._error, None, None
-            if self._awaited and self._awaited[0].answer.cancelled():
-                self._cancel_soon()
+            self._cancel_soon()
             if answer.done():
                 return  # nobody awaits it any more
             if error is not None:
