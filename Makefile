@@ -12,7 +12,7 @@ help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # Ctrl-C reaches the shell as well: it must wait for the stack to end.
-run: .venv/run  ## Start the local stack, send the sample flow through it, stay up until Ctrl-C; PORT=8080
+run: .venv/run  ## Start the local stack, send the sample flow, stay up until Ctrl-C; PORT=8080
 	@trap : INT; $(BIN)/python -m worker.cli demo --stay --port $(or $(PORT),8080) || \
 		{ code=$$?; [ $$code -eq 130 ] || exit $$code; }
 
@@ -60,7 +60,7 @@ format: .venv/ready  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: .venv/ready  ## Choose versions anew and write the three lock files
+lock: .venv/ready  ## Choose new versions and write the three lock files
 	$(COMPILE) --extra dev --upgrade -o requirements.lock
 	$(COMPILE) -c requirements.lock -o requirements-run.lock
 	$(COMPILE) --extra dev --extra bench -c requirements.lock -o requirements-bench.lock

@@ -49,8 +49,8 @@ class _Stream(io.TextIOWrapper):
     """Standard output or error, which writes each line at once.
 
     What its encoding does not have is written as `\\u` escapes. Standard output raises
-    `OutputFailed` if it can't be written; nobody can be told that of standard error, which may be
-    the log of a process and have room again later.
+    `OutputFailed` if it can't be written; standard error does not, because it may be the
+    log of a process, and there may be space for it again later.
     """
 
     def write(self, text: str, /) -> int:

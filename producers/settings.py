@@ -15,7 +15,9 @@ from producers.errors import ConfigurationError
 from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, MAX_LEASE_SECONDS
 
 _MAX_TOKEN_CHARACTERS: Final = 8 * 1024
-_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+")  # RFC 6750, section 2.1
+_TOKEN: Final = re.compile(
+    r"[A-Za-z0-9._~+/=-]+"
+)  # https://www.rfc-editor.org/rfc/rfc6750#section-2.1
 
 
 class InboxSettings(BaseSettings):

@@ -30,7 +30,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started in the background of a script: the processes under test would ignore Ctrl-C as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Tests start hundreds of processes; each would compile all modules anew, which takes seconds.
+# Tests start hundreds of processes; each would compile all modules again, which takes seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:

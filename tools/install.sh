@@ -22,7 +22,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 # uv does not read pip's settings. A variable that is set already is left as it is.
 use_as() {
-    value=$(sed -n "s/^[^=]*\.$2='\(.*\)'\$/\1/p" .venv/settings | sed 's/\\n/ /g; s/^ *//' | head -n 1)
+    value=$(sed -n "s/^[^=]*\.$2='\(.*\)'\$/\1/p" .venv/settings |
+        sed 's/\\n/ /g; s/^ *//' | head -n 1)
     [ -z "$value" ] || eval "export $1=\"\${$1:-\$value}\""
 }
 
@@ -31,7 +32,8 @@ with_uv() {
     [ -x "$uv" ] || {
         echo "  fetching uv, which installs the rest"
         sed -n '/^uv==/,/[^\\]$/p' requirements.lock > .venv/uv.lock
-        pip install $quiet --require-hashes --no-deps --no-compile --target .venv/uv -r .venv/uv.lock || return
+        pip install $quiet --require-hashes --no-deps --no-compile \
+            --target .venv/uv -r .venv/uv.lock || return
     }
     wait
     use_as UV_DEFAULT_INDEX index-url

@@ -125,7 +125,7 @@ def test_ids_that_cannot_be_printed_are_not_used(
 def test_the_exit_code_needs_no_standard_error(
     servers: Servers, mine: dict[str, str], redirection: str
 ) -> None:
-    """Wrong input is 2, also where nobody can be told."""
+    """Wrong input is 2, also where standard error is closed or full."""
     for arguments in (["nonsense"], ["enqueue", "/nowhere"], ["enqueue", "-", "--timeout", "x"]):
         done = shell(servers, redirection, *arguments, **mine)
         assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")

@@ -205,7 +205,7 @@ def test_tokens_and_executions_that_are_refused_are_told_in_words(
 def test_a_batch_that_is_refused_is_told_beside_the_form(
     execution: UUID, open_page: Open, token: str
 ) -> None:
-    """Metadata that is not JSON is not sent; of a wrong task, the right names are told."""
+    """Metadata that is not JSON is not sent; of a wrong task, the right names are shown."""
     page = open_page(execution, token)
     add_by_hand(page, "review", "review_status", "reviewed", "{reviewer}")
     expect(page.get_by_role("alert")).to_contain_text("tag_metadata: must be JSON")

@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 from playwright.sync_api import Page, expect
 
 from producers.client import TagProducer
-from tests.support.browser import Open, address, connection, told
+from tests.support.browser import Open, address, alerts, connection
 from tests.support.servers import Servers
 
 
@@ -59,8 +59,8 @@ def test_a_link_keeps_its_task_and_leads_to_it(
         assert page.url.endswith(f"/#execution={execution}&task=review")
         page.reload()
     wrong = open_page(execution, f"{token}&task=reviw")
-    told(wrong, "There is no task “\u2068reviw\u2069” here.")
-    told(wrong, "Its tasks are “\u2068extract_data\u2069”, “\u2068review\u2069”.")
+    alerts(wrong, "There is no task “\u2068reviw\u2069” here.")
+    alerts(wrong, "Its tasks are “\u2068extract_data\u2069”, “\u2068review\u2069”.")
 
 
 def test_a_link_in_a_new_tab_takes_the_token_of_another_tab(

@@ -14,13 +14,13 @@ from producers.contract.messages import add
 from tests.support.browser import (
     Open,
     add_by_hand,
+    alerts,
     applied,
     connection,
     cut_off,
     remove_button,
     remove_by_hand,
     tags_of,
-    told,
 )
 from tests.support.servers import Servers
 from worker.auth import READ
@@ -41,7 +41,7 @@ def test_a_connection_that_is_closed_says_why_in_words(
     """Of a restart and of other codes; then the page connects again by itself."""
     page = open_page(execution, token)
     restore = cut_off(page, code)
-    told(page, CLOSED[code])
+    alerts(page, CLOSED[code])
     restore()
     expect(connection(page)).to_have_text("Live")
 
@@ -183,7 +183,7 @@ def test_the_notice_of_a_lost_connection_moves_nothing(
     button = remove_button(page, "source: scanner-3 from extract_data")
     places = [button.bounding_box()]
     restore = cut_off(page)
-    told(page, CLOSED[1012])
+    alerts(page, CLOSED[1012])
     expect(page.get_by_role("button", name="Reconnect now")).to_be_visible()
     places.append(button.bounding_box())
     restore()
@@ -198,7 +198,7 @@ def test_a_token_that_ends_moves_nothing(execution: UUID, open_page: Open, token
     button = remove_button(page, "source: scanner-3 from extract_data")
     place = button.bounding_box()
     cut_off(page, 4401)
-    told(page, "The token was refused")
+    alerts(page, "The token was refused")
     assert button.bounding_box() == place
     page.get_by_role("button", name="Give another token").click()
     expect(page.get_by_label("Token")).to_be_focused()

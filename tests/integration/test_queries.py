@@ -197,7 +197,7 @@ def test_a_statement_that_nobody_waits_for_is_cancelled(servers: Servers) -> Non
 def test_nobody_waits_behind_the_large_reads_of_another_organization(
     servers: Servers, tagged: list[tuple[UUID, UUID]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor for results, revisions and readiness, whoever asks."""
+    """Nor for results, revisions and readiness, of any organization."""
     (slow,) = (name for name in PREPARED if name.startswith("changes"))
     monkeypatch.setitem(PREPARED, slow, "select 1::bigint, null, pg_sleep(1.5)::text")
 

@@ -110,7 +110,7 @@ def shown_revisions(page: Page) -> list[int]:
     return found
 
 
-def told(page: Page, words: str) -> None:
+def alerts(page: Page, words: str) -> None:
     expect(page.get_by_role("alert").filter(has_text=words)).to_be_visible()
 
 

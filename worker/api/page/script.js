@@ -32,7 +32,7 @@ const page = {
   failures: 0, // in a row
   retryAt: null,
   retryTimer: null,
-  today: new Date().toDateString(), // the day that the times are told for
+  today: new Date().toDateString(), // the day that the times are shown for
 };
 const tasks = new Map(); // task name → {node, open, folded, tags: Map of tag id → {node or null, tag}}
 const rows = new Map(); // batch id → {node, event, seenAfter, sent}
@@ -464,7 +464,7 @@ const VERDICTS = {
   bad: ["declined", "denied", "error", "failed", "invalid", "refused", "rejected"],
 };
 
-/** Whether a tag says yes or no, which is told by a colour and a sign, whatever its type. */
+/** Whether a tag says yes or no, which a colour and a sign show, whatever its type. */
 function verdictOf(tag) {
   return Object.keys(VERDICTS).find((verdict) => VERDICTS[verdict].includes(tag.toLowerCase())) ?? "";
 }
