@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from producers.errors import ConfigurationError
 from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, MAX_LEASE_SECONDS
+from producers.redis_client import check_redis_url
 
 _MAX_TOKEN_CHARACTERS: Final = 8 * 1024
 _TOKEN: Final = re.compile(
@@ -38,15 +39,9 @@ class InboxSettings(BaseSettings):
     @classmethod
     def _is_redis(cls, value: SecretStr) -> SecretStr:
         try:
-            parts = urlsplit(value.get_secret_value())
-            known = parts.scheme in ("redis", "rediss", "unix") and (parts.netloc or parts.path)
-            _ = parts.port
-        except ValueError:
-            known = False
-        if not known:  # the error does not quote the URL, which may contain a password
-            raise PydanticCustomError(
-                "url", "must be like redis://host:6379/0 or unix:///path?db=0"
-            )
+            check_redis_url(value.get_secret_value())
+        except ValueError as error:  # none of them quotes the URL, which may contain a password
+            raise PydanticCustomError("url", "{reason}", {"reason": str(error)}) from None
         return value
 
     @property

@@ -6,6 +6,8 @@ import logging
 from datetime import timedelta
 from typing import Annotated, Any, Final
 
+from psycopg import ProgrammingError
+from psycopg.conninfo import make_conninfo
 from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode
@@ -63,6 +65,11 @@ class Settings(InboxSettings):
         try:
             url = make_url(value.get_secret_value())
             known = url.get_backend_name() in ("postgresql", "postgres")
+            options = connect_arguments(value.get_secret_value())
+            known = known and not any(isinstance(each, tuple) for each in options.values())
+            make_conninfo(**{name: str(each) for name, each in options.items()})
+        except ProgrammingError as error:  # of an option; it quotes the name alone
+            raise PydanticCustomError("url", "{reason}", {"reason": str(error).strip()}) from None
         except (ArgumentError, ValueError):
             known = False
         if not known or not 0 < (url.port or 5432) < 65536:
@@ -126,3 +133,18 @@ class Settings(InboxSettings):
 
 
 load_settings = Settings.load
+
+
+def driver_url(database_url: str) -> Any:
+    """Return the URL with psycopg 3 as its driver, however `postgresql://` was written."""
+    return make_url(database_url).set(drivername="postgresql+psycopg")
+
+
+def connect_arguments(database_url: str) -> dict[str, Any]:
+    """Return psycopg's arguments for a URL, as SQLAlchemy reads it.
+
+    The URL that SQLAlchemy writes has + for a space.
+    """
+    url = driver_url(database_url)
+    _, arguments = url.get_dialect()().create_connect_args(url)
+    return dict(arguments)

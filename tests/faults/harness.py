@@ -53,6 +53,7 @@ ORGANIZATIONS = 3
 RUNNERS = 2
 LEASE_SECONDS = 2
 DISK_MEGABYTES = 1024
+LAST_LINES = 12
 
 
 @dataclass
@@ -126,7 +127,8 @@ class Harness:
         for child, process in self.supervisor.running:
             code = process.poll()
             if code not in (None, -signal.SIGKILL) and process.pid not in self.signalled:
-                self.ended.append(f"{child.name} ended with {code}")
+                said = self.supervisor.log(child.name).read_text(errors="replace").splitlines()
+                self.ended += [f"{child.name} ended with {code}", *said[-LAST_LINES:]]
                 self.signalled.add(process.pid)
         self.supervisor._quick_exits.clear()
         self.supervisor.restart_ended(lambda _: None)

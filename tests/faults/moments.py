@@ -17,7 +17,7 @@ POSTGRES_MOMENTS: Final = ("begin", "lock", "look-up", "write", "commit")
 REDIS_CODES: Final = (
     *("READONLY", "NOREPLICAS", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN", "BUSY", "MISCONF"),
     *("NOPERM", "UNBLOCKED", "EXECABORT", "LOADING", "OOM", "ERR", "ASK 1 127.0.0.1:1"),
-    "MOVED 1 127.0.0.1:1",
+    *("MOVED 1 127.0.0.1:1", "MOVED", "ASK nonsense"),
 )
 SQL_STATES: Final = (
     *("XX000", "XX001", "26000", "42P05", "55000", "23505", "54000", "72000", "3F000", "25P02"),
@@ -90,7 +90,8 @@ class RedisMoments:
         return words, at
 
     def error(self, code: str, request: bytes) -> tuple[bytes, bytes]:
-        return f"-{code} injected\r\n".encode(), b""
+        words = code if " " in code else f"{code} injected"
+        return f"-{words}\r\n".encode(), b""
 
 
 class PostgresMoments:

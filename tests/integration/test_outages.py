@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from redis.exceptions import ResponseError
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -23,8 +25,9 @@ from producers.contract.channels import changes_channel
 from producers.contract.messages import TagBatch, add, register_execution
 from producers.contract.results import ChangeEvent
 from producers.errors import Unavailable
-from producers.redis_client import open_redis
+from producers.redis_client import open_async_redis, open_redis
 from producers.subscriber import Subscriber
+from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.db.migrate import migrate
 from worker.local.servers import Postgres, Valkey, find_server_paths, load_or_create_secret
@@ -283,6 +286,23 @@ def forbidden(redis: Any) -> Iterator[None]:
         yield
     finally:
         redis.execute_command("ACL", "SETUSER", "default", "+@all")
+
+
+@pytest.mark.parametrize("answer", ["MOVED", "MOVED 1 injected", "ASK x y:z", "ERR"])
+def test_an_error_that_redis_py_cannot_take_apart_is_an_error_of_redis(
+    servers: Servers, answer: str
+) -> None:
+    """Not a ValueError, which ended workers and went through `except TaskTagsError`."""
+    script = "return redis.error_reply(ARGV[1])"
+    with open_redis(servers.stack.redis_url) as redis, pytest.raises(ResponseError):
+        redis.eval(script, 0, answer)
+
+    async def eval_there() -> None:
+        async with open_async_redis(servers.stack.redis_url) as redis:
+            await redis.eval(script, 0, answer)
+
+    with pytest.raises(ResponseError):
+        asyncio.run(eval_there())
 
 
 @pytest.mark.parametrize("fault", [demoted, forbidden])

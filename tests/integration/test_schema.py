@@ -10,9 +10,10 @@ from sqlalchemy import create_engine
 
 from tests.support.database import own_database
 from tests.support.servers import Servers
-from worker.db.connection import TABLES, driver_url
+from worker.db.connection import TABLES
 from worker.db.migrate import migrate
 from worker.db.tables import ENDPOINT_ROLE, ROLE_SETTINGS, ROLES, WORKER_ROLE, metadata
+from worker.settings import driver_url
 
 ATTRIBUTES = """
     select rolname, rolcanlogin, rolsuper, rolbypassrls, rolcreaterole, rolcreatedb, rolreplication,

@@ -13,6 +13,7 @@ import pytest
 
 from producers.client import TagProducer
 from producers.contract.messages import register_execution
+from producers.errors import ConfigurationError
 from producers.redis_client import open_redis
 from tests.support.processes import await_line, settings_of, started
 from tests.support.servers import Servers
@@ -22,6 +23,7 @@ from worker.local.stack import BEAT, ENDPOINT, WORKER, free_port
 from worker.local.supervisor import Supervisor
 
 SECRET = "hunter2"
+MIGRATE = ["task-tags-admin", "migrate"]
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +48,73 @@ def test_malformed_urls_end_all_processes_in_one_line(servers: Servers, tmp_path
         TASK_TAGS_DATABASE_URL=f"postgresql://x:{SECRET}@host:port/x",
         TASK_TAGS_REDIS_URL=f"redis//x:{SECRET}@host",
     )
-    option = f"redis://x:{SECRET}@127.0.0.1:1?no_such=1"
+    assert_refused(environment, tmp_path, "DATABASE_URL: ", "REDIS_URL: ")
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("no_such=1", "REDIS_URL: can't have no_such, only client_name, "),
+        ("decode_responses=true", "REDIS_URL: can't have decode_responses, only "),
+        ("socket_timeout=soon", "REDIS_URL: Invalid value for 'socket_timeout'"),
+    ],
+)
+def test_options_that_a_redis_url_cannot_have_end_all_processes_in_one_line(
+    servers: Servers, tmp_path: Path, query: str, reason: str
+) -> None:
+    url = f"redis://x:{SECRET}@127.0.0.1:1?{query}"
+    assert_refused(settings_of(servers, TASK_TAGS_REDIS_URL=url), tmp_path, reason)
+    with pytest.raises(ConfigurationError, match=reason.split(": ")[1]) as caught:
+        TagProducer(redis_url=url, organization_id=uuid4(), token="t")
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("query", ["no_such=1", "autocommit=1"])
+def test_options_that_postgresql_does_not_have_end_all_processes_in_one_line(
+    servers: Servers, tmp_path: Path, query: str
+) -> None:
+    url = f"postgresql://x:{SECRET}@127.0.0.1:1/x?{query}"
+    reason = f'DATABASE_URL: invalid connection option "{query[:-2]}"'
+    assert_refused(settings_of(servers, TASK_TAGS_DATABASE_URL=url), tmp_path, reason)
+
+
+def assert_refused(environment: dict[str, str], tmp_path: Path, *reasons: str) -> None:
+    """All processes, and `migrate`, end with exit code 2 and one line, without the password."""
     with ExitStack() as running:
         processes = {}
-        for name, words in commands().items():
+        for name, words in (commands() | {"migrate": MIGRATE}).items():
             log = tmp_path / name
             processes[log] = running.enter_context(started(words, log, environment))
-        log = tmp_path / "option"
-        processes[log] = running.enter_context(
-            started(BEAT, log, settings_of(servers, TASK_TAGS_REDIS_URL=option))
-        )
         for log, process in processes.items():
             code, lines = process.wait(20), log.read_text().splitlines()
-            assert code == (1 if log.name == "option" else 2), log.name
+            assert code == 2, (log.name, lines)
             assert len(lines) == 1, lines
-            named = ["no_such"] if log.name == "option" else ["DATABASE_URL: ", "REDIS_URL: "]
-            assert [name for name in named if name not in lines[0]] == [], lines
+            assert [reason for reason in reasons if reason not in lines[0]] == [], lines
             assert "Traceback" not in lines[0]
             assert SECRET not in lines[0]
+
+
+def test_a_unix_url_with_user_password_and_options_works_for_all(
+    servers: Servers, redis: Any, tmp_path: Path
+) -> None:
+    """They stand in its query, for it has no other place."""
+    user, organization = f"user-{uuid4()}", uuid4()
+    redis.execute_command("ACL", "SETUSER", user, "on", f">{SECRET}", "~*", "&*", "+@all")
+    query = f"&username={user}&password={SECRET}&socket_timeout=5&client_name=of-the-test"
+    url = servers.stack.redis_url.replace("db=0", "db=3") + query
+    with ExitStack() as running:
+        running.callback(redis.acl_deluser, user)
+        for name, words in commands().items():
+            environment = settings_of(servers, TASK_TAGS_REDIS_URL=url)
+            running.enter_context(started(words, tmp_path / name, environment))
+            await_line(tmp_path / name, '"ready"')
+        with TagProducer(
+            redis_url=url, organization_id=organization, token=servers.token(organization)
+        ) as producer:
+            assert producer.apply(register_execution(uuid4())).statuses == ["registered"]
+        clients = [each["name"] for each in redis.client_list() if each["user"] == user]
+        assert len(clients) >= 4
+        assert set(clients) == {"of-the-test"}
 
 
 @pytest.mark.parametrize("database", ["99999", "-1"])

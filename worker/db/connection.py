@@ -1,11 +1,9 @@
-"""How to connect to PostgreSQL, as which role, and which errors may pass."""
+"""How to be connected to PostgreSQL, as which role, and which errors may pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Final
-
-from sqlalchemy import make_url
 
 from worker.db.tables import metadata
 
@@ -102,11 +100,6 @@ DISCARD_PLANS: Final = "discard plans"
 
 class UnsafeRole(Exception):
     """The role sees through row-level security: connect as the one that `migrate` made."""
-
-
-def driver_url(database_url: str) -> Any:
-    """Return the URL with psycopg 3 as its driver, however `postgresql://` was written."""
-    return make_url(database_url).set(drivername="postgresql+psycopg")
 
 
 def assert_safe_role(found: Sequence[Any]) -> None:

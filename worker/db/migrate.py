@@ -11,7 +11,8 @@ from psycopg import sql
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from worker.db.connection import driver_url
+from worker.db.connection import CONNECT_ARGUMENTS
+from worker.settings import driver_url
 
 _LOCK: Final = 0x7461_736B_7461_6773  # "tasktags"
 
@@ -26,7 +27,12 @@ def migrate(owner_url: str, passwords: dict[str, str]) -> None:
     config = Config()
     config.set_main_option("script_location", str(files("worker.db") / "migrations"))
     config.set_main_option("path_separator", "os")
-    engine = create_engine(driver_url(owner_url), poolclass=NullPool, hide_parameters=True)
+    engine = create_engine(
+        driver_url(owner_url),
+        poolclass=NullPool,
+        hide_parameters=True,
+        connect_args=CONNECT_ARGUMENTS,
+    )
     with engine.connect() as connection:
         connection.exec_driver_sql(f"select pg_advisory_lock({_LOCK})")
         connection.commit()

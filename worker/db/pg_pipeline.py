@@ -24,11 +24,11 @@ from worker.db.connection import (
     SCHEMA,
     TABLES,
     assert_safe_role,
-    driver_url,
     scope_statement,
     session_statement,
     should_discard_plans,
 )
+from worker.settings import connect_arguments
 
 Row = tuple[bytes | None, ...]
 """The columns of a row in PostgreSQL's binary format."""
@@ -60,9 +60,7 @@ class PipelinedConnection:
     """
 
     def __init__(self, database_url: str, prepared: Mapping[str, str]) -> None:
-        url = driver_url(database_url)
-        # As SQLAlchemy reads it, like the worker: the URL that it writes has + for a space.
-        _, self._arguments = url.get_dialect()().create_connect_args(url)
+        self._arguments = connect_arguments(database_url)
         self._prepared = prepared
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._uses = 0

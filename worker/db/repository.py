@@ -24,13 +24,13 @@ from worker.db.connection import (
     SCHEMA,
     TABLES,
     assert_safe_role,
-    driver_url,
     scope_statement,
     session_statement,
     should_discard_plans,
 )
 from worker.db.time_limit import DEFAULT_SECONDS, TimeLimit
 from worker.rules import MAX_GROUP_BYTES
+from worker.settings import driver_url
 from worker.snapshot import (
     AuthorizedMessage,
     ChangeSet,

@@ -35,10 +35,9 @@ from tests.bench.job import freeze, publish
 from tests.bench.peers.loop import Loop
 from worker import rules
 from worker.auth import Authorizer
-from worker.db.connection import driver_url
 from worker.drain.admission import Admitted, Refused, Unreadable, admit
 from worker.drain.blame import is_server_fault
-from worker.settings import load_settings
+from worker.settings import driver_url, load_settings
 from worker.snapshot import (
     AuthorizedMessage,
     ChangeSet,
