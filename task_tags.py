@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from producers.contract.errors import ErrorDetail, ErrorInfo
     from producers.contract.messages import (
         ANY_METADATA, Message, RegisterExecution, SetTaskState, TagBatch, TagOperation, add,
-        register_execution, remove, set_task_state
+        register_execution, remove, set_task_state, split_batches
     )
     from producers.contract.results import (
         Change, ChangeEvent, OperationResult, ResultRecord, StateChange, Tag, Task,
         UnknownChange
     )
+    from producers.contract.values import batch_id_for
     from producers.errors import (
         BadRequest, BatchIdInUse, BatchRefused, ChangesRefused, ConfigurationError, Conflict,
         Forbidden, InboxFull, InternalError, InvalidMessage, NotFound, ProducerClosed,
@@ -38,11 +39,15 @@ __all__ = [
     "RegisterExecution", "ResultRecord", "ResultTimeout", "RevisionExpired", "SetTaskState",
     "StateChange", "Subscriber", "Tag", "TagBatch", "TagOperation", "TagProducer", "Task",
     "TaskTagsError", "TokenExpired", "TooLarge", "Unauthorized", "Unavailable", "UnknownChange",
-    "add", "parse_message", "register_execution", "remove", "set_task_state",
+    "add", "batch_id_for", "parse_message", "register_execution", "remove", "set_task_state",
+    "split_batches",
 ]
 # fmt: on
 
-_MODULES = ("contract.encoding", "contract.results", "errors", "client", "subscriber")
+_MODULES = (
+    *("contract.values", "contract.messages", "contract.encoding", "contract.results", "errors"),
+    *("client", "subscriber"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,15 +8,14 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from tempfile import SpooledTemporaryFile
 from typing import Final, NamedTuple
-from uuid import UUID, uuid5
+from uuid import UUID
 
 from producers import console
 from producers.contract.encoding import MAX_READABLE_BYTES, parse_line
 from producers.contract.errors import InvalidMessage, TaskTagsError, describe
 from producers.contract.messages import TOO_LARGE
-from producers.contract.values import uuid7
+from producers.contract.values import batch_id_for, uuid7
 
-_NAMESPACE: Final = UUID("7461736b-2d74-8167-8000-000000000001")
 _IN_MEMORY_BYTES: Final = 1024 * 1024
 _DETAILS: Final = 20
 
@@ -71,7 +70,7 @@ class CheckedBatches:
     def _check(self, lines: Iterable[tuple[int, bytes]], ids_from: str | None) -> None:
         wrong = 0
         for self.total, (number, line) in enumerate(lines, 1):
-            id = uuid7() if ids_from is None else derived_id(ids_from, number)
+            id = uuid7() if ids_from is None else batch_id_for(ids_from, number)
             try:
                 message = parse_line(line, id)
                 encoded = message.encode()
@@ -85,11 +84,6 @@ class CheckedBatches:
         self._kept.seek(0)  # it writes what is buffered
         if wrong:
             raise WrongInput(f"nothing was enqueued: {wrong} of {self.total} lines are wrong")
-
-
-def derived_id(name: str, line: int) -> UUID:
-    """Return the batch id of a line in the runs of this name: a UUIDv5, always the same."""
-    return uuid5(_NAMESPACE, f"{line}:{name}")
 
 
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:

@@ -158,7 +158,8 @@ def list_tags(
     """Read the active tags of a flow execution from the endpoint."""
     settings = load_settings()
     query = {"flow_execution_id": str(execution), **({"task_name": task} if task else {})}
-    with httpx.Client(**client_options(settings.endpoint_url, settings.required_token)) as client:
+    token = settings.required_token
+    with httpx.Client(**client_options(settings.endpoint_url, lambda: token)) as client:
         response = client.get("/task-tags", params=query)
     if response.status_code != 200:
         code = UNAVAILABLE if response.status_code >= 500 else REFUSED
@@ -306,7 +307,7 @@ class _Run:
                 record = result.result(timeout)
             except FutureTimeout:
                 result.cancel()
-                console.print_error(f"{batch_id}: no result in {timeout:g} s")
+                console.print_error(f"{batch_id}: {self._producer.timed_out(timeout)}")
                 code = NO_RESULT
             else:
                 _print_record(record, self._as_json)

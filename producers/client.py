@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Final, Generic, Self, TypeVar
@@ -40,7 +40,7 @@ from producers.errors import (
     refusal,
 )
 from producers.result_listener import ResultListener
-from producers.settings import load_settings
+from producers.settings import load_settings, token_source
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +76,7 @@ class TagProducer:
             inbox_limit=inbox_limit,
         )
         self._organization_id = settings.required_organization_id
-        if callable(token):
-            self._token = token
-        else:
-            fixed = settings.required_token
-            self._token = lambda: fixed
+        self._token = token_source(token, settings)
         url = settings.redis_url.get_secret_value()
         self._enqueuer = Enqueuer(url, settings.inbox_limit, int(settings.lease_seconds * 1000))
         self._listener = ResultListener(url, self._organization_id, self._resend)
@@ -122,9 +118,7 @@ class TagProducer:
         """
         batches = list(messages)
         accepted = self.send([batch.encode() for batch in batches], block)
-        if accepted < len(batches):
-            raise InboxFull(batches[accepted:])
-        return [batch.batch_id for batch in batches]
+        return _ids(batches, accepted)
 
     def submit(self, message: Message, block: float | None = None) -> Future[ResultRecord]:
         """Enqueue a batch and return the future of its result record, be it an error or not.
@@ -166,15 +160,19 @@ class TagProducer:
         """
         seconds = _seconds(timeout)
         deadline = time.monotonic() + seconds
-        future = self.submit_until(message, deadline)
+        future = self._submit_until(message, deadline)
         try:
             return _accepted(future.result(max(0, deadline - time.monotonic())))
         except FutureTimeout:
-            raise ResultTimeout(f"no result in {seconds:g} s") from None
+            raise self.timed_out(seconds) from None
         finally:
             future.cancel()
 
-    def submit_until(self, message: Message, deadline: float) -> Future[ResultRecord]:
+    def timed_out(self, seconds: float) -> ResultTimeout:
+        """Return the error for no result in this time, with what Redis says about the inbox."""
+        return self._listener.timeout(seconds)
+
+    def _submit_until(self, message: Message, deadline: float) -> Future[ResultRecord]:
         """Submit; retry while Redis can't be used, until `deadline` on the monotonic clock."""
         while True:
             try:
@@ -195,23 +193,31 @@ class TagProducer:
         Raises:
             RedisOutOfMemory, Unavailable, ProducerClosed: As `enqueue_many`.
         """
-        deadline = time.monotonic() + (block or 0)
-        accepted = self._append(encoded)
-        while accepted < len(encoded) and self._wait_for_capacity(deadline):
-            accepted += self._append(encoded[accepted:])
-        return accepted
+        sending = self._sending(encoded, block)
+        while True:
+            try:
+                pause = next(sending)
+            except StopIteration as sent:
+                accepted: int = sent.value
+                return accepted
+            self._closed.wait(pause)
 
-    def _wait_for_capacity(self, deadline: float) -> bool:
-        """Wait for free capacity in the inbox; return whether there is some."""
-        pause = _MIN_PAUSE_SECONDS
-        while (left := deadline - time.monotonic()) > 0:
-            if self._closed.wait(min(pause, left)):
+    def _sending(
+        self, encoded: Sequence[bytes], block: float | None
+    ) -> Generator[float, None, int]:
+        """Do what `send` does; yield the seconds to wait before it looks for capacity again."""
+        deadline = time.monotonic() + (block or 0)
+        accepted, pause = self._append(encoded), _MIN_PAUSE_SECONDS
+        while accepted < len(encoded) and (left := deadline - time.monotonic()) > 0:
+            yield min(pause, left)
+            if self._closed.is_set():
                 raise ProducerClosed("the producer was closed")
             # Ask first: an append that is refused would have sent its messages for nothing.
             if self._enqueuer.free_capacity(self._organization_id):
-                return True
-            pause = min(pause * 2, _MAX_PAUSE_SECONDS)
-        return False
+                accepted, pause = accepted + self._append(encoded[accepted:]), _MIN_PAUSE_SECONDS
+            else:
+                pause = min(pause * 2, _MAX_PAUSE_SECONDS)
+        return accepted
 
     def _append(self, encoded: Sequence[bytes]) -> int:
         if self._closed.is_set():
@@ -283,26 +289,58 @@ class AsyncTagProducer:
     async def enqueue_many(
         self, messages: Iterable[Message], block: float | None = None
     ) -> list[UUID]:
-        """As TagProducer's. It waits in a thread, which cancellation does not interrupt."""
-        return await asyncio.to_thread(self._producer.enqueue_many, list(messages), block)
+        """As TagProducer's. Only its round trips take a thread, no wait does."""
+        batches = list(messages)
+        sending = self._producer._sending([batch.encode() for batch in batches], block)
+
+        def step() -> float | int:
+            """Return the seconds to wait as a float, in the end how many were accepted."""
+            try:
+                return float(next(sending))
+            except StopIteration as sent:
+                return int(sent.value)
+
+        while isinstance(found := await asyncio.to_thread(step), float):
+            await asyncio.sleep(found)
+        return _ids(batches, found)
 
     async def submit(
         self, message: Message, block: float | None = None
     ) -> asyncio.Future[ResultRecord]:
         """Enqueue a batch and return the future of its result, as TagProducer's."""
-        return asyncio.wrap_future(await asyncio.to_thread(self._producer.submit, message, block))
+        deadline, pause = time.monotonic() + (block or 0), _MIN_PAUSE_SECONDS
+        while True:
+            try:
+                return asyncio.wrap_future(await asyncio.to_thread(self._producer.submit, message))
+            except InboxFull:
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise
+            await asyncio.sleep(min(pause, left))
+            pause = min(pause * 2, _MAX_PAUSE_SECONDS)
 
     async def apply(
         self, message: Message, timeout: float | None = DEFAULT_TIMEOUT_SECONDS
     ) -> ResultRecord:
+        """As TagProducer's."""
         seconds = _seconds(timeout)
         deadline = time.monotonic() + seconds
-        future = await asyncio.to_thread(self._producer.submit_until, message, deadline)
+        future = await self._submit_until(message, deadline)
         try:
             async with asyncio.timeout(max(0, deadline - time.monotonic())):
                 return _accepted(await asyncio.wrap_future(future))
         except TimeoutError:
-            raise ResultTimeout(f"no result in {seconds:g} s") from None
+            raise await asyncio.to_thread(self._producer.timed_out, seconds) from None
+
+    async def _submit_until(self, message: Message, deadline: float) -> Future[ResultRecord]:
+        while True:
+            try:
+                return await asyncio.to_thread(
+                    self._producer._submit, message, None, deadline - time.monotonic()
+                )
+            except Unavailable:
+                if time.monotonic() + _RETRY_SECONDS > deadline:
+                    raise
+            await asyncio.sleep(_RETRY_SECONDS)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._producer.close)
@@ -312,6 +350,13 @@ class AsyncTagProducer:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _ids(batches: Sequence[Message], accepted: int) -> list[UUID]:
+    """Return the ids of batches, or raise `InboxFull` with those that were not accepted."""
+    if accepted < len(batches):
+        raise InboxFull(batches[accepted:])
+    return [batch.batch_id for batch in batches]
 
 
 Enqueued = TypeVar("Enqueued")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -16,7 +17,27 @@ _PAGE_EVENTS: Final = 100
 _EVENTS: Final = TypeAdapter(list[ChangeEvent])
 
 
-def client_options(url: str, token: str) -> dict[str, Any]:
+class TokenAuth(httpx.Auth):
+    """Sends the token that a function returns, asked for each request."""
+
+    def __init__(self, token: Callable[[], str]) -> None:
+        self._token = token
+
+    def sync_auth_flow(
+        self, request: httpx.Request
+    ) -> Generator[httpx.Request, httpx.Response, None]:
+        request.headers["Authorization"] = f"Bearer {self._token()}"
+        yield request
+
+    async def async_auth_flow(
+        self, request: httpx.Request
+    ) -> AsyncGenerator[httpx.Request, httpx.Response]:
+        token = await asyncio.to_thread(self._token)  # it may fetch one
+        request.headers["Authorization"] = f"Bearer {token}"
+        yield request
+
+
+def client_options(url: str, token: Callable[[], str]) -> dict[str, Any]:
     """Return the arguments of an httpx client, without a proxy for an endpoint on this machine.
 
     Raises `ConfigurationError` if httpx can't use the URL, or what the environment says.
@@ -32,7 +53,7 @@ def client_options(url: str, token: str) -> dict[str, Any]:
         raise ConfigurationError(f"{names} can't be used: {error.strerror or error}") from None
     options: dict[str, Any] = {
         "base_url": url,
-        "headers": {"Authorization": f"Bearer {token}"},
+        "auth": TokenAuth(token),
         "timeout": 10,
         "trust_env": trust_env,
         "verify": verify,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final, Literal
 
 from producers.contract.errors import InvalidMessage, TaskTagsError
 from producers.contract.messages import Message
@@ -68,8 +69,35 @@ class ChangesRefused(TaskTagsError):
     """The endpoint refused the token, the execution or the revision: the text says which."""
 
 
+LeaseState = Literal["queued", "running", "missing"]
+_LEASES: Final = {
+    "queued": "a drain of it is queued: is a worker running?",
+    "running": "a worker drains it",
+    "missing": "no drain of it is on the way: is beat running?",
+}
+
+
 class ResultTimeout(TaskTagsError):
-    """No result came in time. The batch may still take effect: call `apply` with it again."""
+    """The batch was accepted, but no result came in time. Call `apply` with it again.
+
+    It may still take effect, and never does so twice. `waiting` is how many messages the inbox
+    holds, and `lease` is `queued`, `running` or `missing` (docs/concepts/inbox-protocol.md); both
+    are None if Redis could not be asked.
+    """
+
+    def __init__(
+        self, seconds: float, waiting: int | None = None, lease: LeaseState | None = None
+    ) -> None:
+        text = f"no result in {seconds:g} s; the batch was accepted"
+        if waiting is None or lease is None:
+            text += ", and Redis can't be asked what became of it"
+        elif waiting == 0:
+            text += ", and nothing waits in the inbox: its result was lost, ask for it again"
+        else:
+            text += f", and {waiting} message(s) wait in the inbox: {_LEASES[lease]}"
+        super().__init__(text)
+        self.waiting = waiting
+        self.lease = lease
 
 
 class TokenExpired(TaskTagsError):

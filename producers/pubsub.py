@@ -13,7 +13,15 @@ import math
 import os
 import queue
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from enum import Enum
@@ -184,9 +192,14 @@ class ListenEvent(Enum):
 
 
 class EventQueue(Listener):
-    """Queues what is published on a channel. A reader 32 MiB behind loses what is queued."""
+    """Queues what is published on a channel. A reader 32 MiB behind loses what is queued.
 
-    def __init__(self) -> None:
+    Args:
+        also: Is called when the subscription begins, and begins again.
+    """
+
+    def __init__(self, also: Callable[[], None] | None = None) -> None:
+        self._also = also
         self._events: list[bytes | ListenEvent] = []
         self._bytes = 0
         self._arrived = asyncio.Event()
@@ -194,6 +207,8 @@ class EventQueue(Listener):
     def on_subscribed(self) -> None:
         self._events.append(ListenEvent.SUBSCRIBED)
         self._arrived.set()
+        if self._also is not None:
+            self._also()
 
     def on_event(self, payload: bytes) -> None:
         self._bytes += len(payload)

@@ -14,10 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID, uuid4
 
-from producers.contract.channels import results_channel
+from producers.contract.channels import inbox_key, lease_key, results_channel
 from producers.contract.messages import Message
 from producers.contract.results import ResultRecord
-from producers.errors import BatchIdInUse, ProducerClosed, Unavailable
+from producers.errors import (
+    BatchIdInUse,
+    LeaseState,
+    ProducerClosed,
+    ResultTimeout,
+    Unavailable,
+)
 from producers.pubsub import Listener, LoopThread, PubSubMultiplexer, wait_at_most
 from producers.redis_client import open_async_redis
 
@@ -26,6 +32,7 @@ logger = logging.getLogger(__name__)
 RESEND_SECONDS: Final = 5.0
 MAX_RESEND_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.5
+_LOOK_SECONDS: Final = 0.5
 
 
 @dataclass(slots=True)
@@ -81,6 +88,26 @@ class ResultListener(Listener):
             self._forget_cancelled()
             raise
         return future
+
+    def timeout(self, seconds: float) -> ResultTimeout:
+        """Return the error for no result in this time, with what Redis says about the inbox."""
+        looking = self._thread.submit(self._look())
+        try:
+            waiting, lease = looking.result(_LOOK_SECONDS)
+        except Exception:  # whatever it is: the error is the same without it
+            looking.cancel()
+            return ResultTimeout(seconds)
+        return ResultTimeout(seconds, waiting, lease)
+
+    async def _look(self) -> tuple[int, LeaseState]:
+        """Return how many messages wait, and the state of the lease."""
+        async with open_async_redis(self._redis_url) as redis:
+            waiting = await redis.xlen(inbox_key(self._organization_id))
+            lease: Any = await redis.get(lease_key(self._organization_id)) or b""
+        for state in ("queued", "running"):
+            if lease.startswith(state.encode()):
+                return waiting, state
+        return waiting, "missing"
 
     def close(self) -> None:
         self._closed.set()

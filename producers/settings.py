@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -16,6 +17,7 @@ from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, MAX_LEASE_SECONDS
 from producers.redis_client import check_redis_url
 
 _MAX_TOKEN_CHARACTERS: Final = 8 * 1024
+_FORM: Final = "must be 1 to 8192 of the characters A-Z a-z 0-9 . _ ~ + / = -"
 _TOKEN: Final = re.compile(
     r"[A-Za-z0-9._~+/=-]+"
 )  # https://www.rfc-editor.org/rfc/rfc6750#section-2.1
@@ -85,11 +87,9 @@ class ProducerSettings(InboxSettings):
     def _is_token(cls, value: SecretStr | None) -> SecretStr | None:
         if value is None:
             return None
-        token = value.get_secret_value().strip()
-        if len(token) > _MAX_TOKEN_CHARACTERS or not _TOKEN.fullmatch(token):
-            raise PydanticCustomError(
-                "token", "must be 1 to 8192 of the characters A-Z a-z 0-9 . _ ~ + / = -"
-            )
+        token = _stripped_token(value.get_secret_value())
+        if token is None:
+            raise PydanticCustomError("token", _FORM)
         return SecretStr(token)
 
     @property
@@ -105,6 +105,34 @@ class ProducerSettings(InboxSettings):
         if self.token is None:
             raise ConfigurationError("TASK_TAGS_TOKEN is not set")
         return self.token.get_secret_value()
+
+
+def token_source(
+    token: str | Callable[[], str] | None, settings: ProducerSettings
+) -> Callable[[], str]:
+    """Return the function that gives the token: the caller's, or one for that of the settings.
+
+    Raises `ConfigurationError` if there is none; so does the function if the caller's returns
+    something else than a token.
+    """
+    if not callable(token):
+        fixed = settings.required_token
+        return lambda: fixed
+
+    def checked() -> str:
+        stripped = _stripped_token(token())
+        if stripped is None:
+            raise ConfigurationError(f"what the function for the token returns {_FORM}")
+        return stripped
+
+    return checked
+
+
+def _stripped_token(token: object) -> str | None:
+    """Return a token without the white space around it; None if it has the form of no token."""
+    stripped = token.strip() if isinstance(token, str) else ""
+    known = len(stripped) <= _MAX_TOKEN_CHARACTERS and _TOKEN.fullmatch(stripped)
+    return stripped if known else None
 
 
 def is_http_url(text: str) -> bool:

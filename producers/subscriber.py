@@ -7,6 +7,7 @@ subscriber that asks for all of them (`after`).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -27,7 +28,7 @@ from producers.errors import Unavailable
 from producers.gap_filler import GapFiller
 from producers.pubsub import EventQueue, ListenEvent, LoopThread, PubSubMultiplexer
 from producers.redis_client import open_async_redis
-from producers.settings import ProducerSettings, load_settings
+from producers.settings import ProducerSettings, load_settings, token_source
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ Published = TypeVar("Published", ResultRecord, ChangeEvent)
 class Subscriber:
     """Receives the results of a `reply_to`, or the changes of an execution, of one organization.
 
-    Arguments that are left out come from the environment (`ProducerSettings`). Iterate with `for`,
+    Arguments that are left out come from the environment (`ProducerSettings`). `token` may be a
+    function that returns a token, for a subscriber that lives longer than one. Iterate with `for`,
     or with `async for` over the methods whose names begin with `a`. Raises `ConfigurationError`.
     """
 
@@ -52,48 +54,70 @@ class Subscriber:
         redis_url: str | None = None,
         organization_id: UUID | str | None = None,
         endpoint_url: str | None = None,
-        token: str | None = None,
+        token: str | Callable[[], str] | None = None,
     ) -> None:
         self._settings: ProducerSettings = load_settings(
             redis_url=redis_url,
             organization_id=organization_id,
             endpoint_url=endpoint_url,
-            token=token,
+            token=None if callable(token) else token,
         )
+        self._token = token
         self._organization_id = self._settings.required_organization_id
         self._thread = LoopThread("task-tags-subscriber")
         self._closed = threading.Event()
 
-    def results(self, reply_to: str) -> Iterator[ResultRecord]:
+    def results(
+        self, reply_to: str, *, on_subscribed: Callable[[], None] | None = None
+    ) -> Iterator[ResultRecord]:
         """Yield the result records published for this `reply_to` (or batch id), without end.
 
-        Raises `Unavailable` if Redis can't be reached at the start; later it is waited for.
-        """
-        return self._thread.iterate(self._results(reply_to))
+        Args:
+            on_subscribed: Called when the subscription begins: what is published from then on is
+                yielded. After a lost connection it is called again. It runs in the event loop:
+                it must not block.
 
-    def changes(self, flow_execution_id: UUID, after: int | None = None) -> Iterator[ChangeEvent]:
+        Raises:
+            Unavailable: Redis can't be reached at the start; later it is waited for.
+        """
+        return self._thread.iterate(self._results(reply_to, on_subscribed))
+
+    def changes(
+        self,
+        flow_execution_id: UUID,
+        after: int | None = None,
+        *,
+        on_subscribed: Callable[[], None] | None = None,
+    ) -> Iterator[ChangeEvent]:
         """Yield the change events of an execution, without end; a gap in `revision` is a loss.
 
         Args:
             after: A revision. All events after it are yielded in order, without a gap or a
                 repetition: lost events are read from the endpoint, with the token.
+            on_subscribed: As in `results`.
 
         Raises:
             Unavailable: Redis, or the endpoint, can't be reached at the start; later they are
                 waited for.
             ConfigurationError, RevisionExpired, ChangesRefused: With `after` alone.
         """
-        return self._thread.iterate(self._changes(flow_execution_id, after))
+        return self._thread.iterate(self._changes(flow_execution_id, after, on_subscribed))
 
-    def aresults(self, reply_to: str) -> AsyncIterator[ResultRecord]:
+    def aresults(
+        self, reply_to: str, *, on_subscribed: Callable[[], None] | None = None
+    ) -> AsyncIterator[ResultRecord]:
         """As `results`, for asyncio."""
-        return _flatten(self._results(reply_to))
+        return _flatten(self._results(reply_to, on_subscribed))
 
     def achanges(
-        self, flow_execution_id: UUID, after: int | None = None
+        self,
+        flow_execution_id: UUID,
+        after: int | None = None,
+        *,
+        on_subscribed: Callable[[], None] | None = None,
     ) -> AsyncIterator[ChangeEvent]:
         """As `changes`, for asyncio."""
-        return _flatten(self._changes(flow_execution_id, after))
+        return _flatten(self._changes(flow_execution_id, after, on_subscribed))
 
     def close(self) -> None:
         """End all iterations, each within half a second."""
@@ -106,25 +130,37 @@ class Subscriber:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def _results(self, reply_to: str) -> AsyncGenerator[Sequence[ResultRecord], None]:
+    async def __aenter__(self) -> Subscriber:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    async def _results(
+        self, reply_to: str, on_subscribed: Callable[[], None] | None
+    ) -> AsyncGenerator[Sequence[ResultRecord], None]:
         channel = results_channel(self._organization_id, reply_to)
-        async with self._subscription(channel) as events:
+        async with self._subscription(channel, on_subscribed) as events:
             while not self._closed.is_set():
                 yield [
                     record for record, _ in _decoded(await events.take(POLL_SECONDS), ResultRecord)
                 ]
 
     async def _changes(
-        self, flow_execution_id: UUID, after: int | None
+        self,
+        flow_execution_id: UUID,
+        after: int | None,
+        on_subscribed: Callable[[], None] | None,
     ) -> AsyncGenerator[Sequence[ChangeEvent], None]:
         channel = changes_channel(self._organization_id, flow_execution_id)
-        async with self._subscription(channel) as events:
+        async with self._subscription(channel, on_subscribed) as events:
             if after is None:
                 while not self._closed.is_set():
                     taken = await events.take(POLL_SECONDS)
                     yield [change for change, _ in _decoded(taken, ChangeEvent)]
                 return
-            options = client_options(self._settings.endpoint_url, self._settings.required_token)
+            token = token_source(self._token, self._settings)
+            options = client_options(self._settings.endpoint_url, token)
             async with httpx.AsyncClient(**options) as client:
                 fetch = partial(fetch_changes, client, flow_execution_id)
                 feed = _ExecutionChanges(fetch, after)
@@ -134,7 +170,9 @@ class Subscriber:
                         yield changes
 
     @asynccontextmanager
-    async def _subscription(self, channel: str) -> AsyncIterator[EventQueue]:
+    async def _subscription(
+        self, channel: str, on_subscribed: Callable[[], None] | None
+    ) -> AsyncIterator[EventQueue]:
         """Subscribe to a channel. Raises `Unavailable` if Redis can't be reached."""
         redis = open_async_redis(self._settings.redis_url.get_secret_value())
         try:
@@ -142,7 +180,7 @@ class Subscriber:
         except (RedisError, OSError) as error:
             await redis.aclose()
             raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
-        pubsub, events = PubSubMultiplexer(redis), EventQueue()
+        pubsub, events = PubSubMultiplexer(redis), EventQueue(on_subscribed)
         try:
             with pubsub.listening(channel, events):
                 async with pubsub.running():

@@ -63,6 +63,7 @@ def _scopes(claim: object) -> object:
 _ACTOR: Final = (
     r"\A(?!task-tags:)[^\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]*\Z"
 )
+_MAX_ACTOR: Final = 200
 _COMPACT: Final = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _TYPES: Final = (None, "jwt", "at+jwt")
 NumericDate = Annotated[float, Field(strict=True, ge=0, le=_MAX_TIME)]
@@ -76,7 +77,7 @@ class Principal(BaseModel):
         frozen=True, hide_input_in_errors=True, allow_inf_nan=False, regex_engine="python-re"
     )
 
-    actor: Annotated[str, Field(alias="sub", min_length=1, max_length=200, pattern=_ACTOR)]
+    actor: Annotated[str, Field(alias="sub", min_length=1, max_length=_MAX_ACTOR, pattern=_ACTOR)]
     organization_id: Id = Field(alias="org")
     scopes: Annotated[list[str], BeforeValidator(_scopes)] = Field([], alias="scope")
     not_before: NumericDate = Field(0, alias="nbf")
@@ -288,6 +289,11 @@ def _public_keys(settings: Settings) -> tuple[Sequence[Any], JwkSet | None]:
     except (jwt.PyJWTError, NotImplementedError, ValueError, TypeError):
         raise ConfigurationError("TASK_TAGS_JWT_PUBLIC_KEY: is no public key in PEM") from None
     return [settings.jwt_public_key], None
+
+
+def is_actor(text: str) -> bool:
+    """Return whether a text may be the `sub` of a token."""
+    return 0 < len(text) <= _MAX_ACTOR and re.match(_ACTOR, text) is not None
 
 
 def sign_token(

@@ -41,7 +41,7 @@ from producers.errors import ConfigurationError, InboxFull, Unavailable
 from producers.inbox.protocol import Inbox
 from producers.redis_client import open_redis
 from worker import log
-from worker.auth import SCOPES, Authorizer, sign_token
+from worker.auth import SCOPES, Authorizer, is_actor, sign_token
 from worker.db.repository import Repository
 from worker.drain import dead_letters
 from worker.jwk_set import JwksUnavailable
@@ -191,12 +191,23 @@ def migrate_command(
     print("the database is up to date")
 
 
+def _actor(value: str) -> str:
+    if not is_actor(value):
+        raise typer.BadParameter(
+            "must have 1 to 200 characters, no control characters, and not begin with task-tags:"
+        )
+    return value
+
+
 @app.command()
 def token(
     org: Annotated[
         UUID | None, typer.Option(help="The organization's id; by default the local stack's.")
     ] = None,
-    sub: Annotated[str, typer.Option(help="The actor.")] = "developer",
+    sub: Annotated[
+        str,
+        typer.Option(callback=_actor, help="The actor: at most 200 characters, no control ones."),
+    ] = "developer",
     scope: Annotated[
         list[str] | None, typer.Option(help=f"Any of {', '.join(SCOPES)}; all by default.")
     ] = None,

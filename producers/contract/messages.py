@@ -7,7 +7,7 @@ how it travels is in producers/inbox/protocol.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Final, Literal, TypeVar
 from uuid import UUID
 
@@ -23,6 +23,7 @@ from producers.contract.values import (
     TagName,
     TagType,
     TaskName,
+    batch_id_for,
     uuid7,
 )
 
@@ -182,6 +183,24 @@ class TagBatch(BaseMessage):
             if operation.operation == "remove" and operation.any_metadata
         }
         return self.model_dump_json(exclude={"tags": left_out} if left_out else None).encode()
+
+
+def split_batches(
+    operations: Iterable[TagOperation], batch_id: UUID | None = None
+) -> list[TagBatch]:
+    """Return batches of at most 100 operations each, in order.
+
+    Each is a batch of its own: it takes effect, or is refused, whatever becomes of the others.
+
+    Args:
+        batch_id: The batches' ids are made of it and their places, for runs that may be repeated;
+            or else they are new.
+    """
+    every = list(operations)
+    parts = [every[at : at + MAX_OPERATIONS] for at in range(0, len(every), MAX_OPERATIONS)]
+    ids = [uuid7() if batch_id is None else batch_id_for(batch_id, at) for at in range(len(parts))]
+    fields = zip(parts, ids, strict=True)
+    return [build(TagBatch, {"tags": tags, "batch_id": id}) for tags, id in fields]
 
 
 class RegisterExecution(BaseMessage):

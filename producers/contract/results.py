@@ -18,6 +18,7 @@ from producers.contract.values import Id, TolerantModel, tolerant
 OperationStatus = Literal["added", "already_exists", "removed", "not_found"]
 RegistrationStatus = Literal["registered", "already_exists"]
 RecordingStatus = Literal["recorded", "unchanged"]
+Status = OperationStatus | RegistrationStatus | RecordingStatus
 TagStatus = Literal["active", "deleted"]
 
 
@@ -62,7 +63,7 @@ class ResultRecord(TolerantModel):
         return self
 
     @property
-    def statuses(self) -> list[str]:
+    def statuses(self) -> list[Status]:
         """The statuses in their order; one for other messages than batches, none for an error."""
         found = (self.flow_execution, self.task_execution, *(self.tags or ()))
         return [each.status for each in found if each is not None]

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from typing import Annotated, Any, Final, cast
-from uuid import UUID, SafeUUID
+from uuid import UUID, SafeUUID, uuid5
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError, PydanticSerializationError, to_json
@@ -107,6 +107,17 @@ def _uuid(number: int) -> UUID:
 
 
 uuid7: Final = Uuid7()
+
+_NAMESPACE: Final = UUID("7461736b-2d74-8167-8000-000000000001")
+
+
+def batch_id_for(run: UUID | str, step: UUID | str | int) -> UUID:
+    """Return the batch id of a step of a run: the same each time the step runs again.
+
+    A UUIDv5 (https://www.rfc-editor.org/rfc/rfc9562#section-5.5). The same batch takes effect once
+    under it; another batch under it is refused as a `conflict`.
+    """
+    return uuid5(_NAMESPACE, f"{step}:{run}")
 
 
 # --- Tag metadata --------------------------------------------------------------------------------

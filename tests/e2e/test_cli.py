@@ -323,6 +323,27 @@ def test_the_asyncapi_document_is_printed_as_it_is_written() -> None:
     assert output.endswith(b"}\n")
 
 
+MARK = "eyJmark"
+WRONG_TOKENS = (f"{MARK} in two words", f"{MARK}\nline", f"{MARK}ä", MARK * 2000, f"{MARK}.a.b")
+
+
+@pytest.mark.parametrize("wrong", WRONG_TOKENS, ids=["words", "line", "letter", "long", "jwt"])
+def test_no_command_prints_a_token(servers: Servers, wrong: str) -> None:
+    """Whatever is wrong with it, and whatever else goes wrong."""
+    id = str(uuid4())
+    line = json.dumps({"kind": "flow_execution", "flow_execution_id": id})
+    commands = [
+        *[("enqueue", "-"), ("enqueue", "-", "--unchecked"), ("enqueue", "-", "--wait")],
+        *[("list", id), ("watch", id, "--after", "0")],
+    ]
+    values = {"TASK_TAGS_ORGANIZATION_ID": id, "TASK_TAGS_TOKEN": wrong}
+    for command in commands:
+        done = run(servers, *command, stdin=line + "\n", **values)
+        # What has the form of a JWT is accepted, and refused by the worker.
+        assert done.returncode != 0 or (wrong == WRONG_TOKENS[-1] and "--wait" not in command)
+        assert MARK not in done.stdout + done.stderr, command
+
+
 def test_a_token_is_minted_for_development(servers: Servers, organization: UUID) -> None:
     """What the administrator's command signs is taken by the endpoint."""
     secret = servers.settings.jwt_secret
@@ -364,6 +385,8 @@ def test_a_token_is_minted_for_development(servers: Servers, organization: UUID)
         (("up", "--data-dir", "/proc/nowhere"), {}, 3, "/proc/nowhere"),
         (("token", "--org", str(uuid4()), "--days", "1e12"), {}, 2, "--days"),
         (("token", "--org", str(uuid4()), "--days", "nan"), {}, 2, "--days"),
+        (("token", "--org", str(uuid4()), "--sub", ""), {}, 2, "--sub"),
+        (("token", "--org", str(uuid4()), "--sub", "task-tags:x"), {}, 2, "--sub"),
         (("migrate",), {"TASK_TAGS_WORKER_PASSWORD": " "}, 2, "TASK_TAGS_WORKER_PASSWORD: must"),
         (("migrate",), {"TASK_TAGS_ENDPOINT_PASSWORD": "x" * 9999}, 2, "ENDPOINT_PASSWORD: must"),
         (("migrate",), {"TASK_TAGS_WORKER_PASSWORD": "\udcff"}, 2, "WORKER_PASSWORD: must"),

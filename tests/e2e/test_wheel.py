@@ -32,3 +32,12 @@ def test_the_wheel_becomes_no_other_applications_configuration(tmp_path: Path) -
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.strip() == "task-tags solo ['purge', 'wake']", done.stderr
+
+
+def test_an_installation_without_the_worker_says_what_to_install() -> None:
+    """`task-tags-admin` comes with the base package, which has no psycopg."""
+    program = "import sys; sys.modules['psycopg'] = None\nfrom worker.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "pip install 'task-tags[worker]'" in line

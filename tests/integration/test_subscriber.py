@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from producers.client import TagProducer
 from producers.contract.channels import changes_channel
 from producers.contract.messages import TagBatch, add, register_execution
-from producers.contract.results import ChangeEvent
+from producers.contract.results import ChangeEvent, ResultRecord
 from producers.errors import ChangesRefused, RevisionExpired, Unavailable
 from producers.pubsub import ListenEvent
 from producers.subscriber import Subscriber, _ExecutionChanges
@@ -266,14 +266,19 @@ def test_a_lost_connection_loses_no_change(
 def test_asyncio_follows_as_well(
     servers: Servers, organization: UUID, token: str, changed: UUID
 ) -> None:
-    """The same events, for `async for`."""
+    """The same events, for `async for`; a function gives the token for each request."""
+    asked: list[str] = []
+
+    def give_token() -> str:
+        asked.append(token)
+        return f"{token}\n"
 
     async def main() -> list[int]:
-        with Subscriber(
+        async with Subscriber(
             redis_url=servers.stack.redis_url,
             organization_id=organization,
             endpoint_url=servers.stack.endpoint_url,
-            token=token,
+            token=give_token,
         ) as subscriber:
             seen: list[int] = []
             async for event in subscriber.achanges(changed, after=1):
@@ -283,6 +288,29 @@ def test_asyncio_follows_as_well(
         return []
 
     assert asyncio.run(main()) == [2, 3, 4, 5]
+    assert asked
+
+
+def test_a_subscriber_says_when_it_is_subscribed(
+    servers: Servers, organization: UUID, token: str, producer: TagProducer, redis: Any
+) -> None:
+    """At first and after a lost connection: a result that is published from then on arrives."""
+    subscribed = threading.Semaphore(0)
+    found: list[ResultRecord] = []
+    with Subscriber(redis_url=servers.stack.redis_url, organization_id=organization) as subscriber:
+
+        def collect() -> None:
+            found.extend(subscriber.results("mine", on_subscribed=subscribed.release))
+
+        thread = threading.Thread(target=collect)
+        thread.start()
+        for number in (1, 2):
+            assert subscribed.acquire(timeout=30)
+            message = register_execution(uuid4()).model_copy(update={"reply_to": "mine"})
+            producer.enqueue(message)
+            eventually(lambda: len(found) == number)  # noqa: B023
+            redis.client_kill_filter(_type="pubsub")
+    thread.join()
 
 
 def test_what_can_not_be_followed_is_a_clear_error(

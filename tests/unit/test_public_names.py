@@ -51,10 +51,12 @@ PUBLIC = [
     "Unavailable",
     "UnknownChange",
     "add",
+    "batch_id_for",
     "parse_message",
     "register_execution",
     "remove",
     "set_task_state",
+    "split_batches",
 ]
 
 

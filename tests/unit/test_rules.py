@@ -54,7 +54,7 @@ def record(decision: Decision, place: int = -1) -> ResultRecord:
 
 
 def statuses(decision: Decision, place: int = -1) -> list[str]:
-    return record(decision, place).statuses
+    return list(record(decision, place).statuses)
 
 
 def events(decision: Decision, place: int = -1) -> list[ChangeEvent]:

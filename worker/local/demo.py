@@ -155,7 +155,7 @@ class Demo:
         """
         tags: list[dict[str, Any]] = []
         revisions = 0
-        with httpx.Client(**client_options(endpoint_url, token)) as client:
+        with httpx.Client(**client_options(endpoint_url, lambda: token)) as client:
             for execution in executions:
                 response = client.get("/task-tags", params={"flow_execution_id": str(execution)})
                 if response.status_code != 200:

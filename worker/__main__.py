@@ -1,0 +1,18 @@
+"""The command `task-tags-admin`, in an installation that may lack what the worker needs."""
+
+from __future__ import annotations
+
+from producers.console import fail
+
+
+def main() -> None:
+    """Run `worker.cli`, or say what to install: exit code 2."""
+    try:
+        from worker.cli import main as run
+    except ModuleNotFoundError as error:
+        fail(2, f"task-tags-admin needs the worker: pip install 'task-tags[worker]' ({error})")
+    run()
+
+
+if __name__ == "__main__":
+    main()
