@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from producers.client import AsyncTagProducer, BatchBuilder, TagProducer
     from producers.contract.encoding import parse_message
-    from producers.contract.errors import ErrorDetail, ErrorInfo
+    from producers.contract.errors import ErrorDetail, ErrorInfo, FoundTag
     from producers.contract.messages import (
-        ANY_METADATA, Message, RegisterExecution, SetTaskState, TagBatch, TagOperation, add,
-        register_execution, remove, set_task_state, split_batches
+        ANY_METADATA, Condition, Message, RegisterExecution, SetTaskState, TagBatch, TagOperation,
+        add, claim, decide, register_execution, release, remove, set_tag, set_task_state,
+        split_batches, unless, when
     )
     from producers.contract.results import (
         Change, ChangeEvent, OperationResult, ResultRecord, StateChange, Tag, Task,
@@ -25,27 +26,29 @@ if TYPE_CHECKING:
     from producers.contract.values import batch_id_for
     from producers.errors import (
         BadRequest, BatchIdInUse, BatchRefused, ChangesRefused, ConfigurationError, Conflict,
-        Forbidden, InboxFull, InternalError, InvalidMessage, NotFound, ProducerClosed,
-        RedisOutOfMemory, ResultTimeout, RevisionExpired, TaskTagsError, TokenExpired, TooLarge,
-        Unauthorized, Unavailable
+        Forbidden, InboxFull, InternalError, InvalidMessage, NotFound,
+        PreconditionFailed, ProducerClosed, RedisOutOfMemory, ResultTimeout, RevisionExpired,
+        TaskTagsError, TokenExpired, TooLarge, Unauthorized, Unavailable
     )
     from producers.subscriber import Subscriber
 
 __all__ = [
     "ANY_METADATA", "AsyncTagProducer", "BadRequest", "BatchBuilder", "BatchIdInUse",
-    "BatchRefused", "Change", "ChangeEvent", "ChangesRefused", "ConfigurationError", "Conflict",
-    "ErrorDetail", "ErrorInfo", "Forbidden", "InboxFull", "InternalError", "InvalidMessage",
-    "Message", "NotFound", "OperationResult", "ProducerClosed", "RedisOutOfMemory",
-    "RegisterExecution", "ResultRecord", "ResultTimeout", "RevisionExpired", "SetTaskState",
-    "StateChange", "Subscriber", "Tag", "TagBatch", "TagOperation", "TagProducer", "Task",
-    "TaskTagsError", "TokenExpired", "TooLarge", "Unauthorized", "Unavailable", "UnknownChange",
-    "add", "batch_id_for", "parse_message", "register_execution", "remove", "set_task_state",
-    "split_batches",
+    "BatchRefused", "Change", "ChangeEvent", "ChangesRefused", "Condition", "ConfigurationError",
+    "Conflict", "ErrorDetail", "ErrorInfo", "Forbidden", "FoundTag", "InboxFull", "InternalError",
+    "InvalidMessage", "Message", "NotFound", "OperationResult", "PreconditionFailed",
+    "ProducerClosed", "RedisOutOfMemory", "RegisterExecution", "ResultRecord", "ResultTimeout",
+    "RevisionExpired", "SetTaskState", "StateChange", "Subscriber", "Tag", "TagBatch",
+    "TagOperation", "TagProducer", "Task", "TaskTagsError", "TokenExpired", "TooLarge",
+    "Unauthorized", "Unavailable", "UnknownChange", "add", "batch_id_for", "claim", "decide",
+    "parse_message", "register_execution", "release", "remove", "set_tag", "set_task_state",
+    "split_batches", "unless", "when",
 ]
 # fmt: on
 
 _MODULES = (
-    *("contract.values", "contract.messages", "contract.encoding", "contract.results", "errors"),
+    *("contract.values", "contract.errors", "contract.messages", "contract.encoding"),
+    *("contract.results", "errors"),
     *("client", "subscriber"),
 )
 

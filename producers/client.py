@@ -19,6 +19,7 @@ from uuid import UUID
 
 from producers.contract.messages import (
     ANY_METADATA,
+    Condition,
     Message,
     TagBatch,
     TagOperation,
@@ -27,7 +28,10 @@ from producers.contract.messages import (
     build,
     register_execution,
     remove,
+    set_tag,
     set_task_state,
+    unless,
+    when,
 )
 from producers.contract.results import ResultRecord
 from producers.enqueuer import Enqueuer
@@ -96,10 +100,18 @@ class TagProducer:
         return self.enqueue(register_execution(flow_execution_id, task_names))
 
     def set_task_state(
-        self, flow_execution_id: UUID | str, task_name: str, state: TaskState
+        self,
+        flow_execution_id: UUID | str,
+        task_name: str,
+        state: TaskState,
+        clear: Sequence[str] | None = None,
     ) -> UUID:
-        """Enqueue the new state of a task; return the batch id."""
-        return self.enqueue(set_task_state(flow_execution_id, task_name, state))
+        """Enqueue the new state of a task; return the batch id.
+
+        Args:
+            clear: Tag types whose active tags on the task are removed with it.
+        """
+        return self.enqueue(set_task_state(flow_execution_id, task_name, state, clear))
 
     def enqueue(self, message: Message) -> UUID:
         """Enqueue a batch; return its id. Raises `InboxFull` or `Unavailable`."""
@@ -279,9 +291,13 @@ class AsyncTagProducer:
         return await self.enqueue(register_execution(flow_execution_id, task_names))
 
     async def set_task_state(
-        self, flow_execution_id: UUID | str, task_name: str, state: TaskState
+        self,
+        flow_execution_id: UUID | str,
+        task_name: str,
+        state: TaskState,
+        clear: Sequence[str] | None = None,
     ) -> UUID:
-        return await self.enqueue(set_task_state(flow_execution_id, task_name, state))
+        return await self.enqueue(set_task_state(flow_execution_id, task_name, state, clear))
 
     async def enqueue(self, message: Message) -> UUID:
         return await asyncio.to_thread(self._producer.enqueue, message)
@@ -376,6 +392,31 @@ class BatchBuilder(Generic[Enqueued, Applied]):
         self._apply = apply
         self._batch_id = batch_id
         self._operations: list[TagOperation] = []
+        self._conditions: list[Condition] = []
+
+    def when(
+        self,
+        flow_execution_id: UUID | str,
+        task_name: str,
+        tag_type: str,
+        tag: str | None = None,
+        tag_metadata: Any = ANY_METADATA,
+    ) -> Self:
+        """Let the batch take effect only if this tag, or any tag of the type, is active."""
+        self._conditions.append(when(flow_execution_id, task_name, tag_type, tag, tag_metadata))
+        return self
+
+    def unless(
+        self,
+        flow_execution_id: UUID | str,
+        task_name: str,
+        tag_type: str,
+        tag: str | None = None,
+        tag_metadata: Any = ANY_METADATA,
+    ) -> Self:
+        """Let the batch take effect only if no such tag is active."""
+        self._conditions.append(unless(flow_execution_id, task_name, tag_type, tag, tag_metadata))
+        return self
 
     def add(
         self,
@@ -400,10 +441,23 @@ class BatchBuilder(Generic[Enqueued, Applied]):
         self._operations.append(remove(flow_execution_id, task_name, tag_type, tag, tag_metadata))
         return self
 
+    def set(
+        self,
+        flow_execution_id: UUID | str,
+        task_name: str,
+        tag_type: str,
+        tag: str,
+        tag_metadata: Any = None,
+    ) -> Self:
+        """Make the tag the only active one of its type on the task."""
+        self._operations.append(set_tag(flow_execution_id, task_name, tag_type, tag, tag_metadata))
+        return self
+
     def build(self) -> TagBatch:
         """Return the batch. Raises `InvalidMessage` if it has no operation, or more than 100."""
         given = {} if self._batch_id is None else {"batch_id": self._batch_id}
-        return build(TagBatch, {"tags": self._operations, **given})
+        fields = {"tags": self._operations, "conditions": self._conditions, **given}
+        return build(TagBatch, fields)
 
     def enqueue(self) -> Enqueued:
         return self._enqueue(self.build())

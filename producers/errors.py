@@ -21,6 +21,7 @@ __all__ = [
     "InternalError",
     "InvalidMessage",
     "NotFound",
+    "PreconditionFailed",
     "ProducerClosed",
     "RedisOutOfMemory",
     "ResultTimeout",
@@ -145,6 +146,14 @@ class Conflict(BatchRefused):
     """The batch id was used for another batch. Send this one under a new id."""
 
 
+class PreconditionFailed(BatchRefused):
+    """A condition of the batch did not hold, so nothing of it took effect.
+
+    `record.error.details` says which, and what is there instead, if the token may read. The same id
+    gets the same error again (docs/concepts/contract.md#rule-18).
+    """
+
+
 class TooLarge(BatchRefused):
     """The batch would change more than a batch may. Split it, or remove tags by their metadata.
 
@@ -162,6 +171,7 @@ _REFUSALS: dict[str, type[BatchRefused]] = {
     "forbidden": Forbidden,
     "not_found": NotFound,
     "conflict": Conflict,
+    "precondition_failed": PreconditionFailed,
     "too_large": TooLarge,
     "internal_error": InternalError,
 }

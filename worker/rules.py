@@ -15,8 +15,9 @@ from uuid import UUID
 
 from pydantic_core import to_json
 
-from producers.contract.errors import ErrorDetail, ErrorInfo
+from producers.contract.errors import CONDITIONS, ErrorDetail, ErrorInfo, FoundTag
 from producers.contract.messages import (
+    Condition,
     Message,
     RegisterExecution,
     SetTaskState,
@@ -45,12 +46,19 @@ from worker.snapshot import (
     Outcome,
     Snapshot,
     StoredResult,
+    TypeKey,
     stored_metadata,
     tag_key,
+    type_key,
+    types_of,
 )
 
 MAX_VARIANTS: Final = 250
 """Active tags of a task that differ in their metadata alone."""
+MAX_OF_TYPE: Final = 1_000
+"""Active tags of one type on a task, for a condition, `set` or `clear`."""
+MAX_FOUND: Final = 5
+"""Tags that the error for a failed condition names."""
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
 """Of the change events of one batch together."""
 MAX_GROUP_BYTES: Final = 16 * 1024 * 1024
@@ -110,15 +118,20 @@ def decide_failure(
     return Outcome(record), ChangeSet(batches=[batch])
 
 
-class _TooLarge(Exception):
-    """The batch would pass a bound; `index` is the operation at which it does."""
+class _Refusal(Exception):
+    """The batch is answered with an error, and changes nothing."""
 
-    def __init__(self, index: int, message: str) -> None:
-        self.error = ErrorInfo(
-            code="too_large",
-            message="the batch would change more than a batch may",
-            details=[ErrorDetail(index=index, message=message)],
-        )
+    def __init__(self, error: ErrorInfo) -> None:
+        self.error = error
+
+
+class _TooLarge(_Refusal):
+    """The batch would pass a bound; `index` is the operation or condition at which it does."""
+
+    def __init__(self, index: int | None, message: str, field: str | None = None) -> None:
+        text = "the batch would change more than a batch may"
+        details = [ErrorDetail(index=index, field=field, message=message)]
+        super().__init__(ErrorInfo(code="too_large", message=text, details=details))
 
 
 ExecutionChanges = dict[int, list[Change | StateChange]]
@@ -163,20 +176,22 @@ class BatchProcessor:
         else:
             changes: ExecutionChanges = {}
             try:
+                self._check_types(message, whole=whole)
                 if isinstance(message, SetTaskState):
-                    status = self._set_state(message, authorized.actor, changes)
-                    record = self._record(message, task_execution={"status": status})
+                    recorded = self._set_state(message, authorized.actor, changes)
+                    record = self._record(message, task_execution=recorded)
                 else:
+                    self._check_conditions(message, may_read=authorized.may_read)
                     statuses = self._apply(message, authorized.actor, changes)
                     record = self._record(message, tags=[{"status": each} for each in statuses])
                 events = self._events(message.batch_id, authorized.actor, changes)
                 if isinstance(message, TagBatch):
                     _check_size(message, changes, events, whole=whole)
                 revisions = self._advance_revisions(message.batch_id, events)
-            except _TooLarge as too_large:
+            except _Refusal as refusal:
                 self._undo(changes)
                 events = ()
-                record = self._error(message.batch_id, too_large.error)
+                record = self._error(message.batch_id, refusal.error)
         size = sum(len(event) for _, event in events)
         self.change_set.batches.append(NewBatch(message.batch_id, digest, record, revisions, size))
         self.snapshot.batches[message.batch_id] = StoredResult(digest, record, events)
@@ -219,34 +234,112 @@ class BatchProcessor:
         else:
             named = enumerate(message.tags)
         details = []
-        executions = self.snapshot.executions
         for index, each in named:
-            execution = executions.get(each.flow_execution_id.int)
-            if execution is None:
-                details.append(_not_found(index, "flow_execution_id", "is unknown"))
-            elif execution.task_names is not None and each.task_name not in execution.task_names:
-                details.append(_not_found(index, "task_name", "is not registered"))
+            if found := self._unknown(each):
+                details.append(ErrorDetail(index=index, field=found[0], message=found[1]))
+        if isinstance(message, TagBatch):
+            for index, condition in enumerate(message.conditions):
+                if found := self._unknown(condition):
+                    text = " ".join(found)
+                    details.append(ErrorDetail(index=index, field=CONDITIONS, message=text))
         return details
+
+    def _unknown(self, named: TagOperation | SetTaskState | Condition) -> tuple[str, str] | None:
+        """Return the field that is unknown, and what it is."""
+        execution = self.snapshot.executions.get(named.flow_execution_id.int)
+        if execution is None:
+            return "flow_execution_id", "is unknown"
+        if execution.task_names is not None and named.task_name not in execution.task_names:
+            return "task_name", "is not registered"
+        return None
 
     def _set_state(
         self, message: SetTaskState, actor: str, changes: ExecutionChanges
-    ) -> RecordingStatus:
+    ) -> dict[str, Any]:
+        """Record a state, and remove the tags of the types to clear.
+
+        The rules are docs/concepts/contract.md#rule-16 and #rule-20.
+        """
+        execution = message.flow_execution_id.int
+        cleared = 0
+        for tag_type in dict.fromkeys(message.clear or ()):
+            for tag in self._tags_of((execution, message.task_name, tag_type)):
+                self._delete(tag, stored_metadata(tag.tag_metadata)[1], actor, changes)
+                cleared += 1
+        if cleared and sum(len(to_json(each)) for each in changes[execution]) > MAX_EVENT_BYTES:
+            raise _TooLarge(None, _EVENTS_TOO_LARGE, "clear")
         key = message.flow_execution_id, message.task_name
         known = self.snapshot.tasks.get(key)
-        if known is not None and known.state == message.state:
-            return "unchanged"
-        task = Task(*key, message.state, state_changed_at=self.now, state_changed_by=actor)
-        self.snapshot.tasks[key] = self.change_set.tasks[key] = task
-        changes[message.flow_execution_id.int] = [StateChange("state", task)]
-        return "recorded"
+        if known is None or known.state != message.state:
+            task = Task(*key, message.state, state_changed_at=self.now, state_changed_by=actor)
+            self.snapshot.tasks[key] = self.change_set.tasks[key] = task
+            changes.setdefault(execution, []).insert(0, StateChange("state", task))
+        status: RecordingStatus = "recorded" if changes else "unchanged"
+        of_tags = {} if message.clear is None else {"cleared": cleared}
+        return {"status": status, **of_tags}
+
+    def _check_types(self, message: TagBatch | SetTaskState, *, whole: bool) -> None:
+        """Raise `_TooLarge` if a type that the message depends on has too many tags on its task."""
+        named = False
+        for index, field, key, _ in types_of(message):
+            named = True
+            if len(self._tags_of(key)) > MAX_OF_TYPE:
+                text = f"more than {MAX_OF_TYPE} active tags of the type are on the task"
+                raise _TooLarge(index, text, field)
+        if named and not whole:
+            raise _TooLarge(None, "the tags that it depends on are more than are loaded at once")
+
+    def _check_conditions(self, batch: TagBatch, *, may_read: bool) -> None:
+        """Raise `_Refusal` with each condition that fails (docs/concepts/contract.md#rule-18)."""
+        details = []
+        for index, condition in enumerate(batch.conditions):
+            of_type = self._tags_of(type_key(condition))
+            meant = [tag for tag in of_type if self._means(condition, tag)]
+            if bool(meant) == condition.exists:
+                continue
+            text = "no such tag is active" if condition.exists else "such a tag is active"
+            fields: dict[str, Any] = {"index": index, "field": CONDITIONS, "message": text}
+            if may_read:
+                fields["found"] = [
+                    FoundTag(
+                        tag_type=tag.tag_type,
+                        tag=tag.tag,
+                        created_by=tag.created_by,
+                        created_at=tag.created_at,
+                    )
+                    for tag in (of_type if condition.exists else meant)[:MAX_FOUND]
+                ]
+            details.append(ErrorDetail(**fields))
+        if details:
+            text = "a condition of the batch does not hold"
+            raise _Refusal(ErrorInfo(code="precondition_failed", message=text, details=details))
+
+    def _means(self, condition: Condition, tag: Tag) -> bool:
+        """Whether a condition on this tag's type and task means this tag."""
+        if condition.tag is None:
+            return True
+        if tag.tag != condition.tag or condition.any_metadata:
+            return tag.tag == condition.tag
+        _, digest = stored_metadata(condition.tag_metadata)
+        return self.snapshot.tags[tag_key(tag)].get(digest) is tag
+
+    def _tags_of(self, key: TypeKey) -> list[Tag]:
+        """Return the active tags of a type on a task, the oldest first."""
+        tags = self.snapshot.tags
+        found = [tag for each in self.snapshot.types[key] for tag in tags[each].values()]
+        return sorted(found, key=lambda tag: (tag.created_at, tag.id.int))
 
     def _apply(
         self, batch: TagBatch, actor: str, changes: ExecutionChanges
     ) -> list[OperationStatus]:
         statuses: list[OperationStatus] = []
         for index, operation in enumerate(batch.tags):
-            step = self._add if operation.operation == "add" else self._remove
-            status = step(operation, actor, changes)
+            if operation.operation == "add":
+                status = self._add(operation, actor, changes)
+            elif operation.operation == "remove":
+                status = self._remove(operation, actor, changes)
+            else:
+                status = self._set(operation, actor, changes)
             if status is None:
                 raise _TooLarge(index, f"{MAX_VARIANTS} active tags differ in their metadata alone")
             statuses.append(status)
@@ -279,6 +372,8 @@ class BatchProcessor:
             None,
         )
         active[digest] = tag
+        if self.snapshot.types and (of_type := self.snapshot.types.get(key[:3])) is not None:
+            of_type[key] = None
         self.change_set.added[tag.id.int] = NewTag(tag, metadata, digest)
         changes.setdefault(flow_execution_key, []).append(Change("added", tag))
         return "added"
@@ -293,22 +388,35 @@ class BatchProcessor:
         else:
             digests = [digest] if digest in active else []
         for digest in digests:
-            tag = active.pop(digest)
-            metadata = tag.tag_metadata if operation.any_metadata else operation.tag_metadata
-            tag = replace(
-                tag,
-                tag_metadata=metadata,
-                status="deleted",
-                updated_at=self.now,
-                modified_by=actor,
-            )
-            new = self.change_set.added.get(tag.id.int)
-            if new is None:
-                self.change_set.removed[tag.id.int] = tag
-            else:
-                self.change_set.added[tag.id.int] = new._replace(tag=tag)
-            changes.setdefault(tag.flow_execution_id.int, []).append(Change("removed", tag))
+            tag = active[digest]
+            if not operation.any_metadata:  # it was loaded without
+                tag.tag_metadata = operation.tag_metadata
+            self._delete(tag, digest, actor, changes)
         return "removed" if digests else "not_found"
+
+    def _set(
+        self, operation: TagOperation, actor: str, changes: ExecutionChanges
+    ) -> OperationStatus | None:
+        """Make a tag the only one of its type on the task (docs/concepts/contract.md#rule-19)."""
+        _, digest = stored_metadata(operation.tag_metadata)
+        wanted = self.snapshot.tags.get(tag_key(operation), {}).get(digest)
+        others = [tag for tag in self._tags_of(type_key(operation)) if tag is not wanted]
+        for tag in others:
+            self._delete(tag, stored_metadata(tag.tag_metadata)[1], actor, changes)
+        if wanted is None:
+            self._add(operation, actor, changes)
+        return "replaced" if others else "added" if wanted is None else "already_exists"
+
+    def _delete(self, tag: Tag, digest: bytes, actor: str, changes: ExecutionChanges) -> None:
+        """Remove an active tag (docs/concepts/contract.md#rule-4)."""
+        del self.snapshot.tags[tag_key(tag)][digest]
+        tag = replace(tag, status="deleted", updated_at=self.now, modified_by=actor)
+        new = self.change_set.added.get(tag.id.int)
+        if new is None:
+            self.change_set.removed[tag.id.int] = tag
+        else:
+            self.change_set.added[tag.id.int] = new._replace(tag=tag)
+        changes.setdefault(tag.flow_execution_id.int, []).append(Change("removed", tag))
 
     def _undo(self, changes: ExecutionChanges) -> None:
         """Take back what the operations of a batch changed."""
@@ -372,8 +480,7 @@ class BatchProcessor:
         )
 
 
-def _not_found(index: int | None, field: str, message: str) -> ErrorDetail:
-    return ErrorDetail(index=index, field=field, message=message)
+_EVENTS_TOO_LARGE: Final = f"the change events would be larger than {MAX_EVENT_BYTES} bytes"
 
 
 def _check_size(
@@ -385,33 +492,36 @@ def _check_size(
 ) -> None:
     """Raise `_TooLarge` with the operation at which the change events pass their bound.
 
-    Only a removal by name alone makes more than one change.
+    Only a removal by name alone, and `set`, make more than one change.
     """
     if whole and sum(len(event) for _, event in events) <= MAX_EVENT_BYTES:
         return
-    message = f"the change events would be larger than {MAX_EVENT_BYTES} bytes"
     left = {key: deque(changed) for key, changed in changes.items()}
     size = 0
     for index, operation in enumerate(batch.tags):
         of_execution = left.get(operation.flow_execution_id.int, deque())
         size += sum(len(to_json(each)) for each in _changes_of(operation, of_execution))
         if size > MAX_EVENT_BYTES or not any(left.values()):
-            raise _TooLarge(index, message)
-    raise _TooLarge(len(batch.tags) - 1, message)
+            raise _TooLarge(index, _EVENTS_TOO_LARGE)
+    raise _TooLarge(len(batch.tags) - 1, _EVENTS_TOO_LARGE)
 
 
 def _changes_of(
     operation: TagOperation, left: deque[Change | StateChange]
 ) -> Iterator[Change | StateChange]:
     """Take from an execution's changes those of its next operation."""
-    kind = "added" if operation.operation == "add" else "removed"
     wanted = stored_metadata(operation.tag_metadata)
-    by_name = operation.any_metadata
-    while left and isinstance(first := left[0], Change):
-        if first.change != kind or tag_key(first.tag) != tag_key(operation):
-            return
-        if not by_name and stored_metadata(first.tag.tag_metadata) != wanted:
-            return
+
+    def is_one(change: Change) -> bool:
+        same_tag = tag_key(change.tag) == tag_key(operation)
+        is_exact = same_tag and stored_metadata(change.tag.tag_metadata) == wanted
+        if operation.operation == "set":  # first what it removes, then what it adds
+            of_type = type_key(change.tag) == type_key(operation)
+            return is_exact if change.change == "added" else of_type and not is_exact
+        kind = "added" if operation.operation == "add" else "removed"
+        return change.change == kind and (same_tag if operation.any_metadata else is_exact)
+
+    while left and isinstance(first := left[0], Change) and is_one(first):
         yield left.popleft()
-        if not by_name:
+        if first.change == "added" or not (operation.any_metadata or operation.operation == "set"):
             return

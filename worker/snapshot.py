@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-from producers.contract.messages import Message, TagOperation
+from producers.contract.errors import CONDITIONS
+from producers.contract.messages import Condition, Message, SetTaskState, TagBatch, TagOperation
 from producers.contract.results import Tag, Task
 from producers.contract.values import canonical_json
 
@@ -18,12 +20,35 @@ TagKey = tuple[int, str, str, str]
 Ids are looked up as integers, here and below, because a UUID hashes and compares in Python.
 """
 
+TypeKey = tuple[int, str, str]
+"""Flow execution, task name and tag type."""
+
 TaskKey = tuple[UUID, str]
 """A flow execution's id and a task name. Together they identify a task."""
 
 
 def tag_key(named: TagOperation | Tag) -> TagKey:
     return named.flow_execution_id.int, named.task_name, named.tag_type, named.tag
+
+
+def type_key(named: TagOperation | Condition | Tag) -> TypeKey:
+    return named.flow_execution_id.int, named.task_name, named.tag_type
+
+
+def types_of(message: Message) -> Iterator[tuple[int | None, str | None, TypeKey, bool]]:
+    """Yield the types all of whose tags on a task a message depends on.
+
+    Each with the place and field that name it, and whether their metadata is needed.
+    """
+    if isinstance(message, TagBatch):
+        for index, condition in enumerate(message.conditions):
+            yield index, CONDITIONS, type_key(condition), False
+        for index, operation in enumerate(message.tags):
+            if operation.operation == "set":
+                yield index, None, type_key(operation), True
+    elif isinstance(message, SetTaskState):
+        for tag_type in message.clear or ():
+            yield None, "clear", (message.flow_execution_id.int, message.task_name, tag_type), True
 
 
 def stored_metadata(tag_metadata: Any) -> tuple[bytes | None, bytes]:
@@ -54,6 +79,8 @@ class AuthorizedMessage:
     actor: str
     digest: bytes
     """Equal for two messages that ask for the same."""
+    may_read: bool = False
+    """The token allows to read: an error may say what is there."""
 
 
 @dataclass(slots=True)
@@ -83,6 +110,8 @@ class Snapshot:
     executions: dict[int, Execution] = field(default_factory=dict)
     tags: dict[TagKey, dict[bytes, Tag]] = field(default_factory=dict)
     """The active tags by key, and then by the digest of their metadata."""
+    types: dict[TypeKey, dict[TagKey, None]] = field(default_factory=dict)
+    """The keys in `tags` of the types that `types_of` names: all of them, up to the bound."""
     tasks: dict[TaskKey, Task] = field(default_factory=dict)
     """The tasks that have a state."""
     complete: int = sys.maxsize

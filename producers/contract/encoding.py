@@ -16,6 +16,7 @@ from producers.contract.messages import (
     SCHEMA_VERSION,
     TOO_LARGE,
     BaseMessage,
+    Condition,
     Message,
     RegisterExecution,
     SetTaskState,
@@ -98,6 +99,7 @@ def parse_body(kind: str, raw: bytes, **rest: Any) -> Message:
     unknown = [name for name in fields if name not in known][:1]
     details = [detail_of((name,), "extra_forbidden", {}) for name in unknown]
     _keep_one_unknown(known.get("tags"))
+    _keep_one_unknown(known.get("conditions"), Condition)
     try:
         message = model.model_validate({"kind": kind, **rest, **known})
     except ValidationError as error:
@@ -129,6 +131,7 @@ def _parse_strictly(raw: bytes, batch_id: UUID | None = None) -> Message:
         raise _invalid(fields, details)
     _keep_one_unknown([fields], model)
     _keep_one_unknown(fields.get("tags"))
+    _keep_one_unknown(fields.get("conditions"), Condition)
     try:
         message = model.model_validate(fields)
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
@@ -15,21 +16,33 @@ ErrorCode = Literal[
     "forbidden",
     "not_found",
     "conflict",
+    "precondition_failed",
     "too_large",
     "internal_error",
 ]
 
 
+class FoundTag(TolerantModel):
+    """An active tag, as the error for a failed condition says it."""
+
+    tag_type: str
+    tag: str
+    created_by: str
+    created_at: datetime
+
+
 class ErrorDetail(TolerantModel):
     """One fault.
 
-    `index` is the position, from 0, of the operation or task name that has it; null for the whole
-    message.
+    `index` is the position, from 0, of the operation or task name that has it, or of the condition
+    if `field` is `conditions`; null for the whole message. `found` is what is there instead of what
+    a condition wants, the oldest five tags, for a token that may read.
     """
 
     index: int | None = None
     field: str | None = None
     message: str
+    found: list[FoundTag] | None = Field(default=None, exclude_if=lambda found: found is None)
 
 
 class ErrorInfo(TolerantModel):
@@ -38,6 +51,9 @@ class ErrorInfo(TolerantModel):
     code: Annotated[ErrorCode, tolerant(ErrorCode)]
     message: str
     details: list[ErrorDetail] = Field(default=[])
+
+
+CONDITIONS: Final = "conditions"
 
 
 class TaskTagsError(Exception):
@@ -67,7 +83,13 @@ def describe(detail: ErrorDetail) -> str:
     """Return a fault as one line: `operation 3, tag: must have at least 1 character(s)`."""
     where = [f"operation {detail.index}"] if detail.index is not None else []
     where += [detail.field] if detail.field is not None else []
-    return f"{', '.join(where)}: {detail.message}" if where else detail.message
+    if detail.field == CONDITIONS and detail.index is not None:
+        where = [f"condition {detail.index}"]
+    tags = ", ".join(
+        f"{each.tag_type} {each.tag} of {each.created_by}" for each in detail.found or ()
+    )
+    text = f"{detail.message}; there is {tags}" if tags else detail.message
+    return f"{', '.join(where)}: {text}" if where else text
 
 
 # --- pydantic's faults in words ------------------------------------------------------------------
@@ -87,6 +109,13 @@ def detail_of(location: tuple[int | str, ...], kind: str, context: dict[str, Any
     field = names[-1] if names and not (names == ["tags"] and index is not None) else None
     if kind == "extra_forbidden" and field is not None and not _is_plain_name(field):
         field = None
+    if names[:1] == [CONDITIONS] and index is not None:
+        text = _text(kind, field, context)
+        return ErrorDetail(
+            index=index,
+            field=CONDITIONS,
+            message=text if field in (CONDITIONS, None) else f"{field} {text}",
+        )
     return ErrorDetail(index=index, field=field, message=_text(kind, field, context))
 
 
@@ -110,6 +139,8 @@ _TEXTS: Final = {
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
     "tag_metadata": "{reason}",
+    "condition": "has tag_metadata without a tag",
+    "bool_type": "must be true or false",
 }
 
 

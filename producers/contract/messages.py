@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from uuid import UUID
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from producers.contract.errors import ErrorDetail, InvalidMessage, error_details
@@ -30,6 +30,8 @@ from producers.contract.values import (
 SCHEMA_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
 MAX_OPERATIONS: Final = 100
+MAX_CONDITIONS: Final = 100
+MAX_CLEARED_TYPES: Final = 20
 MAX_TASK_NAMES: Final = 10_000
 TOO_LARGE: Final = ErrorDetail(
     message=f"the message must not be larger than {MAX_MESSAGE_BYTES} bytes"
@@ -51,13 +53,14 @@ def build(model: type[Model], fields: dict[str, Any]) -> Model:
 
 
 class TagOperation(StrictModel):
-    """Adds or removes one tag (docs/concepts/contract.md#rule-1 to #rule-4).
+    """Adds or removes one tag, or sets it as the only one of its type on the task.
 
-    `tag_metadata` is any JSON value of at most 8 KiB and 32 levels. In `remove`, null means exactly
-    the tag without metadata, and a field that is left out means every tag of that name.
+    The rules are docs/concepts/contract.md#rule-1 to #rule-4 and #rule-19. `tag_metadata` is any
+    JSON value of at most 8 KiB and 32 levels. In `remove`, null means exactly the tag without
+    metadata, and a field that is left out means every tag of that name.
     """
 
-    operation: Literal["add", "remove"]
+    operation: Literal["add", "remove", "set"]
     flow_execution_id: Id
     task_name: TaskName
     tag_type: TagType
@@ -74,8 +77,29 @@ def add(
     flow_execution_id: UUID | str, task_name: str, tag_type: str, tag: str, tag_metadata: Any = None
 ) -> TagOperation:
     """Build the operation that adds a tag. Raises `InvalidMessage`."""
+    return _write("add", flow_execution_id, task_name, tag_type, tag, tag_metadata)
+
+
+def set_tag(
+    flow_execution_id: UUID | str, task_name: str, tag_type: str, tag: str, tag_metadata: Any = None
+) -> TagOperation:
+    """Build the operation after which this tag is the only active one of its type on the task.
+
+    Raises `InvalidMessage`. The rule is docs/concepts/contract.md#rule-19.
+    """
+    return _write("set", flow_execution_id, task_name, tag_type, tag, tag_metadata)
+
+
+def _write(
+    operation: str,
+    flow_execution_id: UUID | str,
+    task_name: str,
+    tag_type: str,
+    tag: str,
+    tag_metadata: Any,
+) -> TagOperation:
     fields = {
-        "operation": "add",
+        "operation": operation,
         "flow_execution_id": flow_execution_id,
         "task_name": task_name,
         "tag_type": tag_type,
@@ -116,6 +140,89 @@ def remove(
     if tag_metadata is not ANY_METADATA:
         fields["tag_metadata"] = tag_metadata
     return build(TagOperation, fields)
+
+
+# --- Conditions ----------------------------------------------------------------------------------
+
+
+class Condition(StrictModel):
+    """What must be there, or must not, for a batch to take effect.
+
+    The rule is docs/concepts/contract.md#rule-18.
+
+    Without `tag`, any tag of the type is meant; without `tag_metadata`, the tag with any metadata;
+    null means exactly the one without metadata.
+    """
+
+    flow_execution_id: Id
+    task_name: TaskName
+    tag_type: TagType
+    tag: TagName | None = None
+    tag_metadata: TagMetadata = None
+    exists: bool
+
+    @model_validator(mode="after")
+    def _names_a_tag(self) -> Self:
+        if self.tag is None and not self.any_metadata:
+            raise PydanticCustomError("condition", "has tag_metadata without a tag")
+        return self
+
+    @property
+    def any_metadata(self) -> bool:
+        """Whether the tag is meant whatever its metadata is."""
+        return "tag_metadata" not in self.model_fields_set
+
+    def left_out(self) -> set[str]:
+        """Return the fields that its canonical form does not have."""
+        names = {"tag"} if self.tag is None else set()
+        return names | {"tag_metadata"} if self.any_metadata else names
+
+
+def when(
+    flow_execution_id: UUID | str,
+    task_name: str,
+    tag_type: str,
+    tag: str | None = None,
+    tag_metadata: Any = ANY_METADATA,
+) -> Condition:
+    """Build the condition that a tag, or any tag of the type, is active. Raises `InvalidMessage`.
+
+    Args:
+        tag_metadata: Means exactly the tag with this metadata (None: without metadata). If it is
+            left out, the tag with any metadata.
+    """
+    return _condition(True, flow_execution_id, task_name, tag_type, tag, tag_metadata)
+
+
+def unless(
+    flow_execution_id: UUID | str,
+    task_name: str,
+    tag_type: str,
+    tag: str | None = None,
+    tag_metadata: Any = ANY_METADATA,
+) -> Condition:
+    """Build the condition that no such tag is active; as `when`. Raises `InvalidMessage`."""
+    return _condition(False, flow_execution_id, task_name, tag_type, tag, tag_metadata)
+
+
+def _condition(
+    exists: bool,
+    flow_execution_id: UUID | str,
+    task_name: str,
+    tag_type: str,
+    tag: str | None,
+    tag_metadata: Any,
+) -> Condition:
+    fields: dict[str, Any] = {
+        "flow_execution_id": flow_execution_id,
+        "task_name": task_name,
+        "tag_type": tag_type,
+        "tag": tag,
+        "exists": exists,
+    }
+    if tag_metadata is not ANY_METADATA:
+        fields["tag_metadata"] = tag_metadata
+    return build(Condition, fields)
 
 
 # --- Messages ------------------------------------------------------------------------------------
@@ -166,7 +273,10 @@ def digest(canonical: bytes) -> bytes:
 
 
 class TagBatch(BaseMessage):
-    """1 to 100 operations, applied together or not at all (docs/concepts/contract.md#rule-5)."""
+    """1 to 100 operations, applied together or not at all (docs/concepts/contract.md#rule-5).
+
+    With conditions, nothing takes effect unless all hold (docs/concepts/contract.md#rule-18).
+    """
 
     model_config = ConfigDict(
         json_schema_extra={"required": ["schema_version", "kind", "batch_id", "tags"]}
@@ -174,15 +284,25 @@ class TagBatch(BaseMessage):
 
     kind: Literal["tag_batch"] = "tag_batch"
     tags: Annotated[list[TagOperation], Field(min_length=1, max_length=MAX_OPERATIONS)]
+    conditions: Annotated[list[Condition], Field(max_length=MAX_CONDITIONS)] = Field(
+        default=[], exclude_if=lambda conditions: not conditions
+    )
 
     def canonical_bytes(self) -> bytes:
         """Serialize in canonical form; `tag_metadata` stays out where that differs from null."""
-        left_out = {
+        left_out: dict[str, Any] = {}
+        without = {
             index: {"tag_metadata"}
             for index, operation in enumerate(self.tags)
             if operation.operation == "remove" and operation.any_metadata
         }
-        return self.model_dump_json(exclude={"tags": left_out} if left_out else None).encode()
+        if without:
+            left_out["tags"] = without
+        if self.conditions:
+            left_out["conditions"] = {
+                index: condition.left_out() for index, condition in enumerate(self.conditions)
+            }
+        return self.model_dump_json(exclude=left_out or None).encode()
 
 
 def split_batches(
@@ -219,7 +339,11 @@ TaskState = Literal["queued", "running", "completed", "failed"]
 
 
 class SetTaskState(BaseMessage):
-    """Sets the state of a task in one flow execution. Any state may follow any other."""
+    """Sets the state of a task in one flow execution. Any state may follow any other.
+
+    With `clear`, all active tags of these types on the task are removed
+    (docs/concepts/contract.md#rule-20).
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -234,6 +358,9 @@ class SetTaskState(BaseMessage):
     flow_execution_id: Id
     task_name: TaskName
     state: TaskState
+    clear: Annotated[list[TagType], Field(min_length=1, max_length=MAX_CLEARED_TYPES)] | None = (
+        Field(default=None, exclude_if=lambda clear: clear is None)
+    )
 
 
 Message = TagBatch | RegisterExecution | SetTaskState
@@ -251,7 +378,61 @@ def register_execution(
     return build(RegisterExecution, fields)
 
 
-def set_task_state(flow_execution_id: UUID | str, task_name: str, state: TaskState) -> SetTaskState:
-    """Build the message that sets the state of a task. Raises `InvalidMessage`."""
-    fields = {"flow_execution_id": flow_execution_id, "task_name": task_name, "state": state}
+def set_task_state(
+    flow_execution_id: UUID | str,
+    task_name: str,
+    state: TaskState,
+    clear: Sequence[str] | None = None,
+) -> SetTaskState:
+    """Build the message that sets the state of a task. Raises `InvalidMessage`.
+
+    Args:
+        clear: Tag types whose active tags on the task are removed with it; one string is refused.
+    """
+    fields: dict[str, Any] = {
+        "flow_execution_id": flow_execution_id,
+        "task_name": task_name,
+        "state": state,
+        "clear": clear if clear is None or isinstance(clear, str) else list(clear),
+    }
     return build(SetTaskState, fields)
+
+
+# --- Batches for decisions -----------------------------------------------------------------------
+
+CLAIM: Final = "claim"
+"""The tag type of claims: its one tag names who works on the task."""
+
+
+def claim(flow_execution_id: UUID | str, task_name: str, claimant: str) -> TagBatch:
+    """Build the batch that claims a task, unless anybody has. Raises `InvalidMessage`."""
+    task = flow_execution_id, task_name
+    return _decision(unless(*task, CLAIM), set_tag(*task, CLAIM, claimant))
+
+
+def release(flow_execution_id: UUID | str, task_name: str, claimant: str) -> TagBatch:
+    """Build the batch that ends a claim, if it is this claimant's. Raises `InvalidMessage`."""
+    named = flow_execution_id, task_name, CLAIM, claimant
+    return _decision(when(*named), remove(*named))
+
+
+def decide(
+    flow_execution_id: UUID | str,
+    task_name: str,
+    tag_type: str,
+    tag: str,
+    tag_metadata: Any = None,
+    *,
+    pending: str = "pending",
+) -> TagBatch:
+    """Build the batch that sets a tag in place of the pending one, if that is still there.
+
+    So the first decision counts, and a second one gets `precondition_failed`. Raises
+    `InvalidMessage`.
+    """
+    named = flow_execution_id, task_name, tag_type
+    return _decision(when(*named, pending), set_tag(*named, tag, tag_metadata))
+
+
+def _decision(condition: Condition, operation: TagOperation) -> TagBatch:
+    return TagBatch(tags=[operation], conditions=[condition])

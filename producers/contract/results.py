@@ -15,7 +15,7 @@ from producers.contract.errors import ErrorInfo
 from producers.contract.messages import TaskState
 from producers.contract.values import Id, TolerantModel, tolerant
 
-OperationStatus = Literal["added", "already_exists", "removed", "not_found"]
+OperationStatus = Literal["added", "already_exists", "removed", "not_found", "replaced"]
 RegistrationStatus = Literal["registered", "already_exists"]
 RecordingStatus = Literal["recorded", "unchanged"]
 Status = OperationStatus | RegistrationStatus | RecordingStatus
@@ -34,7 +34,10 @@ class Registration(TolerantModel):
 
 
 class Recording(TolerantModel):
+    """What became of a task's state; `cleared` is how many tags were removed, if any were to be."""
+
     status: Annotated[RecordingStatus, tolerant(RecordingStatus)]
+    cleared: int | None = Field(default=None, exclude_if=lambda cleared: cleared is None)
 
 
 class ResultRecord(TolerantModel):

@@ -37,6 +37,9 @@ from producers.contract.messages import (
     TagOperation,
     add,
     remove,
+    set_tag,
+    unless,
+    when,
 )
 from producers.contract.results import Change, ChangeEvent, ResultRecord
 from producers.inbox.protocol import Acquired, Inbox, StreamEntry
@@ -128,11 +131,26 @@ def operations_on(*executions: UUID) -> st.SearchStrategy[list[TagOperation]]:
     key = (st.sampled_from(executions), names, st.just("type"), st.sampled_from("xy"))
     adds = st.builds(add, *key, metadata)
     removes = st.builds(remove, *key, metadata | st.just(ANY_METADATA))
-    return st.lists(adds | removes, min_size=1, max_size=5)
+    sets = st.builds(set_tag, *key, metadata)
+    return st.lists(adds | removes | sets, min_size=1, max_size=5)
+
+
+conditions = st.builds(
+    lambda build, *named: build(*named),
+    st.sampled_from([when, unless]),
+    st.sampled_from([ONE, TWO]),
+    st.just("t1"),
+    st.just("type"),
+    st.none() | st.sampled_from("xy"),
+)
 
 
 operations = operations_on(ONE) | operations_on(ONE, TWO) | operations_on(ONE, TWO, UNKNOWN)
-some_batches = st.lists(st.builds(TagBatch, tags=operations), min_size=1, max_size=4)
+some_batches = st.lists(
+    st.builds(TagBatch, tags=operations, conditions=st.just([]) | st.lists(conditions, max_size=2)),
+    min_size=1,
+    max_size=4,
+)
 group_sizes = st.integers(1, 4)
 task_names = st.sampled_from([["t2"], ["t1"], ["t1", "t2"], [], None])
 NOT_A_BATCH = {"schema_version": 1, "kind": "tag_batch", "tags": []}
@@ -188,9 +206,11 @@ class Machine(RuleBasedStateMachine):
         execution=st.sampled_from([ONE, TWO, UNKNOWN]),
         name=names,
         state=st.sampled_from(["queued", "running"]),
+        clear=st.none() | st.just(["type"]),
     )
-    def record_state(self, execution: UUID, name: str, state: Any) -> Message:
-        return self.send(SetTaskState(flow_execution_id=execution, task_name=name, state=state))
+    def record_state(self, execution: UUID, name: str, state: Any, clear: Any) -> Message:
+        fields = {"flow_execution_id": execution, "task_name": name, "state": state}
+        return self.send(SetTaskState(**fields, clear=clear))
 
     @rule(target=sent, batches=some_batches)
     def tag(self, batches: list[TagBatch]) -> Any:
@@ -421,8 +441,7 @@ class Machine(RuleBasedStateMachine):
         expected = [[row[part] for part in parts] for row in self.model.rows]
         found = [list(tag) for _, *tag in active]
         assert sorted(map(canonical_bytes, found)) == sorted(map(canonical_bytes, expected))
-        statuses = [status for _, answer in self.model.answers.values() for status in answer]
-        assert len(rows) == statuses.count("added")
+        assert len(rows) == self.model.added
 
     def select(self, what: str) -> list[tuple[Any, ...]]:
         """Read as the owner of all organizations' rows would: not through the product."""

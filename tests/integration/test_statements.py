@@ -108,6 +108,14 @@ OF_WORKER: Final = {
     ),  # with one event each
     "LOAD_EXECUTIONS": case(5, **EXECUTIONS),
     "LOAD_TAGS": case(5, **TAG_KEYS, whole=pg_arrays.bigints([1] * 5), max_rows=1000, **BOUND),
+    "LOAD_TYPES": case(
+        50,
+        **{name: column for name, column in TAG_KEYS.items() if name != "tags"},
+        whole=pg_arrays.bigints([1] * 5),
+        max_of_type=100,
+        max_rows=1000,
+        **BOUND,
+    ),
     "LOAD_TASKS": case(5, **TASKS),
     "SAVE_BATCHES": case(5, **NEW_RESULTS, **NOW),
     "SAVE_REGISTRATIONS": case(5, **EXECUTIONS, task_names=texts('["task-{}"]'), **NOW),

@@ -19,6 +19,8 @@ class ReferenceModel:
     answers: dict[UUID, tuple[str, Any]] = field(default_factory=dict)
     revisions: dict[UUID, int] = field(default_factory=dict)
     states: dict[tuple[UUID, str], str] = field(default_factory=dict)
+    added: int = 0
+    """How often a row was added."""
 
     def send(self, message: Message) -> Any:
         asked = json.loads(message.encode())
@@ -54,23 +56,31 @@ class ReferenceModel:
         if not self.knows(asked):
             return "not_found"
         execution = UUID(asked["flow_execution_id"])
-        if self.states.get((execution, asked["task_name"])) == asked["state"]:
+        cleared = [
+            row
+            for tag_type in asked.get("clear", [])
+            for row in self.of_type({**asked, "tag_type": tag_type})
+        ]
+        self.take(cleared)
+        if self.states.get((execution, asked["task_name"])) == asked["state"] and not cleared:
             return ["unchanged"]
         self.states[execution, asked["task_name"]] = asked["state"]
         self.revisions[execution] = self.revisions.get(execution, 0) + 1
         return ["recorded"]
 
     def tag(self, asked: dict[str, Any]) -> Any:
-        if not all(map(self.knows, asked["tags"])):
+        conditions = asked.get("conditions", [])
+        if not all(map(self.knows, asked["tags"] + conditions)):
             return "not_found"
+        if not all(map(self.holds, conditions)):
+            return "precondition_failed"
         changed: set[UUID] = set()
         answer = []
         for operation in asked["tags"]:
-            status = (
-                self.add(operation) if operation["operation"] == "add" else self.drop(operation)
-            )
+            do = {"add": self.add, "remove": self.drop, "set": self.set}[operation["operation"]]
+            status = do(operation)
             answer.append(status)
-            if status in ("added", "removed"):
+            if status in ("added", "removed", "replaced"):
                 changed.add(UUID(operation["flow_execution_id"]))
         for execution in changed:
             self.revisions[execution] = self.revisions.get(execution, 0) + 1
@@ -85,6 +95,7 @@ class ReferenceModel:
         if any(json_equal(row["tag_metadata"], metadata) for row in self.matching(operation)):
             return "already_exists"
         self.rows.append({**operation, "tag_metadata": metadata})
+        self.added += 1
         return "added"
 
     def drop(self, operation: dict[str, Any]) -> str:
@@ -94,8 +105,32 @@ class ReferenceModel:
             if "tag_metadata" not in operation
             or json_equal(row["tag_metadata"], operation["tag_metadata"])
         ]
-        self.rows = [row for row in self.rows if not any(row is other for other in gone)]
+        self.take(gone)
         return "removed" if gone else "not_found"
+
+    def set(self, operation: dict[str, Any]) -> str:
+        metadata = operation.get("tag_metadata")
+        same = [
+            row for row in self.matching(operation) if json_equal(row["tag_metadata"], metadata)
+        ]
+        others = [row for row in self.of_type(operation) if row not in same]
+        self.take(others)
+        self.add(operation)
+        return "replaced" if others else "already_exists" if same else "added"
+
+    def holds(self, condition: dict[str, Any]) -> bool:
+        meant = self.matching(condition) if "tag" in condition else self.of_type(condition)
+        if "tag_metadata" in condition:
+            wanted = condition["tag_metadata"]
+            meant = [row for row in meant if json_equal(row["tag_metadata"], wanted)]
+        return bool(meant) is condition["exists"]
+
+    def of_type(self, named: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = ("flow_execution_id", "task_name", "tag_type")
+        return [row for row in self.rows if all(row[part] == named[part] for part in parts)]
+
+    def take(self, gone: list[dict[str, Any]]) -> None:
+        self.rows = [row for row in self.rows if not any(row is other for other in gone)]
 
 
 def _plain(value: Any) -> Any:

@@ -85,7 +85,7 @@ def nested(levels: int) -> Any:
         (message(tags=None), "tags: must be a list"),
         (message(tags={}), "tags: must be a list"),
         (message(tags=[1]), "operation 0: must be an object"),
-        (tagged(operation="replace"), "operation 0, operation: must be 'add' or 'remove'"),
+        (tagged(operation="replace"), "operation 0, operation: must be 'add', 'remove' or 'set'"),
         (tagged(flow_execution_id="x"), "operation 0, flow_execution_id: must be a UUID"),
         (tagged(flow_execution_id=7), "operation 0, flow_execution_id: must be a UUID"),
         (tagged(task_name=""), "operation 0, task_name: must have at least 1 character"),
@@ -152,7 +152,7 @@ def test_all_faults_are_listed_not_the_first() -> None:
     said = {describe(detail) for detail in refused(sent).details}
     assert said == {
         "reply_to: must have 1 to 200 of the characters A-Z a-z 0-9 . _ : -",
-        "operation 0, operation: must be 'add' or 'remove'",
+        "operation 0, operation: must be 'add', 'remove' or 'set'",
         "operation 0, tag: must have at least 1 character(s)",
         "operation 2, task_name: must be a string",
     }

@@ -12,28 +12,40 @@ from hypothesis import strategies as st
 
 from producers.contract.messages import (
     ANY_METADATA,
+    Condition,
     Message,
     RegisterExecution,
     SetTaskState,
     TagBatch,
     TagOperation,
     add,
+    claim,
     register_execution,
+    release,
     remove,
+    set_tag,
+    unless,
+    when,
 )
+from producers.contract.messages import decide as decide_as
 from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, Task
 from producers.contract.values import Uuid7
 from tests.support.reference_model import ReferenceModel, json_equal
 from worker.rules import decide
-from worker.snapshot import AuthorizedMessage, Decision, Snapshot
+from worker.snapshot import AuthorizedMessage, Decision, Snapshot, types_of
 
 ORGANIZATION = UUID(int=1)
 ONE, TWO, UNKNOWN = UUID(int=11), UUID(int=12), UUID(int=13)
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
-def settle(state: Snapshot, *messages: Message, actor: str = "ada") -> Decision:
-    requests = [AuthorizedMessage(message, actor, message.digest()) for message in messages]
+def settle(state: Snapshot, *messages: Message, actor: str = "ada", **options: Any) -> Decision:
+    requests = [
+        AuthorizedMessage(message, actor, message.digest(), **options) for message in messages
+    ]
+    for message in messages:
+        for _, _, key, _ in types_of(message):
+            state.types.setdefault(key, {each: None for each in state.tags if each[:3] == key})
     return decide(ORGANIZATION, requests, state, now=NOW, new_id=Uuid7())
 
 
@@ -278,6 +290,182 @@ def test_a_state_of_what_is_unknown_is_not_found() -> None:
         assert error.details[0].field == (field_name or "flow_execution_id")
 
 
+# --- Conditions, set, clear ----------------------------------------------------------------------
+
+
+def only(tag: str, *metadata: Any) -> TagOperation:
+    return set_tag(ONE, "task", "type", tag, *metadata)
+
+
+def guarded(*operations: TagOperation, conditions: list[Condition]) -> TagBatch:
+    return TagBatch(tags=list(operations), conditions=conditions)
+
+
+@pytest.mark.parametrize(
+    ("before", "operation", "expected", "changes"),
+    [
+        ([], only("x"), "added", ["added x"]),
+        ([plus("x")], only("x"), "already_exists", []),
+        ([plus("y")], only("x"), "replaced", ["removed y", "added x"]),
+        ([plus("y"), plus("x")], only("x"), "replaced", ["removed y"]),
+        ([plus("x", 1)], only("x"), "replaced", ["removed x", "added x"]),
+        ([plus("x", 1), plus("x", 2)], only("x", 2.0), "replaced", ["removed x"]),
+        ([add(ONE, "task", "other", "y")], only("x"), "added", ["added x"]),
+        ([add(ONE, "other", "type", "y")], only("x"), "added", ["added x"]),
+    ],
+)
+def test_set_leaves_one_tag_of_its_type(
+    before: list[TagOperation], operation: TagOperation, expected: str, changes: list[str]
+) -> None:
+    """Rule 19: what it removes stands in the change event, before what it adds."""
+    state = registered(ONE)
+    if before:
+        settle(state, batch(*before))
+    decision = settle(state, batch(operation))
+    assert statuses(decision) == [expected]
+    found = [change for event in events(decision) for change in event.changes]
+    assert [f"{each.change} {each.tag.tag}" for each in found if isinstance(each, Change)] == (
+        changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("condition", "holds"),
+    [
+        (when(ONE, "task", "type"), True),
+        (when(ONE, "task", "type", "x"), True),
+        (when(ONE, "task", "type", "x", {"k": 1.0}), True),
+        (when(ONE, "task", "type", "x", None), False),
+        (when(ONE, "task", "type", "y"), False),
+        (when(ONE, "other", "type"), False),
+        (when(TWO, "task", "type"), False),
+        (unless(ONE, "task", "type"), False),
+        (unless(ONE, "task", "type", "x"), False),
+        (unless(ONE, "task", "type", "x", None), True),
+        (unless(ONE, "task", "other"), True),
+    ],
+)
+def test_a_batch_takes_effect_only_if_its_conditions_hold(condition: Any, holds: bool) -> None:
+    """Rule 18; each is looked at before the first operation."""
+    state = registered(ONE, TWO)
+    settle(state, batch(plus("x", {"k": 1})))
+    decision = settle(state, guarded(minus("x"), plus("new"), conditions=[condition]))
+    error = record(decision).error
+    assert (error is None) is holds
+    assert bool(decision.change_set.changes) is holds
+    if error is not None:
+        assert (error.code, error.details[0].field, error.details[0].index) == (
+            "precondition_failed",
+            "conditions",
+            0,
+        )
+        assert error.details[0].found is None
+
+
+def test_all_conditions_that_fail_are_named_with_what_is_there_for_who_may_read() -> None:
+    """At most five tags, the oldest first; the same batch again gets the same answer."""
+    state = registered(ONE)
+    settle(state, batch(*[plus(f"t{number}") for number in range(7)]))
+    asked = guarded(
+        plus("new"),
+        conditions=[
+            when(ONE, "task", "type", "gone"),
+            when(ONE, "task", "type", "t1"),
+            unless(ONE, "task", "type", "t6"),
+        ],
+    )
+    decision = settle(state, asked, may_read=True)
+    error = record(decision).error
+    assert error is not None
+    found = {each.index: [tag.tag for tag in each.found or []] for each in error.details}
+    assert found == {0: ["t0", "t1", "t2", "t3", "t4"], 2: ["t6"]}
+    assert error.details[0].found is not None
+    assert error.details[0].found[0].created_by == "ada"
+    settle(state, batch(plus("gone")))
+    assert settle(state, asked).outcomes[0] == decision.outcomes[0]
+
+
+def test_a_condition_on_what_is_unknown_is_not_found() -> None:
+    """As an operation on it; the detail says which condition it is."""
+    state = registered(ONE, names=["task"])
+    asked = [when(UNKNOWN, "task", "type"), unless(ONE, "other", "type")]
+    error = record(settle(state, guarded(plus("x"), conditions=asked))).error
+    assert error is not None
+    assert error.code == "not_found"
+    assert [(each.index, each.field, each.message) for each in error.details] == [
+        (0, "conditions", "flow_execution_id is unknown"),
+        (1, "conditions", "task_name is not registered"),
+    ]
+
+
+def test_a_claim_has_one_winner_and_a_decision_counts_once() -> None:
+    """In one group as in several: the second one sees what the first one did."""
+    state = registered(ONE)
+    first, second = claim(ONE, "task", "ada"), claim(ONE, "task", "grace")
+    decision = settle(state, first, second, may_read=True)
+    assert statuses(decision, 1 - 1) == ["added"]
+    error = record(decision, 1).error
+    assert error is not None
+    assert error.details[0].found is not None
+    assert error.details[0].found[0].tag == "ada"
+    assert record(settle(state, release(ONE, "task", "grace"))).error is not None
+    assert statuses(settle(state, release(ONE, "task", "ada"))) == ["removed"]
+    settle(state, batch(add(ONE, "task", "review", "pending")))
+    yes, no = (decide_as(ONE, "task", "review", tag) for tag in ("approved", "rejected"))
+    decision = settle(state, yes, no)
+    assert statuses(decision, 0) == ["replaced"]
+    assert record(decision, 1).error is not None
+
+
+def test_a_new_state_clears_approvals_in_one_event() -> None:
+    """Rule 20: the state first, then what was removed; only the types that are named."""
+    state = registered(ONE)
+    settle(state, batch(plus("x"), plus("y", 1), add(ONE, "task", "other", "z")))
+    asked = SetTaskState(
+        flow_execution_id=ONE, task_name="task", state="running", clear=["type", "none"]
+    )
+    decision = settle(state, asked, actor="runner")
+    found = record(decision).task_execution
+    assert found is not None
+    assert (found.status, found.cleared) == ("recorded", 2)
+    (event,) = events(decision)
+    assert [each.change for each in event.changes] == ["state", "removed", "removed"]
+    again = asked.model_copy(update={"batch_id": UUID(int=5)})
+    found = record(settle(state, again)).task_execution
+    assert found is not None
+    assert (found.status, found.cleared) == ("unchanged", 0)
+    settle(state, batch(plus("x")))
+    found = record(settle(state, again.model_copy(update={"batch_id": UUID(int=6)}))).task_execution
+    assert found is not None
+    assert (found.status, found.cleared) == ("recorded", 1)
+    plain = record(settle(state, state_of("task", "queued")))
+    assert b"cleared" not in plain.encode()
+
+
+def test_a_type_with_too_many_tags_is_refused_by_each_of_the_three() -> None:
+    """At 1,000 it is not; nothing is changed, and the detail says by what."""
+    state = registered(ONE)
+    for start in range(0, 1000, 100):
+        settle(state, batch(*[plus(str(start + number)) for number in range(100)]))
+    settle(state, guarded(plus("1000"), conditions=[when(ONE, "task", "type", "999")]))
+    clearing = SetTaskState(flow_execution_id=ONE, task_name="task", state="failed", clear=["type"])
+    for asked, place in (
+        (guarded(plus("y"), conditions=[when(ONE, "task", "type")]), (0, "conditions")),
+        (batch(plus("y"), only("x")), (1, None)),
+        (clearing, (None, "clear")),
+    ):
+        decision = settle(state, asked)
+        error = record(decision).error
+        assert error is not None
+        assert error.code == "too_large"
+        assert (error.details[0].index, error.details[0].field) == place
+        assert not decision.change_set.changes
+        assert not decision.change_set.tasks
+    settle(state, batch(minus("1000")))
+    again = clearing.model_copy(update={"batch_id": UUID(int=7)})
+    assert record(settle(state, again)).error is None
+
+
 # --- Against a reference model -------------------------------------------------------------------
 
 
@@ -300,11 +488,22 @@ removes = st.builds(
     st.sampled_from("xy"),
     metadata | st.just(ANY_METADATA),
 )
+sets = st.builds(set_tag, executions, names, st.just("type"), st.sampled_from("xy"), metadata)
+named_tag = (executions, names, st.just("type"), st.sampled_from("xy"), metadata)
+conditions = st.one_of(
+    st.builds(when, *named_tag[:3]),
+    st.builds(unless, *named_tag[:3]),
+    st.builds(when, *named_tag[:4], metadata | st.just(ANY_METADATA)),
+    st.builds(unless, *named_tag[:4], metadata | st.just(ANY_METADATA)),
+)
 batch_ids = st.integers(1, 12).map(lambda number: UUID(int=1000 + number))
 batches = st.builds(
-    lambda batch_id, tags: TagBatch(batch_id=batch_id, tags=tags),
+    lambda batch_id, tags, conditions: TagBatch(
+        batch_id=batch_id, tags=tags, conditions=conditions
+    ),
     batch_ids,
-    st.lists(adds | removes, min_size=1, max_size=6),
+    st.lists(adds | removes | sets, min_size=1, max_size=6),
+    st.just([]) | st.lists(conditions, max_size=2),
 )
 registrations = st.builds(
     lambda batch_id, execution, names: RegisterExecution(
@@ -315,13 +514,14 @@ registrations = st.builds(
     st.none() | st.lists(names, max_size=2),
 )
 states = st.builds(
-    lambda batch_id, execution, name, state: SetTaskState(
-        batch_id=batch_id, flow_execution_id=execution, task_name=name, state=state
+    lambda batch_id, execution, name, state, clear: SetTaskState(
+        batch_id=batch_id, flow_execution_id=execution, task_name=name, state=state, clear=clear
     ),
     batch_ids,
     executions,
     names,
     st.sampled_from(["queued", "running"]),
+    st.none() | st.just(["other"]) | st.just(["type", "type"]),
 )
 groups = st.lists(
     st.lists(st.one_of(batches, batches, registrations, states), min_size=1, max_size=4),

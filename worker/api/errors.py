@@ -43,7 +43,7 @@ class ApiError(Exception):
         self.headers = headers or _HEADERS.get(status, {})
 
     def body(self, request_id: str) -> bytes:
-        details = [detail.model_dump() for detail in self.details]
+        details = [detail.model_dump(mode="json") for detail in self.details]
         return error_body(self.code, self.message, details, request_id)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
 from typing import Annotated, Any, Final
 from uuid import UUID, uuid4, uuid5
@@ -20,10 +21,14 @@ from starlette.concurrency import run_in_threadpool
 
 from producers.contract.channels import results_channel
 from producers.contract.encoding import parse_body
-from producers.contract.errors import ErrorDetail, InvalidMessage
+from producers.contract.errors import ErrorDetail, FoundTag, InvalidMessage
 from producers.contract.messages import (
+    MAX_CLEARED_TYPES,
+    MAX_CONDITIONS,
     MAX_MESSAGE_BYTES,
+    MAX_OPERATIONS,
     MAX_TASK_NAMES,
+    Condition,
     Message,
     TagOperation,
     TaskState,
@@ -34,7 +39,7 @@ from producers.contract.results import (
     Registration,
     ResultRecord,
 )
-from producers.contract.values import TaskName, uuid7
+from producers.contract.values import TagType, TaskName, uuid7
 from producers.enqueuer import Enqueuer
 from producers.errors import Unavailable
 from producers.pubsub import Listener, PubSubMultiplexer, wait_at_most
@@ -66,6 +71,7 @@ _STATUS_OF: Final = {
     "forbidden": 403,
     "not_found": 404,
     "conflict": 409,
+    "precondition_failed": 412,
     "too_large": 422,
     "internal_error": 500,
 }
@@ -271,8 +277,8 @@ def _answer(kind: str, batch_id: UUID, record: ResultRecord | None, *, is_kept: 
         if is_kept and refused.code == "not_found":
             text += "; this answer is kept under the Idempotency-Key: send another key afterwards"
         raise ApiError(_STATUS_OF[refused.code], refused.code, text, refused.details)
-    statuses = [{"status": status} for status in record.statuses]
-    body: Any = {"tags": statuses} if kind == "tag_batch" else statuses[0]
+    body: Any = record.model_dump(include={"tags", "flow_execution", "task_execution"})
+    body = {"tags": body["tags"]} if kind == "tag_batch" else body[kind]
     status = 201 if record.statuses == ["registered"] else 200
     return Response(to_json(body), status, headers, "application/json")
 
@@ -281,11 +287,12 @@ def _answer(kind: str, batch_id: UUID, record: ResultRecord | None, *, is_kept: 
 
 
 class TagsBody(BaseModel):
-    """The operations of one batch. They take effect together or not at all."""
+    """The operations of one batch. They take effect together, if all conditions hold, or not."""
 
     model_config = ConfigDict(extra="forbid")
 
-    tags: list[TagOperation] = Field(min_length=1, max_length=100)
+    tags: list[TagOperation] = Field(min_length=1, max_length=MAX_OPERATIONS)
+    conditions: list[Condition] = Field(default=[], max_length=MAX_CONDITIONS)
 
 
 class RegistrationBody(BaseModel):
@@ -302,6 +309,8 @@ class StateBody(BaseModel):
     flow_execution_id: UUID
     task_name: TaskName
     state: TaskState
+    clear: Annotated[list[TagType], Field(min_length=1, max_length=MAX_CLEARED_TYPES)] | None = None
+    """Types of tags to remove from the task; this needs the scope task-tags:write as well."""
 
 
 BODIES: Final = (TagsBody, RegistrationBody, StateBody)
@@ -341,8 +350,34 @@ _PROBLEMS: Final = documented(
         [ErrorDetail(index=0, field="flow_execution_id", message="is unknown")],
     ),
     _CONFLICT,
+    ApiError(
+        422,
+        "too_large",
+        "the batch would change more than a batch may",
+        [ErrorDetail(index=0, message="250 active tags differ in their metadata alone")],
+    ),
     _INBOX_FULL,
     UNAVAILABLE,
+)
+_PRECONDITION_FAILED: Final = ApiError(
+    412,
+    "precondition_failed",
+    "a condition of the batch does not hold",
+    [
+        ErrorDetail(
+            index=0,
+            field="conditions",
+            message="no such tag is active",
+            found=[
+                FoundTag(
+                    tag_type="review_status",
+                    tag="approved",
+                    created_by="ada",
+                    created_at=datetime(2026, 1, 1, 12, tzinfo=timezone.utc),
+                )
+            ],
+        )
+    ],
 )
 
 
@@ -358,10 +393,10 @@ router = APIRouter(responses={200: _LOCATION, 202: _ACCEPTED, **_PROBLEMS})
 
 @router.patch(
     "/task-tags",
-    summary="Add and remove tags, all or none",
+    summary="Add, remove and set tags, all or none",
     response_model=TagsResult,
     response_description="Applied: a status for each operation, in the same order.",
-    responses=documented(forbidden(WRITE)),
+    responses=documented(forbidden(WRITE), _PRECONDITION_FAILED),
     openapi_extra=_body_of(TagsBody),
 )
 async def change_tags(caller: TagWriting, write: Writing) -> Response:

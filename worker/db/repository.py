@@ -29,7 +29,7 @@ from worker.db.connection import (
     should_discard_plans,
 )
 from worker.db.time_limit import DEFAULT_SECONDS, TimeLimit
-from worker.rules import MAX_GROUP_BYTES
+from worker.rules import MAX_GROUP_BYTES, MAX_OF_TYPE
 from worker.settings import driver_url
 from worker.snapshot import (
     AuthorizedMessage,
@@ -225,17 +225,28 @@ class Transaction:
                 max_bytes=rows.MAX_LOADED_BYTES,
                 **rows.key_columns(list(names.tags)),
             )
+        found_types: Iterable[Any] = []
+        if names.types:
+            found_types = self._send(
+                statements.LOAD_TYPES,
+                max_of_type=MAX_OF_TYPE + 1,
+                max_rows=rows.MAX_LOADED_TAGS,
+                max_bytes=rows.MAX_LOADED_BYTES,
+                **rows.type_columns(list(names.types)),
+            )
         found_tasks: Iterable[Any] = []
         if names.tasks:
             found_tasks = self._send(statements.LOAD_TASKS, **rows.task_columns(list(names.tasks)))
         batches, seen = rows.batches(found_batches)
-        tags, whole = rows.tags(found_tags)
+        tags, last_tag = rows.tags(found_tags)
+        types, last_type = rows.types(found_types, tags, names)
         return Snapshot(
             batches=batches,
             executions=dict(map(rows.execution, found_executions)),
             tags=tags,
+            types=types,
             tasks={row[:2]: Task(*row) for row in found_tasks},
-            complete=rows.complete(messages, names, seen, whole),
+            complete=rows.complete(messages, names, seen, last_tag, last_type),
         )
 
     def save(self, change_set: ChangeSet) -> None:

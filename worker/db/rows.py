@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -12,7 +13,7 @@ from psycopg.types.json import Jsonb
 from producers.contract.messages import MAX_OPERATIONS, SetTaskState, TagBatch
 from producers.contract.results import Tag, Task
 from worker.db import pg_arrays
-from worker.rules import MAX_GROUP_BYTES, MAX_VARIANTS
+from worker.rules import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_VARIANTS
 from worker.snapshot import (
     AuthorizedMessage,
     Execution,
@@ -22,7 +23,10 @@ from worker.snapshot import (
     StoredResult,
     TagKey,
     TaskKey,
+    TypeKey,
     tag_key,
+    type_key,
+    types_of,
 )
 
 MAX_LOADED_BYTES: Final = 7 * 1024 * 1024
@@ -44,12 +48,18 @@ class Names(NamedTuple):
     """Names of tags, and whether all of their metadata are needed, with the message's place."""
     tasks: dict[TaskKey, None]
     executions: dict[int, None]
+    types: dict[tuple[TypeKey, bool], int]
+    """Types of tags, as `tags`."""
 
 
 def named(messages: Sequence[AuthorizedMessage]) -> Names:
-    names = Names({}, {}, {})
+    names = Names({}, {}, {}, {})
     for place, message in enumerate(each.message for each in messages):
+        for _, _, key, whole in types_of(message):
+            names.types.setdefault((key, whole), place)
         if isinstance(message, TagBatch):
+            for condition in message.conditions:
+                names.executions[condition.flow_execution_id.int] = None
             for operation in message.tags:
                 names.tags.setdefault((tag_key(operation), operation.any_metadata), place)
                 names.executions[operation.flow_execution_id.int] = None
@@ -61,13 +71,18 @@ def named(messages: Sequence[AuthorizedMessage]) -> Names:
 
 
 def complete(
-    messages: Sequence[AuthorizedMessage], names: Names, last_batch: UUID | None, last_tag: int
+    messages: Sequence[AuthorizedMessage],
+    names: Names,
+    last_batch: UUID | None,
+    last_tag: int,
+    last_type: int,
 ) -> int:
     """Return of how many messages, the first ones, all that they name was loaded.
 
     Args:
         last_batch: The stored batch at which a look-up was cut; None: it was not.
         last_tag: The place of the name at which a look-up was cut, from 1; 0: it was not.
+        last_type: The place of the first type that was cut, likewise.
     """
     complete = len(messages)
     if last_batch is not None:
@@ -75,6 +90,8 @@ def complete(
         complete = ids.index(last_batch) + 1
     if last_tag:
         complete = min(complete, list(names.tags.values())[last_tag - 1])
+    if last_type:
+        complete = min(complete, list(names.types.values())[last_type - 1])
     return complete
 
 
@@ -111,6 +128,30 @@ def tags(rows: Iterable[Any]) -> tuple[dict[TagKey, dict[bytes, Tag]], int]:
     return tags, number if total >= MAX_LOADED_BYTES or len(found) >= MAX_LOADED_TAGS else 0
 
 
+def types(
+    rows: Iterable[Any], tags: dict[TagKey, dict[bytes, Tag]], names: Names
+) -> tuple[dict[TypeKey, dict[TagKey, None]], int]:
+    """Add active tags to `tags`; return their keys by type, and the number of the first cut type.
+
+    A type that is cut, by its own bound or that of all, has its number from 1; 0: none was.
+    """
+    types: dict[TypeKey, dict[TagKey, None]] = {key: {} for key, _ in names.types}
+    found = list(rows)
+    counts = Counter(number for number, *_ in found)
+    for _, _, digest, *fields in found:
+        tag = Tag(*fields)
+        key = tag_key(tag)
+        active = tags.setdefault(key, {})
+        if tag.tag_metadata is not None or digest not in active:
+            active[digest] = tag
+        types[type_key(tag)][key] = None
+    cut = [number for number, count in counts.items() if count > MAX_OF_TYPE]
+    number, total, *_ = found[-1] if found else (0, 0)
+    if total >= MAX_LOADED_BYTES or len(found) >= MAX_LOADED_TAGS:
+        cut.append(number)
+    return types, min(cut, default=0)
+
+
 # --- Objects to columns --------------------------------------------------------------------------
 
 
@@ -122,6 +163,16 @@ def key_columns(keys: Sequence[tuple[TagKey, bool]]) -> dict[str, Any]:
         "task_names": pg_arrays.texts(task_names),
         "tag_types": pg_arrays.texts(tag_types),
         "tags": pg_arrays.texts(tags),
+    }
+
+
+def type_columns(types: Sequence[tuple[TypeKey, bool]]) -> dict[str, Any]:
+    executions, task_names, tag_types = zip(*[key for key, _ in types], strict=True)
+    return {
+        "whole": pg_arrays.bigints([whole for _, whole in types]),
+        "flow_execution_ids": pg_arrays.uuids(executions),
+        "task_names": pg_arrays.texts(task_names),
+        "tag_types": pg_arrays.texts(tag_types),
     }
 
 

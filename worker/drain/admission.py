@@ -11,9 +11,9 @@ from uuid import UUID
 
 from producers.contract.encoding import parse_canonical
 from producers.contract.errors import ErrorCode, ErrorInfo, InvalidMessage, describe
-from producers.contract.messages import Message, TagBatch, digest
+from producers.contract.messages import Message, SetTaskState, TagBatch, digest
 from producers.inbox.protocol import DeadLetter, StreamEntry
-from worker.auth import EXECUTIONS_WRITE, WRITE, Authorizer, InvalidToken
+from worker.auth import EXECUTIONS_WRITE, READ, WRITE, Authorizer, InvalidToken
 from worker.log import log_limited
 from worker.rules import error_record
 from worker.snapshot import AuthorizedMessage
@@ -86,10 +86,19 @@ def admit(
         text = "the message breaks the contract"
         return refuse(ErrorInfo(code="bad_request", message=text, details=broken.details))
     assert message is not None
-    scope = WRITE if isinstance(message, TagBatch) else EXECUTIONS_WRITE
-    if not principal.allows(scope):
-        return refuse(_error("forbidden", f"the token lacks the scope {scope}"))
-    return Admitted(entry, AuthorizedMessage(message, principal.actor, digest(canonical)))
+    for scope in _scopes(message):
+        if not principal.allows(scope):
+            return refuse(_error("forbidden", f"the token lacks the scope {scope}"))
+    may_read = principal.allows(READ)
+    authorized = AuthorizedMessage(message, principal.actor, digest(canonical), may_read)
+    return Admitted(entry, authorized)
+
+
+def _scopes(message: Message) -> tuple[str, ...]:
+    if isinstance(message, TagBatch):
+        return (WRITE,)
+    removes_tags = isinstance(message, SetTaskState) and message.clear is not None
+    return (EXECUTIONS_WRITE, WRITE) if removes_tags else (EXECUTIONS_WRITE,)
 
 
 def fail_admission(
