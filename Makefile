@@ -6,7 +6,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo unit test faults fairness soak watchers bench ab count check format lock clean
+.PHONY: help run demo unit test faults mutants fairness soak watchers bench ab count check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test: .venv/ready  ## Run all tests, in two processes with a stack each, then `m
 faults: .venv/ready  ## Break everything at random, compare with a model; SECONDS=600 SEED= PLANT=
 	$(BIN)/python -m tests.faults --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) \
 		$(if $(PLANT),--plant $(PLANT))
+
+mutants: .venv/ready  ## Plant mistakes in a copy, one at a time: a test must fail for each; ONLY=<word>
+	$(BIN)/python -m tests.mutants $(ONLY)
 
 fairness: .venv/ready  ## Measure how long one organization waits while another has 50,000 batches
 	$(BIN)/python -m tests.load.fairness

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 
 from producers.contract.channels import dead_letters_key, inbox_key, lease_key
@@ -17,7 +18,7 @@ from producers.contract.messages import MAX_MESSAGE_BYTES
 from producers.errors import InboxFull
 from producers.inbox.protocol import Inbox
 from tests.support.commands import run
-from tests.support.tenant import Tenant, broken_for, killed, tagging
+from tests.support.tenant import Tenant, applied, broken_for, killed, tagging
 from worker.auth import READ
 from worker.drain.dead_letters import (
     DeadLetterEntry,
@@ -28,6 +29,7 @@ from worker.drain.dead_letters import (
     find,
     server_time,
 )
+from worker.drain.path import Drain
 
 
 def rejected(tenant: Tenant) -> list[DeadLetterEntry]:
@@ -137,6 +139,28 @@ def test_a_crash_after_the_failure_was_stored_does_not_lose_the_message(
     tenant.drain()
     assert tenant.outcomes() == ["internal_error"]
     assert [each.message for each in rejected(tenant)] == [poison.encode()]
+
+
+def test_what_another_drain_has_answered_is_no_failure(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that was stopped blames a message that took effect in the meantime."""
+    batch = tagging("good")
+
+    def fail(*_: Any) -> Any:
+        raise psycopg.errors.CheckViolation
+
+    def blame(*_: Any) -> int:
+        applied(tenant.repository, tenant.organization, batch)
+        return 1
+
+    monkeypatch.setattr(Drain, "_transact", fail)
+    monkeypatch.setattr("worker.drain.path.attempts_to_blame", blame)
+    tenant.send(batch)
+    tenant.drain()
+    assert tenant.outcomes() == [["added"]]
+    assert [event.revision for event in tenant.events()] == [1]
+    assert not rejected(tenant)
 
 
 def test_a_message_at_whose_reading_the_worker_fails_holds_nobody_up(

@@ -300,6 +300,17 @@ def test_removing_publishes_in_the_same_step(
     }
 
 
+def test_failures_are_counted_for_each_message(inbox: Inbox, organization: UUID) -> None:
+    """A message is not blamed for what failed at the one before it."""
+    append(inbox, b"1", b"2")
+    first, second = acquire(inbox, "run")
+    assert [inbox.count_failure(first, "error")[0] for _ in range(3)] == [1, 2, 3]
+    assert inbox.count_failure(second, "error") == (1, 0)
+    assert inbox.count_failure(second, "error")[0] == 2
+    ack_and_publish(inbox, "run", [first])
+    assert inbox.count_failure(second, "error")[0] == 1  # the count ends with what is acknowledged
+
+
 def test_ids_never_come_again(inbox: Inbox, quiet_redis: Any) -> None:
     """A drain that is late removes only what it has read, never what was appended since."""
     ids: set[bytes] = set()

@@ -6,8 +6,8 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Final
 from uuid import UUID, uuid4
 
 import psycopg
@@ -46,6 +46,7 @@ TABLES = (
     "task_executions",
     "organizations",
 )
+WAITING: Final = "select from pg_locks where locktype = 'transactionid' and not granted"
 
 
 def load(repository: Repository, organization: UUID, *messages: Message) -> Snapshot:
@@ -126,6 +127,17 @@ def test_what_is_saved_is_what_is_loaded(repository: Repository, organization: U
     for id, (tag, digest) in expected.items():
         assert loaded[id][1] == digest
         assert loaded[id][0] == tag
+
+
+def test_registering_again_keeps_the_revision(repository: Repository, organization: UUID) -> None:
+    """Task names are added to the row of the execution, and nothing else of it changes."""
+    execution = uuid4()
+    applied(repository, organization, register_execution(execution, ["a"]))
+    applied(repository, organization, TagBatch(tags=[add(execution, "a", "t", "x")]))
+    again = register_execution(execution, ["b"])
+    applied(repository, organization, again)
+    found = load(repository, organization, register_execution(execution)).executions
+    assert found == {execution.int: Execution(execution, frozenset({"a", "b"}), revision=1)}
 
 
 def test_removed_tags_keep_their_rows(
@@ -295,6 +307,32 @@ def test_two_drains_of_one_organization_take_turns(
     other.close()
 
 
+def test_the_time_of_a_transaction_is_that_at_which_it_has_the_lock(
+    repository: Repository, servers: Servers, organization: UUID
+) -> None:
+    """So it never runs back within an organization, whichever transaction began first."""
+    applied(repository, organization, register_execution(uuid4()))
+    other = Repository(servers.worker_url)
+    with other.transaction(organization):
+        other._scope = repository._scope.replace(
+            b"'lock_timeout', '100ms'", b"'lock_timeout', '20s'"
+        )
+
+    def now_behind() -> datetime:
+        with other.transaction(organization) as transaction:
+            return transaction.now
+
+    with ThreadPoolExecutor() as threads, servers.owner() as connection:
+        with repository.transaction(organization) as transaction:
+            assert transaction.now
+            behind = threads.submit(now_behind)
+            eventually(lambda: connection.execute(WAITING).fetchall())
+            found = connection.execute("select clock_timestamp()").fetchone()
+        assert found is not None
+        assert behind.result() > found[0]
+    other.close()
+
+
 def test_look_ups_see_what_the_lock_waited_for(
     repository: Repository, servers: Servers, organization: UUID
 ) -> None:
@@ -307,7 +345,6 @@ def test_look_ups_see_what_the_lock_waited_for(
         other._scope = repository._scope.replace(
             b"'lock_timeout', '100ms'", b"'lock_timeout', '20s'"
         )
-    waiting = "select from pg_locks where locktype = 'transactionid' and not granted"
     with ThreadPoolExecutor() as threads:
         with repository.transaction(organization) as transaction:
             requests = requests_of(first)
@@ -319,7 +356,7 @@ def test_look_ups_see_what_the_lock_waited_for(
                 apply_in_transaction, other, organization, requests_of(second), Uuid7()
             )
             with servers.owner() as connection:
-                eventually(lambda: connection.execute(waiting).fetchall())
+                eventually(lambda: connection.execute(WAITING).fetchall())
         (outcome,) = behind.result()
     assert ResultRecord.decode(outcome.record).statuses == ["already_exists"]
     other.close()

@@ -31,7 +31,7 @@ from producers.contract.messages import decide as decide_as
 from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, Task
 from producers.contract.values import Uuid7
 from tests.support.reference_model import ReferenceModel, json_equal
-from worker.rules import decide
+from worker.rules import MAX_VARIANTS, decide
 from worker.snapshot import AuthorizedMessage, Decision, Snapshot, types_of
 
 ORGANIZATION = UUID(int=1)
@@ -226,6 +226,41 @@ def test_task_names_only_ever_grow(
     for name in ("a", "b", "anything"):
         outcome = record(settle(state, batch(add(ONE, name, "t", "x"))))
         assert (outcome.error is None) == (name in allowed)
+
+
+def test_an_execution_without_task_names_has_no_tasks() -> None:
+    """An empty list allows no name; only null allows every name."""
+    error = record(settle(registered(ONE, names=[]), batch(plus("x")))).error
+    assert error is not None
+    assert [(each.index, each.field) for each in error.details] == [(0, "task_name")]
+
+
+def test_a_batch_that_is_too_large_takes_all_of_its_operations_back() -> None:
+    """Also those on tags that were stored, or added by another batch of the same group."""
+    state = registered(ONE)
+    settle(state, batch(plus("stored"), plus("both", 1), plus("both", 2)))
+    many = [plus("x", number) for number in range(MAX_VARIANTS)]
+    for place in range(0, MAX_VARIANTS, 50):
+        settle(state, batch(*many[place : place + 50]))
+    revision = state.executions[ONE.int].revision
+    decision = settle(
+        state,
+        batch(plus("group")),
+        batch(
+            *(minus("stored"), plus("stored"), minus("stored"), minus("both"), plus("both", 2)),
+            *(minus("group"), plus("group"), plus("new"), minus("new"), plus("x", "one more")),
+        ),
+        batch(plus("stored"), plus("both", 1), plus("both", 2), plus("group"), minus("new")),
+    )
+    error = record(decision, 1).error
+    assert error is not None
+    assert (error.code, [each.index for each in error.details]) == ("too_large", [9])
+    assert not events(decision, 1)
+    assert statuses(decision, 2) == ["already_exists"] * 4 + ["not_found"]
+    assert state.executions[ONE.int].revision == revision + 1
+    assert [new.tag.tag for new in decision.change_set.added.values()] == ["group"]
+    assert {new.tag.status for new in decision.change_set.added.values()} == {"active"}
+    assert not decision.change_set.removed
 
 
 def test_the_same_batch_again_gets_the_stored_answer_and_changes_nothing() -> None:

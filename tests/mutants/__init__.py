@@ -1,0 +1,359 @@
+"""Mistakes that could be made in the product, each with a test that fails for it.
+
+`make mutants` plants one at a time in a copy of the tree and runs its test alone. A mistake that
+a test lets through means that the test no longer checks what it is there for.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One planted mistake; `right` stands exactly once in the file."""
+
+    file: str
+    right: str
+    wrong: str
+    test: str
+    """The node id of a test function."""
+
+
+_RULES: Final = "worker/rules.py"
+_ADMISSION: Final = "worker/drain/admission.py"
+_PATH: Final = "worker/drain/path.py"
+_AUTH: Final = "worker/auth.py"
+_FILLER: Final = "producers/gap_filler.py"
+_STATEMENTS: Final = "worker/db/statements.py"
+_SCRIPTS: Final = "producers/inbox/scripts"
+
+_OF_RULES: Final = "tests/unit/test_rules.py::test_"
+_OF_ADMISSION: Final = "tests/unit/test_admission.py::test_"
+_OF_AUTH: Final = "tests/unit/test_auth.py::test_"
+_OF_FILLER: Final = "tests/unit/test_gap_filler.py::test_"
+_OF_DRAIN: Final = "tests/integration/test_drain.py::test_"
+_OF_INBOX: Final = "tests/integration/test_inbox.py::test_"
+_OF_REPOSITORY: Final = "tests/integration/test_repository.py::test_"
+
+MUTANTS: Final = (
+    # --- The rules -------------------------------------------------------------------------------
+    Mutant(  # metadata are no part of a tag's identity
+        _RULES,
+        "        if digest in active:\n            return",
+        "        if active:\n            return",
+        f"{_OF_RULES}each_operation_sees_what_the_ones_before_it_did",
+    ),
+    Mutant(  # removing with metadata removes by name
+        _RULES,
+        "digests = [digest] if digest in active else []",
+        "digests = list(active)",
+        f"{_OF_RULES}each_operation_sees_what_the_ones_before_it_did",
+    ),
+    Mutant(  # removing by name removes one tag
+        _RULES,
+        "digests = sorted(active, key=lambda it: (active[it].created_at, active[it].id.int))",
+        "digests = list(active)[:1]",
+        f"{_OF_RULES}removing_by_name_reports_every_tag_that_went",
+    ),
+    Mutant(  # what is added and removed in one transaction stays active
+        _RULES,
+        "                self.change_set.added[tag.id.int] = new._replace(tag=tag)\n"
+        "            changes",
+        "                pass\n            changes",
+        f"{_OF_RULES}a_tag_that_comes_and_goes_in_one_transaction_leaves_a_deleted_row",
+    ),
+    Mutant(  # an empty list of task names allows every name
+        _RULES,
+        "elif execution.task_names is not None and each.task_name not in execution.task_names:",
+        "elif execution.task_names and each.task_name not in execution.task_names:",
+        f"{_OF_RULES}an_execution_without_task_names_has_no_tasks",
+    ),
+    Mutant(  # a second registration replaces the names of the first
+        _RULES,
+        "None if names is None else execution.task_names | names",
+        "names",
+        f"{_OF_RULES}task_names_only_ever_grow",
+    ),
+    Mutant(  # revisions count changes, not batches
+        _RULES,
+        "execution.revision += 1",
+        "execution.revision += event.count(b'\"change\":')",
+        f"{_OF_RULES}any_sequence_of_messages_agrees_with_the_reference_model",
+    ),
+    Mutant(  # the event has the revision before the batch
+        _RULES,
+        "revision=execution.revision + 1,",
+        "revision=execution.revision,",
+        f"{_OF_RULES}a_batch_may_span_executions_and_counts_each_ones_revision",
+    ),
+    Mutant(  # a copy in the same group is applied again
+        _RULES,
+        "self.snapshot.batches[message.batch_id] = StoredResult(digest, record, events)",
+        "pass",
+        f"{_OF_RULES}the_same_batch_again_gets_the_stored_answer_and_changes_nothing",
+    ),
+    Mutant(  # the events of a batch that comes again are not published again
+        _RULES,
+        "return Outcome(known.record, known.events)",
+        "return Outcome(known.record)",
+        f"{_OF_RULES}the_same_batch_again_gets_the_stored_answer_and_changes_nothing",
+    ),
+    Mutant(  # another batch under a known id gets the answer of the first
+        _RULES,
+        "if digest == known.digest:",
+        "if digest:",
+        f"{_OF_RULES}the_same_id_for_something_else_is_a_conflict",
+    ),
+    Mutant(  # a state that is repeated is a change
+        _RULES,
+        "if known is not None and known.state == message.state:",
+        "if known is not None and known.state is None:",
+        f"{_OF_RULES}a_state_is_recorded_once_and_any_state_may_follow",
+    ),
+    Mutant(  # operations are taken back in the order in which they were done
+        _RULES,
+        "for each in reversed(some))",
+        "for each in some)",
+        f"{_OF_RULES}a_batch_that_is_too_large_takes_all_of_its_operations_back",
+    ),
+    Mutant(  # a removal that is taken back is stored all the same
+        _RULES,
+        "if self.change_set.removed.pop(tag.id.int, None) is None:",
+        "if self.change_set.removed.get(tag.id.int) is None:",
+        f"{_OF_RULES}a_batch_that_is_too_large_takes_all_of_its_operations_back",
+    ),
+    # --- Admission -------------------------------------------------------------------------------
+    Mutant(  # a token is good for every organization
+        _ADMISSION,
+        "if principal.organization_id != organization_id:",
+        "if not principal.organization_id:",
+        f"{_OF_ADMISSION}a_message_is_refused_for_its_token_before_anything_else",
+    ),
+    Mutant(  # the scope for tags is enough for all
+        _ADMISSION,
+        "scope = WRITE if isinstance(message, TagBatch) else EXECUTIONS_WRITE",
+        "scope = WRITE",
+        f"{_OF_ADMISSION}a_scope_is_needed_for_each_kind_alone",
+    ),
+    Mutant(  # a token counts when a worker comes to its message
+        _ADMISSION,
+        "authorizer.verify(entry.token, entry.accepted_at, now.timestamp())",
+        "authorizer.verify(entry.token, now.timestamp(), now.timestamp())",
+        f"{_OF_ADMISSION}a_token_that_expired_while_its_message_waited_is_taken",
+    ),
+    Mutant(  # what is wrong with a message is said to everybody
+        _ADMISSION,
+        "        broken = error\n        batch_id, reply_to = error.batch_id, "
+        "error.reply_to or str(error.batch_id)\n",
+        "        broken = error\n        batch_id, reply_to = error.batch_id, "
+        "error.reply_to or str(error.batch_id)\n"
+        '        fault = ErrorInfo(code="bad_request", message="", details=[])\n'
+        "        record = error_record(organization_id, batch_id, fault).encode()\n"
+        "        return Refused(entry, reply_to, record)\n",
+        f"{_OF_ADMISSION}a_message_is_refused_for_its_token_before_anything_else",
+    ),
+    # --- Tokens ----------------------------------------------------------------------------------
+    Mutant(  # a clock that is ahead makes tokens expire
+        _AUTH,
+        "used_at = now if at > now + _MAX_AHEAD_SECONDS else at",
+        "used_at = at",
+        f"{_OF_AUTH}a_clock_that_is_wrong_refuses_no_message_for_good",
+    ),
+    Mutant(  # there is no leeway
+        _AUTH,
+        "if used_at > grant.expires_at + LEEWAY_SECONDS:",
+        "if used_at > grant.expires_at:",
+        f"{_OF_AUTH}a_token_must_be_valid_when_the_message_was_accepted",
+    ),
+    Mutant(  # the claim that is read last counts
+        _AUTH,
+        "object_pairs_hook=each_name_once)",
+        "object_pairs_hook=dict)",
+        f"{_OF_AUTH}a_wrong_token_proves_nothing",
+    ),
+    Mutant(  # the signing key of a token that was verified once is never looked at again
+        _AUTH,
+        "if grant is None or now >= until:",
+        "if grant is None:",
+        f"{_OF_AUTH}a_key_that_is_taken_away_is_soon_worth_nothing",
+    ),
+    Mutant(  # tokens for other purposes are taken
+        _AUTH,
+        "if kind not in _TYPES:",
+        "if kind is not None and not isinstance(kind, str):",
+        f"{_OF_AUTH}a_wrong_token_proves_nothing",
+    ),
+    Mutant(  # the issuer is not compared
+        _AUTH,
+        "issuer=self._settings.jwt_issuer,",
+        "issuer=None,",
+        f"{_OF_AUTH}audience_and_issuer_are_checked_if_they_are_set",
+    ),
+    # --- Gaps ------------------------------------------------------------------------------------
+    Mutant(  # events around a gap look as if they followed each other
+        _FILLER,
+        "if self._events and self._events[-1][0] != number - 1:",
+        "if self._events and self._events[-1][0] > number - 1:",
+        f"{_OF_FILLER}a_gap_drops_what_was_before_it",
+    ),
+    Mutant(  # an event that comes twice is passed on twice
+        _FILLER,
+        "if number <= self.last:",
+        "if number < self.last:",
+        f"{_OF_FILLER}an_event_that_comes_twice_or_late_is_dropped",
+    ),
+    Mutant(  # an event is skipped
+        _FILLER,
+        "first = number + 1 - self._events[0][0]",
+        "first = max(1, number + 1 - self._events[0][0])",
+        f"{_OF_FILLER}what_is_buffered_follows_the_number_without_a_gap",
+    ),
+    Mutant(  # what was dropped counts for ever
+        _FILLER,
+        "self._bytes -= self._events.popleft()[2]",
+        "self._events.popleft()",
+        f"{_OF_FILLER}the_buffer_is_bounded_in_events_and_in_bytes",
+    ),
+    Mutant(  # what was published while the store was asked is forgotten
+        _FILLER,
+        "if stored < assumed == self.last:",
+        "if stored < self.last:",
+        f"{_OF_FILLER}the_store_is_right",
+    ),
+    # --- The path of a drain ---------------------------------------------------------------------
+    Mutant(  # a result overtakes the changes of its batch
+        _PATH,
+        "    for flow_execution_id, event in outcome.events:\n"
+        "        yield changes_channel(organization_id, flow_execution_id), event\n"
+        "    yield results_channel(organization_id, reply_to), outcome.record",
+        "    yield results_channel(organization_id, reply_to), outcome.record\n"
+        "    for flow_execution_id, event in outcome.events:\n"
+        "        yield changes_channel(organization_id, flow_execution_id), event",
+        f"{_OF_DRAIN}a_group_is_answered_in_order_and_leaves_nothing_behind",
+    ),
+    Mutant(  # a worker that ends holds its inbox up until the lease runs out
+        _PATH,
+        "(time.monotonic() > turn.deadline or self.stopping())",
+        "(time.monotonic() > turn.deadline)",
+        f"{_OF_DRAIN}a_drain_hands_over_when_the_process_is_to_end",
+    ),
+    Mutant(  # one batch that fails takes its group along
+        _PATH,
+        "turn.alone = len(entries)",
+        "turn.alone = 0",
+        f"{_OF_DRAIN}one_batch_that_fails_for_good_does_not_take_its_group_along",
+    ),
+    Mutant(  # messages behind the end of a group are acknowledged with it
+        _PATH,
+        "entries = entries[:place]",
+        "entries = entries[:]",
+        "tests/integration/test_sizes.py::test_a_group_ends_where_its_events_reach_16_mib",
+    ),
+    Mutant(  # a message that another drain has answered gets a failure as well
+        _PATH,
+        "            if known is not None:\n                return Outcome",
+        "            if known is not None and not known.digest:\n                return Outcome",
+        "tests/integration/test_dead_letters.py::"
+        "test_what_another_drain_has_answered_is_no_failure",
+    ),
+    Mutant(  # a message that fails is not kept
+        _PATH,
+        "            self.inbox.add_dead_letter(dead_letter)\n",
+        "",
+        "tests/integration/test_dead_letters.py::"
+        "test_a_batch_that_fails_is_kept_with_all_that_an_operator_asks_for",
+    ),
+    # --- Scripts ---------------------------------------------------------------------------------
+    Mutant(  # an inbox takes more than its limit
+        f"{_SCRIPTS}/append.lua",
+        "tonumber(ARGV[1]) - waiting",
+        "tonumber(ARGV[1])",
+        f"{_OF_INBOX}the_bound_holds_and_what_is_accepted_is_the_beginning",
+    ),
+    Mutant(  # every append sends a drain
+        f"{_SCRIPTS}/append.lua",
+        "if not held then",
+        "if waiting == 0 then",
+        f"{_OF_INBOX}the_first_to_append_is_the_one_who_sends_a_drain",
+    ),
+    Mutant(  # a drain that was superseded goes on
+        f"{_SCRIPTS}/ack_and_publish.lua",
+        "if held and held ~= 'running ' .. ARGV[1] then",
+        "if held and held == 'queued ' .. ARGV[1] then",
+        f"{_OF_INBOX}a_lease_that_runs_out_is_free_and_its_old_holder_must_stop",
+    ),
+    Mutant(  # an inbox that is empty keeps its lease
+        f"{_SCRIPTS}/_read_head.lua",
+        "redis.call('DEL', lease)",
+        "redis.call('SET', lease, 'running ' .. run, 'PX', lease_ms)",
+        f"{_OF_INBOX}a_drain_that_finds_nothing_leaves_no_lease",
+    ),
+    Mutant(  # a message larger than the bound is never read
+        f"{_SCRIPTS}/_read_head.lua",
+        "if #entries > 0 and bytes > tonumber(max_bytes) then",
+        "if bytes > tonumber(max_bytes) then",
+        f"{_OF_INBOX}a_read_is_bounded_in_bytes_but_never_empty",
+    ),
+    Mutant(  # a repeated call sends a second drain
+        f"{_SCRIPTS}/requeue.lua",
+        "if held == 'queued ' .. ARGV[1] then",
+        "if held == 'queued' .. ARGV[1] then",
+        f"{_OF_INBOX}a_step_that_is_repeated_says_what_it_said",
+    ),
+    Mutant(  # a lease without a time to live holds an inbox for ever
+        f"{_SCRIPTS}/_lease.lua",
+        "if left < 0 or left > 60000 then",
+        "if left > 60000 then",
+        "tests/integration/test_repair.py::test_a_lease_that_nobody_frees_is_free",
+    ),
+    Mutant(  # a failure of the message before counts for this one
+        f"{_SCRIPTS}/count_failure.lua",
+        "redis.call('DEL', KEYS[1])\n",
+        "",
+        f"{_OF_INBOX}failures_are_counted_for_each_message",
+    ),
+    Mutant(  # an inbox of more than a page is rebuilt in part
+        f"{_SCRIPTS}/rebuild.lua",
+        "    from = '(' .. entry[1]\n",
+        "    from = '(18446744073709551615-18446744073709551615'\n",
+        "tests/integration/test_repair.py::test_a_stream_that_has_reached_its_last_id_is_rebuilt",
+    ),
+    # --- Statements ------------------------------------------------------------------------------
+    Mutant(  # two drains of an organization work side by side
+        _STATEMENTS,
+        "               for update) as locked",
+        "               ) as locked",
+        f"{_OF_REPOSITORY}two_drains_of_one_organization_take_turns",
+    ),
+    Mutant(  # the time is read before the lock is held
+        _STATEMENTS,
+        "    select clock_timestamp()\n      from (select from organizations",
+        "    select now()\n      from (select from organizations",
+        f"{_OF_REPOSITORY}the_time_of_a_transaction_is_that_at_which_it_has_the_lock",
+    ),
+    Mutant(  # tags that were removed are found
+        _STATEMENTS,
+        "and tag = k.tag and status = 'active'",
+        "and tag = k.tag",
+        f"{_OF_REPOSITORY}removed_tags_keep_their_rows",
+    ),
+    Mutant(  # registering again begins with revision 1 again
+        _STATEMENTS,
+        "       set task_names = excluded.task_names\n",
+        "       set task_names = excluded.task_names, revision = excluded.revision\n",
+        f"{_OF_REPOSITORY}registering_again_keeps_the_revision",
+    ),
+    Mutant(  # results that are younger than the retention are deleted
+        _STATEMENTS,
+        "and applied_at < (select clock_timestamp() - %(age)s::interval)",
+        "and applied_at > (select clock_timestamp() - %(age)s::interval)",
+        f"{_OF_REPOSITORY}purging_forgets_old_results_of_that_organization_alone",
+    ),
+    Mutant(  # a batch that took effect is forgotten, and then applied again
+        _STATEMENTS,
+        "       and result_record #>> '{error,code}' = 'internal_error'\n",
+        "",
+        "tests/integration/test_dead_letters.py::"
+        "test_only_a_failure_of_the_own_organization_is_forgotten",
+    ),
+)
