@@ -62,6 +62,16 @@ def test_the_first_to_append_is_the_one_who_sends_a_drain(inbox: Inbox) -> None:
     assert {entry.token for entry in entries} == {TOKEN.encode()}
 
 
+def test_an_append_behind_others_sends_a_drain_if_there_is_none(
+    inbox: Inbox, quiet_redis: Any, organization: UUID
+) -> None:
+    """The drain of those that wait was lost: no rescue is needed where messages keep coming."""
+    assert append(inbox, b"1")
+    quiet_redis.delete(lease_key(organization))
+    assert append(inbox, b"2")
+    assert not append(inbox, b"3")
+
+
 def test_what_is_read_stays_until_it_is_removed(inbox: Inbox) -> None:
     """A drain that dies after reading has lost nothing, and a run goes on where it has come to."""
     append(inbox, b"1", b"2", b"3")

@@ -158,6 +158,9 @@ def test_removed_tags_keep_their_rows(
             "order by created_at, id"
         ).fetchall()
     assert rows == [("deleted", True, False, "ada"), ("active", True, True, None)]
+    removing = (TagBatch(tags=[remove(execution, "a", "t", "x")]) for _ in range(2))
+    found = [applied(repository, organization, batch).outcomes[0].record for batch in removing]
+    assert [ResultRecord.decode(each).statuses for each in found] == [["removed"], ["not_found"]]
 
 
 def test_the_last_state_of_a_task_is_kept(repository: Repository, organization: UUID) -> None:

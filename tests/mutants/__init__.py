@@ -270,11 +270,11 @@ MUTANTS: Final = (
         "tonumber(ARGV[1])",
         f"{_OF_INBOX}the_bound_holds_and_what_is_accepted_is_the_beginning",
     ),
-    Mutant(  # every append sends a drain
+    Mutant(  # only what is appended to an empty inbox sends a drain
         f"{_SCRIPTS}/append.lua",
         "if not held then",
-        "if waiting == 0 then",
-        f"{_OF_INBOX}the_first_to_append_is_the_one_who_sends_a_drain",
+        "if not held and waiting == 0 then",
+        f"{_OF_INBOX}an_append_behind_others_sends_a_drain_if_there_is_none",
     ),
     Mutant(  # a drain that was superseded goes on
         f"{_SCRIPTS}/ack_and_publish.lua",
@@ -294,11 +294,11 @@ MUTANTS: Final = (
         "if bytes > tonumber(max_bytes) then",
         f"{_OF_INBOX}a_read_is_bounded_in_bytes_but_never_empty",
     ),
-    Mutant(  # a repeated call sends a second drain
+    Mutant(  # a drain that was superseded takes the lease back
         f"{_SCRIPTS}/requeue.lua",
-        "if held == 'queued ' .. ARGV[1] then",
-        "if held == 'queued' .. ARGV[1] then",
-        f"{_OF_INBOX}a_step_that_is_repeated_says_what_it_said",
+        "if held and held ~= 'running ' .. ARGV[1] then",
+        "if held and string.sub(held, 1, 8) ~= 'running ' then",
+        f"{_OF_INBOX}a_lease_that_runs_out_is_free_and_its_old_holder_must_stop",
     ),
     Mutant(  # a lease without a time to live holds an inbox for ever
         f"{_SCRIPTS}/_lease.lua",

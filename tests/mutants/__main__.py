@@ -47,7 +47,7 @@ class Tree:
         return subprocess.run(
             [sys.executable, "-m", "pytest", *options, *tests],
             cwd=self.path,
-            env={**os.environ, "PYTHONPATH": str(self.path)},
+            env={**os.environ, "PYTHONPATH": str(self.path), "PYTHONDONTWRITEBYTECODE": ""},
             capture_output=True,
             text=True,
         )
