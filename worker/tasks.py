@@ -12,6 +12,7 @@ import psycopg
 from celery.worker import state
 from redis import Redis
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from producers.contract.values import Uuid7
@@ -74,8 +75,12 @@ def drain(organization_id: str, lease_id: str) -> None:
 def wake() -> None:
     """Do what a drain does when it begins: look for drains that were lost, if nobody just did."""
     redis = _resources().redis
-    if claim_rescue(redis):
-        rescue(redis, settings.lease_ms)
+    try:
+        if claim_rescue(redis):
+            rescue(redis, settings.lease_ms)
+    except RedisError:  # it may no longer be the right server: the next step connects again
+        redis.connection_pool.disconnect(inuse_connections=False)
+        raise
 
 
 @app.task(name=PURGE_TASK)

@@ -45,6 +45,8 @@ class Readiness:
                         await redis.eval(_NEEDS_WRITES, 0)
                 except (RedisError, OSError) as error:
                     self._error = error if isinstance(error, TimeoutError) else _NO_REDIS
+                    # It may no longer be the right server: the next check connects again.
+                    await redis.connection_pool.disconnect(inuse_connections=False)
                 except READ_ERRORS as error:
                     self._error = error
                 self._checked_at = asyncio.get_running_loop().time()
