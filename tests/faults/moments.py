@@ -27,7 +27,10 @@ SQL_STATES: Final = (
 
 @dataclass(frozen=True)
 class Harm:
-    """What happens to each request of a moment; `seconds` is for how long it hangs."""
+    """What happens to each request of a moment; `seconds` is for how long it hangs.
+
+    After the fault `end`, which the harness does not use, the connection is closed.
+    """
 
     moment: str
     fault: str
@@ -58,6 +61,8 @@ class RedisMoments:
         **dict.fromkeys((b"HELLO", b"AUTH", b"CLIENT", b"SELECT", b"PING"), "connect"),
         b"BRPOP": "take",
         b"LPUSH": "send",
+        b"EVAL": "evaluate",
+        b"SUBSCRIBE": "subscribe",
     }
 
     def __init__(self) -> None:
@@ -111,7 +116,7 @@ class PostgresMoments:
                 return
             message, self._buffer = self._buffer[:length], self._buffer[length:]
             self._started = True
-            yield self._moment(message) if head else "", message
+            yield self._moment(message) if head else "start", message
 
     def _moment(self, message: bytes) -> str:
         if message[:1] == b"P":
@@ -119,11 +124,18 @@ class PostgresMoments:
             self._of_statement[name] = moment_of_sql(rest.partition(b"\0")[0])
         if message[:1] == b"B":
             _, _, rest = message[5:].partition(b"\0")
-            return self._of_statement.get(rest.partition(b"\0")[0], "")
+            name = rest.partition(b"\0")[0]
+            return self._of_statement.get(name, name.decode())  # the endpoint prepares by SQL
         return ""
 
     def error(self, code: str, request: bytes) -> tuple[bytes, bytes]:
-        """Let the server raise it, so that the state of the connection stays right."""
+        """Let the server raise it, so that the state of the connection stays right.
+
+        The first message has no kind: it is answered as by a server that ends the connection.
+        """
+        if not request[:1].isalpha():
+            fields = (b"SFATAL", b"VFATAL", b"C" + code.encode(), b"Minjected")
+            return _message(b"E", b"\0".join(fields) + b"\0\0"), b""
         sql = f"do $$ begin raise exception 'injected' using errcode = '{code}'; end $$"
         parse = _message(b"P", b"\0" + sql.encode() + b"\0" + struct.pack("!h", 0))
         bind = _message(b"B", b"\0\0" + struct.pack("!hhh", 0, 0, 0))

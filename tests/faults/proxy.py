@@ -6,13 +6,18 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.moments import Harm, Moments
 
 
 class Proxy:
-    """Forwards connections from one socket to another, in a separate thread."""
+    """Forwards connections from one socket to another, in a separate thread.
+
+    New connections go to what is the target then.
+    """
 
     def __init__(self, listen: Path, target: Path, moments: type[Moments]) -> None:
         self.listen = listen
@@ -21,6 +26,8 @@ class Proxy:
         self._harm: Harm | None = None
         self.harmed = 0
         """How many requests were harmed."""
+        self.passed: Counter[tuple[Path, str]] = Counter()
+        """How many requests were passed on, by target and moment."""
         self.delay = 0.0
         self._open = asyncio.Event()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -50,16 +57,27 @@ class Proxy:
 
     def harm(self, harm: Harm, seconds: float) -> bool:
         """Harm all requests of a moment for a while; return whether there was one."""
-        before, self._harm = self.harmed, harm
-        time.sleep(seconds)
-        self._harm = None
+        before = self.harmed
+        with self.harming(harm):
+            time.sleep(seconds)
         return self.harmed > before
+
+    @contextlib.contextmanager
+    def harming(self, harm: Harm) -> Iterator[None]:
+        """Harm all requests of a moment until the block ends."""
+        self._harm = harm
+        try:
+            yield
+        finally:
+            self._harm = None
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._end)
         self._thread.join()
 
     def _end(self) -> None:
+        self._server.close()
+        self._close_all()
         tasks = asyncio.all_tasks(self._loop)
         for task in tasks:
             task.cancel()
@@ -70,32 +88,42 @@ class Proxy:
         asyncio.set_event_loop(self._loop)
         self._open.set()
         self.listen.unlink(missing_ok=True)
-        self._loop.run_until_complete(asyncio.start_unix_server(self._serve, str(self.listen)))
+        starting = asyncio.start_unix_server(self._serve, str(self.listen))
+        self._server = self._loop.run_until_complete(starting)
         self.listen.chmod(0o777)
         self._started.set()
         self._loop.run_forever()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
 
     def _close_all(self) -> None:
         for writer in list(self._writers):
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        target = self.target
+        self._writers.add(writer)
+        upstream = None
         try:
-            upstream = await asyncio.open_unix_connection(str(self.target))
+            upstream = await asyncio.open_unix_connection(str(target))
+            self._writers.add(upstream[1])
+            await asyncio.gather(
+                self._pump_requests(reader, writer, upstream[1], target),
+                self._pump(upstream[0], writer),
+            )
         except OSError:
-            writer.close()
-            return
-        self._writers |= {writer, upstream[1]}
-        await asyncio.gather(
-            self._pump_requests(reader, writer, upstream[1]), self._pump(upstream[0], writer)
-        )
-        self._writers -= {writer, upstream[1]}
+            pass  # there is no server
+        finally:
+            for each in (writer, upstream[1]) if upstream else (writer,):
+                self._writers.discard(each)
+                each.close()
 
     async def _pump_requests(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         upstream: asyncio.StreamWriter,
+        target: Path,
     ) -> None:
         moments = self._moments()
         with contextlib.suppress(OSError):
@@ -106,6 +134,7 @@ class Proxy:
                 for moment, request in moments.split(data):
                     harm = self._harm
                     if harm is None or harm.moment != moment:
+                        self.passed[target, moment] += 1
                         upstream.write(request)
                         continue
                     self.harmed += 1
@@ -113,6 +142,9 @@ class Proxy:
                         answer, instead = moments.error(harm.code, request)
                         writer.write(answer)
                         upstream.write(instead)
+                    elif harm.fault == "end":
+                        writer.write(moments.error(harm.code, b"\0")[0])
+                        writer.close()
                     elif harm.fault == "hang":
                         await asyncio.sleep(harm.seconds)
                         writer.transport.abort()
