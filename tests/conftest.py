@@ -19,12 +19,11 @@ from redis import Redis
 from producers.client import TagProducer
 from producers.contract.messages import register_execution
 from producers.redis_client import open_redis
-from tests.support.servers import Servers
+from tests.support.servers import RUNNING_STACK, Servers, attached_stack, servers_of
 from tests.support.tenant import EXECUTION, Tenant, listening
 from worker.auth import Authorizer
 from worker.db.repository import Repository
-from worker.local.servers import Postgres, find_server_paths, load_or_create_secret
-from worker.local.stack import DATABASE, run_stack, signing_settings
+from worker.local.stack import run_stack
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started in the background of a script: the processes under test would ignore Ctrl-C as well.
@@ -42,17 +41,12 @@ for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    if running := os.environ.get(RUNNING_STACK):
+        yield servers_of(attached_stack(Path(running)))
+        return
     directory = tmp_path_factory.mktemp("a stack")  # with a space, as a user's path may have one
     with run_stack(directory, port=0, workers=1, say=lambda _: None) as stack:
-        postgres = Postgres(
-            find_server_paths(directory), load_or_create_secret(directory, "postgres")
-        )
-        urls = [
-            postgres.url(role, load_or_create_secret(directory, role), DATABASE)
-            for role in ("task_tags_worker", "task_tags_endpoint")
-        ]
-        settings = signing_settings(directory)
-        yield Servers(stack, settings, postgres.url(database=DATABASE), *urls)
+        yield servers_of(stack)
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ MUTANTS: Final = (
         _RULES,
         "execution.revision += 1",
         "execution.revision += event.count(b'\"change\":')",
-        f"{_OF_RULES}any_sequence_of_messages_agrees_with_the_reference_model",
+        f"{_OF_RULES}a_batch_may_span_executions_and_counts_each_ones_revision",
     ),
     Mutant(  # the event has the revision before the batch
         _RULES,
@@ -237,11 +237,11 @@ MUTANTS: Final = (
         "(time.monotonic() > turn.deadline)",
         f"{_OF_DRAIN}a_drain_hands_over_when_the_process_is_to_end",
     ),
-    Mutant(  # one batch that fails takes its group along
+    Mutant(  # the events of a batch are published once for each of its copies
         _PATH,
-        "turn.alone = len(entries)",
-        "turn.alone = 0",
-        f"{_OF_DRAIN}one_batch_that_fails_for_good_does_not_take_its_group_along",
+        "if batch_id in events_of:",
+        "if batch_id is None:",
+        "tests/integration/test_sizes.py::test_events_of_copies_are_published_once_in_a_group",
     ),
     Mutant(  # messages behind the end of a group are acknowledged with it
         _PATH,

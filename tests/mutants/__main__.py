@@ -1,33 +1,45 @@
-"""Plants each mistake in a copy of the tree, and runs its test: it must fail."""
+"""Plants each mistake in a copy of the tree, and runs its test: it must fail.
+
+Unit tests and tests with servers run side by side, each in a copy of their own. The stack of the
+latter is that of the tree itself, so a mistake must be one that the test's own process makes.
+"""
 
 from __future__ import annotations
 
 import os
-import queue
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from tests.mutants import MUTANTS, Mutant
+from tests.support.script_stack import script_stack
+from tests.support.servers import RUNNING_STACK
 
 ROOT: Final = Path(__file__).parents[2]
-_COPIES: Final = 2
 _FAILED: Final = re.compile(r"^(?:\d+ \w+, )*\d+ failed", re.MULTILINE)
 
 
 class Tree:
     """A copy of the tree, in which one mistake at a time is planted."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         self.path = path
+        self._environment = {
+            **os.environ,
+            **environment,
+            "PYTHONPATH": str(path),
+            "PYTHONDONTWRITEBYTECODE": "",
+        }
         self._times = count(int(time.time()))
         listed = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"],
@@ -47,7 +59,7 @@ class Tree:
         return subprocess.run(
             [sys.executable, "-m", "pytest", *options, *tests],
             cwd=self.path,
-            env={**os.environ, "PYTHONPATH": str(self.path), "PYTHONDONTWRITEBYTECODE": ""},
+            env=self._environment,
             capture_output=True,
             text=True,
         )
@@ -74,39 +86,43 @@ class Tree:
         os.utime(file, (written, written))
 
 
+def check(tree: Tree, mutants: Sequence[Mutant]) -> int:
+    """Print what becomes of each mutant; return how many are caught."""
+    done = tree.run(sorted({each.test for each in mutants}))
+    if done.returncode:
+        print(f"tests fail without a mistake:\n{done.stdout[-5000:]}{done.stderr[-1000:]}")
+        return 0
+    caught = 0
+    for mutant in mutants:
+        place = f"{mutant.file}: {' '.join(mutant.wrong.split())[:60]!r}"
+        began = time.monotonic()
+        if (fault := tree.let_through(mutant)) is None:
+            caught += 1
+            print(f"caught in {time.monotonic() - began:4.1f} s  {place}", flush=True)
+        else:
+            print(f"WRONG   {place}\n        {mutant.test}\n        {fault}", flush=True)
+    return caught
+
+
 def main(words: list[str]) -> int:
     """Check all mutants, or those whose file or test has one of the words."""
     chosen = [each for each in MUTANTS if not words or any(w in " ".join(each) for w in words)]
-    wrong = 0
-    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
-        Path(name).chmod(0o755)
-        trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
-        for number in range(_COPIES):
-            trees.put(Tree(Path(name) / f"tree {number}"))
-        tree = trees.get()
-        done = tree.run(sorted({each.test for each in chosen}))
-        trees.put(tree)
-        if done.returncode:
-            print(f"tests fail without a mistake:\n{done.stdout[-5000:]}{done.stderr[-1000:]}")
-            return 1
-
-        def check(mutant: Mutant) -> str | None:
-            tree = trees.get()
-            try:
-                return tree.let_through(mutant)
-            finally:
-                trees.put(tree)
-
-        with ThreadPoolExecutor(_COPIES) as threads:
-            for mutant, fault in zip(chosen, threads.map(check, chosen), strict=True):
-                place = f"{mutant.file}: {' '.join(mutant.wrong.split())[:60]!r}"
-                if fault is not None:
-                    wrong += 1
-                    print(f"WRONG   {place}\n        {mutant.test}\n        {fault}", flush=True)
-                else:
-                    print(f"caught  {place}", flush=True)
-    print(f"{len(chosen) - wrong} of {len(chosen)} planted mistakes are caught")
-    return 1 if wrong else 0
+    units = [each for each in chosen if each.test.startswith("tests/unit/")]
+    others = [each for each in chosen if each not in units]
+    with ExitStack() as opened:
+        directory = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="mutants-")))
+        directory.chmod(0o755)
+        parts = [opened.enter_context(ThreadPoolExecutor(1)) for _ in range(2)]
+        caught = []
+        if units:
+            caught.append(parts[0].submit(check, Tree(directory / "units"), units))
+        if others:
+            stack, _ = opened.enter_context(script_stack(workers=1))
+            tree = Tree(directory / "others", {RUNNING_STACK: str(stack)})
+            caught.append(parts[1].submit(check, tree, others))
+        count = sum(each.result() for each in caught)
+    print(f"{count} of {len(chosen)} planted mistakes are caught")
+    return int(count < len(chosen))
 
 
 if __name__ == "__main__":

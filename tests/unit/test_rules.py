@@ -182,6 +182,8 @@ def test_a_batch_may_span_executions_and_counts_each_ones_revision() -> None:
         (TWO, 1, 2),
         (ONE, 2, 1),
     ]
+    later = settle(state, batch(plus("z"), add(TWO, "a", "b", "e")))
+    assert [(e.flow_execution_id, e.revision) for e in events(later)] == [(ONE, 3), (TWO, 2)]
 
 
 def test_a_batch_that_changes_nothing_has_no_event_and_no_revision() -> None:
