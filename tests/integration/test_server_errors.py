@@ -102,6 +102,23 @@ def test_no_error_of_redis_ends_beat(behind: BehindProxies, moment: str) -> None
         behind.assert_alive()
 
 
+# --- The worker ----------------------------------------------------------------------------------
+
+
+def test_a_worker_waits_for_a_postgresql_that_takes_no_connections(
+    behind: BehindProxies, runner: TagProducer, execution: UUID
+) -> None:
+    """Whatever it says to that: no batch is refused for it, and they take effect in their order."""
+    proxy = behind.proxies["database"]
+    for code in (*SQL_STATES, "28P01", "3D000"):
+        with proxy.harming(Harm("start", "error", code)):
+            proxy.cut()
+            harmed = proxy.harmed
+            futures = [runner.submit(tagging(execution, f"{code} {n}")) for n in range(3)]
+            await_more(lambda: proxy.harmed, harmed + 2)
+        assert [each.result(20).statuses for each in futures] == [["added"]] * 3, code
+
+
 # --- The SDK -------------------------------------------------------------------------------------
 
 

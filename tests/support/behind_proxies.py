@@ -113,23 +113,29 @@ def behind_proxies(servers: Servers, directory: Path) -> Iterator[BehindProxies]
         proxies["database"] = Proxy(database, Path(socket) / database.name, PostgresMoments)
         port = free_port(0)
         found = BehindProxies(supervisor, proxies, valkeys, f"http://127.0.0.1:{port}")
-        proxied = servers.endpoint_url.replace(
-            quote(socket, safe=""), quote(str(database.parent), safe="")
-        )
-        assert proxied != servers.endpoint_url
+
+        def proxied(url: str) -> str:
+            there, here = (quote(path, safe="") for path in (socket, str(database.parent)))
+            assert there in url
+            return url.replace(there, here)
 
         def start(name: str, argv: list[str], ready: Any, **changes: str) -> ProcessSpec:
             changes["TASK_TAGS_REDIS_URL"] = found.redis_url(name)
             return ProcessSpec(name, argv, ready, environment=settings_of(servers, **changes))
 
         supervisor.start(
-            start("worker", command(WORKER), lambda: '"ready"' in found.log("worker")),
+            start(
+                "worker",
+                command(WORKER),
+                lambda: '"ready"' in found.log("worker"),
+                TASK_TAGS_DATABASE_URL=proxied(servers.worker_url),
+            ),
             start("beat", command(BEAT), lambda: '"ready"' in found.log("beat")),
             start(
                 "endpoint",
                 [sys.executable, "-c", ENDPOINT, "endpoint", "--port", str(port)],
                 lambda: _is_ready(port),
-                TASK_TAGS_DATABASE_URL=proxied,
+                TASK_TAGS_DATABASE_URL=proxied(servers.endpoint_url),
             ),
         )
         try:
