@@ -18,6 +18,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as connect_websocket
 
+from producers.client import TagProducer
+from producers.contract.messages import register_execution
 from tests.support.memory import resident
 from tests.support.processes import await_line, endpoint_of, settings_of
 from tests.support.servers import Servers
@@ -139,6 +141,29 @@ def test_a_flood_of_frames_is_refused(servers: Servers, opcode: int) -> None:
             while True:
                 watching.recv(SECONDS)
         assert watching.close_code in (1008, 4400)  # 4400: an empty text is no token
+
+
+def test_who_still_sends_when_a_websocket_is_refused_gets_the_close_frame(
+    servers: Servers, producer: TagProducer, token: str
+) -> None:
+    """What comes behind a message that is too large is read: closing would reset the connection."""
+    execution = uuid4()
+    producer.apply(register_execution(execution))
+    handshake = (
+        f"GET /task-tags/changes?flow_execution_id={execution} HTTP/1.1\r\nHost: x\r\n"
+        f"Authorization: Bearer {token}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    piece = bytes([0x80 | 126]) + (1024).to_bytes(2, "big") + bytes(4) + b"x" * 1024
+    for _ in range(5):
+        with connect(servers) as connection:
+            connection.sendall(handshake.encode())
+            assert connection.recv(4096).startswith(b"HTTP/1.1 101")
+            connection.sendall(b"\x01" + piece)
+            for _ in range(300):
+                connection.sendall(b"\x00" + piece)
+                time.sleep(0.0005)
+            assert answers(connection)[2:4] == (1009).to_bytes(2, "big")
 
 
 def test_a_handshake_begins_one_websocket_whatever_is_behind_it(servers: Servers) -> None:

@@ -73,6 +73,8 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
         self.transport.resume_reading()
         self._closing = IdleClose(self.transport)
         self._cut_soon()
+        # Without it, the end of the task closes the connection, which resets it while more is sent.
+        self.close_timer = self._cutting
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
