@@ -31,7 +31,7 @@ faults: .venv/ready  ## Break everything at random, compare with a model; SECOND
 	$(BIN)/python -m tests.faults --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) \
 		$(if $(PLANT),--plant $(PLANT))
 
-mutants: .venv/ready  ## Plant mistakes in a copy, one at a time: a test must fail for each; ONLY=<word>
+mutants: .venv/ready  ## Plant mistakes in a copy, one at a time; a test must fail for each; ONLY=word
 	$(BIN)/python -m tests.mutants $(ONLY)
 
 fairness: .venv/ready  ## Measure how long one organization waits while another has 50,000 batches
