@@ -6,7 +6,8 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo unit test faults mutants fairness soak watchers bench ab count check format lock clean
+.PHONY: help run demo unit test faults mutants fairness soak watchers bench ab count check format
+.PHONY: lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
