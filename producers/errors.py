@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from producers.contract.errors import InvalidMessage, TaskTagsError
+from producers.contract.errors import InvalidMessage, TaskTagsError, describe
 from producers.contract.messages import Message
 from producers.contract.results import ResultRecord
 
@@ -119,7 +119,8 @@ class BatchRefused(TaskTagsError):
     def __init__(self, record: ResultRecord) -> None:
         error = record.error
         assert error is not None
-        super().__init__(f"{error.code}: {error.message}")
+        details = "; ".join(describe(detail) for detail in error.details[:10])
+        super().__init__(f"{error.code}: {error.message}{f' ({details})' if details else ''}")
         self.record = record
 
 

@@ -57,15 +57,14 @@ MUTANTS: Final = (
     ),
     Mutant(  # what is added and removed in one transaction stays active
         _RULES,
-        "                self.change_set.added[tag.id.int] = new._replace(tag=tag)\n"
-        "            changes",
-        "                pass\n            changes",
+        "            self.change_set.added[tag.id.int] = new._replace(tag=tag)\n        changes",
+        "            pass\n        changes",
         f"{_OF_RULES}a_tag_that_comes_and_goes_in_one_transaction_leaves_a_deleted_row",
     ),
     Mutant(  # an empty list of task names allows every name
         _RULES,
-        "elif execution.task_names is not None and each.task_name not in execution.task_names:",
-        "elif execution.task_names and each.task_name not in execution.task_names:",
+        "if execution.task_names is not None and named.task_name not in execution.task_names:",
+        "if execution.task_names and named.task_name not in execution.task_names:",
         f"{_OF_RULES}an_execution_without_task_names_has_no_tasks",
     ),
     Mutant(  # a second registration replaces the names of the first
@@ -106,9 +105,33 @@ MUTANTS: Final = (
     ),
     Mutant(  # a state that is repeated is a change
         _RULES,
-        "if known is not None and known.state == message.state:",
-        "if known is not None and known.state is None:",
+        "if known is None or known.state != message.state:",
+        "if known is None or known.state:",
         f"{_OF_RULES}a_state_is_recorded_once_and_any_state_may_follow",
+    ),
+    Mutant(  # conditions are not looked at
+        _RULES,
+        "if bool(meant) == condition.exists:",
+        "if meant or not condition.exists:",
+        f"{_OF_RULES}a_batch_takes_effect_only_if_its_conditions_hold",
+    ),
+    Mutant(  # a condition does not see what the batches before it in its transaction added
+        _RULES,
+        "            of_type[key] = None\n",
+        "            pass\n",
+        f"{_OF_RULES}a_claim_has_one_winner_and_a_decision_counts_once",
+    ),
+    Mutant(  # set adds, and leaves the others
+        _RULES,
+        "if tag is not wanted]",
+        "if tag is wanted]",
+        f"{_OF_RULES}set_leaves_one_tag_of_its_type",
+    ),
+    Mutant(  # a state that is the same clears nothing
+        _RULES,
+        "for tag_type in dict.fromkeys(message.clear or ()):",
+        "for tag_type in dict.fromkeys(message.clear or ()) if message.state != 'running' else ():",
+        f"{_OF_RULES}a_new_state_clears_approvals_in_one_event",
     ),
     Mutant(  # operations are taken back in the order in which they were done
         _RULES,
@@ -131,8 +154,8 @@ MUTANTS: Final = (
     ),
     Mutant(  # the scope for tags is enough for all
         _ADMISSION,
-        "scope = WRITE if isinstance(message, TagBatch) else EXECUTIONS_WRITE",
-        "scope = WRITE",
+        "return (EXECUTIONS_WRITE, WRITE) if removes_tags else (EXECUTIONS_WRITE,)",
+        "return (WRITE,)",
         f"{_OF_ADMISSION}a_scope_is_needed_for_each_kind_alone",
     ),
     Mutant(  # a token counts when a worker comes to its message
