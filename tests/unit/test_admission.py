@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 from pydantic import SecretStr
 
-from producers.contract.messages import TagBatch, add, register_execution
+from producers.contract.messages import TagBatch, add, register_execution, set_task_state
 from producers.contract.results import ResultRecord
 from producers.inbox.protocol import StreamEntry
 from worker.auth import EXECUTIONS_WRITE, READ, SCOPES, WRITE, Authorizer, sign_token
@@ -36,9 +36,10 @@ def signed(*scopes: str, organization: UUID = ORGANIZATION, minutes: float = 60)
 
 
 def admitted(message: bytes, token: str, age: timedelta = timedelta(0)) -> Admission:
-    accepted = int((NOW - age).timestamp() * 1000)
+    now = datetime.now(timezone.utc)
+    accepted = int((now - age).timestamp() * 1000)
     entry = StreamEntry(b"%d-0" % accepted, message, token.encode())
-    return admit(entry, ORGANIZATION, Authorizer(SETTINGS), NOW)
+    return admit(entry, ORGANIZATION, Authorizer(SETTINGS), now)
 
 
 def refusal(answer: Refused) -> Any:
@@ -81,6 +82,16 @@ def test_a_scope_is_needed_for_each_kind_alone() -> None:
     """Tags need one scope, executions and states of tasks the other."""
     assert isinstance(admitted(BATCH.encode(), signed(WRITE)), Admitted)
     assert isinstance(admitted(REGISTRATION.encode(), signed(EXECUTIONS_WRITE)), Admitted)
+
+
+def test_a_state_that_clears_tags_needs_both_scopes() -> None:
+    """It removes tags, as a batch does; without `clear` one is enough."""
+    plain = set_task_state(uuid4(), "task", "running")
+    clearing = set_task_state(uuid4(), "task", "running", clear=["status"])
+    assert isinstance(admitted(plain.encode(), signed(EXECUTIONS_WRITE)), Admitted)
+    assert isinstance(admitted(clearing.encode(), signed(EXECUTIONS_WRITE)), Refused)
+    assert isinstance(admitted(clearing.encode(), signed(WRITE)), Refused)
+    assert isinstance(admitted(clearing.encode(), signed(EXECUTIONS_WRITE, WRITE)), Admitted)
 
 
 def test_a_token_that_expired_while_its_message_waited_is_taken() -> None:
