@@ -24,8 +24,8 @@ demo: .venv/run  ## The same, but end with exit code 0 if all is as expected
 unit: .venv/ready  ## Run the tests that need no server, in less than 10 seconds
 	$(BIN)/python -m pytest tests/unit -p no:hypothesispytest
 
-test: .venv/ready  ## Run all tests, in two processes with a stack each, then `make check`
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: .venv/ready  ## Run all tests, in three processes with a stack each, then `make check`
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 	@$(MAKE) --no-print-directory check
 
 faults: .venv/ready  ## Break everything at random, compare with a model; SECONDS=600 SEED= PLANT=

@@ -324,10 +324,10 @@ def test_the_asyncapi_document_is_printed_as_it_is_written() -> None:
 
 
 MARK = "eyJmark"
-WRONG_TOKENS = (f"{MARK} in two words", f"{MARK}\nline", f"{MARK}ä", MARK * 2000, f"{MARK}.a.b")
+WRONG_TOKENS = (f"{MARK}\nline", f"{MARK}.a.b")
 
 
-@pytest.mark.parametrize("wrong", WRONG_TOKENS, ids=["words", "line", "letter", "long", "jwt"])
+@pytest.mark.parametrize("wrong", WRONG_TOKENS, ids=["line", "jwt"])
 def test_no_command_prints_a_token(servers: Servers, wrong: str) -> None:
     """Whatever is wrong with it, and whatever else goes wrong."""
     id = str(uuid4())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -42,22 +42,36 @@ def run(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess
     )
 
 
+ALL_IN_ONE_PROCESS = """
+import json, sys
+from celery.bin.celery import celery
+from click.testing import CliRunner
+worker, *subcommands = sys.argv[1:]
+# With a destination it does not wait for others until the time is up.
+options = ["--json", "--timeout", "10", "--destination", worker]
+for each in subcommands:
+    ended = CliRunner().invoke(celery, ["-A", "worker", "inspect", each, *options])
+    print(json.dumps([each, ended.exit_code, ended.output]))
+"""
+
+
 def test_inspect_answers(environment: dict[str, str]) -> None:
     """Each subcommand of Celery that needs no argument, as JSON and without a traceback."""
     (worker,) = json.loads(run(environment, "inspect", "ping", "--json").stdout)
-
-    def inspect(subcommand: str) -> subprocess.CompletedProcess[str]:
-        # With a destination it does not wait for others until the time is up.
-        to_it = ("--json", "--timeout", "10", "--destination", worker)
-        return run(environment, "inspect", subcommand, *to_it)
-
     assert {"active", "conf", "ping", "registered", "report", "stats"} <= set(INSPECT)
-    with ThreadPoolExecutor(4) as pool:
-        all_ended = list(pool.map(inspect, INSPECT))
-    for subcommand, ended in zip(INSPECT, all_ended, strict=True):
-        assert ended.returncode == 0, (subcommand, ended.stderr)
-        assert "Traceback" not in ended.stderr + ended.stdout, subcommand
-        answers: dict[str, Any] = json.loads(ended.stdout)
+    ended = subprocess.run(
+        [sys.executable, "-c", ALL_IN_ONE_PROCESS, worker, *INSPECT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    all_ended = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [subcommand for subcommand, _, _ in all_ended] == INSPECT, ended.stderr
+    assert "Traceback" not in ended.stderr
+    for subcommand, code, output in all_ended:
+        assert (code, "Traceback" in output) == (0, False), (subcommand, output)
+        answers: dict[str, Any] = json.loads(output)
         assert list(answers) == [worker], subcommand
         assert not any("error" in str(answer)[:20] for answer in answers.values()), answers
 

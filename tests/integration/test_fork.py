@@ -24,7 +24,7 @@ from producers.subscriber import Subscriber
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 
-FORKS = 200
+FORKS = 100
 SECONDS = 10.0
 AHEAD_US = time.time_ns() // 1000 + 3_600_000_000
 """A moment in an hour: where the parent's clock was, for its last id."""

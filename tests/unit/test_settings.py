@@ -96,3 +96,40 @@ def test_what_would_fail_later_is_refused(
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=f"^{name}: "):
         Settings.load()
+
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("variable", "url", "reason"),
+    [
+        ("REDIS_URL", "redis://h/1?no_such=1", "can't have no_such, only client_name, "),
+        ("REDIS_URL", "redis://h?decode_responses=true", "can't have decode_responses, only "),
+        ("REDIS_URL", "redis://h?ssl_ca_certs=x", "can't have ssl_ca_certs, only "),
+        ("REDIS_URL", "unix:///path?socket_keepalive=1", "can't have socket_keepalive, only "),
+        ("REDIS_URL", "redis://h?socket_timeout=soon", "Invalid value for 'socket_timeout'"),
+        ("REDIS_URL", "redis://h?socket_timeout=nan", "must have a socket_timeout above 0"),
+        ("REDIS_URL", "redis://h?db=1&db=2", "must have one value for db"),
+        ("REDIS_URL", "redis://h?db=", "must have one value for db"),
+        ("REDIS_URL", "redis://h/name", "must end in the number of a database"),
+        ("REDIS_URL", "redis://h/0/1", "must end in the number of a database"),
+        ("REDIS_URL", "rediss://h?ssl_cert_reqs=hunter2", "must have none, optional or required"),
+        ("REDIS_URL", "redis://u:hunter2/rest@h", "must be like redis://host:6379/0"),
+        ("REDIS_URL", "redis://u:1?hunter2=@h", "can't have this option, only "),
+        ("DATABASE_URL", "postgresql://h/d?no_such=1", 'invalid connection option "no_such"'),
+        ("DATABASE_URL", "postgresql://h/d?row_factory=x", 'connection option "row_factory"'),
+        ("DATABASE_URL", "postgresql://h/d?sslmode=a&sslmode=b", "must be like postgresql://"),
+    ],
+)
+def test_a_url_with_a_wrong_option_is_refused_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, variable: str, url: str, reason: str
+) -> None:
+    """By the SDK and the processes alike."""
+    monkeypatch.setenv(f"TASK_TAGS_{variable}", url)
+    models = (ProducerSettings, Settings) if variable == "REDIS_URL" else (Settings,)
+    for model in models:
+        with pytest.raises(ConfigurationError, match=f"TASK_TAGS_{variable}: ") as caught:
+            model.load()
+        assert reason in str(caught.value)
+        assert SECRET not in str(caught.value)
