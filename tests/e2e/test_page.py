@@ -103,6 +103,47 @@ def test_what_one_page_changes_the_other_shows_in_place(
     assert complaints == []
 
 
+def test_the_first_decision_counts_and_the_second_sees_who_made_it(
+    servers: Servers,
+    producer: TagProducer,
+    organization: UUID,
+    execution: UUID,
+    open_page: Open,
+) -> None:
+    """Both have the question open; the decision of the first is one batch with its condition."""
+    applied(producer, add(execution, "review", "review_status", "pending"))
+    pages = [open_page(execution, servers.token(organization, sub=name)) for name in ("ada", "bob")]
+    for page in pages:
+        name = "Decide on, or remove, review_status: pending from review"
+        page.get_by_role("button", name=name).click()
+    ada, bob = pages
+    held: list[Route] = []
+    bob.route(
+        "**/task-tags",
+        lambda route: held.append(route) if route.request.method == "PATCH" else route.continue_(),
+    )
+    bob.get_by_role("button", name="Reject").click()
+    ada.get_by_role("button", name="Approve").click()
+    for page in pages:
+        expect(tags_of(page, "review")).to_contain_text("review_status: approved")
+        expect(tags_of(page, "review")).to_have_count(1)
+    expect(batches(ada).first).to_contain_text("replaced")
+    (route,) = held
+    asked = route.request.post_data_json
+    assert asked is not None
+    assert asked["conditions"] == [
+        {
+            "flow_execution_id": str(execution),
+            "task_name": "review",
+            "tag_type": "review_status",
+            "tag": "pending",
+            "exists": True,
+        }
+    ]
+    route.continue_()
+    expect(bob.get_by_text(re.compile("Decided already.*approved.*by ada"))).to_be_visible()
+
+
 NOTE_WHAT_IS_SAID = """() => {
     const words = document.getElementById('notice-words');
     window.said = '';

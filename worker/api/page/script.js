@@ -406,7 +406,8 @@ function rowOf(tag) {
   within(node, ".by-who").textContent = tag.created_by;
   within(node, "time").replaceWith(timeOf(tag.created_at));
   const button = within(node, ".remove");
-  button.setAttribute("aria-label", `Remove ${nameOf(tag)} from ${tag.task_name}`);
+  const what = tag.tag === PENDING ? "Decide on, or remove," : "Remove";
+  button.setAttribute("aria-label", `${what} ${nameOf(tag)} from ${tag.task_name}`);
   button.addEventListener("click", () => askToRemove(tag, node));
   return node;
 }
@@ -622,7 +623,7 @@ function lineOf({ change, tag, task }) {
   const node = copyOf("change-template");
   const sign = within(node, ".sign");
   node.dataset.change = change;
-  sign.textContent = { added: "+", removed: "−", state: "→", add: "+", remove: "−" }[change] ?? "?";
+  sign.textContent = { added: "+", removed: "−", state: "→", add: "+", remove: "−", set: "=" }[change] ?? "?";
   sign.setAttribute("role", "img");
   sign.setAttribute("aria-label", change);
   within(node, ".change-task").textContent = (tag ?? task)?.task_name ?? "";
@@ -674,10 +675,11 @@ function wordsOfCounts({ added = 0, removed = 0, state = 0 }) {
 
 // --- Changing tags by hand -----------------------------------------------------------------------
 
-/** Send one operation. `place` is where a problem is told; `onDone` gets the status and the milliseconds. */
-async function change(operation, place, onDone, key = newKey()) {
+/** Send one operation, with conditions if there are any. `place` is where a problem is told; `onDone` gets the status and the milliseconds. */
+async function change(operation, place, onDone, conditions = [], key = newKey()) {
   hideProblem(place);
-  const body = JSON.stringify({ tags: [{ ...operation, flow_execution_id: page.execution }] });
+  const here = (named) => ({ ...named, flow_execution_id: page.execution });
+  const body = JSON.stringify({ tags: [here(operation)], conditions: conditions.map(here) });
   const headers = { "Content-Type": "application/json", "Idempotency-Key": key };
   const sentAt = performance.now();
   const sent = { operation, at: new Date().toISOString() };
@@ -697,13 +699,18 @@ async function change(operation, place, onDone, key = newKey()) {
   } catch (refusal) {
     if (!(refusal instanceof Refusal)) throw refusal;
     // The same key makes it the same batch, so it can't take effect twice.
-    const again = () => change(operation, place, onDone, key);
+    const again = () => change(operation, place, onDone, conditions, key);
     showProblem(place, explained(refusal, operation), passes(refusal.status) ? again : null);
   }
 }
 
-/** The endpoint says that a task is unknown; which ones are known is seen here. */
+/** The endpoint says that a task is unknown; which ones are known is seen here. Of a decision that came too late it says what is there. */
 function explained(refusal, { task_name }) {
+  if (refusal.status === 412) {
+    const found = refusal.details.flatMap(({ found }) => found ?? []);
+    const details = found.map(({ tag, created_by }) => ({ message: `${quoted(tag)} by ${created_by}` }));
+    return new Refusal(412, "it is no longer pending", { details });
+  }
   const wrong = refusal.status === 404 && refusal.details.some(({ field }) => field === "task_name");
   if (!wrong) return refusal;
   const details = [{ field: "task_name", message: knownTasks() }];
@@ -764,6 +771,7 @@ function onAdded(status, latency) {
 function wordsOf(status) {
   const words = {
     added: "Added",
+    replaced: "Decided",
     already_exists: "It was there already",
     removed: "Removed",
     not_found: "It was gone already",
@@ -786,10 +794,30 @@ function askToRemove(tag, node) {
   };
   const [yes, no] = [buttonFor("Remove", () => removeTag(tag, node, yes)), buttonFor("Keep", keep)];
   yes.classList.add("danger");
+  if (tag.tag === PENDING) question.append(...DECISIONS.map((decision) => decisionButton(tag, node, decision)));
   question.append(yes, no);
   question.addEventListener("keydown", ({ key }) => key === "Escape" && keep());
   button.replaceWith(question);
   no.focus();
+}
+
+const PENDING = "pending";
+const DECISIONS = ["approved", "rejected"];
+
+/** A decision takes the place of the pending tag, if that is still there: so the first one counts. */
+function decisionButton({ task_name, tag_type }, node, decision) {
+  const words = { approved: "Approve", rejected: "Reject" };
+  const button = buttonFor(words[decision], async () => {
+    if (button.getAttribute("aria-disabled")) return;
+    button.setAttribute("aria-disabled", "true");
+    const place = within(node, ".problem") ?? node.appendChild(problemPlace());
+    const condition = { task_name, tag_type, tag: PENDING, exists: true };
+    await change({ operation: "set", task_name, tag_type, tag: decision }, place, (status) => {
+      at("announcer").textContent = wordsOf(status);
+    }, [condition]);
+    button.removeAttribute("aria-disabled");
+  });
+  return button;
 }
 
 async function removeTag({ task_name, tag_type, tag, tag_metadata }, node, button) {
@@ -813,6 +841,7 @@ const PROBLEMS = {
   403: "Not allowed",
   404: "Not found",
   409: "Conflict",
+  412: "Decided already",
   429: "Too much is waiting",
   503: "Not available now",
 };
@@ -838,6 +867,7 @@ function showProblem(place, { status, message, details, retryAfter }, again = nu
   const list = document.createElement("ul");
   list.append(...details.map(({ field, message }) => textNode("li", field ? `${field}: ${message}` : message)));
   place.replaceChildren(words, ...(details.length ? [list] : []));
+  if (!place.isConnected) showNotice(place.textContent); // its tag has gone meanwhile
   if (again) place.append(buttonFor("Send again", again));
   if (status === 401) place.append(buttonFor("Give another token", () => openForm("")));
   place.hidden = false;
