@@ -6,8 +6,8 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo unit test faults mutants fairness soak watchers bench ab count check format
-.PHONY: lock clean
+.PHONY: help run demo unit test faults mutants fairness soak decisions watchers bench ab count check
+.PHONY: format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ fairness: .venv/ready  ## Measure how long one organization waits while another 
 
 soak: .venv/ready  ## Run BATCHES=1000000 through one worker; its memory must not grow
 	$(BIN)/python -m tests.load.soak --batches $(or $(BATCHES),1000000)
+
+decisions: .venv/ready  ## Claim tasks by many clients while workers are killed; CLAIMS=100000 SEED=
+	$(BIN)/python -m tests.load.decisions --claims $(or $(CLAIMS),100000) $(if $(SEED),--seed $(SEED))
 
 watchers: .venv/ready  ## Measure CLIENTS=1000 WebSockets on one endpoint; nothing may stay behind when they leave
 	$(BIN)/python -m tests.load.watchers --clients $(or $(CLIENTS),1000)

@@ -66,6 +66,7 @@ class PipelinedConnection:
         self._uses = 0
         self._socket = -1  # libpq no longer tells it once the connection is lost
         self._connecting = asyncio.Lock()
+        self._waiting: list[UUID] = []  # the organizations whose statements wait for `_connecting`
         self._awaited: deque[_Awaited] = deque()
         self._by_organization: Counter[UUID] = Counter()
         self._answered_at = 0.0
@@ -76,12 +77,12 @@ class PipelinedConnection:
         self._error: psycopg.Error | None = None
 
     def __len__(self) -> int:
-        """Return how many answers are awaited."""
-        return len(self._awaited)
+        """Return how many answers are awaited, also by those that wait for the connection."""
+        return len(self._awaited) + len(self._waiting)
 
     def serves(self, organization_id: UUID) -> bool:
         """Whether an answer for this organization is awaited."""
-        return self._by_organization[organization_id] > 0
+        return self._by_organization[organization_id] > 0 or organization_id in self._waiting
 
     @property
     def is_stuck(self) -> bool:
@@ -108,9 +109,13 @@ class PipelinedConnection:
             psycopg.Error, UnsafeRole: From PostgreSQL, or from connecting.
         """
         if self._connection is None:
-            async with self._connecting:
-                if self._connection is None:
-                    self._connection = await self._open()
+            self._waiting.append(organization_id)
+            try:
+                async with self._connecting:
+                    if self._connection is None:
+                        self._connection = await self._open()
+            finally:
+                self._waiting.remove(organization_id)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Row | None] = loop.create_future()
         connection = self._connection.pgconn
