@@ -6,8 +6,8 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo unit test faults mutants fairness soak decisions watchers bench ab count check
-.PHONY: format lock clean
+.PHONY: help run demo unit test faults mutants fairness soak decisions watchers bench ab count docs
+.PHONY: check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,11 @@ ab: .venv/ready  ## Compare the speed of HEAD with that of BASE=<commit>; BAR=0.
 count: .venv/ready  ## Count the product's code lines by package; BASE=<commit> to compare with
 	@$(BIN)/python -m tests.bench.count $(if $(BASE),--base $(BASE))
 
+docs: .venv/docs  ## Write docs/reference.md from the code, and build the site in build/docs
+	$(BIN)/python -m tools.reference
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
 check: .venv/ready  ## Linter, formatter, type checker, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,10 +72,11 @@ format: .venv/ready  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: .venv/ready  ## Choose new versions and write the three lock files
+lock: .venv/ready  ## Choose new versions and write the lock files
 	$(COMPILE) --extra dev --upgrade -o requirements.lock
 	$(COMPILE) -c requirements.lock -o requirements-run.lock
 	$(COMPILE) --extra dev --extra bench -c requirements.lock -o requirements-bench.lock
+	$(COMPILE) --extra dev --extra docs -c requirements.lock -o requirements-docs.lock
 
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --group build \
 	--extra worker --extra embedded --generate-hashes --no-header --no-annotate --quiet
@@ -95,3 +101,8 @@ clean:  ## Remove what make and the local stack have made
 	@echo "installing what is compared"
 	@PYTHON="$(PYTHON)" sh tools/install.sh requirements-bench.lock
 	@touch .venv/bench
+
+.venv/docs: .venv/ready requirements-docs.lock
+	@echo "installing what builds the site"
+	@PYTHON="$(PYTHON)" sh tools/install.sh requirements-docs.lock
+	@touch .venv/docs

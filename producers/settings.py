@@ -27,7 +27,11 @@ class InboxSettings(BaseSettings):
     """What all who use the inboxes set alike: producers, workers and the endpoint."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TASK_TAGS_", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
+        env_prefix="TASK_TAGS_",
+        extra="ignore",
+        hide_input_in_errors=True,
+        env_ignore_empty=True,
+        use_attribute_docstrings=True,
     )
 
     redis_url: SecretStr = SecretStr("redis://localhost:6379/0")

@@ -58,6 +58,7 @@ class Settings(InboxSettings):
     endpoint_connections: int = Field(4, ge=1, le=1000)
     """The number of database connections of one endpoint process."""
     log_level: str = "INFO"
+    """The least level of log records. Logs are JSON, one object in each line."""
 
     @field_validator("database_url")
     @classmethod

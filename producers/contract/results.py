@@ -26,6 +26,8 @@ TagStatus = Literal["active", "deleted"]
 
 
 class OperationResult(TolerantModel):
+    """The status of one operation."""
+
     status: Annotated[OperationStatus, tolerant(OperationStatus)]
 
 
