@@ -285,7 +285,7 @@ class TagBatch(BaseMessage):
     kind: Literal["tag_batch"] = "tag_batch"
     tags: Annotated[list[TagOperation], Field(min_length=1, max_length=MAX_OPERATIONS)]
     conditions: Annotated[list[Condition], Field(max_length=MAX_CONDITIONS)] = Field(
-        default=[], exclude_if=lambda conditions: not conditions
+        default_factory=list, exclude_if=lambda conditions: not conditions
     )
 
     def canonical_bytes(self) -> bytes:
