@@ -280,6 +280,8 @@ class BatchProcessor:
 
     def _check_types(self, message: TagBatch | SetTaskState, *, whole: bool) -> None:
         """Raise `_TooLarge` if a type that the message depends on has too many tags on its task."""
+        if not self.snapshot.types:
+            return
         named = False
         for index, field, key, _ in types_of(message):
             named = True

@@ -1,0 +1,135 @@
+"""An upgrade while batches are sent: workers first, then endpoints, then producers.
+
+The other version is the commit before conditions, `set` and `clear`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import pytest
+from redis import Redis
+
+from producers.client import TagProducer
+from producers.contract.messages import (
+    Message,
+    TagBatch,
+    add,
+    register_execution,
+    set_tag,
+    set_task_state,
+    when,
+)
+from producers.errors import BadRequest
+from tests.support.processes import await_line, settings_of, started
+from tests.support.servers import Servers
+
+REPOSITORY = Path(__file__).parents[2]
+BEFORE = "4969d9292b92ccc262062f0a3b5c38374f277faa"
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The older version's code."""
+    archive = ["git", "archive", BEFORE, "producers", "worker", "celeryconfig.py", "task_tags.py"]
+    found = subprocess.run(archive, cwd=REPOSITORY, capture_output=True)
+    if found.returncode:
+        pytest.skip(f"the commit {BEFORE[:7]} is not in this clone")
+    directory = tmp_path_factory.mktemp("older")
+    with tarfile.open(fileobj=io.BytesIO(found.stdout)) as files:
+        files.extractall(directory, filter="data")
+    return directory
+
+
+@pytest.fixture
+def redis_url(servers: Servers, quiet_redis: Redis) -> str:
+    return servers.stack.redis_url.replace("?db=0", "?db=1")
+
+
+@contextmanager
+def worker(servers: Servers, redis_url: str, log: Path, code: Path | None = None) -> Iterator[None]:
+    environment = settings_of(servers, TASK_TAGS_REDIS_URL=redis_url)
+    if code is not None:
+        environment["PYTHONPATH"] = str(code)
+    words = ["celery", "-A", "worker", "worker", "--without-gossip", "--without-mingle"]
+    with started(words, log, environment):
+        await_line(log, "ready.", 60)
+        yield
+
+
+def test_an_older_worker_refuses_what_it_does_not_know(
+    servers: Servers, redis_url: str, organization: UUID, token: str, older: Path, tmp_path: Path
+) -> None:
+    """And changes nothing; the same batch takes effect once the worker knows it."""
+    execution = uuid4()
+    pending = set_tag(execution, "task", "status", "pending")
+    label = add(execution, "task", "label", "x")
+    conditional = TagBatch(tags=[label], conditions=[when(execution, "task", "status")])
+    unknown: list[Message] = [
+        TagBatch(tags=[pending]),
+        conditional,
+        set_task_state(execution, "task", "running", clear=["label"]),
+    ]
+    with TagProducer(redis_url=redis_url, organization_id=organization, token=token) as producer:
+        with worker(servers, redis_url, tmp_path / "older.log", older):
+            producer.apply(register_execution(execution))
+            for message in unknown:
+                with pytest.raises(BadRequest):
+                    producer.apply(message)
+            producer.apply(TagBatch(tags=[add(execution, "task", "status", "old")]))
+        with servers.owner() as owner:
+            tags = owner.execute(
+                "select tag from task_tags where flow_execution_id = %s", [execution]
+            )
+            assert tags.fetchall() == [("old",)]
+        with worker(servers, redis_url, tmp_path / "newer.log"):
+            statuses = [producer.apply(message).statuses for message in unknown]
+            assert statuses == [["replaced"], ["added"], ["recorded"]]
+
+
+OLDER_CLIENT = """
+import json, sys
+from uuid import uuid4
+from task_tags import ResultRecord, TagProducer, add, parse_message
+execution = uuid4()
+with TagProducer() as producer:
+    producer.register(execution)
+    one = producer.apply(producer.batch().add(execution, "task", "label", "x").build())
+    two = producer.apply(producer.batch().remove(execution, "task", "label", "x").build())
+newer = ResultRecord.decode(sys.stdin.buffer.read())
+print(json.dumps([one.statuses, two.statuses, newer.statuses]))
+"""
+
+
+def test_an_older_producer_works_with_a_newer_worker(
+    servers: Servers, producer: TagProducer, organization: UUID, token: str, older: Path
+) -> None:
+    """And reads results that have a status which it does not know."""
+    execution = uuid4()
+    producer.register(execution)
+    producer.apply(TagBatch(tags=[add(execution, "task", "status", "old")]))
+    replaced = producer.apply(TagBatch(tags=[set_tag(execution, "task", "status", "new")]))
+    settings = {
+        "TASK_TAGS_REDIS_URL": servers.stack.redis_url,
+        "TASK_TAGS_ORGANIZATION_ID": str(organization),
+        "TASK_TAGS_TOKEN": token,
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", OLDER_CLIENT],
+        input=replaced.encode(),
+        env={**os.environ, **settings, "PYTHONPATH": str(older)},
+        cwd="/",
+        capture_output=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+    assert json.loads(ended.stdout) == [["added"], ["removed"], ["replaced"]]
