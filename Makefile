@@ -6,8 +6,8 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo unit test faults mutants fairness soak decisions watchers bench ab count docs
-.PHONY: check format lock clean
+.PHONY: help run demo unit test faults mutants prove fairness soak decisions watchers bench ab
+.PHONY: count docs check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,12 +28,15 @@ test: .venv/ready  ## Run all tests, in three processes with a stack each, then 
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 	@$(MAKE) --no-print-directory check
 
-faults: .venv/ready  ## Break everything at random, compare with a model; SECONDS=600 SEED= PLANT=
+faults: .venv/ready  ## Break everything at random, compare with a model; SECONDS=600 SEED= PLANT= ONLY=
 	$(BIN)/python -m tests.faults --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) \
-		$(if $(PLANT),--plant $(PLANT))
+		$(if $(PLANT),--plant $(PLANT)) $(if $(ONLY),--only '$(ONLY)')
 
 mutants: .venv/ready  ## Plant mistakes in a copy, one at a time; a test must fail for each; ONLY=word
 	$(BIN)/python -m tests.mutants $(ONLY)
+
+prove: .venv/ready  ## Run the long proofs one after the other, half an hour; SECONDS=600 SEED=
+	$(BIN)/python -m tests.prove --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 fairness: .venv/ready  ## Measure how long one organization waits while another has 50,000 batches
 	$(BIN)/python -m tests.load.fairness

@@ -1,21 +1,23 @@
-"""make faults [SECONDS=600] [SEED=n] [PLANT=bug]: inject faults, then compare with a model.
+"""make faults [SECONDS=600] [SEED=n] [PLANT=bug] [ONLY=regex]: inject faults, compare with a model.
 
 The last line is `faults: seed=… batches=… injected=… kinds=… lost=0 doubled=0 reordered=0 gaps=0
 missing_results=0 stuck=0 wrongly_refused=0 ended=0`; the exit code is 1 if any of these is not 0.
-PLANT puts a known bug into the workers, which must be found.
+PLANT puts a known bug into the workers, which must be found; ONLY chooses faults by their names.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import random
+import re
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from tests.faults.check import Verdict, check
+from tests.faults.check import Verdict, check, check_watched
 from tests.faults.harness import Harness, run_harness, settle, start_runners, stop
 from tests.faults.history import history
 from tests.faults.injections import INJECTIONS, inject
@@ -31,11 +33,15 @@ KINDS = (
 
 
 def main() -> int:
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of connections that proxies close
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=FULL_SECONDS)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--plant", choices=["", *PLANTS], default="")
+    parser.add_argument("--only", type=re.compile, default="")
     arguments = parser.parse_args()
+    for name in [name for name in INJECTIONS if not re.search(arguments.only, name)]:
+        del INJECTIONS[name]
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**9)
     print(
         f"seed {seed}, {arguments.seconds:g} s"
@@ -115,6 +121,7 @@ def compare(harness: Harness, verdict: Verdict) -> int:
                 organization.flushed,
                 verdict,
             )
+            check_watched(connection, organization.id, organization.watched, verdict)
     return batches
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -12,6 +14,7 @@ import psycopg
 
 from producers.contract.messages import Message, TagBatch
 from tests.support.reference_model import ReferenceModel, json_equal
+from tests.support.waiting import eventually
 
 MOST_STORIES: Final = 20
 
@@ -42,6 +45,8 @@ class Model(ReferenceModel):
             for operation in asked["tags"]
         )
         known = all(UUID(each["flow_execution_id"]) in self.names for each in asked["tags"])
+        if not all(map(self.holds, asked.get("conditions", []))):
+            return super().tag(asked)
         return "internal_error" if poisoned and known else super().tag(asked)
 
 
@@ -204,4 +209,29 @@ def _check_changes(
         verdict.add("gaps", "the change events don't add up to the states of the tasks")
 
 
-__all__ = ["Message", "Sent", "TagBatch", "Verdict", "check"]
+def check_watched(
+    connection: psycopg.Connection,
+    organization: UUID,
+    watched: dict[UUID, list[int]],
+    verdict: Verdict,
+) -> None:
+    """A watcher of the endpoint received every revision once and in order."""
+    for execution, received in watched.items():
+        row = connection.execute(
+            "select revision from flow_executions "
+            "where organization_id = %s and flow_execution_id = %s",
+            [organization, execution],
+        ).fetchone()
+        assert row is not None
+        expected = list(range(1, row[0] + 1))
+        with suppress(AssertionError):
+            eventually(partial(_reached, received, row[0]), 30)
+        if received != expected:
+            verdict.add("gaps", f"a watcher of {execution} has {len(received)} of {row[0]} events")
+
+
+def _reached(revisions: list[int], last: int) -> bool:
+    return bool(revisions) and revisions[-1] >= last
+
+
+__all__ = ["Message", "Sent", "TagBatch", "Verdict", "check", "check_watched"]

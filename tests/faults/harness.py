@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import httpx
 import psycopg
 from redis.exceptions import RedisError
 
@@ -43,14 +44,15 @@ from worker.local.servers import (
     load_or_create_secret,
     lock_directory,
 )
-from worker.local.stack import DATABASE, signing_settings
+from worker.local.stack import DATABASE, free_port, signing_settings
 from worker.local.supervisor import ProcessSpec, Supervisor
 from worker.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 WORKERS = 3
-ORGANIZATIONS = 3
-RUNNERS = 2
+ORGANIZATIONS = 8
+BUSY_ORGANIZATIONS = 2
+"""Those with two flow runners, and with one that writes over HTTP."""
 LEASE_SECONDS = 2
 DISK_MEGABYTES = 1024
 LAST_LINES = 12
@@ -68,6 +70,8 @@ class FaultOrganization:
     published: dict[UUID, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     flushed: set[UUID] = field(default_factory=set)
     """Batches that were in the inbox at a FLUSHALL."""
+    watched: dict[UUID, list[int]] = field(default_factory=dict)
+    """The revisions that a watcher of the endpoint received, by execution."""
 
     def sent(self) -> list[Sent]:
         registered = {message.batch_id for message in self.registrations}
@@ -89,10 +93,14 @@ class Harness:
     supervisor: Supervisor
     redis_url: str
     database_url: str
+    endpoint_url: str
     failpoint: Path
     proxies: dict[str, Proxy]
     organizations: list[FaultOrganization]
     disk: Path | None
+    servers: tuple[Valkey, Postgres]
+    large: FaultOrganization
+    """One more, whose batches are as large as batches may be. Its content is not compared."""
     stop: threading.Event = field(default_factory=threading.Event)
     old_drains: list[bytes] = field(default_factory=list)
     faults: list[tuple[float, str]] = field(default_factory=list)
@@ -126,7 +134,9 @@ class Harness:
         """Start again what has ended; here everything is meant to end often."""
         for child, process in self.supervisor.running:
             code = process.poll()
-            if code not in (None, -signal.SIGKILL) and process.pid not in self.signalled:
+            is_server = child.name in ("postgresql", "valkey")  # these are killed, and are not ours
+            expected = is_server or process.pid in self.signalled
+            if code not in (None, -signal.SIGKILL) and not expected:
                 said = self.supervisor.log(child.name).read_text(errors="replace").splitlines()
                 self.ended += [f"{child.name} ended with {code}", *said[-LAST_LINES:]]
                 self.signalled.add(process.pid)
@@ -153,7 +163,7 @@ class Harness:
             with self.redis() as redis:
                 return not any(
                     redis.xlen(inbox_key(each.id)) or redis.exists(lease_key(each.id))
-                    for each in self.organizations
+                    for each in [*self.organizations, self.large]
                 )
         except RedisError:
             return False
@@ -193,6 +203,24 @@ class Harness:
                                 )
             except (RedisError, OSError):
                 time.sleep(0.1)
+
+    def watch(self, organization: FaultOrganization) -> None:
+        """Follow an execution by Server-Sent Events, for as long as the world lives."""
+        execution = organization.executions[0]
+        revisions = organization.watched.setdefault(execution, [])
+        headers = {"Authorization": f"Bearer {organization.token}"}
+        query = {"flow_execution_id": str(execution)}
+        while not self.stop.is_set():
+            headers["Last-Event-ID"] = str(revisions[-1]) if revisions else "0"
+            with suppress(httpx.HTTPError), httpx.Client(timeout=2) as client:
+                url = f"{self.endpoint_url}/task-tags/changes/events"
+                with client.stream("GET", url, params=query, headers=headers) as response:
+                    for line in response.iter_lines():
+                        if line.startswith("data: ") and '"revision":' in line:
+                            revisions.append(json.loads(line[6:])["revision"])
+                        if self.stop.is_set():
+                            return
+            time.sleep(0.2)
 
     def producer(self, organization: FaultOrganization) -> TagProducer:
         return TagProducer(
@@ -235,13 +263,15 @@ def run_harness(directory: Path, seed: int, plant: str) -> Iterator[Harness]:
             )
         proxies = {
             name: Proxy(home.sockets / f"{name}.sock", valkey.socket, RedisMoments)
-            for name in ("worker", "runner", "beat")
+            for name in ("worker", "runner", "beat", "endpoint")
         }
-        database = home.sockets / "pg"
-        database.mkdir(exist_ok=True)
-        proxies["database"] = Proxy(
-            database / ".s.PGSQL.5432", home.sockets / ".s.PGSQL.5432", PostgresMoments
-        )
+        for name in ("database", "reads"):
+            (home.sockets / name).mkdir(exist_ok=True)
+            proxies[name] = Proxy(
+                home.sockets / name / ".s.PGSQL.5432",
+                home.sockets / ".s.PGSQL.5432",
+                PostgresMoments,
+            )
         failpoint = directory / "failpoint"
         environment = {
             "PYTHONPATH": str(REPOSITORY),
@@ -250,38 +280,56 @@ def run_harness(directory: Path, seed: int, plant: str) -> Iterator[Harness]:
             "FAULTS_FAILPOINT": str(failpoint),
         }
         settings = signing_settings(directory)
+        port = free_port(0)
         harness = Harness(
             directory,
             seed,
             supervisor,
             valkey.url,
             owner_url,
+            f"http://127.0.0.1:{port}",
             failpoint,
             proxies,
             [_organization(directory, settings, number) for number in range(ORGANIZATIONS)],
             disk,
+            (valkey, postgres),
+            _organization(directory, settings, ORGANIZATIONS),
         )
+
+        def through(proxy: str, role: str) -> str:
+            """Return the URL of the database for a role, through a proxy."""
+            return postgres.url(role, passwords[role], DATABASE).replace(
+                "host=" + str(home.sockets).replace("/", "%2F"),
+                "host=" + str(home.sockets / proxy).replace("/", "%2F"),
+            )
+
         as_worker = {
             **environment,
             "FAULTS_PLANT": plant,
             "TASK_TAGS_REDIS_URL": f"unix://{proxies['worker'].listen}?db=0",
-            "TASK_TAGS_DATABASE_URL": postgres.url(ROLES[0], passwords[ROLES[0]], DATABASE).replace(
-                "host=" + str(home.sockets).replace("/", "%2F"),
-                "host=" + str(database).replace("/", "%2F"),
-            ),
+            "TASK_TAGS_DATABASE_URL": through("database", ROLES[0]),
         }
         as_beat = {
             **as_worker,
             "TASK_TAGS_REDIS_URL": f"unix://{proxies['beat'].listen}?db=0",
         }
-        supervisor.start(*_workers(supervisor, as_worker, as_beat))
-        listener = threading.Thread(target=harness.listen)
-        listener.start()
+        as_endpoint = {
+            **environment,
+            "TASK_TAGS_REDIS_URL": f"unix://{proxies['endpoint'].listen}?db=0",
+            "TASK_TAGS_DATABASE_URL": through("reads", ROLES[1]),
+        }
+        supervisor.start(*_workers(supervisor, as_worker, as_beat, as_endpoint, port))
+        threads = [threading.Thread(target=harness.listen)]
+        for each in harness.organizations:
+            threads.append(threading.Thread(target=harness.watch, args=(each,)))
+        for thread in threads:
+            thread.start()
         try:
             yield harness
         finally:
             harness.stop.set()
-            listener.join()
+            for thread in threads:
+                thread.join()
             for proxy in proxies.values():
                 proxy.close()
 
@@ -312,13 +360,20 @@ def _organization(directory: Path, settings: Settings, number: int) -> FaultOrga
         scopes=SCOPES,
         lifetime=timedelta(days=1),
     )
-    journals = [directory / f"journal-{number}-{runner}.jsonl" for runner in range(RUNNERS)]
+    runners = 3 if number < BUSY_ORGANIZATIONS else 1
+    journals = [directory / f"journal-{number}-{runner}.jsonl" for runner in range(runners)]
     return FaultOrganization(id, token, [uuid4() for _ in range(3)], journals)
 
 
 def _workers(
-    supervisor: Supervisor, as_worker: dict[str, str], as_beat: dict[str, str]
+    supervisor: Supervisor,
+    as_worker: dict[str, str],
+    as_beat: dict[str, str],
+    as_endpoint: dict[str, str],
+    port: int,
 ) -> Iterator[ProcessSpec]:
+    """Yield workers, beat and the endpoint."""
+
     def said_ready(name: str) -> bool:
         log = supervisor.log(name)
         return log.exists() and '"message": "ready"' in log.read_text(errors="replace")
@@ -333,24 +388,30 @@ def _workers(
         for number in range(WORKERS)
     }
     commands["beat"] = [*celery, "worker", "beat"]
+    commands["endpoint"] = [*(sys.executable, "-m", "worker.cli", "endpoint", "--port", str(port))]
+    environments = {"beat": as_beat, "endpoint": as_endpoint}
     for name, argv in commands.items():
         yield ProcessSpec(
             name=name,
             argv=argv,
             ready=partial(said_ready, name),
-            environment=as_beat if name == "beat" else as_worker,
+            environment=environments.get(name, as_worker),
         )
 
 
 def start_runners(harness: Harness) -> None:
     """Register the executions, then start the flow runners that tag them."""
     runners = []
+    with harness.producer(harness.large) as producer:
+        for execution in harness.large.executions:
+            producer.apply(register_execution(execution))
     for number, organization in enumerate(harness.organizations):
         with harness.producer(organization) as producer:
             for execution in organization.executions:
                 organization.registrations.append(register_execution(execution))
                 producer.apply(organization.registrations[-1])
         for runner, journal in enumerate(organization.journals):
+            over_http = {"FAULTS_OVER_HTTP": "1"} if runner == 2 else {}
             runners.append(
                 ProcessSpec(
                     name=f"runner-{number}-{runner}",
@@ -365,6 +426,8 @@ def start_runners(harness: Harness) -> None:
                         "TASK_TAGS_ORGANIZATION_ID": str(organization.id),
                         "TASK_TAGS_TOKEN": organization.token,
                         "TASK_TAGS_LEASE_SECONDS": str(LEASE_SECONDS),
+                        "TASK_TAGS_ENDPOINT_URL": harness.endpoint_url,
+                        **over_http,
                     },
                 )
             )

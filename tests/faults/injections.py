@@ -11,18 +11,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import psycopg
 from redis.exceptions import RedisError
 
-from producers.contract.channels import inbox_key, lease_key
+from producers.contract.channels import failing_key, inbox_key, lease_key
+from producers.contract.messages import TagBatch, add, remove, split_batches
 from producers.errors import TaskTagsError
-from producers.inbox.drain_message import QUEUE
+from producers.inbox.drain_message import QUEUE, task_message
 from tests.faults.harness import LEASE_SECONDS, Harness
 from tests.faults.moments import FAULTS, POSTGRES_MOMENTS, REDIS_CODES, SQL_STATES, Harm
 from tests.faults.mutants import FAILPOINTS
 from tests.faults.producer import CALLS, Journal
 from tests.support.malformed import celery_messages, stream_entries
+from tests.support.waiting import eventually
+from worker.db.tables import ROLES
+
+ENDPOINT_MOMENTS = ("record", "changes", "revisions", "recovery")
 
 Injection = Callable[[Harness, random.Random], None]
 
@@ -196,6 +202,105 @@ def fill_the_disk(harness: Harness, choose: random.Random) -> None:
     filler.unlink()
 
 
+def demote_valkey(harness: Harness, choose: random.Random) -> None:
+    """Make it a replica of a server that is away, for a while, with all connections open."""
+    with harness.redis() as redis:
+        redis.replicaof("127.0.0.1", 1)
+        try:
+            time.sleep(0.5 + choose.random() * 2)
+        finally:
+            redis.replicaof("NO", "ONE")
+
+
+def demote_postgresql(harness: Harness, choose: random.Random) -> None:
+    """Start it again as a standby, and promote it after a while."""
+    _, postgres = harness.servers
+    signal_file = postgres.home.data / "postgresql" / "standby.signal"
+    signal_file.touch()
+    postgres.home.own(signal_file)
+    for pid in harness.pids("postgresql"):
+        os.kill(pid, signal.SIGINT)
+    eventually(lambda: not harness.pids("postgresql"), 10)
+    harness.mend()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with suppress(psycopg.Error), harness.database() as connection:
+            time.sleep(0.5 + choose.random() * 2)
+            connection.execute("select pg_promote()")
+            return
+        harness.mend()
+        time.sleep(0.1)
+
+
+SESSION_SETTINGS = (
+    *("client_encoding = 'LATIN1'", "timezone = 'Europe/Berlin'", "datestyle = 'SQL, DMY'"),
+    *("intervalstyle = 'sql_standard'", "bytea_output = 'escape'", "extra_float_digits = -15"),
+    *("default_transaction_isolation = 'serializable'", "default_transaction_read_only = on"),
+    *("search_path = 'pg_catalog'", "row_security = off", "statement_timeout = 1"),
+    *("lock_timeout = 1", "enable_indexscan = off", "standard_conforming_strings = off"),
+    *(
+        "idle_in_transaction_session_timeout = 1",
+        "jit = on",
+        "plan_cache_mode = force_generic_plan",
+    ),
+)
+
+
+def session_setting(harness: Harness, choose: random.Random) -> None:
+    """Give the roles of worker and endpoint a hostile setting, for new connections, for a while."""
+    setting = choose.choice(SESSION_SETTINGS)
+    with harness.database() as connection:
+        for change in (f"set {setting}", "reset all"):
+            for role in ROLES:
+                connection.execute(f"alter role {role} {change}".encode())
+            connection.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where usename = any(%s)",
+                [list(ROLES)],
+            )
+            time.sleep(0.5 + choose.random() * 1.5)
+
+
+def wrong_type(harness: Harness, choose: random.Random) -> None:
+    """Make keys of the protocol something else; an inbox alone if nothing is in it."""
+    with harness.redis() as redis:
+        for organization in harness.organizations:
+            key = choose.choice([lease_key, failing_key])(organization.id)
+            redis.eval(_MAKE_STRING, 1, key)
+            redis.eval(_MAKE_LIST, 1, inbox_key(organization.id))
+        redis.eval(_MAKE_STRING, 1, choose.choice(["task-tags:waiting", "task-tags:wake"]))
+
+
+_MAKE_STRING = "redis.call('del', KEYS[1]) redis.call('rpush', KEYS[1], 'junk')"
+_MAKE_LIST = """
+    if redis.call('type', KEYS[1]).ok ~= 'stream' or redis.call('xlen', KEYS[1]) > 0 then
+        return 0
+    end
+    redis.call('del', KEYS[1])
+    return redis.call('rpush', KEYS[1], 'junk')
+"""
+
+
+def large_batches(harness: Harness, choose: random.Random) -> None:
+    """Send batches that change as much as a batch may, more than it may, and copies of them."""
+    organization = harness.large
+    execution = choose.choice(organization.executions)
+    text = "x" * 8_000
+    added = [add(execution, "task", f"{n % 3}", "x", f"{text}{n}") for n in range(600)]
+    batches = split_batches(added)
+    too_large = TagBatch(tags=[remove(execution, "task", f"{n}", "x") for n in range(3)])
+    removed = [TagBatch(tags=[remove(execution, "task", f"{n}", "x")]) for n in range(3)]
+    with suppress(TaskTagsError), harness.producer(organization) as producer:
+        producer.enqueue_many([*batches, too_large, *removed, *batches[:1] * 50, *removed])
+
+
+def purge(harness: Harness, choose: random.Random) -> None:
+    """Send the Celery tasks that beat sends once in an hour and every 5 s, several at once."""
+    with harness.redis() as redis:
+        for task in ("task_tags.purge", "task_tags.wake", "task_tags.purge"):
+            redis.lpush(QUEUE, task_message(task, str(uuid4()), []))
+    time.sleep(choose.random())
+
+
 def _harm(proxy: str, moment: str, fault: str, codes: tuple[str, ...]) -> Injection:
     """Harm the requests of a moment for a while, with any code of its class."""
 
@@ -213,6 +318,7 @@ def _harms() -> Iterator[tuple[str, Injection]]:
         "worker": ("connect", "take", "acquire", "publish", "hand over"),
         "runner": ("connect", "append"),
         "beat": ("connect", "send"),
+        "endpoint": ("connect", "append", "subscribe"),
     }
     for proxy, some in moments.items():
         for moment in some:
@@ -221,6 +327,9 @@ def _harms() -> Iterator[tuple[str, Injection]]:
     for moment in POSTGRES_MOMENTS:
         for fault in FAULTS:
             yield f"worker: {fault} at {moment}", _harm("database", moment, fault, SQL_STATES)
+    for moment in ENDPOINT_MOMENTS:
+        for fault in FAULTS:
+            yield f"endpoint: {fault} at {moment}", _harm("reads", moment, fault, SQL_STATES)
 
 
 INJECTIONS: dict[str, Injection] = {
@@ -229,6 +338,8 @@ INJECTIONS: dict[str, Injection] = {
     "end worker": _signal("worker", signal.SIGTERM),
     "stop worker": stop_worker,
     "kill beat": _signal("beat", signal.SIGKILL),
+    "kill endpoint": _signal("endpoint", signal.SIGKILL),
+    "end endpoint": _signal("endpoint", signal.SIGTERM),
     "kill valkey": _signal("valkey", signal.SIGKILL),
     "kill postgresql": _signal("postgresql", signal.SIGKILL),
     **{f"die {name.replace('_', ' ')}": _failpoint(name) for name in FAILPOINTS},
@@ -241,6 +352,16 @@ INJECTIONS: dict[str, Injection] = {
     "silence worker-redis": _half_open("worker"),
     "silence runner-redis": _half_open("runner"),
     "silence worker-database": _half_open("database"),
+    "cut endpoint-redis": _cut("endpoint"),
+    "cut endpoint-database": _cut("reads"),
+    "silence endpoint-redis": _half_open("endpoint"),
+    "silence endpoint-database": _half_open("reads"),
+    "demote valkey": demote_valkey,
+    "demote postgresql": demote_postgresql,
+    "session setting": session_setting,
+    "wrong type": wrong_type,
+    "large batches": large_batches,
+    "purge": purge,
     "lose drain": lose_drain,
     "deliver drain again": deliver_drain_again,
     "two drains": two_drains,
@@ -259,6 +380,6 @@ def inject(name: str, harness: Harness, choose: random.Random) -> bool:
     """Do one fault; False if it could not be done now, because what it is done to is away."""
     try:
         INJECTIONS[name](harness, choose)
-    except (RedisError, OSError, IndexError):
+    except (RedisError, OSError, IndexError, psycopg.Error):
         return False
     return True

@@ -22,13 +22,21 @@ from worker.celery import app
 from worker.db.repository import Repository, Transaction
 from worker.drain.admission import Admitted
 from worker.drain.path import Drain, publications
-from worker.rules import decide
+from worker.rules import BatchProcessor, decide
 
 FAILPOINTS = ("after_read", "after_lock", "before_commit", "before_publish", "amid_publish")
-PLANTS = (
-    *("remove_before_commit", "release_blindly", "no_batch_id_check", "publish_before_commit"),
-    *("blame_at_once", "end_on_errors"),
-)
+PLANTS = {
+    "remove_before_commit": "lost",
+    "no_batch_id_check": "doubled",
+    "publish_before_commit": "doubled",
+    "apply_backwards": "reordered",
+    "skip_revisions": "gaps",
+    "publish_no_result": "missing_results",
+    "release_blindly": "stuck",
+    "blame_at_once": "wrongly_refused",
+    "end_on_errors": "ended",
+}
+"""Bugs that can be planted, each with the count that must find it."""
 
 _armed = Path(os.environ.get("FAULTS_FAILPOINT", "/nonexistent"))
 _plant = os.environ.get("FAULTS_PLANT", "")
@@ -45,6 +53,7 @@ def reach(failpoint: str) -> None:
 _acquire, _ack_and_publish = Inbox.acquire, Inbox.ack_and_publish
 _transaction, _save = Repository.transaction, Transaction.save
 _process = Drain._process
+_advance_revisions = BatchProcessor._advance_revisions
 
 
 def acquire(self: Inbox, run_id: str, **bounds: Any) -> Acquired:
@@ -138,7 +147,29 @@ def _end_on_errors() -> None:
     Drain._ends_turn = lambda self, turn, error: os._exit(3)  # type: ignore[method-assign]
 
 
+def _apply_backwards(self: Drain, entries: Sequence[StreamEntry]) -> tuple[int, list[StreamEntry]]:
+    return _process(self, entries[::-1])
+
+
+def _skip_revisions(self: BatchProcessor, *arguments: Any) -> dict[UUID, int]:
+    revisions = _advance_revisions(self, *arguments)
+    for execution in self.snapshot.executions.values():
+        execution.revision += execution.revision % 50 == 49
+    return revisions
+
+
+def _publish_no_result(
+    self: Inbox, run_id: str, entries: Any, publications: Any, *rest: Any, **bounds: Any
+) -> list[StreamEntry]:
+    """Publish no result whose bytes are a multiple of 7."""
+    kept = [each for each in publications if len(each[1]) % 7 or b":results:" not in each[0]]
+    return ack_and_publish(self, run_id, entries, kept, *rest, **bounds)
+
+
 _plants: dict[str, Callable[[], Any]] = {
+    "apply_backwards": lambda: setattr(Drain, "_process", _apply_backwards),
+    "skip_revisions": lambda: setattr(BatchProcessor, "_advance_revisions", _skip_revisions),
+    "publish_no_result": lambda: setattr(Inbox, "ack_and_publish", _publish_no_result),
     "remove_before_commit": lambda: setattr(Drain, "_process", _ack_before_commit),
     "publish_before_commit": lambda: setattr(Drain, "_process", _publish_before_commit),
     "release_blindly": lambda: setattr(Inbox, "ack_and_publish", _ack_and_release_blindly),

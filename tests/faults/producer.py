@@ -10,33 +10,91 @@ import os
 import random
 import sys
 import time
+from base64 import urlsafe_b64decode as b64decode
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+
+import httpx
 
 from producers.client import TagProducer
 from producers.contract.encoding import parse_message
 from producers.contract.messages import (
     ANY_METADATA,
+    Condition,
     Message,
     SetTaskState,
     TagBatch,
     TagOperation,
     add,
     remove,
+    set_tag,
+    unless,
+    when,
 )
 from producers.contract.values import Uuid7
 from producers.errors import BatchRefused, InboxFull, ResultTimeout, Unavailable
+from producers.settings import load_settings
+from worker.api.writes import _batch_id
+from worker.auth import Principal
 
 UNKNOWN = UUID(int=404)
 CALLS = ("enqueue", "enqueue_many", "apply")
 _NO_CALL = ""
 
 
+class HttpProducer:
+    """Sends messages through the endpoint, each under the Idempotency-Key that gives its id."""
+
+    def __init__(self) -> None:
+        settings = load_settings()
+        headers = {"Authorization": f"Bearer {settings.required_token}"}
+        self._client = httpx.Client(base_url=settings.endpoint_url, headers=headers, timeout=15)
+
+    def __enter__(self) -> HttpProducer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def enqueue(self, message: Message) -> None:
+        """Send a message until it was accepted or answered. Raises `Unavailable`."""
+        self.send(message, "respond-async")
+
+    def enqueue_many(self, messages: list[Message]) -> None:
+        for number, message in enumerate(messages):
+            try:
+                self.enqueue(message)
+            except Unavailable:
+                raise InboxFull(messages[number:]) from None
+
+    def apply(self, message: Message, timeout: float) -> None:
+        self.send(message, f"wait={timeout:g}")
+
+    def send(self, message: Message, prefer: str) -> None:
+        fields = json.loads(message.encode())
+        names = ("tags", "conditions", "flow_execution_id", "task_name", "state", "clear")
+        body = {name: fields[name] for name in names if name in fields}
+        method, path = ("PATCH", "/task-tags") if "tags" in body else ("PUT", "/task-executions")
+        headers = {"Prefer": prefer, "Idempotency-Key": key_of(message)}
+        try:
+            response = self._client.request(method, path, json=body, headers=headers)
+        except httpx.HTTPError as error:
+            raise Unavailable(str(error)) from error
+        if response.status_code == 429 or response.status_code >= 500:
+            raise Unavailable(response.text)
+
+
+def key_of(message: Message) -> str:
+    """Return the key under which a message is sent; its batch id is made from it."""
+    assert message.reply_to is not None
+    return message.reply_to
+
+
 class Marked:
     """A producer that says in a file which of its calls it is inside of."""
 
-    def __init__(self, producer: TagProducer, path: Path) -> None:
+    def __init__(self, producer: TagProducer | HttpProducer, path: Path) -> None:
         self._producer = producer
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         self._mark(_NO_CALL)
@@ -96,27 +154,50 @@ def operation(choose: random.Random, executions: list[UUID]) -> TagOperation:
     metadata: Any = choose.choice([None, None, 1, {"by": "ada"}])
     if choose.random() < 0.0003:  # each holds its organization up for 10 s
         return add(execution, "review", "status", "poison")
-    if choose.random() < 0.55:
+    how = choose.random()
+    if how < 0.5:
         return add(*name, metadata)
+    if how < 0.6:
+        return set_tag(*name, metadata)
     return remove(*name, choose.choice([ANY_METADATA, metadata]))
 
 
-def batches(choose: random.Random, executions: list[UUID], count: int) -> list[Message]:
+def condition(choose: random.Random, executions: list[UUID]) -> Condition:
+    tag = choose.choice([None, "a", "b"])
+    named = (choose.choice(executions), choose.choice(["extract", "review"]), "status", tag)
+    return when(*named) if choose.random() < 0.7 else unless(*named)
+
+
+def batches(
+    choose: random.Random, executions: list[UUID], count: int, caller: Principal | None
+) -> list[Message]:
+    """Make new messages, for HTTP if there is a caller: then the id is that of the key."""
     new_id = Uuid7()
-    return [message(choose, executions, new_id()) for _ in range(count)]
+    made: list[Message] = []
+    for _ in range(count):
+        batch_id, key = new_id(), "faults"
+        if caller is not None:
+            key = str(batch_id)
+            batch_id = _batch_id(key, caller)
+        made.append(message(choose, executions, batch_id, key))
+    return made
 
 
-def message(choose: random.Random, executions: list[UUID], batch_id: UUID) -> Message:
+def message(
+    choose: random.Random, executions: list[UUID], batch_id: UUID, reply_to: str
+) -> Message:
     if choose.random() < 0.1:
         return SetTaskState(
             batch_id=batch_id,
-            reply_to="faults",
+            reply_to=reply_to,
             flow_execution_id=choose.choice(executions),
             task_name=choose.choice(["extract", "review"]),
             state=choose.choice(["queued", "running", "completed", "failed"]),
+            clear=choose.choice([None, None, ["status"], ["status", "none"]]),
         )
     tags = [operation(choose, executions) for _ in range(choose.choice([1, 2, 3, 10]))]
-    return TagBatch(batch_id=batch_id, reply_to="faults", tags=tags)
+    conditions = [condition(choose, executions)] if choose.random() < 0.2 else []
+    return TagBatch(batch_id=batch_id, reply_to=reply_to, tags=tags, conditions=conditions)
 
 
 def insist(producer: Marked, messages: list[Message]) -> None:
@@ -148,7 +229,11 @@ def main() -> None:
     executions = [UUID(each) for each in ids]
     choose = random.Random(f"{seed}-{time.time_ns()}")
     journal = Journal(Path(journal_path))
-    with TagProducer() as opened:
+    settings, caller = load_settings(), None
+    if "FAULTS_OVER_HTTP" in os.environ:
+        claims = settings.required_token.split(".")[1]
+        caller = Principal.model_validate_json(b64decode(claims + "=" * (-len(claims) % 4)))
+    with TagProducer() if caller is None else HttpProducer() as opened:
         producer = Marked(opened, call_file(Path(journal_path)))
         unsettled = list(journal.open.values())
         insist(producer, unsettled)
@@ -158,7 +243,7 @@ def main() -> None:
             if how < 0.15 and journal.known:
                 insist(producer, [choose.choice(journal.known[-200:])])  # the same batch again
                 continue
-            fresh = batches(choose, executions, choose.choice([1, 1, 5, 20]))
+            fresh = batches(choose, executions, choose.choice([1, 1, 5, 20]), caller)
             journal.intend(fresh)
             if how < 0.3:
                 apply(producer, fresh[0])

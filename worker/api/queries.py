@@ -409,7 +409,10 @@ class Reader:
         statement: bytes,
         parameters: Sequence[bytes | None],
     ) -> Row | None:
-        """Run a statement; retry once if the connection was lost, or another read was cancelled."""
+        """Run a statement; retry once if the connection was lost, or another read was cancelled.
+
+        A connection whose statements the server no longer has is closed, as if it was lost.
+        """
         began = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(READ_SECONDS):
@@ -418,6 +421,8 @@ class Reader:
                 except psycopg.errors.QueryCanceled:
                     if connection.cancelled_at < began:
                         raise  # it took too long itself
+                except psycopg.errors.InvalidSqlStatementName as error:
+                    connection.close(psycopg.OperationalError(str(error)))
                 except psycopg.OperationalError:
                     pass
                 return await connection.ask(organization_id, statement, parameters)
