@@ -93,7 +93,7 @@ Timeout = Annotated[
     typer.Option(
         metavar="SECONDS",
         callback=console.within(0.001, MAX_TIMEOUT_SECONDS),
-        help="Wait for each result so long; at most 604800, a week.",
+        help="Time to wait for each result; at most 604800 (a week).",
     ),
 ]
 Block = Annotated[
@@ -101,7 +101,7 @@ Block = Annotated[
     typer.Option(
         metavar="SECONDS",
         callback=console.within(0, MAX_TIMEOUT_SECONDS),
-        help="Wait for free capacity in the inbox, so long in total; at most a week.",
+        help="Total time to wait for free capacity in the inbox; at most 604800 (a week).",
     ),
 ]
 IdsFrom = Annotated[
@@ -109,8 +109,8 @@ IdsFrom = Annotated[
     typer.Option(
         metavar="NAME",
         callback=_name,
-        help="Make batch ids that are left out from NAME and the line's number, so that another "
-        "run of the same file and NAME changes nothing.",
+        help="Derive missing batch ids from NAME and the line number, so that another run with the "
+        "same file and NAME changes nothing.",
     ),
 ]
 
@@ -133,7 +133,7 @@ def enqueue(
 ) -> None:
     """Enqueue the messages of a file, in order. Nothing is sent if a line is wrong.
 
-    A line may leave out schema_version, kind and batch_id; then its new batch id is printed.
+    A line may omit schema_version, kind and batch_id. A new batch id is printed.
     """
     if unchecked and (wait or ids_from):
         console.fail(WRONG, "--unchecked can't be combined with --wait or --ids-from")
@@ -181,8 +181,8 @@ def watch(
         typer.Option(
             min=0,
             metavar="REVISION",
-            help="Print all changes after this revision, without gaps: those that are missed are "
-            "read from the endpoint.",
+            help="Print all changes after this revision, without gaps: missed changes are read "
+            "from the endpoint.",
         ),
     ] = None,
     as_json: console.AsJson = False,
@@ -211,7 +211,7 @@ def schema(
         bool,
         typer.Option(
             "--asyncapi",
-            help="Print the AsyncAPI document of inbox, results and changes as YAML instead.",
+            help="Print the AsyncAPI document of inbox, results and changes, as YAML, instead.",
         ),
     ] = False,
 ) -> None:

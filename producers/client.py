@@ -133,11 +133,11 @@ class TagProducer:
         return _ids(batches, accepted)
 
     def submit(self, message: Message, block: float | None = None) -> Future[ResultRecord]:
-        """Enqueue a batch and return the future of its result record, be it an error or not.
+        """Enqueue a batch and return the future of its result record, which may be an error.
 
         Until the result arrives, the same batch is enqueued again after a lost connection, and
-        after 5, 10, 20, 40 and every 60 s: it never takes effect twice. Cancel the future to stop
-        that. The result arrives on a channel of this producer, whatever the batch's `reply_to`.
+        after 5, 10, 20, 40 and every 60 s: it never takes effect twice. To stop this, cancel the
+        future. The result arrives on a channel of this producer, whatever the batch's `reply_to`.
 
         Args:
             block: Seconds to wait for free capacity in the inbox.
@@ -181,7 +181,7 @@ class TagProducer:
             future.cancel()
 
     def timed_out(self, seconds: float) -> ResultTimeout:
-        """Return the error for no result in this time, with what Redis says about the inbox."""
+        """Return the error for no result in this time, with the state of the inbox in Redis."""
         return self._listener.timeout(seconds)
 
     def _submit_until(self, message: Message, deadline: float) -> Future[ResultRecord]:
@@ -197,7 +197,7 @@ class TagProducer:
     def send(self, encoded: Sequence[bytes], block: float | None = None) -> int:
         """Append serialized messages unchecked; return how many of them were accepted.
 
-        The worker answers with what is wrong with them.
+        The worker checks them, and publishes an error for each invalid one.
 
         Args:
             block: Seconds to wait, in total, for free capacity in the inbox.
@@ -305,7 +305,7 @@ class AsyncTagProducer:
     async def enqueue_many(
         self, messages: Iterable[Message], block: float | None = None
     ) -> list[UUID]:
-        """As TagProducer's. Only its round trips take a thread, no wait does."""
+        """Like `TagProducer.enqueue_many`. Only round trips use a thread; waiting does not."""
         batches = list(messages)
         sending = self._producer._sending([batch.encode() for batch in batches], block)
 
@@ -323,7 +323,7 @@ class AsyncTagProducer:
     async def submit(
         self, message: Message, block: float | None = None
     ) -> asyncio.Future[ResultRecord]:
-        """Enqueue a batch and return the future of its result, as TagProducer's."""
+        """Enqueue a batch and return the future of its result; see `TagProducer.submit`."""
         deadline, pause = time.monotonic() + (block or 0), _MIN_PAUSE_SECONDS
         while True:
             try:
@@ -337,7 +337,7 @@ class AsyncTagProducer:
     async def apply(
         self, message: Message, timeout: float | None = DEFAULT_TIMEOUT_SECONDS
     ) -> ResultRecord:
-        """As TagProducer's."""
+        """Like `TagProducer.apply`."""
         seconds = _seconds(timeout)
         deadline = time.monotonic() + seconds
         future = await self._submit_until(message, deadline)

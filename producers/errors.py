@@ -1,4 +1,4 @@
-"""The exceptions of the SDK. Each docstring says what the caller can do about it."""
+"""The exceptions of the SDK. Each docstring says what the caller can do."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class ConfigurationError(TaskTagsError):
 class Unavailable(TaskTagsError):
     """Redis or the endpoint can't be used at present. Retry later with the same batches.
 
-    Some of them may have been accepted: a batch that is enqueued again never takes effect twice.
+    Some of them may have been accepted. A batch that is enqueued again does not take effect twice.
     """
 
 
 class RedisOutOfMemory(Unavailable):
     """Redis has no memory left for messages. Enqueue the same batches again later.
 
-    Drains continue to run and free memory; or give Redis more. `block` does not help: it waits
-    while the inbox is at its limit, which is not reached here. With a lower TASK_TAGS_INBOX_LIMIT,
-    the inbox is full before Redis is.
+    Drains continue and free memory; or give Redis more memory. `block` does not help: it waits
+    only while the inbox is at its limit, which is not reached here. With a lower
+    TASK_TAGS_INBOX_LIMIT, the inbox reaches its limit before Redis runs out of memory.
     """
 
 
@@ -67,23 +67,23 @@ class RevisionExpired(TaskTagsError):
 
 
 class ChangesRefused(TaskTagsError):
-    """The endpoint refused the token, the execution or the revision: the text says which."""
+    """The endpoint refused the token, the execution or the revision: the message says which."""
 
 
 LeaseState = Literal["queued", "running", "missing"]
 _LEASES: Final = {
     "queued": "a drain of it is queued: is a worker running?",
     "running": "a worker drains it",
-    "missing": "no drain of it is on the way: is beat running?",
+    "missing": "no drain of it is queued or running: is beat running?",
 }
 
 
 class ResultTimeout(TaskTagsError):
     """The batch was accepted, but no result came in time. Call `apply` with it again.
 
-    It may still take effect, and never does so twice. `waiting` is how many messages the inbox
-    holds, and `lease` is `queued`, `running` or `missing` (docs/concepts/inbox-protocol.md); both
-    are None if Redis could not be asked.
+    It may still take effect, but only once. `waiting` is the number of messages in the inbox, and
+    `lease` is `queued`, `running` or `missing` (docs/concepts/inbox-protocol.md); both are None if
+    Redis could not be read.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class ResultTimeout(TaskTagsError):
     ) -> None:
         text = f"no result in {seconds:g} s; the batch was accepted"
         if waiting is None or lease is None:
-            text += ", and Redis can't be asked what became of it"
+            text += ", and Redis can't be reached to check the inbox"
         elif waiting == 0:
-            text += ", and nothing waits in the inbox: its result was lost, ask for it again"
+            text += ", and the inbox is empty: the result was lost; send the batch again"
         else:
             text += f", and {waiting} message(s) wait in the inbox: {_LEASES[lease]}"
         super().__init__(text)
@@ -150,8 +150,9 @@ class Conflict(BatchRefused):
 class PreconditionFailed(BatchRefused):
     """A condition of the batch did not hold, so nothing of it took effect.
 
-    `record.error.details` says which, and what is there instead, if the token may read. The same id
-    gets the same error again (docs/concepts/contract.md#rule-18).
+    `record.error.details` lists which, and the tags that are active instead, if the token has the
+    scope `task-tags:read`. The same id gets the same error again
+    (docs/concepts/contract.md#rule-18).
     """
 
 
@@ -163,7 +164,7 @@ class TooLarge(BatchRefused):
 
 
 class InternalError(BatchRefused):
-    """The worker failed at this batch, and kept it for an operator. Report the batch id to them."""
+    """The worker failed at this batch, and kept it for an operator. Report the batch id."""
 
 
 _REFUSALS: dict[str, type[BatchRefused]] = {

@@ -24,7 +24,7 @@ _TOKEN: Final = re.compile(
 
 
 class InboxSettings(BaseSettings):
-    """What all who use the inboxes set alike: producers, workers and the endpoint."""
+    """The settings that producers, workers and the endpoint share."""
 
     model_config = SettingsConfigDict(
         env_prefix="TASK_TAGS_",
@@ -39,7 +39,7 @@ class InboxSettings(BaseSettings):
     inbox_limit: int = Field(DEFAULT_LIMIT, ge=1, le=1_000_000_000)
     """How many messages may wait in an inbox before `InboxFull`, or 429 from the endpoint."""
     lease_seconds: float = Field(LEASE_MS / 1000, ge=1, le=MAX_LEASE_SECONDS)
-    """Seconds until a lease that its drain does not renew expires; another may be sent then."""
+    """Seconds after which a lease that its drain does not renew expires; then another may start."""
 
     @field_validator("redis_url")
     @classmethod

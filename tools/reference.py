@@ -33,7 +33,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
 HEAD = """# Reference
 
-Made from the code by `make docs`; do not edit. The endpoint's complete description is
+Generated from the code by `make docs`; do not edit. The endpoint's complete description is
 [openapi.json](openapi.json); `task-tags schema --asyncapi` prints that of the channels.
 """
 
@@ -45,8 +45,8 @@ closed with one of these codes:
 | code | why |
 |---|---|
 | 1008, 1009 | too many frames; a frame over 64 KiB |
-| 1012 | the endpoint ends: connect again |
-| 1013 | nothing was taken for 5 s, or the database is away: connect again |
+| 1012 | the endpoint shuts down: connect again |
+| 1013 | the client read nothing for 5 s, or the database is unavailable: connect again |
 | 4400 | a parameter or a frame is wrong |
 | 4401 | the token is wrong or has expired |
 | 4403 | the token lacks the scope `task-tags:read` |
@@ -185,7 +185,7 @@ def exit_codes() -> str:
 
 
 ALIASES = {
-    "ANY_METADATA": "Stands for any metadata, also none.",
+    "ANY_METADATA": "Stands for any metadata, including none.",
     "Message": "A `TagBatch`, a `RegisterExecution` or a `SetTaskState`.",
 }
 

@@ -62,17 +62,16 @@ app = typer.Typer(
 )
 
 rejected_app = typer.Typer(
-    help="List, retry and drop dead letters: messages at which the worker failed, or that can't be "
-    "read.",
+    help="List, retry and drop dead letters: messages that failed in the worker or can't be read.",
     no_args_is_help=True,
 )
 app.add_typer(rejected_app, name="rejected")
-inbox_app = typer.Typer(help="Mend an organization's inbox.", no_args_is_help=True)
+inbox_app = typer.Typer(help="Repair an organization's inbox.", no_args_is_help=True)
 app.add_typer(inbox_app, name="inbox")
 
 DataDir = Annotated[Path, typer.Option(help="The directory for data, logs and secrets.")]
 Port = Annotated[
-    int, typer.Option(min=0, max=65535, help="The endpoint's port; 0 takes a free one.")
+    int, typer.Option(min=0, max=65535, help="The endpoint's port; 0 chooses a free one.")
 ]
 Workers = Annotated[int, typer.Option(min=1, max=64, help="The number of worker processes.")]
 
@@ -132,7 +131,7 @@ def up(data_dir: DataDir = Path(".task-tags"), port: Port = 8080, workers: Worke
 def demo(
     file: Annotated[
         Path,
-        typer.Argument(help="NAME.jsonl has the messages, NAME.expected.jsonl the results."),
+        typer.Argument(help="NAME.jsonl with the messages; NAME.expected.jsonl has the results."),
     ] = Path("examples/document-review.jsonl"),
     data_dir: DataDir = Path(".task-tags"),
     port: Port = 8080,
@@ -206,17 +205,19 @@ def token(
     ] = None,
     sub: Annotated[
         str,
-        typer.Option(callback=_actor, help="The actor: at most 200 characters, no control ones."),
+        typer.Option(
+            callback=_actor, help="The actor: at most 200 characters, no control characters."
+        ),
     ] = "developer",
     scope: Annotated[
         list[str] | None, typer.Option(help=f"Any of {', '.join(SCOPES)}; all by default.")
     ] = None,
     days: Annotated[
-        float, typer.Option(callback=within(0, 36500), help="Days until it expires, to 36500.")
+        float, typer.Option(callback=within(0, 36500), help="Days until it expires; at most 36500.")
     ] = 1,
     data_dir: DataDir = Path(".task-tags"),
 ) -> None:
-    """Sign a token, for development: with TASK_TAGS_JWT_SECRET, or else as the local stack."""
+    """Sign a token for development, with TASK_TAGS_JWT_SECRET or the local stack's secret."""
     scopes = tuple(word for each in scope or SCOPES for word in each.split())
     if unknown := set(scopes) - set(SCOPES):
         fail(2, f"there is no scope {', '.join(sorted(unknown))}: choose from {', '.join(SCOPES)}")
@@ -227,7 +228,7 @@ def token(
 
         settings, org = signing_settings(data_dir), org or DEVELOPMENT_ORGANIZATION
     if org is None:
-        fail(2, "--org is missing, and there is no local stack here")
+        fail(2, "--org is missing, and there is no local stack in this directory")
     print(sign_token(settings, organization_id=org, actor=sub, scopes=scopes, lifetime=lifetime))
 
 
@@ -279,7 +280,7 @@ def list_rejected(
 ) -> None:
     """List dead letters, the oldest of each organization first.
 
-    A line has: organization, id, time, attempts, batch id, size in bytes, reason.
+    The columns are: organization, id, time, attempts, batch id, size in bytes, reason.
     """
     with _redis() as redis:
         for organization_id in [org] if org else dead_letters.organizations(redis):
@@ -317,13 +318,13 @@ def retry(
     everything: All = False,
     token: Annotated[
         str,
-        typer.Option(envvar="TASK_TAGS_TOKEN", help="Your token, under which they are enqueued."),
+        typer.Option(envvar="TASK_TAGS_TOKEN", help="Your token, with which they are enqueued."),
     ] = "",
 ) -> None:
     """Enqueue dead letters again, after their cause is fixed.
 
     Tokens are not kept, so the messages are enqueued under your token: you become the actor of what
-    they change. They go to the end of the inbox, behind everything that was enqueued since. The
+    they change. They go to the end of the inbox, after everything that was enqueued since. The
     command needs the worker's settings. A message that the worker would refuse, or whose batch id
     can't be read, stays a dead letter (exit code 2).
     """
@@ -415,7 +416,7 @@ def _tell(stack: Stack, execution: UUID, task_name: str, *first: Message) -> Non
     print(
         f"  printf '%s\\n' {lines} | task-tags enqueue - --wait\n  task-tags list {execution}\n"
         f"  task-tags-admin token --sub ada --data-dir {shlex.quote(str(stack.directory))}"
-        "  # to be somebody else\n\nCtrl-C stops everything; the data stays.",
+        "  # a token of another actor\n\nCtrl-C stops everything; the data stays.",
         flush=True,
     )
 

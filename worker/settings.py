@@ -41,24 +41,24 @@ class Settings(InboxSettings):
     jwt_jwks_url: str | None = None
     """The URL of a JWK set with the public keys."""
     jwt_audience: str | None = None
-    """The `aud` that tokens must have; required with public keys, else not checked if unset."""
+    """The `aud` that tokens must have; required with public keys, otherwise optional."""
     jwt_issuer: str | None = None
-    """The `iss` that tokens must have; required with public keys, else not checked if unset."""
+    """The `iss` that tokens must have; required with public keys, otherwise optional."""
 
     group_size: int = Field(100, ge=1, le=1000)
-    """The most messages that are applied in one transaction."""
+    """The maximum number of messages that are applied in one transaction."""
     transaction_seconds: float = Field(30, ge=1, le=3600)
-    """Seconds that a transaction may last, whatever the server does, before it is given up."""
+    """Seconds after which a transaction is aborted and its connection closed."""
     drain_budget_seconds: float = Field(0.25, ge=0.001, le=60)
     """Seconds until a drain goes to the end of the queue, behind other organizations' drains."""
     retention_days: float = Field(30, ge=_MIN_DAYS, le=_MAX_DAYS)
-    """Days for which a result is stored. In this time, the same batch never takes effect twice."""
+    """Days for which a result is stored. During this time, a batch never takes effect twice."""
     changes_retention_days: float | None = Field(None, ge=_MIN_DAYS, le=_MAX_DAYS)
-    """Days for which a change event is stored; for ever if it is not set."""
+    """Days for which a change event is stored; if not set, events are never deleted."""
     endpoint_connections: int = Field(4, ge=1, le=1000)
     """The number of database connections of one endpoint process."""
     log_level: str = "INFO"
-    """The least level of log records. Logs are JSON, one object in each line."""
+    """The minimum level of log records. Logs are JSON, one object per line."""
 
     @field_validator("database_url")
     @classmethod

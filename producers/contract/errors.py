@@ -23,7 +23,7 @@ ErrorCode = Literal[
 
 
 class FoundTag(TolerantModel):
-    """An active tag, as the error for a failed condition says it."""
+    """An active tag, as the error for a failed condition describes it."""
 
     tag_type: str
     tag: str
@@ -35,8 +35,8 @@ class ErrorDetail(TolerantModel):
     """One fault.
 
     `index` is the position, from 0, of the operation or task name that has it, or of the condition
-    if `field` is `conditions`; null for the whole message. `found` is what is there instead of what
-    a condition wants, the oldest five tags, for a token that may read.
+    if `field` is `conditions`; null for the whole message. `found` lists the active tags that made
+    a condition fail, the oldest five, if the token has the scope `task-tags:read`.
     """
 
     index: int | None = None
@@ -63,7 +63,7 @@ class TaskTagsError(Exception):
 class InvalidMessage(TaskTagsError, ValueError):
     """The message breaks the contract: correct it. `details` lists every fault and quotes no value.
 
-    `batch_id` is None if none could be read; nobody can be answered then.
+    `batch_id` is None if none could be read; then no result can be published.
     """
 
     def __init__(

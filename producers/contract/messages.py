@@ -146,12 +146,12 @@ def remove(
 
 
 class Condition(StrictModel):
-    """What must be there, or must not, for a batch to take effect.
+    """A tag that must, or must not, be active for a batch to take effect.
 
     The rule is docs/concepts/contract.md#rule-18.
 
-    Without `tag`, any tag of the type is meant; without `tag_metadata`, the tag with any metadata;
-    null means exactly the one without metadata.
+    Without `tag`, it is about any tag of the type; without `tag_metadata`, about the tag with any
+    metadata; a null `tag_metadata` means exactly the tag without metadata.
     """
 
     flow_execution_id: Id
@@ -201,7 +201,7 @@ def unless(
     tag: str | None = None,
     tag_metadata: Any = ANY_METADATA,
 ) -> Condition:
-    """Build the condition that no such tag is active; as `when`. Raises `InvalidMessage`."""
+    """Build the condition that no such tag is active; see `when`. Raises `InvalidMessage`."""
     return _condition(False, flow_execution_id, task_name, tag_type, tag, tag_metadata)
 
 
@@ -310,11 +310,11 @@ def split_batches(
 ) -> list[TagBatch]:
     """Return batches of at most 100 operations each, in order.
 
-    Each is a batch of its own: it takes effect, or is refused, whatever becomes of the others.
+    Each batch takes effect, or is refused, independently of the others.
 
     Args:
-        batch_id: The batches' ids are made of it and their places, for runs that may be repeated;
-            or else they are new.
+        batch_id: If given, the batches' ids are derived from it and from their positions, so that
+            a run can be repeated; otherwise they are new.
     """
     every = list(operations)
     parts = [every[at : at + MAX_OPERATIONS] for at in range(0, len(every), MAX_OPERATIONS)]
@@ -371,7 +371,7 @@ def register_execution(
 ) -> RegisterExecution:
     """Build the message that registers a flow execution; None allows every task name.
 
-    Raises `InvalidMessage`, also for one string, whose characters would be taken for names.
+    Raises `InvalidMessage`, also if `task_names` is a single string.
     """
     names = task_names if task_names is None or isinstance(task_names, str) else list(task_names)
     fields = {"flow_execution_id": flow_execution_id, "task_names": names}
@@ -405,7 +405,7 @@ CLAIM: Final = "claim"
 
 
 def claim(flow_execution_id: UUID | str, task_name: str, claimant: str) -> TagBatch:
-    """Build the batch that claims a task, unless anybody has. Raises `InvalidMessage`."""
+    """Build the batch that claims a task, unless it is claimed. Raises `InvalidMessage`."""
     task = flow_execution_id, task_name
     return _decision(unless(*task, CLAIM), set_tag(*task, CLAIM, claimant))
 

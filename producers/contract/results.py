@@ -36,14 +36,14 @@ class Registration(TolerantModel):
 
 
 class Recording(TolerantModel):
-    """What became of a task's state; `cleared` is how many tags were removed, if any were to be."""
+    """The outcome for a task's state; with `clear`, `cleared` is how many tags were removed."""
 
     status: Annotated[RecordingStatus, tolerant(RecordingStatus)]
     cleared: int | None = Field(default=None, exclude_if=lambda cleared: cleared is None)
 
 
 class ResultRecord(TolerantModel):
-    """The result of a message: a status for each operation, in their order, or one error.
+    """The result of a message: a status for each operation, in the same order, or one error.
 
     The rule is docs/concepts/contract.md#rule-6.
     """
@@ -113,7 +113,7 @@ class Change:
 
 @dataclass(slots=True)
 class Task:
-    """A task of an execution, with the state that was last recorded for it."""
+    """A task of an execution, with its last recorded state."""
 
     flow_execution_id: UUID
     task_name: str

@@ -257,7 +257,7 @@ async def _gone(receive: Receive) -> None:
     "/task-tags/changes/events",
     summary="Watch the change events of a flow execution as Server-Sent Events",
     response_class=Response,  # of no media type: that of errors is another
-    response_description="The stored events after a revision, then new ones as they come. "
+    response_description="The stored events after a revision, then each new one. "
     "`id` is the revision.",
     responses={200: {"content": {"text/event-stream": {}}}, **documented(GONE)},
 )

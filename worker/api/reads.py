@@ -107,7 +107,7 @@ def _json(body: bytes, headers: dict[str, str] | None = None) -> Response:
     "/task-tags",
     summary="Read the active tags of a flow execution",
     response_model=list[Tag] | TagPage,
-    response_description="The active tags by time of creation; none for an unknown task. "
+    response_description="The active tags, ordered by creation time; none for an unknown task. "
     "With `limit` or `cursor`, a page of them.",
     responses={
         200: {"headers": _ETAG},
@@ -192,7 +192,8 @@ async def _read_page(
     "/task-executions",
     summary="Read the tasks of a flow execution, with their states and tags",
     response_model=list[TaskAnswer],
-    response_description="Each task that is registered or has an active tag or a state, by name.",
+    response_description="Each task that is registered or has an active tag or a state, in the "
+    "order of names.",
     responses={200: {"headers": _TASKS_ETAG}},
 )
 async def read_tasks(
@@ -224,7 +225,7 @@ async def read_changes(
     query: Annotated[ChangesQuery, Depends(query(ChangesQuery))],
     reader: Database,
 ) -> Response:
-    """Read who changed what, when, and in which batch. Events are as they were published.
+    """Each event says who changed what, when, and in which batch, as it was published.
 
     With filters, events have only the changes that match, and events without any are left out.
     """
@@ -298,9 +299,8 @@ async def read_batch(
 ) -> Response:
     """Read the result of a batch. 404 until it is stored.
 
-    A batch that was refused for the state of the tables (`not_found`, `too_large`) is stored, too,
-    and so is `internal_error`. The errors `bad_request`, `unauthorized`, `forbidden` and `conflict`
-    never are.
+    The errors `not_found`, `precondition_failed`, `too_large` and `internal_error` are stored, too.
+    The errors `bad_request`, `unauthorized`, `forbidden` and `conflict` are never stored.
     """
     stored = await reader.record(caller.organization_id, batch_id)
     if stored is None:

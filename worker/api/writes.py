@@ -178,7 +178,8 @@ IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
-        description="The same key of the same actor is the same batch, which takes effect once.",
+        description="Requests of one actor with the same key are the same batch, which takes "
+        "effect once.",
         json_schema_extra={"maxLength": 200},
     ),
 ]
@@ -287,7 +288,7 @@ def _answer(kind: str, batch_id: UUID, record: ResultRecord | None, *, is_kept: 
 
 
 class TagsBody(BaseModel):
-    """The operations of one batch. They take effect together, if all conditions hold, or not."""
+    """The operations of one batch. If all conditions hold, all take effect; otherwise none does."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -407,9 +408,9 @@ async def change_tags(caller: TagWriting, write: Writing) -> Response:
     "/flow-executions/{flow_execution_id}",
     summary="Register a flow execution, or add task names to it",
     response_model=Registration,
-    response_description="It was registered before.",
+    response_description="The execution was registered before.",
     responses={
-        201: {"model": Registration, "description": "It is registered now.", **_LOCATION},
+        201: {"model": Registration, "description": "The execution is registered now.", **_LOCATION},
         **documented(forbidden(EXECUTIONS_WRITE)),
     },
     openapi_extra=_body_of(RegistrationBody),

@@ -190,4 +190,4 @@ class Demo:
                 elif isinstance(change, Change):
                     replayed.discard(str(change.tag.id))
         if replayed != {tag["id"] for tag in tags}:
-            yield "the change events do not add up to the tags that were read"
+            yield "the tags that result from the change events differ from the tags that were read"
