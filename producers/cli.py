@@ -84,7 +84,7 @@ def main() -> None:
 
 def _name(value: str | None) -> str | None:
     if value is not None and not (value.strip() and value.isprintable()):
-        raise typer.BadParameter("must be a name that can be printed")
+        raise typer.BadParameter("must be printable text that is not blank")
     return value
 
 

@@ -61,7 +61,7 @@ class TagProducer:
     """Enqueues the tag batches of one organization. Threads may share it; it connects at first use.
 
     Arguments that are left out come from the environment (`ProducerSettings`). `token` may be a
-    function that returns a token, for a producer that lives longer than one. Raises
+    function that returns a token, for use beyond the validity of one token. Raises
     `ConfigurationError`.
     """
 

@@ -213,7 +213,7 @@ class EventQueue(Listener):
     def on_event(self, payload: bytes) -> None:
         self._bytes += len(payload)
         if self._bytes > MAX_QUEUED_BYTES:
-            logger.warning("events were dropped: they are read too slowly")
+            logger.warning("events were dropped: the subscriber reads too slowly")
             self._events, self._bytes = [ListenEvent.SUBSCRIBED], len(payload)
         self._events.append(payload)
         self._arrived.set()

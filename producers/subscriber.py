@@ -44,7 +44,7 @@ class Subscriber:
     """Receives the results of a `reply_to`, or the changes of an execution, of one organization.
 
     Arguments that are left out come from the environment (`ProducerSettings`). `token` may be a
-    function that returns a token, for a subscriber that lives longer than one. Iterate with `for`,
+    function that returns a token, for use beyond the validity of one token. Iterate with `for`,
     or with `async for` over the methods whose names begin with `a`. Raises `ConfigurationError`.
     """
 
@@ -78,7 +78,7 @@ class Subscriber:
                 it must not block.
 
         Raises:
-            Unavailable: Redis can't be reached at the start; later it is waited for.
+            Unavailable: Redis can't be reached at the start; later, the iteration waits for it.
         """
         return self._thread.iterate(self._results(reply_to, on_subscribed))
 
@@ -97,9 +97,9 @@ class Subscriber:
             on_subscribed: As in `results`.
 
         Raises:
-            Unavailable: Redis, or the endpoint, can't be reached at the start; later they are
-                waited for.
-            ConfigurationError, RevisionExpired, ChangesRefused: With `after` alone.
+            Unavailable: Redis, or the endpoint, can't be reached at the start; later, the
+                iteration waits for them.
+            ConfigurationError, RevisionExpired, ChangesRefused: Only with `after`.
         """
         return self._thread.iterate(self._changes(flow_execution_id, after, on_subscribed))
 
@@ -254,4 +254,4 @@ def _decoded(
             try:
                 yield model.decode(event), len(event)
             except ValidationError:
-                logger.warning("what was published is not a %s: skipped", model.__name__)
+                logger.warning("skipped a publication that is not a %s", model.__name__)

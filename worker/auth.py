@@ -210,7 +210,7 @@ class Authorizer:
                 if isinstance(kind, str):
                     kind = kind.lower().removeprefix("application/")
                 if kind not in _TYPES:
-                    raise InvalidToken("the token is of another kind")
+                    raise InvalidToken("the token is of another type")
                 return token["payload"]
         raise InvalidToken("the token is signed with an unknown key")
 
@@ -250,7 +250,7 @@ def _key_source(settings: Settings) -> tuple[Sequence[Any], JwkSet | None]:
     symmetric = {_SYMMETRIC.get(algorithm[:2]) for algorithm in settings.jwt_algorithms}
     if symmetric not in ({True}, {False}):
         raise ConfigurationError(
-            "TASK_TAGS_JWT_ALGORITHMS: must be HS… algorithms alone, or RS…, PS…, ES… and EdDSA"
+            "TASK_TAGS_JWT_ALGORITHMS: must be only HS… algorithms, or only RS…, PS…, ES… and EdDSA"
         )
     given = {
         "TASK_TAGS_JWT_SECRET": settings.jwt_secret,
@@ -259,7 +259,7 @@ def _key_source(settings: Settings) -> tuple[Sequence[Any], JwkSet | None]:
     secrets = {name: each.get_secret_value() for name, each in given.items() if each is not None}
     if symmetric == {False}:
         for name in secrets:
-            raise ConfigurationError(f"{name}: is for HS… algorithms alone")
+            raise ConfigurationError(f"{name}: is only for HS… algorithms")
         return _public_keys(settings)
     if settings.jwt_public_key or settings.jwt_jwks_url:
         raise ConfigurationError(
@@ -279,7 +279,7 @@ def _public_keys(settings: Settings) -> tuple[Sequence[Any], JwkSet | None]:
     # The issuer signs for other services with the same key.
     for name in ("audience", "issuer"):
         if not getattr(settings, f"jwt_{name}"):
-            text = "is required with public keys, whose issuer signs for other services, too"
+            text = "is required with public keys: their issuer also signs tokens for other services"
             raise ConfigurationError(f"TASK_TAGS_JWT_{name.upper()}: {text}")
     if settings.jwt_jwks_url:
         return [], JwkSet(settings.jwt_jwks_url, settings.jwt_algorithms)
@@ -287,7 +287,7 @@ def _public_keys(settings: Settings) -> tuple[Sequence[Any], JwkSet | None]:
         for algorithm in settings.jwt_algorithms:
             jwt.get_algorithm_by_name(algorithm).prepare_key(settings.jwt_public_key)
     except (jwt.PyJWTError, NotImplementedError, ValueError, TypeError):
-        raise ConfigurationError("TASK_TAGS_JWT_PUBLIC_KEY: is no public key in PEM") from None
+        raise ConfigurationError("TASK_TAGS_JWT_PUBLIC_KEY: is not a public key in PEM") from None
     return [settings.jwt_public_key], None
 
 

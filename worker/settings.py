@@ -99,7 +99,7 @@ class Settings(InboxSettings):
                 "unknown": ", ".join(map(ascii, sorted(unknown))),
                 "known": ", ".join(ALGORITHMS),
             }
-            raise PydanticCustomError("algorithm", "{unknown} is none of {known}", words)
+            raise PydanticCustomError("algorithm", "{unknown} is not one of {known}", words)
         return value
 
     @field_validator("jwt_jwks_url")
@@ -120,7 +120,7 @@ class Settings(InboxSettings):
         except UnicodeEncodeError:
             known = False
         if not known:
-            raise PydanticCustomError("text", "must be a text in UTF-8 that is not blank")
+            raise PydanticCustomError("text", "must be UTF-8 text that is not blank")
         return value
 
     @property

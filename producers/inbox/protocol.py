@@ -2,7 +2,7 @@
 
 An inbox is an organization's Redis stream of messages that are accepted and not yet applied. Its
 lease is a key that says `queued <lease id>` or `running <run id>`: a drain of the inbox is in the
-Celery queue, or working. Each delivery of a drain message is a run with an id of its own. Each step
+Celery queue, or working. Each delivery of a drain message is a run with a separate id. Each step
 is one Lua script, which also sends the drain message, so no step is ever seen half done. The keys,
 the states and the argument why nothing is lost are in docs/concepts/inbox-protocol.md;
 tests/unit/test_inbox_model.py searches them.
@@ -234,7 +234,7 @@ class Inbox:
         return attempts, seconds
 
     def rebuild(self) -> int:
-        """Move all messages, in their order, to a stream whose ids begin anew; return how many.
+        """Move all messages, in their order, to a new stream with new ids; return how many.
 
         It is for a stream that has reached its last id, which Redis then refuses to go beyond.
         """
@@ -292,7 +292,7 @@ def repair_keys(redis: Redis, types: Mapping[str, str] = SHARED_KEYS) -> bool:
     except NoPermissionError:
         return False
     for key in wrong:
-        logger.error("a key had a wrong type: it was moved aside", extra={"key": key.decode()})
+        logger.error("a key of a wrong type was renamed or deleted", extra={"key": key.decode()})
     return bool(wrong)
 
 

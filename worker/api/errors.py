@@ -57,10 +57,10 @@ _HEADERS: Final = {
 EXPIRED: Final = ApiError(401, "unauthorized", "the token has expired")
 NOT_FOUND: Final = ApiError(404, "not_found", "there is no such thing here")
 GONE: Final = ApiError(
-    410, "gone", "older changes were purged; read the tags, and go on from there"
+    410, "gone", "older changes were purged; read the tags and continue from there"
 )
-TOO_LARGE: Final = ApiError(413, "body_too_large", f"a body has at most {MAX_BODY_BYTES} bytes")
-FAULT: Final = ApiError(500, "internal_error", "the endpoint failed at this request")
+TOO_LARGE: Final = ApiError(413, "body_too_large", f"the body exceeds {MAX_BODY_BYTES} bytes")
+FAULT: Final = ApiError(500, "internal_error", "the endpoint failed to process this request")
 UNAVAILABLE: Final = ApiError(503, "unavailable", "the database does not answer; try again later")
 
 
@@ -101,14 +101,14 @@ def _methods(request: Request) -> list[str]:
 
 
 def problem_of(error: Exception) -> ApiError:
-    """Return the error that the caller is told of."""
+    """Return the error that the caller receives."""
     match error:
         case ApiError():
             return error
         case RequestValidationError():
             return wrong_parameter(parameter_faults(error.errors()))
         case HTTPException(status_code=405):
-            text = "this path has other methods"
+            text = "the method is not allowed for this path"
             return ApiError(405, "method_not_allowed", text)
         case HTTPException():
             return NOT_FOUND

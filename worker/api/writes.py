@@ -276,7 +276,7 @@ def _answer(kind: str, batch_id: UUID, record: ResultRecord | None, *, is_kept: 
         refused = record.error
         text = refused.message
         if is_kept and refused.code == "not_found":
-            text += "; this answer is kept under the Idempotency-Key: send another key afterwards"
+            text += "; this answer is stored for the Idempotency-Key: use another key for a retry"
         raise ApiError(_STATUS_OF[refused.code], refused.code, text, refused.details)
     body: Any = record.model_dump(include={"tags", "flow_execution", "task_execution"})
     body = {"tags": body["tags"]} if kind == "tag_batch" else body[kind]
@@ -410,7 +410,7 @@ async def change_tags(caller: TagWriting, write: Writing) -> Response:
     response_model=Registration,
     response_description="The execution was registered before.",
     responses={
-        201: {"model": Registration, "description": "The execution is registered now.", **_LOCATION},
+        201: {"model": Registration, "description": "The execution is now registered", **_LOCATION},
         **documented(forbidden(EXECUTIONS_WRITE)),
     },
     openapi_extra=_body_of(RegistrationBody),

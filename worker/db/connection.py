@@ -107,7 +107,7 @@ def assert_safe_role(found: Sequence[Any]) -> None:
     if found != [(False,)]:
         raise UnsafeRole(
             "this database role owns the tables, is a superuser or bypasses row-level security: "
-            "connect as task_tags_worker or task_tags_endpoint (task-tags-admin migrate makes them)"
+            "connect as task_tags_worker or task_tags_endpoint (see task-tags-admin migrate)"
         )
 
 

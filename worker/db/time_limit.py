@@ -69,7 +69,7 @@ class TimeLimit:
                 if stopped_at is not None:
                     end = min(end, max(began, stopped_at) + _STOP_SECONDS)
                 if time.monotonic() > end:
-                    logger.warning("a transaction took too long: its connection is given up")
+                    logger.warning("a transaction took too long: its connection is closed")
                     self._watched = None
                     _give_up(connection)
 

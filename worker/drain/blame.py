@@ -37,8 +37,8 @@ _CONNECTION_CLASSES: Final = ("08", "40", "53", "57", "58")
 _STATE_CODES: Final = ("25006", "25P03", "25P04", "55P03")
 _REMEDIES: Final = {
     "42": "run task-tags-admin migrate",
-    "53": "give the server disk, memory or connections",
-    "25006": "the server is read-only: let the URL lead to the primary",
+    "53": "give the server more disk space, memory or connections",
+    "25006": "the server is read-only: the URL must lead to the primary server",
     "28": "correct the credentials in TASK_TAGS_DATABASE_URL",
 }
 

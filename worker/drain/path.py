@@ -236,7 +236,7 @@ class Drain:
         """
         batch_id = admitted.message.message.batch_id
         logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
-        text = "the worker failed at this batch; nothing of it took effect"
+        text = "the worker failed at this batch; it had no effect"
         outcome, change_set = decide_failure(self.organization_id, admitted.message, text)
         reason = f"internal_error: {type(error).__name__}"
         dead_letter = DeadLetter.of(admitted.entry, reason, self.now(), attempts, batch_id)

@@ -152,7 +152,7 @@ def find_server_paths(directory: Path) -> ServerPaths:
         sockets = Path(tempfile.gettempdir()) / f"task-tags-{os.geteuid()}-{name}"
     sockets.mkdir(mode=0o700, exist_ok=True)
     if sockets.stat().st_uid not in (os.geteuid(), user.pw_uid if user else None):
-        raise StartupError(f"{sockets} belongs to somebody else")
+        raise StartupError(f"{sockets} belongs to another user")
     home = ServerPaths(data, sockets, user)
     home.own(sockets)
     return home

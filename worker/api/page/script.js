@@ -88,7 +88,7 @@ async function ask(path, { method = "GET", query = {}, headers = {}, body } = {}
   try {
     return { response, body: parseExactly(text) };
   } catch {
-    throw new Refusal(0, "The answer is not JSON: is this address really the endpoint’s?");
+    throw new Refusal(0, "The answer is not JSON: is this the address of the endpoint?");
   }
 }
 
@@ -190,7 +190,7 @@ function hear(event) {
   if (event.revision <= page.revision) return;
   if (event.revision > page.revision + 1) {
     // The endpoint promises that this can't be; should it be wrong, what is shown must still be right.
-    readAnew(`Revisions ${page.revision + 1} to ${event.revision - 1} did not come: everything is read anew.`);
+    readAnew(`Revisions ${page.revision + 1} to ${event.revision - 1} were not received: reading everything again.`);
     return;
   }
   page.revision = event.revision;
@@ -212,22 +212,22 @@ function onLive() {
   if (at("connection").dataset.state !== "live") showConnection("live", "Live");
 }
 
-/** Something refused a request: who asks again may be heard, unless the request itself is the matter. */
+/** Handle a refused request: retry if the cause may be temporary, otherwise stop. */
 function onRefusal({ status, message }) {
   if (status === 401) askForToken(`The token was refused: ${sentence(message)}`);
   else if (status === 403) stop(`Not allowed: ${sentence(message)}`);
   else if (status === 404) stop(UNKNOWN_EXECUTION);
   else if (status === 0) retryLater(message);
-  else if (passes(status)) retryLater(`The endpoint can’t help now: ${sentence(message)}`);
+  else if (passes(status)) retryLater(`The endpoint is not available now: ${sentence(message)}`);
   else stop(`The endpoint refused the request: ${sentence(message)}`);
 }
 
-/** Whether asking again may be answered otherwise. Gone (410) is what was missed: then all is read anew. */
+/** Whether a retry may succeed. After 410 (missed changes were purged), everything is read again. */
 function passes(status) {
   return status === 0 || status >= 500 || [408, 410, 429].includes(status);
 }
 
-const UNKNOWN_EXECUTION = "There is no such execution here: nobody has registered it, or it is another organization’s.";
+const UNKNOWN_EXECUTION = "There is no such execution here: it is not registered, or it belongs to another organization.";
 
 /** What a close without an error frame means: the codes of RFC 6455, and those registered later. */
 const CLOSED = {
@@ -237,12 +237,12 @@ const CLOSED = {
   1011: "The endpoint met a fault of its own.",
   1012: "The endpoint is being restarted.",
   1013: "The endpoint has too much to do.",
-  1014: "What stands before the endpoint got no answer from it.",
+  1014: "The proxy got no answer from the endpoint.",
 };
 
 function onClosed(code, message) {
   const refused = { 4400: 400, 4401: 401, 4403: 403, 4404: 404, 1009: 400 }[code];
-  if (code === 4410) readAnew("Changes in between are no longer stored: everything is read anew.");
+  if (code === 4410) readAnew("Earlier changes are no longer stored: reading everything again.");
   else if (refused) onRefusal({ status: refused, message: message ?? "it gave no reason" });
   else if (message) retryLater(`The endpoint ended the connection: ${sentence(message)}`);
   else retryLater(CLOSED[code] ?? `The endpoint ended the connection, with the code ${code}.`);
@@ -292,7 +292,7 @@ function onSeen() {
   reconnectNow();
 }
 
-/** A connection may die without a word. So look, now and then, whether there is more than was heard. */
+/** A connection may be lost without an event. So check periodically for changes that were not received. */
 async function feelPulse() {
   if (at("connection").dataset.state !== "live") return;
   const { attempt, revision } = page;
@@ -300,7 +300,7 @@ async function feelPulse() {
     const { body } = await ask("task-tags/changes", { query: ofExecution({ after: revision, limit: 1 }) });
     if (body.length === 0) return;
     await new Promise((resolve) => setTimeout(resolve, 2_000)); // it may just be on its way
-    if (attempt === page.attempt && revision === page.revision) retryLater("The connection had fallen silent.");
+    if (attempt === page.attempt && revision === page.revision) retryLater("The connection stopped delivering changes.");
   } catch (refusal) {
     if (attempt === page.attempt) onRefusal(refusal);
   }
@@ -652,7 +652,7 @@ function statusOf(status) {
 
 /** Ours: from sending to the answer. Another's: from its transaction to this page, if the two clocks allow it. */
 function latencyOf(sent, seenAfter) {
-  if (sent?.gaveUp) return "no result yet: it is still in its queue, or was refused";
+  if (sent?.gaveUp) return "no result yet: the batch is still in the inbox, or was refused";
   if (sent?.waiting) return "accepted, waiting for its result…";
   if (sent) return `answered in ${duration(sent.latency)}`;
   if (seenAfter === null) return "";
@@ -675,7 +675,7 @@ function wordsOfCounts({ added = 0, removed = 0, state = 0 }) {
 
 // --- Changing tags by hand -----------------------------------------------------------------------
 
-/** Send one operation, with conditions if there are any. `place` is where a problem is told; `onDone` gets the status and the milliseconds. */
+/** Send one operation, with conditions if there are any. `place` is where a problem is shown; `onDone` gets the status and the milliseconds. */
 async function change(operation, place, onDone, conditions = [], key = newKey()) {
   hideProblem(place);
   const here = (named) => ({ ...named, flow_execution_id: page.execution });
@@ -772,10 +772,10 @@ function wordsOf(status) {
   const words = {
     added: "Added",
     replaced: "Decided",
-    already_exists: "It was there already",
+    already_exists: "The tag already exists",
     removed: "Removed",
-    not_found: "It was gone already",
-    accepted: "Accepted: the result will be in the stream of batches",
+    not_found: "The tag was already removed",
+    accepted: "Accepted: the result will appear in the list of batches",
   };
   return words[status] ?? status;
 }
@@ -842,7 +842,7 @@ const PROBLEMS = {
   404: "Not found",
   409: "Conflict",
   412: "Decided already",
-  429: "Too much is waiting",
+  429: "Not accepted",
   503: "Not available now",
 };
 
@@ -858,12 +858,12 @@ function hideProblem(place) {
   place.replaceChildren();
 }
 
-/** Tell in words what went wrong, with all details, and offer to send it again where that is of use. */
+/** Show an error with all details, and offer to send the request again where that may help. */
 function showProblem(place, { status, message, details, retryAfter }, again = null) {
   const words = document.createElement("p");
   words.append(textNode("strong", PROBLEMS[status] ?? `Failed (${status})`), `: ${sentence(message)}`);
   if (retryAfter) words.append(` Try again in ${retryAfter} s.`);
-  if (status === 0) words.append(" It may have been applied or not; sending it again is safe.");
+  if (status === 0) words.append(" It may or may not have been applied; sending it again is safe.");
   const list = document.createElement("ul");
   list.append(...details.map(({ field, message }) => textNode("li", field ? `${field}: ${message}` : message)));
   place.replaceChildren(words, ...(details.length ? [list] : []));
@@ -994,7 +994,7 @@ function showAddress() {
 function problemWith(execution, token) {
   if (!UUID.test(execution)) return "The flow execution must be a UUID.";
   if (!token) return "A token is needed.";
-  if (!/^[\x21-\x7e]+$/.test(token)) return "This is no token: it has characters that no token has.";
+  if (!/^[\x21-\x7e]+$/.test(token)) return "This is not a token: it has characters that are not allowed in a token.";
   return null;
 }
 
@@ -1019,7 +1019,7 @@ function onOpen(event) {
 function openForm(problem, execution = page.execution) {
   at("opening").hidden = false;
   at("execution-field").value = execution ?? "";
-  at("token-field").placeholder = page.token ? "the one you gave before" : "";
+  at("token-field").placeholder = page.token ? "the token you entered before" : "";
   at("keep").hidden = page.execution === null;
   tellOpenProblem(problem);
   const busy = document.activeElement?.matches("#add-form input"); // a token may expire while somebody types
