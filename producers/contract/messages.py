@@ -150,8 +150,8 @@ class Condition(StrictModel):
 
     The rule is docs/concepts/contract.md#rule-18.
 
-    Without `tag`, it is about any tag of the type; without `tag_metadata`, about the tag with any
-    metadata; a null `tag_metadata` means exactly the tag without metadata.
+    Without `tag`, the condition is about any tag of the type; without `tag_metadata`, about the tag
+    with any metadata; a null `tag_metadata` means exactly the tag without metadata.
     """
 
     flow_execution_id: Id
