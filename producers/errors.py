@@ -81,9 +81,9 @@ _LEASES: Final = {
 class ResultTimeout(TaskTagsError):
     """The batch was accepted, but no result came in time. Call `apply` with it again.
 
-    The batch may still take effect, but only once. `waiting` is the number of messages in the inbox, and
-    `lease` is `queued`, `running` or `missing` (docs/concepts/inbox-protocol.md); both are None if
-    Redis could not be read.
+    The batch may still take effect, but only once. `waiting` is the number of messages in the
+    inbox, and `lease` is `queued`, `running` or `missing` (docs/concepts/inbox-protocol.md); both
+    are None if Redis could not be read.
     """
 
     def __init__(
