@@ -1,8 +1,8 @@
 """The command `task-tags`: enqueue messages, read tags, watch changes and results, print schemas.
 
-Exit codes: 0 done; 1 a batch was refused; 2 wrong input or settings; 3 Redis or the endpoint can't
-be used; 4 the inbox is full (with --block: at the end of that time); 5 no result in time; 6
-standard output can't be written; 130 interrupted.
+Exit codes: 0 done; 1 a batch or a request was refused; 2 wrong input or settings; 3 Redis or the
+endpoint can't be used; 4 the inbox is full (with --block: at the end of that time); 5 no result in
+time; 6 standard output can't be written; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _AHEAD_BYTES: Final = 8 * _PIECE_BYTES
 app = typer.Typer(
     help="Enqueue tag batches, read tags, and watch changes and results.",
     epilog="Settings: TASK_TAGS_REDIS_URL, TASK_TAGS_ENDPOINT_URL, TASK_TAGS_ORGANIZATION_ID, "
-    "TASK_TAGS_TOKEN. Exit codes: 0 done; 1 a batch was refused; 2 wrong input or settings; "
-    "3 Redis or the endpoint can't be used; 4 the inbox is full; 5 no result in time; "
-    "6 standard output can't be written; 130 interrupted.",
+    "TASK_TAGS_TOKEN. Exit codes: 0 done; 1 a batch or a request was refused; "
+    "2 wrong input or settings; 3 Redis or the endpoint can't be used; 4 the inbox is full; "
+    "5 no result in time; 6 standard output can't be written; 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

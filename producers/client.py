@@ -283,11 +283,13 @@ class AsyncTagProducer:
     def batch(
         self, *, batch_id: UUID | None = None
     ) -> BatchBuilder[Awaitable[UUID], Awaitable[ResultRecord]]:
+        """As TagProducer's; `enqueue` and `apply` of the builder are awaited."""
         return BatchBuilder(self.enqueue, self.apply, batch_id)
 
     async def register(
         self, flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
     ) -> UUID:
+        """As TagProducer's."""
         return await self.enqueue(register_execution(flow_execution_id, task_names))
 
     async def set_task_state(
@@ -297,9 +299,11 @@ class AsyncTagProducer:
         state: TaskState,
         clear: Sequence[str] | None = None,
     ) -> UUID:
+        """As TagProducer's."""
         return await self.enqueue(set_task_state(flow_execution_id, task_name, state, clear))
 
     async def enqueue(self, message: Message) -> UUID:
+        """As TagProducer's."""
         return await asyncio.to_thread(self._producer.enqueue, message)
 
     async def enqueue_many(
@@ -359,6 +363,7 @@ class AsyncTagProducer:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def close(self) -> None:
+        """Close all connections."""
         await asyncio.to_thread(self._producer.close)
 
     async def __aenter__(self) -> AsyncTagProducer:
@@ -426,6 +431,7 @@ class BatchBuilder(Generic[Enqueued, Applied]):
         tag: str,
         tag_metadata: Any = None,
     ) -> Self:
+        """Add a tag. The same tag with other metadata is another tag."""
         self._operations.append(add(flow_execution_id, task_name, tag_type, tag, tag_metadata))
         return self
 
@@ -460,9 +466,11 @@ class BatchBuilder(Generic[Enqueued, Applied]):
         return build(TagBatch, fields)
 
     def enqueue(self) -> Enqueued:
+        """Enqueue the batch; return its id. Raises as `TagProducer.enqueue` does."""
         return self._enqueue(self.build())
 
     def apply(self, timeout: float | None = DEFAULT_TIMEOUT_SECONDS) -> Applied:
+        """Enqueue the batch and wait for its result, as `TagProducer.apply` does."""
         return self._apply(self.build(), timeout)
 
 

@@ -102,7 +102,7 @@ def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path
         assert second.returncode == 3
         assert (
             f"error: a stack runs already on {space}: pid {process.pid}, "
-            f"{settings['TASK_TAGS_ENDPOINT_URL']}; to stop it: kill -INT {process.pid}\n"
+            f"{settings['TASK_TAGS_ENDPOINT_URL']}; to stop it: kill {process.pid}\n"
         ) in output
         process.send_signal(signal.SIGINT)
         begin = time.monotonic()
@@ -147,7 +147,7 @@ def test_make_run_in_a_terminal(space: Path) -> None:
         second = subprocess.run(
             ["make", "run"], cwd=clone, env=environment, capture_output=True, text=True
         )
-        (stop,) = re.findall(rf"{make[-1][5:]}; to stop it: (kill -INT \d+)\n", second.stderr)
+        (stop,) = re.findall(rf"{make[-1][5:]}; to stop it: (kill \d+)\n", second.stderr)
         assert "Traceback" not in second.stderr
         terminal.press("\x03")
         terminal.await_end()

@@ -50,7 +50,7 @@ def lock_directory(directory: Path) -> Iterator[TextIO]:
             pid, _, url = lock.read().partition(" ")
             raise StartupError(
                 f"a stack runs already on {directory}: pid {pid}, {url or 'still starting'}; "
-                f"to stop it: kill -INT {pid}"
+                f"to stop it: kill {pid}"
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
