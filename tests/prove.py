@@ -28,8 +28,9 @@ def main() -> int:
     seed = ["--seed", str(arguments.seed)]
     counts: Counter[str] = Counter()
     counts["faults"] = run("tests.faults", "--seconds", f"{arguments.seconds:g}", *seed)
-    for plant, kind in PLANTS.items():
-        found = run("tests.faults", f"--seconds={PLANT_SECONDS}", *seed, "--plant", plant, of=kind)
+    for plant, (kind, only) in PLANTS.items():
+        words = [f"--seconds={PLANT_SECONDS}", *seed, "--plant", plant, "--only", only]
+        found = run("tests.faults", *words, of=kind)
         counts["bugs_missed"] += found == 0
     counts["decisions"] = run("tests.load.decisions", *seed)
     counts["mistakes_missed"] = int(run("tests.mutants") != 0)

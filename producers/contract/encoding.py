@@ -125,6 +125,8 @@ def _parse_strictly(raw: bytes, batch_id: UUID | None = None) -> Message:
         for name in ("schema_version", "kind", "batch_id")
         if name not in fields
     ]
+    if batch_id is not None and model is None and "kind" not in fields:
+        details = [ErrorDetail(message=f"must have {_either(_KIND_OF_FIELD)}")]
     if model is None:
         if "kind" in fields:
             details.append(ErrorDetail(field="kind", message=f"must be {_either(_MESSAGES)}"))

@@ -148,7 +148,7 @@ def test_a_run_with_derived_ids_may_be_repeated(servers: Servers, mine: dict[str
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{}", "kind: is required"),
+        ("{}", "must have 'tags' or 'state' or 'flow_execution_id'"),
         ('{"kind": null, "tags": []}', "kind: must be 'tag_batch' or"),
         ('{"batch_id": null, "tags": []}', "batch_id: must be a UUID"),
         ('{"schema_version": 2, "flow_execution_id": "{id}"}', "schema_version: must be 1"),
@@ -198,7 +198,7 @@ def test_a_full_inbox_is_waited_for_as_long_as_one_says(
         (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
         (("list", "{id}"), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, "refused"),
         (("list", "{id}"), {"TASK_TAGS_TOKEN": "garbage"}, 1, "the token is not valid"),
-        (("list", "{id}"), {}, 1, "there is no such thing here"),
+        (("list", "{id}"), {}, 1, "the flow execution is unknown"),
         (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "garbage"}, 2, "TASK_TAGS_REDIS_URL"),
         (("watch", "{id}"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
         (("results", "r"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
@@ -367,7 +367,7 @@ def test_a_token_is_minted_for_development(servers: Servers, organization: UUID)
         TASK_TAGS_TOKEN=done.stdout.strip(),
         TASK_TAGS_ORGANIZATION_ID=str(organization),
     )
-    assert "there is no such thing here" in listed.stderr
+    assert "the flow execution is unknown" in listed.stderr
 
 
 @pytest.mark.parametrize(

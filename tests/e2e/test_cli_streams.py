@@ -386,7 +386,7 @@ def test_an_environment_that_cannot_be_used_is_exit_code_2(
     assert name in done.stderr
     assert "hunter2" not in done.stderr
     if name != "SSLKEYLOGFILE":
-        assert "there is no such thing here" in run(servers, *words, **values).stderr
+        assert "the flow execution is unknown" in run(servers, *words, **values).stderr
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,12 @@ def main() -> int:
 
 
 def run_without_faults(harness: Harness, verdict: Verdict) -> None:
-    """Without a fault, beat never has to help: no wake-up is lost."""
+    """Without a fault, messages never wait without a lease, and no rescue is needed."""
     end = time.monotonic() + CALM_SECONDS
     while time.monotonic() < end:
-        time.sleep(0.1)
+        time.sleep(0.02)
+        if organization := harness.unattended():
+            verdict.add("stuck", f"messages of {organization} waited without a lease")
     if harness.woken():
         verdict.add("stuck", "messages waited with nobody on the way, although nothing was broken")
 

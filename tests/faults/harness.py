@@ -168,6 +168,15 @@ class Harness:
         except RedisError:
             return False
 
+    def unattended(self) -> UUID | None:
+        """Return an organization whose messages wait while no drain is queued or running."""
+        with self.redis() as redis, redis.pipeline(transaction=True) as multi:
+            for each in self.organizations:
+                multi.xlen(inbox_key(each.id)).exists(lease_key(each.id))
+            found = multi.execute()
+        pairs = zip(self.organizations, found[::2], found[1::2], strict=True)
+        return next((each.id for each, waiting, lease in pairs if waiting and not lease), None)
+
     def waiting(self) -> str:
         """Say what waits, and who is on the way."""
         try:

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -27,17 +28,17 @@ from worker.rules import BatchProcessor, decide
 
 FAILPOINTS = ("after_read", "after_lock", "before_commit", "before_publish", "amid_publish")
 PLANTS = {
-    "remove_before_commit": "lost",
-    "no_batch_id_check": "doubled",
-    "publish_before_commit": "doubled",
-    "apply_backwards": "reordered",
-    "skip_revisions": "gaps",
-    "publish_no_result": "missing_results",
-    "release_blindly": "stuck",
-    "blame_at_once": "wrongly_refused",
-    "end_on_errors": "ended",
+    "remove_before_commit": ("lost", "die|kill worker"),
+    "publish_before_commit": ("lost", "die before commit|kill worker"),
+    "no_batch_id_check": ("doubled", ""),
+    "apply_backwards": ("reordered", ""),
+    "skip_revisions": ("gaps", ""),
+    "publish_no_result": ("missing_results", ""),
+    "release_blindly": ("stuck", ""),
+    "blame_at_once": ("wrongly_refused", "worker: error at (lock|look-up|write)"),
+    "end_on_errors": ("ended", ""),
 }
-"""Bugs that can be planted, each with the count that must find it."""
+"""Bugs that can be planted: the count that must find each, and the faults that bring it out."""
 
 _armed = Path(os.environ.get("FAULTS_FAILPOINT", "/nonexistent"))
 _plant = os.environ.get("FAULTS_PLANT", "")
@@ -111,20 +112,26 @@ def _publish_before_commit(
 ) -> tuple[int, list[StreamEntry]]:
     admitted = [each for each in map(self._admit, entries) if isinstance(each, Admitted)]
     messages = [each.message for each in admitted]
-    with _transaction(self.repository, self.organization_id) as opened:
-        snapshot = opened.load(messages)
-        now = opened.now
-        decision = decide(self.organization_id, messages, snapshot, now=now, new_id=self.new_id)
+    following: list[StreamEntry] = []
+
+    def apply(transaction: Transaction) -> None:
+        snapshot = transaction.load(messages)
+        new_id = partial(self.new_id, int(transaction.now.timestamp() * 1_000_000))
+        decision = decide(
+            self.organization_id, messages, snapshot, now=transaction.now, new_id=new_id
+        )
         to_publish = [
             publication
-            for each, outcome in zip(admitted, decision.outcomes, strict=True)
+            for each, outcome in zip(admitted, decision.outcomes, strict=False)
             for publication in publications(self.organization_id, each.reply_to, outcome)
         ]
-        following = self.inbox.ack_and_publish(
+        following[:] = self.inbox.ack_and_publish(
             self.run_id, entries, to_publish, max_messages=self.group_size
         )
         time.sleep(0.01)
-        _save(opened, decision.change_set)
+        transaction.save(decision.change_set)
+
+    self.repository.transact(self.organization_id, apply)
     return len(entries), following
 
 

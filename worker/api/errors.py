@@ -55,7 +55,9 @@ _HEADERS: Final = {
 }
 
 EXPIRED: Final = ApiError(401, "unauthorized", "the token has expired")
-NOT_FOUND: Final = ApiError(404, "not_found", "there is no such thing here")
+NOT_FOUND: Final = ApiError(404, "not_found", "there is no such path")
+UNKNOWN_EXECUTION: Final = ApiError(404, "not_found", "the flow execution is unknown")
+NO_RESULT: Final = ApiError(404, "not_found", "no result of this batch is stored")
 GONE: Final = ApiError(
     410, "gone", "older changes were purged; read the tags and continue from there"
 )

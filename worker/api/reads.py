@@ -21,8 +21,9 @@ from worker.api.auth import Reading, require_scope
 from worker.api.errors import (
     EXPIRED,
     GONE,
-    NOT_FOUND,
+    NO_RESULT,
     UNAVAILABLE,
+    UNKNOWN_EXECUTION,
     ApiError,
     documented,
     forbidden,
@@ -43,7 +44,7 @@ from worker.api.params import (
 from worker.api.queries import Reader, StoredChanges
 from worker.auth import READ
 
-READ_PROBLEMS: Final = documented(EXPIRED, forbidden(READ), NOT_FOUND, UNAVAILABLE)
+READ_PROBLEMS: Final = documented(EXPIRED, forbidden(READ), UNKNOWN_EXECUTION, UNAVAILABLE)
 
 TOO_MUCH: Final = ApiError(400, "too_large", "the answer has more than 8 MiB: use limit")
 TOO_MANY_TAGS: Final = ApiError(
@@ -132,7 +133,7 @@ async def read_tags(
         caller.organization_id, query.flow_execution_id, query.task_name, known
     )
     if found is None:
-        raise NOT_FOUND
+        raise UNKNOWN_EXECUTION
     revision, tags = found
     if revision in known:
         return Response(status_code=304, headers=_headers(revision))
@@ -173,7 +174,7 @@ async def _read_page(
         limit,
     )
     if found is None:
-        raise NOT_FOUND
+        raise UNKNOWN_EXECUTION
     if found.revision in known:
         return Response(status_code=304, headers=_headers(found.revision))
     if found.tags is None:
@@ -203,7 +204,7 @@ async def read_tasks(
 ) -> Response:
     found = await reader.tasks(caller.organization_id, query.flow_execution_id, query.task_name)
     if found is None:
-        raise NOT_FOUND
+        raise UNKNOWN_EXECUTION
     if found.tasks is None:
         raise TOO_MANY_TAGS
     return _json(found.tasks, _headers(f"{found.revision}.{found.registered}"))
@@ -255,7 +256,7 @@ async def stored_changes(
     """
     found = await reader.changes(organization_id, query.flow_execution_id, after, limit, max_bytes)
     if found is None:
-        raise NOT_FOUND
+        raise UNKNOWN_EXECUTION
     if after > found.revision:
         message = f"is beyond the last revision, {found.revision}"
         raise wrong_parameter([ErrorDetail(field="after", message=message)])
@@ -293,6 +294,7 @@ def change_filter(wanted: Filters) -> Any:
     summary="Read the stored result record of a batch",
     response_model=ResultRecord,
     response_description="The result record, as it was published.",
+    responses=documented(NO_RESULT),
 )
 async def read_batch(
     caller: Reading, batch_id: UUID, reader: Database, parameters: NoParameters
@@ -304,5 +306,5 @@ async def read_batch(
     """
     stored = await reader.record(caller.organization_id, batch_id)
     if stored is None:
-        raise NOT_FOUND
+        raise NO_RESULT
     return _json(stored.record)
