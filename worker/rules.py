@@ -181,7 +181,8 @@ class BatchProcessor:
                     recorded = self._set_state(message, authorized.actor, changes)
                     record = self._record(message, task_execution=recorded)
                 else:
-                    self._check_conditions(message, may_read=authorized.may_read)
+                    if message.conditions:
+                        self._check_conditions(message, may_read=authorized.may_read)
                     statuses = self._apply(message, authorized.actor, changes)
                     record = self._record(message, tags=[{"status": each} for each in statuses])
                 events = self._events(message.batch_id, authorized.actor, changes)
@@ -237,7 +238,7 @@ class BatchProcessor:
         for index, each in named:
             if found := self._unknown(each):
                 details.append(ErrorDetail(index=index, field=found[0], message=found[1]))
-        if isinstance(message, TagBatch):
+        if isinstance(message, TagBatch) and message.conditions:
             for index, condition in enumerate(message.conditions):
                 if found := self._unknown(condition):
                     text = " ".join(found)
