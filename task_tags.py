@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 # fmt: off
 if TYPE_CHECKING:
-    from producers.client import AsyncTagProducer, BatchBuilder, TagProducer
+    from producers.batch_builder import BatchBuilder
+    from producers.client import AsyncTagProducer, TagProducer
     from producers.contract.encoding import parse_message
     from producers.contract.errors import ErrorDetail, ErrorInfo, FoundTag
     from producers.contract.messages import (

@@ -14,24 +14,15 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, Final, Generic, Self, TypeVar
+from typing import Final
 from uuid import UUID
 
+from producers.batch_builder import DEFAULT_TIMEOUT_SECONDS, BatchBuilder
 from producers.contract.messages import (
-    ANY_METADATA,
-    Condition,
     Message,
-    TagBatch,
-    TagOperation,
     TaskState,
-    add,
-    build,
     register_execution,
-    remove,
-    set_tag,
     set_task_state,
-    unless,
-    when,
 )
 from producers.contract.results import ResultRecord
 from producers.enqueuer import Enqueuer
@@ -48,7 +39,6 @@ from producers.settings import load_settings, token_source
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TIMEOUT_SECONDS: Final = 30.0
 MAX_TIMEOUT_SECONDS: Final = 7 * 86_400.0
 _SUBSCRIBE_SECONDS: Final = 5.0
 _RETRY_SECONDS: Final = 0.2
@@ -378,100 +368,6 @@ def _ids(batches: Sequence[Message], accepted: int) -> list[UUID]:
     if accepted < len(batches):
         raise InboxFull(batches[accepted:])
     return [batch.batch_id for batch in batches]
-
-
-Enqueued = TypeVar("Enqueued")
-Applied = TypeVar("Applied")
-
-
-class BatchBuilder(Generic[Enqueued, Applied]):
-    """Collects operations, and enqueues or applies them as one batch of its producer."""
-
-    def __init__(
-        self,
-        enqueue: Callable[[TagBatch], Enqueued],
-        apply: Callable[[TagBatch, float | None], Applied],
-        batch_id: UUID | None,
-    ) -> None:
-        self._enqueue = enqueue
-        self._apply = apply
-        self._batch_id = batch_id
-        self._operations: list[TagOperation] = []
-        self._conditions: list[Condition] = []
-
-    def when(
-        self,
-        flow_execution_id: UUID | str,
-        task_name: str,
-        tag_type: str,
-        tag: str | None = None,
-        tag_metadata: Any = ANY_METADATA,
-    ) -> Self:
-        """Let the batch take effect only if this tag, or any tag of the type, is active."""
-        self._conditions.append(when(flow_execution_id, task_name, tag_type, tag, tag_metadata))
-        return self
-
-    def unless(
-        self,
-        flow_execution_id: UUID | str,
-        task_name: str,
-        tag_type: str,
-        tag: str | None = None,
-        tag_metadata: Any = ANY_METADATA,
-    ) -> Self:
-        """Let the batch take effect only if no such tag is active."""
-        self._conditions.append(unless(flow_execution_id, task_name, tag_type, tag, tag_metadata))
-        return self
-
-    def add(
-        self,
-        flow_execution_id: UUID | str,
-        task_name: str,
-        tag_type: str,
-        tag: str,
-        tag_metadata: Any = None,
-    ) -> Self:
-        """Add a tag. The same tag with other metadata is another tag."""
-        self._operations.append(add(flow_execution_id, task_name, tag_type, tag, tag_metadata))
-        return self
-
-    def remove(
-        self,
-        flow_execution_id: UUID | str,
-        task_name: str,
-        tag_type: str,
-        tag: str,
-        tag_metadata: Any = ANY_METADATA,
-    ) -> Self:
-        """Remove the tag with any metadata, or exactly the one with this metadata (also None)."""
-        self._operations.append(remove(flow_execution_id, task_name, tag_type, tag, tag_metadata))
-        return self
-
-    def set(
-        self,
-        flow_execution_id: UUID | str,
-        task_name: str,
-        tag_type: str,
-        tag: str,
-        tag_metadata: Any = None,
-    ) -> Self:
-        """Make the tag the only active one of its type on the task."""
-        self._operations.append(set_tag(flow_execution_id, task_name, tag_type, tag, tag_metadata))
-        return self
-
-    def build(self) -> TagBatch:
-        """Return the batch. Raises `InvalidMessage` if it has no operation, or more than 100."""
-        given = {} if self._batch_id is None else {"batch_id": self._batch_id}
-        fields = {"tags": self._operations, "conditions": self._conditions, **given}
-        return build(TagBatch, fields)
-
-    def enqueue(self) -> Enqueued:
-        """Enqueue the batch; return its id. Raises as `TagProducer.enqueue` does."""
-        return self._enqueue(self.build())
-
-    def apply(self, timeout: float | None = DEFAULT_TIMEOUT_SECONDS) -> Applied:
-        """Enqueue the batch and wait for its result, as `TagProducer.apply` does."""
-        return self._apply(self.build(), timeout)
 
 
 def _seconds(timeout: float | None) -> float:

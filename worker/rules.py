@@ -6,11 +6,10 @@ saves the change set in one transaction (worker/db/repository.py).
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
 
 from pydantic_core import to_json
@@ -35,6 +34,18 @@ from producers.contract.results import (
     Tag,
     Task,
 )
+from worker.bounds import (
+    EVENTS_TOO_LARGE,
+    MAX_EVENT_BYTES,
+    MAX_FOUND,
+    MAX_GROUP_BYTES,
+    MAX_OF_TYPE,
+    MAX_VARIANTS,
+    ExecutionChanges,
+    Refusal,
+    TooLarge,
+    check_size,
+)
 from worker.snapshot import (
     AuthorizedMessage,
     ChangeSet,
@@ -52,17 +63,6 @@ from worker.snapshot import (
     type_key,
     types_of,
 )
-
-MAX_VARIANTS: Final = 250
-"""Active tags of a task that differ in their metadata alone."""
-MAX_OF_TYPE: Final = 1_000
-"""Active tags of one type on a task, for a condition, `set` or `clear`."""
-MAX_FOUND: Final = 5
-"""Tags that the error for a failed condition names."""
-MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
-"""Of the change events of one batch together."""
-MAX_GROUP_BYTES: Final = 16 * 1024 * 1024
-"""At which a group ends: of what it publishes, and of the stored events that it loads."""
 
 
 def decide(
@@ -101,41 +101,6 @@ def decide(
 
 def error_record(organization_id: UUID, batch_id: UUID, error: ErrorInfo) -> ResultRecord:
     return ResultRecord(batch_id=batch_id, organization_id=organization_id, error=error)
-
-
-def decide_failure(
-    organization_id: UUID, authorized: AuthorizedMessage, text: str
-) -> tuple[Outcome, ChangeSet]:
-    """Decide that a message ends in `internal_error` and is never applied under its batch id.
-
-    The error must be stored: another drain may have a copy of the message, and would otherwise
-    apply it after the batches behind it.
-    """
-    batch_id = authorized.message.batch_id
-    error = ErrorInfo(code="internal_error", message=text, details=[])
-    record = error_record(organization_id, batch_id, error).encode()
-    batch = NewBatch(batch_id, authorized.digest, record, {})
-    return Outcome(record), ChangeSet(batches=[batch])
-
-
-class _Refusal(Exception):
-    """The batch is answered with an error, and changes nothing."""
-
-    def __init__(self, error: ErrorInfo) -> None:
-        self.error = error
-
-
-class _TooLarge(_Refusal):
-    """The batch would pass a bound; `index` is the operation or condition at which it does."""
-
-    def __init__(self, index: int | None, message: str, field: str | None = None) -> None:
-        text = "the batch would change more than a batch may"
-        details = [ErrorDetail(index=index, field=field, message=message)]
-        super().__init__(ErrorInfo(code="too_large", message=text, details=details))
-
-
-ExecutionChanges = dict[int, list[Change | StateChange]]
-"""What one message changes, by execution, in the order of its operations."""
 
 
 class BatchProcessor:
@@ -187,9 +152,9 @@ class BatchProcessor:
                     record = self._record(message, tags=[{"status": each} for each in statuses])
                 events = self._events(message.batch_id, authorized.actor, changes)
                 if isinstance(message, TagBatch):
-                    _check_size(message, changes, events, whole=whole)
+                    check_size(message, changes, events, whole=whole)
                 revisions = self._advance_revisions(message.batch_id, events)
-            except _Refusal as refusal:
+            except Refusal as refusal:
                 self._undo(changes)
                 events = ()
                 record = self._error(message.batch_id, refusal.error)
@@ -268,7 +233,7 @@ class BatchProcessor:
                 self._delete(tag, stored_metadata(tag.tag_metadata)[1], actor, changes)
                 cleared += 1
         if cleared and sum(len(to_json(each)) for each in changes[execution]) > MAX_EVENT_BYTES:
-            raise _TooLarge(None, _EVENTS_TOO_LARGE, "clear")
+            raise TooLarge(None, EVENTS_TOO_LARGE, "clear")
         key = message.flow_execution_id, message.task_name
         known = self.snapshot.tasks.get(key)
         if known is None or known.state != message.state:
@@ -280,7 +245,7 @@ class BatchProcessor:
         return {"status": status, **of_tags}
 
     def _check_types(self, message: TagBatch | SetTaskState, *, whole: bool) -> None:
-        """Raise `_TooLarge` if a type that the message depends on has too many tags on its task."""
+        """Raise `TooLarge` if a type that the message depends on has too many tags on its task."""
         if not self.snapshot.types:
             return
         named = False
@@ -288,12 +253,12 @@ class BatchProcessor:
             named = True
             if len(self._tags_of(key)) > MAX_OF_TYPE:
                 text = f"more than {MAX_OF_TYPE} active tags of the type are on the task"
-                raise _TooLarge(index, text, field)
+                raise TooLarge(index, text, field)
         if named and not whole:
-            raise _TooLarge(None, "the tags that it depends on are more than are loaded at once")
+            raise TooLarge(None, "the tags that it depends on are more than are loaded at once")
 
     def _check_conditions(self, batch: TagBatch, *, may_read: bool) -> None:
-        """Raise `_Refusal` with each condition that fails (docs/concepts/contract.md#rule-18)."""
+        """Raise `Refusal` with each condition that fails (docs/concepts/contract.md#rule-18)."""
         details = []
         for index, condition in enumerate(batch.conditions):
             of_type = self._tags_of(type_key(condition))
@@ -315,7 +280,7 @@ class BatchProcessor:
             details.append(ErrorDetail(**fields))
         if details:
             text = "a condition of the batch does not hold"
-            raise _Refusal(ErrorInfo(code="precondition_failed", message=text, details=details))
+            raise Refusal(ErrorInfo(code="precondition_failed", message=text, details=details))
 
     def _means(self, condition: Condition, tag: Tag) -> bool:
         """Whether a condition on this tag's type and task means this tag."""
@@ -344,7 +309,7 @@ class BatchProcessor:
             else:
                 status = self._set(operation, actor, changes)
             if status is None:
-                raise _TooLarge(index, f"{MAX_VARIANTS} active tags differ in their metadata alone")
+                raise TooLarge(index, f"{MAX_VARIANTS} active tags differ in their metadata alone")
             statuses.append(status)
         return statuses
 
@@ -481,50 +446,3 @@ class BatchProcessor:
                 **outcome,
             }
         )
-
-
-_EVENTS_TOO_LARGE: Final = f"the change events would be larger than {MAX_EVENT_BYTES} bytes"
-
-
-def _check_size(
-    batch: TagBatch,
-    changes: ExecutionChanges,
-    events: tuple[tuple[UUID, bytes], ...],
-    *,
-    whole: bool,
-) -> None:
-    """Raise `_TooLarge` with the operation at which the change events pass their bound.
-
-    Only a removal by name alone, and `set`, make more than one change.
-    """
-    if whole and sum(len(event) for _, event in events) <= MAX_EVENT_BYTES:
-        return
-    left = {key: deque(changed) for key, changed in changes.items()}
-    size = 0
-    for index, operation in enumerate(batch.tags):
-        of_execution = left.get(operation.flow_execution_id.int, deque())
-        size += sum(len(to_json(each)) for each in _changes_of(operation, of_execution))
-        if size > MAX_EVENT_BYTES or not any(left.values()):
-            raise _TooLarge(index, _EVENTS_TOO_LARGE)
-    raise _TooLarge(len(batch.tags) - 1, _EVENTS_TOO_LARGE)
-
-
-def _changes_of(
-    operation: TagOperation, left: deque[Change | StateChange]
-) -> Iterator[Change | StateChange]:
-    """Take from an execution's changes those of its next operation."""
-    wanted = stored_metadata(operation.tag_metadata)
-
-    def is_one(change: Change) -> bool:
-        same_tag = tag_key(change.tag) == tag_key(operation)
-        is_exact = same_tag and stored_metadata(change.tag.tag_metadata) == wanted
-        if operation.operation == "set":  # first what it removes, then what it adds
-            of_type = type_key(change.tag) == type_key(operation)
-            return is_exact if change.change == "added" else of_type and not is_exact
-        kind = "added" if operation.operation == "add" else "removed"
-        return change.change == kind and (same_tag if operation.any_metadata else is_exact)
-
-    while left and isinstance(first := left[0], Change) and is_one(first):
-        yield left.popleft()
-        if first.change == "added" or not (operation.any_metadata or operation.operation == "set"):
-            return

@@ -24,7 +24,7 @@ from producers.contract.results import Change, ResultRecord
 from tests.support.memory import max_resident
 from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, listening
-from worker import rules
+from worker import bounds, rules
 from worker.db import repository, rows
 from worker.snapshot import AuthorizedMessage
 
@@ -89,7 +89,7 @@ def test_change_events_of_a_batch_are_bounded(tenant: Tenant) -> None:
     tenant.drain()
     assert tenant.outcomes()[-2:] == [["removed", "removed"], ["removed"]]
     assert tenant.events()[-1].revision == revision + 2
-    assert all(len(payload) <= rules.MAX_EVENT_BYTES for _, payload in tenant.published)
+    assert all(len(payload) <= bounds.MAX_EVENT_BYTES for _, payload in tenant.published)
 
 
 def test_more_than_a_transaction_loads_is_too_large(tenant: Tenant) -> None:
@@ -160,7 +160,7 @@ def test_a_group_ends_where_its_events_reach_16_mib(
             tenant.drain()
     assert tenant.outcomes()[-24:] == [["removed"]] * 24
     assert sum(groups) > 40 * 1024 * 1024
-    assert max(groups) < rules.MAX_GROUP_BYTES + rules.MAX_EVENT_BYTES
+    assert max(groups) < bounds.MAX_GROUP_BYTES + bounds.MAX_EVENT_BYTES
 
 
 def test_a_worker_needs_less_than_400_mb(servers: Servers, producer: TagProducer) -> None:
@@ -197,7 +197,8 @@ def test_a_worker_needs_less_than_400_mb(servers: Servers, producer: TagProducer
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds that batches of a few operations meet often."""
     monkeypatch.setattr(rules, "MAX_VARIANTS", 6)
-    monkeypatch.setattr(rules, "MAX_EVENT_BYTES", 3_000)
+    for module in (rules, bounds):
+        monkeypatch.setattr(module, "MAX_EVENT_BYTES", 3_000)
     for module in (rules, repository, rows):
         monkeypatch.setattr(module, "MAX_GROUP_BYTES", 9_000)
     monkeypatch.setattr(rows, "MAX_LOADED_BYTES", 5_400)

@@ -11,7 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from producers.client import BatchBuilder
+from producers.batch_builder import BatchBuilder
 from producers.contract.encoding import parse_body, parse_message
 from producers.contract.errors import InvalidMessage, describe
 from producers.contract.messages import (

@@ -31,7 +31,8 @@ from producers.contract.messages import decide as decide_as
 from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, Task
 from producers.contract.values import Uuid7
 from tests.support.reference_model import ReferenceModel, json_equal
-from worker.rules import MAX_VARIANTS, decide
+from worker.bounds import MAX_VARIANTS
+from worker.rules import decide
 from worker.snapshot import AuthorizedMessage, Decision, Snapshot, types_of
 
 ORGANIZATION = UUID(int=1)

@@ -16,6 +16,7 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from producers.contract.results import Task
+from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE
 from worker.db import pg_arrays, rows, statements
 from worker.db.connection import (
     CONNECT_ARGUMENTS,
@@ -29,7 +30,6 @@ from worker.db.connection import (
     should_discard_plans,
 )
 from worker.db.time_limit import DEFAULT_SECONDS, TimeLimit
-from worker.rules import MAX_GROUP_BYTES, MAX_OF_TYPE
 from worker.settings import driver_url
 from worker.snapshot import (
     AuthorizedMessage,

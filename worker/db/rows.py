@@ -12,8 +12,8 @@ from psycopg.types.json import Jsonb
 
 from producers.contract.messages import MAX_OPERATIONS, SetTaskState, TagBatch
 from producers.contract.results import Tag, Task
+from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_VARIANTS
 from worker.db import pg_arrays
-from worker.rules import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_VARIANTS
 from worker.snapshot import (
     AuthorizedMessage,
     Execution,

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 import psycopg
 from redis.exceptions import RedisError
 
+from producers.contract.errors import ErrorInfo
 from producers.contract.messages import (
     Message,
     TagBatch,
@@ -27,8 +28,8 @@ from producers.inbox.protocol import Inbox, StreamEntry
 from worker.db.repository import Repository, Transaction
 from worker.jwk_set import JwksUnavailable
 from worker.log import log_limited
-from worker.rules import decide
-from worker.snapshot import AuthorizedMessage
+from worker.rules import decide, error_record
+from worker.snapshot import AuthorizedMessage, ChangeSet, NewBatch, Outcome
 
 MIN_ATTEMPTS: Final = 5
 MIN_SECONDS: Final = 10.0
@@ -125,3 +126,18 @@ def described(organization_id: UUID, error: Exception) -> dict[str, Any]:
         remedy = _REMEDIES.get(state) or _REMEDIES.get(state[:2])
         fields |= {"sqlstate": state, "remedy": remedy or "see the server's log"}
     return fields
+
+
+def decide_failure(
+    organization_id: UUID, authorized: AuthorizedMessage, text: str
+) -> tuple[Outcome, ChangeSet]:
+    """Decide that a message ends in `internal_error` and is never applied under its batch id.
+
+    The error must be stored: another drain may have a copy of the message, and would otherwise
+    apply it after the batches behind it.
+    """
+    batch_id = authorized.message.batch_id
+    error = ErrorInfo(code="internal_error", message=text, details=[])
+    record = error_record(organization_id, batch_id, error).encode()
+    batch = NewBatch(batch_id, authorized.digest, record, {})
+    return Outcome(record), ChangeSet(batches=[batch])

@@ -27,9 +27,9 @@ from producers.inbox.protocol import DeadLetter, Inbox, StreamEntry
 from worker.auth import Authorizer
 from worker.db.repository import Repository, Transaction
 from worker.drain.admission import Admission, Admitted, Refused, Unreadable, admit, fail_admission
-from worker.drain.blame import attempts_to_blame, is_server_fault, log_wait
+from worker.drain.blame import attempts_to_blame, decide_failure, is_server_fault, log_wait
 from worker.jwk_set import JwksUnavailable
-from worker.rules import decide, decide_failure
+from worker.rules import decide
 from worker.snapshot import AuthorizedMessage, Outcome
 
 logger = logging.getLogger(__name__)
