@@ -152,7 +152,7 @@ def operation(choose: random.Random, executions: list[UUID]) -> TagOperation:
     execution = UNKNOWN if choose.random() < 0.002 else choose.choice(executions)
     name = (execution, choose.choice(["extract", "review"]), "status", choose.choice("abcdef"))
     metadata: Any = choose.choice([None, None, 1, {"by": "ada"}])
-    if choose.random() < 0.0003:  # each holds its organization up for 10 s
+    if choose.random() < 0.00006:  # each holds its organization up for 10 s
         return add(execution, "review", "status", "poison")
     how = choose.random()
     if how < 0.5:
