@@ -61,6 +61,9 @@ app = typer.Typer(
 )
 
 
+app.callback()(console.version_option)
+
+
 def main() -> None:
     console.open_streams()
     try:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Annotated, Any, Final, NoReturn, TypeVar, cast
 
 import typer
@@ -36,6 +37,23 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"task-tags {version('task-tags')}")
+        raise typer.Exit
+
+
+def version_option(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Make a command line understand --version."""
 
 
 # --- Standard streams ----------------------------------------------------------------------------

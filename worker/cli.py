@@ -34,6 +34,7 @@ from producers.console import (
     out,
     print_error,
     show,
+    version_option,
     within,
 )
 from producers.contract.messages import Message, TagBatch, add, register_execution
@@ -68,6 +69,8 @@ rejected_app = typer.Typer(
 app.add_typer(rejected_app, name="rejected")
 inbox_app = typer.Typer(help="Repair an organization's inbox.", no_args_is_help=True)
 app.add_typer(inbox_app, name="inbox")
+
+app.callback()(version_option)
 
 DataDir = Annotated[Path, typer.Option(help="The directory for data, logs and secrets.")]
 Port = Annotated[

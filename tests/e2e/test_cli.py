@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -82,6 +83,14 @@ def test_nothing_is_sent_if_a_line_is_wrong(servers: Servers, mine: dict[str, st
         "line 3: kind: must be 'tag_batch' or 'flow_execution' or 'task_execution'" in done.stderr
     )
     assert "nothing was enqueued: 2 of 3 lines are wrong" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["task-tags", "task-tags-admin"])
+def test_the_version_is_that_of_the_package(name: str) -> None:
+    command = Path(sys.executable).with_name(name)
+    said = subprocess.run([command, "--version"], capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (0, f"task-tags {version('task-tags')}\n")
+    assert "--version" in subprocess.run([command, "--help"], capture_output=True, text=True).stdout
 
 
 # --- Lines that people write ---------------------------------------------------------------------
