@@ -220,6 +220,23 @@ def test_nobody_waits_behind_the_large_reads_of_another_organization(
     asyncio.run(main())
 
 
+def test_a_connection_that_has_lost_its_statements_is_replaced(
+    servers: Servers, tagged: list[tuple[UUID, UUID]]
+) -> None:
+    """As behind a pooler, or after DEALLOCATE: no read fails for it, nor those behind it."""
+
+    async def main() -> None:
+        async with reading(servers.endpoint_url, 1) as reader:
+            assert await names(reader, *tagged[0]) == ["0"]
+            opened = reader._connections[0]._connection
+            assert opened is not None
+            opened.pgconn.send_query_params(b"deallocate all", [])
+            found = await asyncio.gather(*(names(reader, *each) for each in tagged))
+            assert [len(tags or []) for tags in found] == [1, 2, 3, 4, 5]
+
+    asyncio.run(main())
+
+
 def test_a_role_that_sees_through_row_level_security_is_refused(servers: Servers) -> None:
     """As at the start of the endpoint, also when it connects later."""
 
