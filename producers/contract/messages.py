@@ -73,11 +73,29 @@ class TagOperation(StrictModel):
         return self.operation == "remove" and "tag_metadata" not in self.model_fields_set
 
 
+class _Unset:
+    def __repr__(self) -> str:
+        return "any metadata"
+
+
+ANY_METADATA: Final = _Unset()
+_NAMED: Final = ("flow_execution_id", "task_name", "tag_type", "tag", "tag_metadata")
+
+
+def _fields(*named: Any, **rest: Any) -> dict[str, Any]:
+    """Return fields with those that name a tag; `tag_metadata` is left out if any is meant."""
+    fields = {**rest, **dict(zip(_NAMED, named, strict=True))}
+    if fields["tag_metadata"] is ANY_METADATA:
+        del fields["tag_metadata"]
+    return fields
+
+
 def add(
     flow_execution_id: UUID | str, task_name: str, tag_type: str, tag: str, tag_metadata: Any = None
 ) -> TagOperation:
     """Build the operation that adds a tag. Raises `InvalidMessage`."""
-    return _write("add", flow_execution_id, task_name, tag_type, tag, tag_metadata)
+    named = flow_execution_id, task_name, tag_type, tag, tag_metadata
+    return build(TagOperation, _fields(*named, operation="add"))
 
 
 def set_tag(
@@ -87,34 +105,8 @@ def set_tag(
 
     Raises `InvalidMessage`. The rule is docs/concepts/contract.md#rule-19.
     """
-    return _write("set", flow_execution_id, task_name, tag_type, tag, tag_metadata)
-
-
-def _write(
-    operation: str,
-    flow_execution_id: UUID | str,
-    task_name: str,
-    tag_type: str,
-    tag: str,
-    tag_metadata: Any,
-) -> TagOperation:
-    fields = {
-        "operation": operation,
-        "flow_execution_id": flow_execution_id,
-        "task_name": task_name,
-        "tag_type": tag_type,
-        "tag": tag,
-        "tag_metadata": tag_metadata,
-    }
-    return build(TagOperation, fields)
-
-
-class _Unset:
-    def __repr__(self) -> str:
-        return "any metadata"
-
-
-ANY_METADATA: Final = _Unset()
+    named = flow_execution_id, task_name, tag_type, tag, tag_metadata
+    return build(TagOperation, _fields(*named, operation="set"))
 
 
 def remove(
@@ -130,16 +122,8 @@ def remove(
         tag_metadata: Removes exactly the tag with this metadata (None: without metadata). If it is
             left out, every tag of that name is removed, whatever its metadata.
     """
-    fields: dict[str, Any] = {
-        "operation": "remove",
-        "flow_execution_id": flow_execution_id,
-        "task_name": task_name,
-        "tag_type": tag_type,
-        "tag": tag,
-    }
-    if tag_metadata is not ANY_METADATA:
-        fields["tag_metadata"] = tag_metadata
-    return build(TagOperation, fields)
+    named = flow_execution_id, task_name, tag_type, tag, tag_metadata
+    return build(TagOperation, _fields(*named, operation="remove"))
 
 
 # --- Conditions ----------------------------------------------------------------------------------
@@ -191,7 +175,8 @@ def when(
         tag_metadata: Means exactly the tag with this metadata (None: without metadata). If it is
             left out, the tag with any metadata.
     """
-    return _condition(True, flow_execution_id, task_name, tag_type, tag, tag_metadata)
+    named = flow_execution_id, task_name, tag_type, tag, tag_metadata
+    return build(Condition, _fields(*named, exists=True))
 
 
 def unless(
@@ -202,27 +187,8 @@ def unless(
     tag_metadata: Any = ANY_METADATA,
 ) -> Condition:
     """Build the condition that no such tag is active; see `when`. Raises `InvalidMessage`."""
-    return _condition(False, flow_execution_id, task_name, tag_type, tag, tag_metadata)
-
-
-def _condition(
-    exists: bool,
-    flow_execution_id: UUID | str,
-    task_name: str,
-    tag_type: str,
-    tag: str | None,
-    tag_metadata: Any,
-) -> Condition:
-    fields: dict[str, Any] = {
-        "flow_execution_id": flow_execution_id,
-        "task_name": task_name,
-        "tag_type": tag_type,
-        "tag": tag,
-        "exists": exists,
-    }
-    if tag_metadata is not ANY_METADATA:
-        fields["tag_metadata"] = tag_metadata
-    return build(Condition, fields)
+    named = flow_execution_id, task_name, tag_type, tag, tag_metadata
+    return build(Condition, _fields(*named, exists=False))
 
 
 # --- Messages ------------------------------------------------------------------------------------
