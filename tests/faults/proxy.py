@@ -145,11 +145,11 @@ class Proxy:
                     elif harm.fault == "end":
                         writer.write(moments.error(harm.code, b"\0")[0])
                         writer.close()
-                    elif harm.fault == "hang":
-                        await asyncio.sleep(harm.seconds)
+                    elif harm.fault in ("hang", "lose"):
+                        await asyncio.sleep(harm.seconds if harm.fault == "hang" else 0)
                         writer.transport.abort()
-                    elif harm.fault == "lose":
-                        writer.transport.abort()
+                        upstream.close()
+                        return  # nothing comes through behind what was lost
                     else:  # the server does it, and its answer is lost
                         upstream.write(request)
                         await upstream.drain()
