@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 from uuid import UUID
 
 import psycopg
@@ -164,24 +164,15 @@ def _password(option: typer.CallbackParam, value: str | None) -> str | None:
     return value
 
 
+def _password_option(role: str) -> Any:
+    variable = f"TASK_TAGS_{role.upper()}_PASSWORD"
+    return typer.Option(envvar=variable, callback=_password, help=f"For the role task_tags_{role}.")
+
+
 @app.command(name="migrate")
 def migrate_command(
-    worker_password: Annotated[
-        str | None,
-        typer.Option(
-            envvar="TASK_TAGS_WORKER_PASSWORD",
-            callback=_password,
-            help="For the role task_tags_worker.",
-        ),
-    ] = None,
-    endpoint_password: Annotated[
-        str | None,
-        typer.Option(
-            envvar="TASK_TAGS_ENDPOINT_PASSWORD",
-            callback=_password,
-            help="For the role task_tags_endpoint.",
-        ),
-    ] = None,
+    worker_password: Annotated[str | None, _password_option("worker")] = None,
+    endpoint_password: Annotated[str | None, _password_option("endpoint")] = None,
 ) -> None:
     """Create or update tables and roles. TASK_TAGS_DATABASE_URL names the owner of the tables."""
     from worker.db.migrate import migrate
