@@ -248,21 +248,27 @@ class BatchProcessor:
         """Raise `TooLarge` if a type that the message depends on has too many tags on its task."""
         if not self.snapshot.types:
             return
-        named = False
+        tags, checked = self.snapshot.tags, set[TypeKey]()
         for index, field, key, _ in types_of(message):
-            named = True
-            if len(self._tags_of(key)) > MAX_OF_TYPE:
+            if key in checked:
+                continue
+            checked.add(key)
+            if sum(len(tags[each]) for each in self.snapshot.types[key]) > MAX_OF_TYPE:
                 text = f"more than {MAX_OF_TYPE} active tags of the type are on the task"
                 raise TooLarge(index, text, field)
-        if named and not whole:
+        if checked and not whole:
             raise TooLarge(None, "the tags that it depends on are more than are loaded at once")
 
     def _check_conditions(self, batch: TagBatch, *, may_read: bool) -> None:
         """Raise `Refusal` with each condition that fails (docs/concepts/contract.md#rule-18)."""
         details = []
+        of_types: dict[TypeKey, list[Tag]] = {}  # sorted once, because there may be many conditions
         for index, condition in enumerate(batch.conditions):
-            of_type = self._tags_of(type_key(condition))
-            meant = [tag for tag in of_type if self._means(condition, tag)]
+            key = type_key(condition)
+            if key not in of_types:
+                of_types[key] = self._tags_of(key)
+            of_type = of_types[key]
+            meant = of_type if condition.tag is None else self._named_by(condition)
             if bool(meant) == condition.exists:
                 continue
             text = "no such tag is active" if condition.exists else "such a tag is active"
@@ -282,20 +288,21 @@ class BatchProcessor:
             text = "a condition of the batch does not hold"
             raise Refusal(ErrorInfo(code="precondition_failed", message=text, details=details))
 
-    def _means(self, condition: Condition, tag: Tag) -> bool:
-        """Whether a condition on this tag's type and task means this tag."""
-        if condition.tag is None:
-            return True
-        if tag.tag != condition.tag or condition.any_metadata:
-            return tag.tag == condition.tag
+    def _named_by(self, condition: Condition) -> list[Tag]:
+        """Return the active tags of the name that a condition has, the oldest first."""
+        assert condition.tag is not None
+        key = *type_key(condition), condition.tag
+        active = self.snapshot.tags.get(key, {})
+        if condition.any_metadata:
+            return sorted(active.values(), key=_age)
         _, digest = stored_metadata(condition.tag_metadata)
-        return self.snapshot.tags[tag_key(tag)].get(digest) is tag
+        return [active[digest]] if digest in active else []
 
     def _tags_of(self, key: TypeKey) -> list[Tag]:
         """Return the active tags of a type on a task, the oldest first."""
         tags = self.snapshot.tags
         found = [tag for each in self.snapshot.types[key] for tag in tags[each].values()]
-        return sorted(found, key=lambda tag: (tag.created_at, tag.id.int))
+        return sorted(found, key=_age)
 
     def _apply(
         self, batch: TagBatch, actor: str, changes: ExecutionChanges
@@ -446,3 +453,7 @@ class BatchProcessor:
                 **outcome,
             }
         )
+
+
+def _age(tag: Tag) -> tuple[datetime, int]:
+    return tag.created_at, tag.id.int
