@@ -173,7 +173,7 @@ def result_line(record: ResultRecord) -> str:
         details = "; ".join(describe(detail) for detail in record.error.details[:3])
         more = f" ({details})" if details else ""
         said = f"[red]{record.error.code}[/]: {record.error.message}"
-        return f"{record.batch_id}  {said}{escape(more)}"
+        return f"{record.batch_id}  {said}{escape_terminal(more)}"
     return f"{record.batch_id}  [green]{', '.join(record.statuses)}[/]"
 
 

@@ -232,7 +232,9 @@ class BatchProcessor:
             for tag in self._tags_of((execution, message.task_name, tag_type)):
                 self._delete(tag, stored_metadata(tag.tag_metadata)[1], actor, changes)
                 cleared += 1
-        if cleared and sum(len(to_json(each)) for each in changes[execution]) > MAX_EVENT_BYTES:
+        # With commas, the state's change, and what is around the changes: 8 KiB at most.
+        size = sum(len(to_json(each)) + 1 for each in changes.get(execution, ()))
+        if cleared and size + 8192 > MAX_EVENT_BYTES:
             raise TooLarge(None, EVENTS_TOO_LARGE, "clear")
         key = message.flow_execution_id, message.task_name
         known = self.snapshot.tasks.get(key)
