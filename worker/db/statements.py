@@ -102,36 +102,14 @@ with the one that brings the total of bytes to the bound, or with `max_rows`. A 
 order takes its rows as they come, so what is behind the limit is never read.
 """
 
-LOAD_TYPES: Final = """
-    select number, total, metadata_digest, id, flow_execution_id, task_name, tag_type, tag,
-           tag_metadata, %(organization_id)s, status, created_at, created_by, updated_at,
-           modified_by
-      from (select *, sum(bytes) over (rows unbounded preceding) as total
-              from (select k.number, t.*,
-                           case when k.whole > 0 then t.metadata end as tag_metadata,
-                           case when k.whole > 0 and t.metadata is not null
-                                then 100 + octet_length(t.metadata::text) else 100 end as bytes
-                      from (select generate_subscripts(%(whole)s, 1) as number,
-                                   unnest(%(whole)s) as whole,
-                                   unnest(%(flow_execution_ids)s) as flow_execution_id,
-                                   unnest(%(task_names)s) as task_name,
-                                   unnest(%(tag_types)s) as tag_type) as k
-                     cross join lateral (
-                           select metadata_digest, id, flow_execution_id, task_name, tag_type,
-                                  tag, tag_metadata as metadata, status, created_at, created_by,
-                                  updated_at, modified_by
-                             from task_tags
-                            where organization_id = %(organization_id)s
-                              and flow_execution_id = k.flow_execution_id
-                              and task_name = k.task_name and tag_type = k.tag_type
-                              and status = 'active'
-                            limit %(max_of_type)s) t
-                     limit %(max_rows)s) as found) as summed
-     where total - bytes < %(max_bytes)s
-"""
+LOAD_TYPES: Final = (
+    LOAD_TAGS.replace(",\n                                   unnest(%(tags)s) as tag)", ")")
+    .replace("tag = k.tag and ", "")
+    .replace("offset 0", " limit %(max_of_type)s")
+)
 """Returns the active tags of types on tasks, by task_tags_active, of each up to a bound.
 
-As LOAD_TAGS otherwise.
+It is LOAD_TAGS without the names of tags, and with that bound.
 """
 
 LOAD_TASKS: Final = """
