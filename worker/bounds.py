@@ -22,6 +22,8 @@ MAX_FOUND: Final = 5
 """Tags that the error for a failed condition names."""
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
 """Of the change events of one batch together."""
+EVENT_FRAME_BYTES: Final = 8 * 1024
+"""Of an event without its removals, at most: its own fields, and the change of a state."""
 MAX_GROUP_BYTES: Final = 16 * 1024 * 1024
 """At which a group ends: of what it publishes, and of the stored events that it loads."""
 

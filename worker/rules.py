@@ -35,6 +35,7 @@ from producers.contract.results import (
     Task,
 )
 from worker.bounds import (
+    EVENT_FRAME_BYTES,
     EVENTS_TOO_LARGE,
     MAX_EVENT_BYTES,
     MAX_FOUND,
@@ -232,9 +233,8 @@ class BatchProcessor:
             for tag in self._tags_of((execution, message.task_name, tag_type)):
                 self._delete(tag, stored_metadata(tag.tag_metadata)[1], actor, changes)
                 cleared += 1
-        # With commas, the state's change, and what is around the changes: 8 KiB at most.
         size = sum(len(to_json(each)) + 1 for each in changes.get(execution, ()))
-        if cleared and size + 8192 > MAX_EVENT_BYTES:
+        if cleared and size + EVENT_FRAME_BYTES > MAX_EVENT_BYTES:
             raise TooLarge(None, EVENTS_TOO_LARGE, "clear")
         key = message.flow_execution_id, message.task_name
         known = self.snapshot.tasks.get(key)
