@@ -20,7 +20,6 @@ from uuid import UUID
 
 import psycopg
 import typer
-from pydantic import SecretStr
 from redis import Redis, RedisError
 from sqlalchemy.exc import DBAPIError
 
@@ -47,7 +46,7 @@ from worker.db.repository import Repository
 from worker.drain import dead_letters
 from worker.jwk_set import JwksUnavailable
 from worker.local.supervisor import StartupError, Stopped
-from worker.settings import Settings, load_settings
+from worker.settings import load_settings
 
 if TYPE_CHECKING:  # commands import what they need
     from worker.local.stack import Stack
@@ -252,10 +251,9 @@ def endpoint(
 @app.command()
 def openapi() -> None:
     """Print the OpenAPI document of the endpoint. It does not depend on settings."""
-    from worker.api.app import create_app
+    from worker.api.app import openapi_document
 
-    settings = Settings.model_construct(jwt_secret=SecretStr("-" * 32))  # reads no environment
-    print(json.dumps(create_app(settings).openapi(), indent=2))
+    print(json.dumps(openapi_document(), indent=2))
 
 
 # --- Dead letters --------------------------------------------------------------------------------

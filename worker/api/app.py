@@ -20,7 +20,7 @@ import psycopg
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
-from pydantic import TypeAdapter
+from pydantic import SecretStr, TypeAdapter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from producers.enqueuer import Enqueuer
@@ -244,6 +244,11 @@ def create_app(settings: Settings) -> FastAPI:
     document = app.openapi
     app.openapi = cache(lambda: _completed(document()))  # type: ignore[method-assign]
     return app
+
+
+def openapi_document() -> dict[str, Any]:
+    """Return the OpenAPI document. It does not depend on settings, and reads no environment."""
+    return create_app(Settings.model_construct(jwt_secret=SecretStr("-" * 32))).openapi()
 
 
 def _completed(document: dict[str, Any]) -> dict[str, Any]:
