@@ -22,10 +22,10 @@ from types import MappingProxyType
 from typing import Final
 
 from tests.mutants import MUTANTS, Mutant
+from tests.support.checkout import REPOSITORY, listed_files
 from tests.support.script_stack import script_stack
 from tests.support.servers import RUNNING_STACK
 
-ROOT: Final = Path(__file__).parents[2]
 _FAILED: Final = re.compile(r"^(?:\d+ \w+, )*\d+ failed", re.MULTILINE)
 
 
@@ -41,17 +41,9 @@ class Tree:
             "PYTHONDONTWRITEBYTECODE": "",
         }
         self._times = count(int(time.time()))
-        listed = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for name in listed.stdout.splitlines():
-            if (ROOT / name).is_file():
-                (path / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, path / name)
+        for name in listed_files():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, path / name)
 
     def run(self, tests: Iterable[str]) -> subprocess.CompletedProcess[str]:
         """Run tests with the product of this copy, also in the processes that they start."""

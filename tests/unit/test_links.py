@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.support.checkout import REPOSITORY, listed_files
+
 CITED = re.compile(r"(?<![\w/.])(docs/[\w/-]+\.md|[\w/-]+\.md(?=#))(?:#([\w-]+))?")
 LINKED = re.compile(r"\]\((?!https?:)([\w./-]+)?(?:#([\w-]+))?\)")
 
 
 def files(*endings: str) -> Iterator[Path]:
     """Yield the files of the repository that have one of these endings."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in listed.stdout.splitlines():
-        if name.endswith(endings) and (REPOSITORY / name).exists():
+    for name in listed_files():
+        if name.endswith(endings):
             yield REPOSITORY / name
 
 
