@@ -675,7 +675,10 @@ function wordsOfCounts({ added = 0, removed = 0, state = 0 }) {
 
 // --- Changing tags by hand -----------------------------------------------------------------------
 
-/** Send one operation, with conditions if there are any. `place` is where a problem is shown; `onDone` gets the status and the milliseconds. */
+/**
+ * Send one operation, with conditions if there are any. `place` is where a problem is shown;
+ * `onDone` gets the status and the milliseconds.
+ */
 async function change(operation, place, onDone, conditions = [], key = newKey()) {
   hideProblem(place);
   const here = (named) => ({ ...named, flow_execution_id: page.execution });
@@ -704,7 +707,10 @@ async function change(operation, place, onDone, conditions = [], key = newKey())
   }
 }
 
-/** The endpoint says that a task is unknown; which ones are known is seen here. Of a decision that came too late it says what is there. */
+/**
+ * Put into words what only this page knows: which tasks there are, if the endpoint says that one is
+ * unknown, and who decided, if a decision came too late.
+ */
 function explained(refusal, { task_name }) {
   if (refusal.status === 412) {
     const found = refusal.details.flatMap(({ found }) => found ?? []);
