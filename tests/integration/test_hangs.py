@@ -55,6 +55,34 @@ def test_a_transaction_on_a_silent_server_is_given_up(tenant: Tenant) -> None:
     repository.close()
 
 
+def test_a_group_that_takes_longer_than_a_transaction_may_is_made_smaller(tenant: Tenant) -> None:
+    """Else it would begin again for ever; a turn is too short to find the size by halves."""
+    name = f"slow_{tenant.organization.hex}"
+    repository = Repository(tenant.servers.worker_url, TimeLimit(1.0, lambda: False))
+    tags = [f"{number:02}" for number in range(60)]
+    with tenant.servers.owner() as connection:
+        connection.execute(
+            f"""
+            create function {name}() returns trigger language plpgsql as $$ begin
+                perform pg_sleep(0.05) where new.organization_id = '{tenant.organization}';
+                return new;
+            end $$;
+            create trigger {name} before insert on tag_batches
+            for each row execute function {name}()
+            """.encode()
+        )
+        try:
+            tenant.send(*map(tagging, tags))
+            deadline = time.monotonic() + 60
+            while len(tenant.outcomes()) < len(tags) and time.monotonic() < deadline:
+                tenant.drain(repository=repository, budget_seconds=0.1)
+        finally:
+            connection.execute(f"drop function {name} cascade".encode())
+            repository.close()
+    assert tenant.outcomes() == [["added"]] * len(tags)
+    assert tenant.tags() == tags
+
+
 def test_the_statement_is_cancelled_at_the_server(servers: Servers) -> None:
     """Its locks would be held for as long as it runs otherwise."""
     repository = Repository(servers.worker_url, TimeLimit(1.0, lambda: False))

@@ -22,6 +22,7 @@ from producers.contract.messages import (
     register_execution,
     remove,
     set_task_state,
+    when,
 )
 from producers.contract.values import Uuid7
 from producers.inbox.protocol import Inbox, StreamEntry
@@ -83,7 +84,12 @@ def witness(repository: Repository, organization_id: UUID) -> bool:
             set_task_state(execution, "task", "queued"),
             TagBatch(tags=[add(execution, "task", "type", "witness")]),
         ),
-        (TagBatch(tags=[remove(execution, "task", "type", "witness")]),),
+        (
+            TagBatch(
+                tags=[remove(execution, "task", "type", "witness")],
+                conditions=[when(execution, "task", "type")],
+            ),
+        ),
     )
 
     def run(transaction: Transaction) -> None:

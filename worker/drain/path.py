@@ -48,6 +48,8 @@ class _Turn:
     """A drain between two waits in the Celery queue."""
 
     deadline: float
+    size: int
+    """How many messages are applied in one transaction, at most: fewer after a server's fault."""
     answered: int = 0
     failures: int = 0
     """Failures since the last group that succeeded."""
@@ -86,7 +88,7 @@ class Drain:
         servers are waited out in place, so that nothing overtakes the messages at the head, until
         the budget is used up; then the drain goes to the end of the queue: others have a turn.
         """
-        turn = _Turn(time.monotonic() + self.budget_seconds)
+        turn = _Turn(time.monotonic() + self.budget_seconds, self.group_size)
         while True:
             try:
                 self._drain(turn)
@@ -107,7 +109,7 @@ class Drain:
             self.rescue()
         entries = acquired.entries
         while entries:
-            group = entries[:1] if turn.alone else entries
+            group = entries[: 1 if turn.alone else turn.size]
             try:
                 answered, entries = self._process(group, alone=bool(turn.alone))
             except Exception as error:
@@ -124,14 +126,22 @@ class Drain:
                 continue
             turn.answered += answered
             turn.failures, turn.alone = 0, max(0, turn.alone - 1)
+            turn.size = min(turn.size * 2, self.group_size)
             if entries and (time.monotonic() > turn.deadline or self.stopping()):
                 self.inbox.requeue(self.run_id)
                 return
 
     def _ends_turn(self, turn: _Turn, error: Exception) -> bool:
-        """Log a server's fault, and pause; return whether the turn is over."""
+        """Log a server's fault, and pause; return whether the turn is over.
+
+        The next group is smaller, and has its time: this one may last longer than a transaction
+        may (worker/db/time_limit.py).
+        """
         log_wait("a drain failed", self.organization_id, error)
         turn.failures, turn.alone = turn.failures + 1, 0
+        if turn.size > 1:
+            turn.size = max(1, turn.size // 8)
+            turn.deadline = max(turn.deadline, time.monotonic() + self.budget_seconds)
         if isinstance(error, RedisError):
             self.inbox.disconnect()
         if self.stopping():
