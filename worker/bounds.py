@@ -18,6 +18,8 @@ MAX_VARIANTS: Final = 250
 """Active tags of a task that differ in their metadata alone."""
 MAX_OF_TYPE: Final = 1_000
 """Active tags of one type on a task, for a condition, `set` or `clear`."""
+MAX_OF_TYPES: Final = 25_000
+"""Active tags of all types that one message names, in conditions and in operations."""
 MAX_FOUND: Final = 5
 """Tags that the error for a failed condition names."""
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
@@ -54,21 +56,19 @@ def check_size(
     batch: TagBatch,
     changes: ExecutionChanges,
     events: tuple[tuple[UUID, bytes], ...],
-    *,
-    whole: bool,
 ) -> None:
     """Raise `TooLarge` with the operation at which the change events pass their bound.
 
     Only a removal by name alone, and `set`, make more than one change.
     """
-    if whole and sum(len(event) for _, event in events) <= MAX_EVENT_BYTES:
+    if sum(len(event) for _, event in events) <= MAX_EVENT_BYTES:
         return
     left = {key: deque(changed) for key, changed in changes.items()}
     size = 0
     for index, operation in enumerate(batch.tags):
         of_execution = left.get(operation.flow_execution_id.int, deque())
         size += sum(len(to_json(each)) for each in _changes_of(operation, of_execution))
-        if size > MAX_EVENT_BYTES or not any(left.values()):
+        if size > MAX_EVENT_BYTES:
             raise TooLarge(index, EVENTS_TOO_LARGE)
     raise TooLarge(len(batch.tags) - 1, EVENTS_TOO_LARGE)
 

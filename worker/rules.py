@@ -41,6 +41,7 @@ from worker.bounds import (
     MAX_FOUND,
     MAX_GROUP_BYTES,
     MAX_OF_TYPE,
+    MAX_OF_TYPES,
     MAX_VARIANTS,
     ExecutionChanges,
     Refusal,
@@ -91,7 +92,7 @@ def decide(
     for each in messages:
         if outcomes and (len(outcomes) >= snapshot.complete or to_publish >= MAX_GROUP_BYTES):
             break
-        outcome = processor.process(each, whole=len(outcomes) < snapshot.complete)
+        outcome = processor.process(each)
         if each.message.batch_id not in answered:  # events are published once for all its copies
             to_publish += sum(len(event) for _, event in outcome.events)
         answered.add(each.message.batch_id)
@@ -120,12 +121,7 @@ class BatchProcessor:
         self.new_id = new_id
         self.change_set = ChangeSet()
 
-    def process(self, authorized: AuthorizedMessage, *, whole: bool = True) -> Outcome:
-        """Apply one message and return its outcome.
-
-        Args:
-            whole: All that the message names was loaded. If not, it names too much.
-        """
+    def process(self, authorized: AuthorizedMessage) -> Outcome:
         message, digest = authorized.message, authorized.digest
         known = self.snapshot.batches.get(message.batch_id)
         if known is not None:
@@ -142,7 +138,7 @@ class BatchProcessor:
         else:
             changes: ExecutionChanges = {}
             try:
-                self._check_types(message, whole=whole)
+                self._check_types(message)
                 if isinstance(message, SetTaskState):
                     recorded = self._set_state(message, authorized.actor, changes)
                     record = self._record(message, task_execution=recorded)
@@ -153,7 +149,7 @@ class BatchProcessor:
                     record = self._record(message, tags=[{"status": each} for each in statuses])
                 events = self._events(message.batch_id, authorized.actor, changes)
                 if isinstance(message, TagBatch):
-                    check_size(message, changes, events, whole=whole)
+                    check_size(message, changes, events)
                 revisions = self._advance_revisions(message.batch_id, events)
             except Refusal as refusal:
                 self._undo(changes)
@@ -230,8 +226,8 @@ class BatchProcessor:
         execution = message.flow_execution_id.int
         cleared = 0
         for tag_type in dict.fromkeys(message.clear or ()):
-            for tag in self._tags_of((execution, message.task_name, tag_type)):
-                self._delete(tag, stored_metadata(tag.tag_metadata)[1], actor, changes)
+            for tag, digest in self._tags_of((execution, message.task_name, tag_type)):
+                self._delete(tag, digest, actor, changes)
                 cleared += 1
         size = sum(len(to_json(each)) + 1 for each in changes.get(execution, ()))
         if cleared and size + EVENT_FRAME_BYTES > MAX_EVENT_BYTES:
@@ -246,20 +242,25 @@ class BatchProcessor:
         of_tags = {} if message.clear is None else {"cleared": cleared}
         return {"status": status, **of_tags}
 
-    def _check_types(self, message: TagBatch | SetTaskState, *, whole: bool) -> None:
-        """Raise `TooLarge` if a type that the message depends on has too many tags on its task."""
+    def _check_types(self, message: TagBatch | SetTaskState) -> None:
+        """Raise `TooLarge` if the types that the message depends on have too many tags.
+
+        What was not loaded of a type is not seen here, so a type counts 1,001 tags at most.
+        """
         if not self.snapshot.types:
             return
-        tags, checked = self.snapshot.tags, set[TypeKey]()
-        for index, field, key, _ in types_of(message):
-            if key in checked:
+        tags, counted, total = self.snapshot.tags, set[tuple[TypeKey, bool]](), 0
+        for index, field, key, whole in types_of(message):
+            if (key, whole) in counted:
                 continue
-            checked.add(key)
-            if sum(len(tags[each]) for each in self.snapshot.types[key]) > MAX_OF_TYPE:
+            counted.add((key, whole))
+            of_type = sum(len(tags[each]) for each in self.snapshot.types[key])
+            total += min(of_type, MAX_OF_TYPE + 1)
+            if total > MAX_OF_TYPES:
+                raise TooLarge(index, f"it depends on more than {MAX_OF_TYPES} tags", field)
+            if of_type > MAX_OF_TYPE:
                 text = f"more than {MAX_OF_TYPE} active tags of the type are on the task"
                 raise TooLarge(index, text, field)
-        if checked and not whole:
-            raise TooLarge(None, "the tags that it depends on are more than are loaded at once")
 
     def _check_conditions(self, batch: TagBatch, *, may_read: bool) -> None:
         """Raise `Refusal` with each condition that fails (docs/concepts/contract.md#rule-18)."""
@@ -268,7 +269,7 @@ class BatchProcessor:
         for index, condition in enumerate(batch.conditions):
             key = type_key(condition)
             if key not in of_types:
-                of_types[key] = self._tags_of(key)
+                of_types[key] = [tag for tag, _ in self._tags_of(key)]
             of_type = of_types[key]
             meant = of_type if condition.tag is None else self._named_by(condition)
             if bool(meant) == condition.exists:
@@ -300,11 +301,13 @@ class BatchProcessor:
         _, digest = stored_metadata(condition.tag_metadata)
         return [active[digest]] if digest in active else []
 
-    def _tags_of(self, key: TypeKey) -> list[Tag]:
-        """Return the active tags of a type on a task, the oldest first."""
+    def _tags_of(self, key: TypeKey) -> list[tuple[Tag, bytes]]:
+        """Return the active tags of a type on a task with their digests, the oldest first."""
         tags = self.snapshot.tags
-        found = [tag for each in self.snapshot.types[key] for tag in tags[each].values()]
-        return sorted(found, key=_age)
+        found = [
+            (tag, digest) for each in self.snapshot.types[key] for digest, tag in tags[each].items()
+        ]
+        return sorted(found, key=lambda it: _age(it[0]))
 
     def _apply(
         self, batch: TagBatch, actor: str, changes: ExecutionChanges
@@ -377,9 +380,9 @@ class BatchProcessor:
         """Make a tag the only one of its type on the task (docs/concepts/contract.md#rule-19)."""
         _, digest = stored_metadata(operation.tag_metadata)
         wanted = self.snapshot.tags.get(tag_key(operation), {}).get(digest)
-        others = [tag for tag in self._tags_of(type_key(operation)) if tag is not wanted]
-        for tag in others:
-            self._delete(tag, stored_metadata(tag.tag_metadata)[1], actor, changes)
+        others = [it for it in self._tags_of(type_key(operation)) if it[0] is not wanted]
+        for tag, other in others:
+            self._delete(tag, other, actor, changes)
         if wanted is None:
             self._add(operation, actor, changes)
         return "replaced" if others else "added" if wanted is None else "already_exists"

@@ -12,13 +12,19 @@ from uuid import UUID, uuid4
 import pytest
 
 from producers.client import TagProducer
+from producers.contract.errors import ErrorInfo
 from producers.contract.messages import (
+    Condition,
     Message,
     TagBatch,
     TagOperation,
     add,
     register_execution,
     remove,
+    set_tag,
+    set_task_state,
+    unless,
+    when,
 )
 from producers.contract.results import Change, ResultRecord
 from tests.support.memory import max_resident
@@ -93,7 +99,7 @@ def test_change_events_of_a_batch_are_bounded(tenant: Tenant) -> None:
 
 
 def test_more_than_a_transaction_loads_is_too_large(tenant: Tenant) -> None:
-    """A batch alone that names more than 7 MiB of metadata ends, and others go on."""
+    """A batch alone that names more than 8 MiB of metadata ends, and others go on."""
     tags = "abcdef"
     for tag in tags:
         fill(tenant, tag, text=BIG)
@@ -121,9 +127,11 @@ def test_what_is_loaded_is_read_only_as_far_as_the_bound(tenant: Tenant) -> None
     message = AuthorizedMessage(batch, "ada", batch.digest())
     with tenant.repository.transaction(tenant.organization) as transaction:
         snapshot = transaction.load([message, message])
-    loaded = sum(len(variants) for variants in snapshot.tags.values())
+    loaded = [tag for variants in snapshot.tags.values() for tag in variants.values()]
     assert snapshot.complete == 0
-    assert loaded * 7_000 < rows.MAX_LOADED_BYTES + 16_000
+    assert len(loaded) == 2_000
+    with_metadata = sum(tag.tag_metadata is not None for tag in loaded)
+    assert with_metadata * 7_000 < rows.MAX_LOADED_BYTES + 16_000
 
 
 def test_events_of_copies_are_published_once_in_a_group(tenant: Tenant) -> None:
@@ -196,12 +204,17 @@ def test_a_worker_needs_less_than_400_mb(servers: Servers, producer: TagProducer
 @pytest.fixture
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds that batches of a few operations meet often."""
-    monkeypatch.setattr(rules, "MAX_VARIANTS", 6)
+    for module in (rules, repository):
+        monkeypatch.setattr(module, "MAX_VARIANTS", 6)
+    for module in (rules, repository, rows):
+        monkeypatch.setattr(module, "MAX_OF_TYPE", 8)
+    monkeypatch.setattr(rules, "MAX_OF_TYPES", 24)
     for module in (rules, bounds):
         monkeypatch.setattr(module, "MAX_EVENT_BYTES", 3_000)
     for module in (rules, repository, rows):
         monkeypatch.setattr(module, "MAX_GROUP_BYTES", 9_000)
-    monkeypatch.setattr(rows, "MAX_LOADED_BYTES", 5_400)
+    monkeypatch.setattr(rules, "EVENT_FRAME_BYTES", 100)
+    monkeypatch.setattr(rows, "MAX_LOADED_BYTES", 7_600)  # as much more than events as by default
     monkeypatch.setattr(rows, "MAX_LOADED_TAGS", 4 * 6 + 1)
 
 
@@ -213,8 +226,12 @@ def random_messages(chance: random.Random) -> list[Message]:
         if again is not None and chance.random() < 0.8:
             messages.append(again)
             continue
+        if chance.random() < 0.05:
+            clear = chance.sample(["type", "other"], chance.randint(1, 2))
+            messages.append(set_task_state(EXECUTION, "task", "running", clear=clear))
+            continue
         tags = [random_operation(chance) for _ in range(chance.randint(1, 4))]
-        batch = TagBatch(tags=tags)
+        batch = TagBatch(tags=tags, conditions=random_conditions(chance))
         if again is not None:
             batch = batch.model_copy(update={"batch_id": again.batch_id})
         messages.append(batch)
@@ -222,11 +239,24 @@ def random_messages(chance: random.Random) -> list[Message]:
 
 
 def random_operation(chance: random.Random) -> TagOperation:
-    name = (EXECUTION, "task", "type", chance.choice("ab"))
-    if chance.random() < 0.15:
+    name = (EXECUTION, "task", chance.choice(["type", "other"]), chance.choice("ab"))
+    if chance.random() < 0.1:
         return remove(*name)
     metadata = ["x" * chance.choice([1, 100, 400]), chance.randint(0, 9)]
-    return (add if chance.random() < 0.7 else remove)(*name, metadata)
+    if chance.random() < 0.05:
+        return set_tag(*name, metadata)
+    return (add if chance.random() < 0.8 else remove)(*name, metadata)
+
+
+def random_conditions(chance: random.Random) -> list[Condition]:
+    if chance.random() < 0.8:
+        return []
+    return [
+        chance.choice([when, when, when, unless])(
+            EXECUTION, "task", chance.choice(["type", "other"]), chance.choice([None, "a", "b"])
+        )
+        for _ in range(chance.randint(1, 4))
+    ]
 
 
 def answers(tenant: Tenant, messages: list[Message], sizes: Iterator[int]) -> tuple[Any, Any]:
@@ -236,16 +266,27 @@ def answers(tenant: Tenant, messages: list[Message], sizes: Iterator[int]) -> tu
         tenant.send(*messages)
         while tenant.drain(group_size=next(sizes), budget_seconds=0.0):
             pass
-        results = [record.error or record.statuses for record in tenant.records()]
+        results = [explained(record.error) or record.statuses for record in tenant.records()]
         seen: dict[int, Any] = {}
         for event in tenant.events():
             changes = [
                 (each.change, each.tag.tag, json.dumps(each.tag.tag_metadata), each.tag.status)
-                for each in event.changes
                 if isinstance(each, Change)
+                else each.change
+                for each in event.changes
             ]
             assert seen.setdefault(event.revision, changes) == changes
     return results, seen
+
+
+def explained(error: ErrorInfo | None) -> tuple[str, Any] | None:
+    """Return all that an error says, without times."""
+    if error is None:
+        return None
+    return error.code, [
+        (each.index, each.field, each.message, [tag.tag for tag in each.found or ()])
+        for each in error.details
+    ]
 
 
 def other_tenant(tenant: Tenant) -> Tenant:
@@ -270,8 +311,8 @@ def test_answers_do_not_depend_on_groups(tenant: Tenant, seed: int) -> None:
     assert ones[0] == groups[0]
     assert ones[1] == groups[1]
     if not seed:
-        codes = {each.code for each in ones[0] if not isinstance(each, list)}
-        assert codes >= {"too_large"}
+        codes = {each[0] for each in ones[0] if not isinstance(each, list)}
+        assert codes >= {"too_large", "precondition_failed"}
 
 
 def test_a_record_of_the_error_is_read_by_the_sdk() -> None:

@@ -123,8 +123,8 @@ MUTANTS: Final = (
     ),
     Mutant(  # set adds, and leaves the others
         _RULES,
-        "if tag is not wanted]",
-        "if tag is wanted]",
+        "if it[0] is not wanted]",
+        "if it[0] is wanted]",
         f"{_OF_RULES}set_leaves_one_tag_of_its_type",
     ),
     Mutant(  # a state that is the same clears nothing

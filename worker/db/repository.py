@@ -15,8 +15,8 @@ import psycopg
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from producers.contract.results import Task
-from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE
+from producers.contract.results import Tag, Task
+from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_VARIANTS
 from worker.db import pg_arrays, rows, statements
 from worker.db.connection import (
     CONNECT_ARGUMENTS,
@@ -36,6 +36,7 @@ from worker.snapshot import (
     ChangeSet,
     Snapshot,
     StoredResult,
+    TagKey,
 )
 
 Result = TypeVar("Result")
@@ -238,7 +239,8 @@ class Transaction:
         if names.tasks:
             found_tasks = self._send(statements.LOAD_TASKS, **rows.task_columns(list(names.tasks)))
         batches, seen = rows.batches(found_batches)
-        tags, last_tag = rows.tags(found_tags)
+        tags: dict[TagKey, dict[bytes, Tag]] = {}
+        _, last_tag = rows.tags(found_tags, tags, MAX_VARIANTS)
         types, last_type = rows.types(found_types, tags, names)
         return Snapshot(
             batches=batches,

@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 
 from producers.contract.messages import MAX_OPERATIONS, SetTaskState, TagBatch
 from producers.contract.results import Tag, Task
-from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_VARIANTS
+from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_OF_TYPES, MAX_VARIANTS
 from worker.db import pg_arrays
 from worker.snapshot import (
     AuthorizedMessage,
@@ -29,13 +29,16 @@ from worker.snapshot import (
     types_of,
 )
 
-MAX_LOADED_BYTES: Final = 7 * 1024 * 1024
-"""Of tags, in one transaction: 100 for each, and the metadata of those that may be removed by name.
+MAX_LOADED_BYTES: Final = 8 * 1024 * 1024
+"""Of tags, in one transaction: 100 for each, and the metadata of those that may be removed.
 
-100 operations may need 25,000 tags, 2.5 MB without metadata. So a batch that reaches this bound
-alone removes more than its change events may hold (rules.MAX_EVENT_BYTES).
+Behind it, tags are loaded without their metadata. A message that reaches it alone is `too_large`,
+whatever is missing: of the 25,000 tags that it may name, those whose metadata is not asked for have
+2.5 MB, those that 100 `set` keep have 0.8 MB, and all others are removed, with more than its change
+events may hold (bounds.MAX_EVENT_BYTES).
 """
-MAX_LOADED_TAGS: Final = MAX_OPERATIONS * MAX_VARIANTS + 1
+MAX_LOADED_TAGS: Final = MAX_OF_TYPES + 1
+assert MAX_OPERATIONS * MAX_VARIANTS < MAX_LOADED_TAGS
 
 
 # --- Rows to objects -----------------------------------------------------------------------------
@@ -96,7 +99,7 @@ def complete(
 
 
 def batches(rows: Iterable[Any]) -> tuple[dict[UUID, StoredResult], UUID | None]:
-    """Return stored batches, and the one whose events brought them to the bound, if one did."""
+    """Return stored batches, and the one that brought their bytes to the bound, if one did."""
     batches: dict[UUID, StoredResult] = {}
     last: Any = None
     for last in rows:
@@ -112,44 +115,40 @@ def execution(row: Any) -> tuple[int, Execution]:
     return flow_execution_id.int, Execution(flow_execution_id, names, revision)
 
 
-def tags(rows: Iterable[Any]) -> tuple[dict[TagKey, dict[bytes, Tag]], int]:
-    """Return active tags, and the number of the name at which they were cut; 0: they were not.
+def tags(
+    rows: Iterable[Any], tags: dict[TagKey, dict[bytes, Tag]], max_each: int
+) -> tuple[list[Tag], int]:
+    """Add active tags to `tags`; return them, and the number of the first name that was cut.
 
-    A tag that was asked for both ways comes with its metadata, and without.
+    A name is cut by its own bound, or where a bound of all is reached; 0: none was. A tag that was
+    asked for both ways comes with its metadata, and without.
     """
-    tags: dict[TagKey, dict[bytes, Tag]] = {}
-    found = list(rows)
-    for _, _, digest, *fields in found:
+    found: list[Tag] = []
+    counts: Counter[int] = Counter()
+    cut: int | None = None
+    for number, total, digest, *fields in rows:
         tag = Tag(*fields)
+        found.append(tag)
         active = tags.setdefault(tag_key(tag), {})
         if tag.tag_metadata is not None or digest not in active:
             active[digest] = tag
-    number, total, *_ = found[-1] if found else (0, 0)
-    return tags, number if total >= MAX_LOADED_BYTES or len(found) >= MAX_LOADED_TAGS else 0
+        counts[number] += 1
+        if cut is None and (
+            total >= MAX_LOADED_BYTES or len(found) >= MAX_LOADED_TAGS or counts[number] > max_each
+        ):
+            cut = number
+    return found, cut or 0
 
 
 def types(
-    rows: Iterable[Any], tags: dict[TagKey, dict[bytes, Tag]], names: Names
+    rows: Iterable[Any], tags_by_key: dict[TagKey, dict[bytes, Tag]], names: Names
 ) -> tuple[dict[TypeKey, dict[TagKey, None]], int]:
-    """Add active tags to `tags`; return their keys by type, and the number of the first cut type.
-
-    A type that is cut, by its own bound or that of all, has its number from 1; 0: none was.
-    """
+    """Add active tags of types, as `tags` does; return their keys by type, and the cut."""
     types: dict[TypeKey, dict[TagKey, None]] = {key: {} for key, _ in names.types}
-    found = list(rows)
-    counts = Counter(number for number, *_ in found)
-    for _, _, digest, *fields in found:
-        tag = Tag(*fields)
-        key = tag_key(tag)
-        active = tags.setdefault(key, {})
-        if tag.tag_metadata is not None or digest not in active:
-            active[digest] = tag
-        types[type_key(tag)][key] = None
-    cut = [number for number, count in counts.items() if count > MAX_OF_TYPE]
-    number, total, *_ = found[-1] if found else (0, 0)
-    if total >= MAX_LOADED_BYTES or len(found) >= MAX_LOADED_TAGS:
-        cut.append(number)
-    return types, min(cut, default=0)
+    found, cut = tags(rows, tags_by_key, MAX_OF_TYPE)
+    for tag in found:
+        types[type_key(tag)][tag_key(tag)] = None
+    return types, cut
 
 
 # --- Objects to columns --------------------------------------------------------------------------

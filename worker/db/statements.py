@@ -35,10 +35,11 @@ ADD_ORGANIZATION: Final = """
 
 LOAD_BATCHES: Final = """
     select b.total, b.batch_id, b.digest, b.result_record::text, made.executions, made.events
-      from (select b.*, sum(b.event_bytes) over (rows unbounded preceding) as total
+      from (select b.*, sum(b.bytes) over (rows unbounded preceding) as total
               from (select unnest(%(batch_ids)s) as batch_id) as k
              cross join lateral (
-                   select batch_id, digest, result_record, revisions, event_bytes
+                   select batch_id, digest, result_record, revisions,
+                          event_bytes + octet_length(result_record::text) as bytes
                      from tag_batches
                     where organization_id = %(organization_id)s and batch_id = k.batch_id
                    offset 0) b) b
@@ -52,11 +53,12 @@ LOAD_BATCHES: Final = """
                    where organization_id = %(organization_id)s
                      and flow_execution_id = r.id::uuid and revision = r.number::bigint
                   offset 0) c) as made
-     where b.total - b.event_bytes < %(max_bytes)s
+     where b.total - b.bytes < %(max_bytes)s
 """
 """Returns the stored results of batches with their change events, by the two primary keys.
 
-They come in the order of their ids, and end with the one whose events bring the total to the bound.
+They come in the order of their ids, and end with the one that brings the total of their bytes to
+the bound.
 """
 
 LOAD_EXECUTIONS: Final = """
@@ -69,8 +71,8 @@ LOAD_EXECUTIONS: Final = """
 
 LOAD_TAGS: Final = """
     select number, total, metadata_digest, id, flow_execution_id, task_name, tag_type, tag,
-           tag_metadata, %(organization_id)s, status, created_at, created_by, updated_at,
-           modified_by
+           case when total - bytes < %(max_bytes)s then tag_metadata end, %(organization_id)s,
+           status, created_at, created_by, updated_at, modified_by
       from (select *, sum(bytes) over (rows unbounded preceding) as total
               from (select k.number, t.*,
                            case when k.whole > 0 then t.metadata end as tag_metadata,
@@ -93,13 +95,12 @@ LOAD_TAGS: Final = """
                               and tag = k.tag and status = 'active'
                            offset 0) t
                      limit %(max_rows)s) as found) as summed
-     where total - bytes < %(max_bytes)s
 """
 """Returns the active tags of the names in operations, by task_tags_active.
 
-They come in the order of the names, with the metadata where it is asked for as a `whole`, and end
-with the one that brings the total of bytes to the bound, or with `max_rows`. A window without an
-order takes its rows as they come, so what is behind the limit is never read.
+They come in the order of the names, up to `max_rows`, with the metadata where it is asked for as a
+`whole`, until the total of bytes has reached the bound. A window without an order takes its rows as
+they come, so what is behind the limit is never read.
 """
 
 LOAD_TYPES: Final = (
