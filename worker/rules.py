@@ -14,6 +14,7 @@ from uuid import UUID
 
 from pydantic_core import to_json
 
+from producers.contract.cursors import Cursor, microseconds
 from producers.contract.errors import CONDITIONS, ErrorDetail, ErrorInfo, FoundTag
 from producers.contract.messages import (
     Condition,
@@ -98,7 +99,7 @@ def decide(
         answered.add(each.message.batch_id)
         to_publish += len(outcome.record)
         outcomes.append(outcome)
-    return Decision(outcomes, processor.change_set)
+    return Decision(outcomes, processor.change_set, snapshot.head)
 
 
 def error_record(organization_id: UUID, batch_id: UUID, error: ErrorInfo) -> ResultRecord:
@@ -120,6 +121,7 @@ class BatchProcessor:
         self.now = now
         self.new_id = new_id
         self.change_set = ChangeSet()
+        self._time = microseconds(now)
 
     def process(self, authorized: AuthorizedMessage) -> Outcome:
         message, digest = authorized.message, authorized.digest
@@ -128,37 +130,37 @@ class BatchProcessor:
             return self._repeat(message.batch_id, digest, known)
         revisions: dict[UUID, int] = {}
         events: tuple[tuple[UUID, bytes], ...] = ()
-        if isinstance(message, RegisterExecution):
-            record = self._record(message, flow_execution={"status": self._register(message)})
-        elif details := self._find_unknown(message):
-            error = ErrorInfo(
-                code="not_found", message="an execution or task is unknown", details=details
-            )
-            record = self._error(message.batch_id, error)
-        else:
-            changes: ExecutionChanges = {}
-            try:
-                self._check_types(message)
-                if isinstance(message, SetTaskState):
-                    recorded = self._set_state(message, authorized.actor, changes)
-                    record = self._record(message, task_execution=recorded)
-                else:
-                    if message.conditions:
-                        self._check_conditions(message, may_read=authorized.may_read)
-                    statuses = self._apply(message, authorized.actor, changes)
-                    record = self._record(message, tags=[{"status": each} for each in statuses])
-                events = self._events(message.batch_id, authorized.actor, changes)
-                if isinstance(message, TagBatch):
-                    check_size(message, changes, events)
-                revisions = self._advance_revisions(message.batch_id, events)
-            except Refusal as refusal:
-                self._undo(changes)
-                events = ()
-                record = self._error(message.batch_id, refusal.error)
+        changes: ExecutionChanges = {}
+        try:
+            record = self._outcome(message, authorized, changes)
+            events = self._events(message.batch_id, authorized.actor, changes)
+            if isinstance(message, TagBatch):
+                check_size(message, changes, events)
+            revisions = self._advance(message.batch_id, events)
+        except Refusal as refusal:
+            self._undo(changes)
+            events = ()
+            record = self._error(message.batch_id, refusal.error)
         size = sum(len(event) for _, event in events)
         self.change_set.batches.append(NewBatch(message.batch_id, digest, record, revisions, size))
         self.snapshot.batches[message.batch_id] = StoredResult(digest, record, events)
         return Outcome(record, events)
+
+    def _outcome(
+        self, message: Message, authorized: AuthorizedMessage, changes: ExecutionChanges
+    ) -> bytes:
+        """Apply a message, and return its result record. Raises `Refusal`."""
+        if isinstance(message, RegisterExecution):
+            return self._record(message, flow_execution={"status": self._register(message)})
+        self._check_known(message)
+        self._check_types(message)
+        if isinstance(message, SetTaskState):
+            recorded = self._set_state(message, authorized.actor, changes)
+            return self._record(message, task_execution=recorded)
+        if message.conditions:
+            self._check_conditions(message, may_read=authorized.may_read)
+        statuses = self._apply(message, authorized.actor, changes)
+        return self._record(message, tags=[{"status": each} for each in statuses])
 
     def _repeat(self, batch_id: UUID, digest: bytes, known: StoredResult) -> Outcome:
         """Return the stored outcome for the same batch, a conflict for another one with its id."""
@@ -174,13 +176,17 @@ class BatchProcessor:
 
         Null allows every name, so it stays null.
         """
-        names = None if message.task_names is None else frozenset(message.task_names)
+        names = None if message.task_names is None else dict.fromkeys(message.task_names)
         execution = self.snapshot.executions.get(message.flow_execution_id.int)
         if execution is None:
-            self._save_execution(Execution(message.flow_execution_id, names, revision=0))
+            self._save_execution(Execution(message.flow_execution_id, names, 0, message.flow_id))
             return "registered"
+        if message.flow_id not in (None, execution.flow_id):
+            text = "the execution was registered with another flow_id, or none"
+            details = [ErrorDetail(field="flow_id", message="is not that of the execution")]
+            raise Refusal(ErrorInfo(code="conflict", message=text, details=details))
         if execution.task_names is not None and (
-            names is None or not names <= execution.task_names
+            names is None or not names.keys() <= execution.task_names.keys()
         ):
             execution.task_names = None if names is None else execution.task_names | names
             self._save_execution(execution)
@@ -190,8 +196,11 @@ class BatchProcessor:
         self.snapshot.executions[execution.id.int] = execution
         self.change_set.registrations[execution.id] = execution
 
-    def _find_unknown(self, message: TagBatch | SetTaskState) -> list[ErrorDetail]:
-        """Return each use of an unknown execution or task (docs/concepts/contract.md#rule-5)."""
+    def _check_known(self, message: TagBatch | SetTaskState) -> None:
+        """Raise `Refusal` with each use of an unknown execution or task.
+
+        The rule is docs/concepts/contract.md#rule-5.
+        """
         if isinstance(message, SetTaskState):
             named: Iterable[tuple[int | None, TagOperation | SetTaskState]] = [(None, message)]
         else:
@@ -205,7 +214,9 @@ class BatchProcessor:
                 if found := self._unknown(condition):
                     text = " ".join(found)
                     details.append(ErrorDetail(index=index, field=CONDITIONS, message=text))
-        return details
+        if details:
+            text = "an execution or task is unknown"
+            raise Refusal(ErrorInfo(code="not_found", message=text, details=details))
 
     def _unknown(self, named: TagOperation | SetTaskState | Condition) -> tuple[str, str] | None:
         """Return the field that is unknown, and what it is."""
@@ -418,7 +429,7 @@ class BatchProcessor:
     ) -> tuple[tuple[UUID, bytes], ...]:
         """Return the change event of each execution that the message really changes."""
         events = []
-        for key, changed in changes.items():
+        for position, (key, changed) in enumerate(changes.items(), self.snapshot.head.number + 1):
             execution = self.snapshot.executions[key]
             event = ChangeEvent(
                 organization_id=self.organization_id,
@@ -428,20 +439,27 @@ class BatchProcessor:
                 changed_by=actor,
                 changed_at=self.now,
                 changes=list(changed),
+                flow_id=execution.flow_id,
+                position=position,
+                cursor=str(Cursor(position, self._time)),
             ).encode()
             events.append((execution.id, event))
         return tuple(events)
 
-    def _advance_revisions(
-        self, batch_id: UUID, events: tuple[tuple[UUID, bytes], ...]
-    ) -> dict[UUID, int]:
-        """Store change events, and give each of their executions its next revision."""
+    def _advance(self, batch_id: UUID, events: tuple[tuple[UUID, bytes], ...]) -> dict[UUID, int]:
+        """Store change events, each with the next revision and the next position.
+
+        The rules are docs/concepts/contract.md#rule-12 and #rule-21.
+        """
         revisions = {}
         for flow_execution_id, event in events:
             execution = self.snapshot.executions[flow_execution_id.int]
             execution.revision += 1
             revision = revisions[flow_execution_id] = execution.revision
-            self.change_set.changes.append(NewChange(flow_execution_id, revision, batch_id, event))
+            self.snapshot.head = Cursor(self.snapshot.head.number + 1, self._time)
+            self.change_set.changes.append(
+                NewChange(flow_execution_id, revision, self.snapshot.head.number, batch_id, event)
+            )
         self.change_set.revisions.update(revisions)
         return revisions
 

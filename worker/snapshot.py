@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+from producers.contract.cursors import BEGINNING, Cursor
 from producers.contract.errors import CONDITIONS
 from producers.contract.messages import Condition, Message, SetTaskState, TagBatch, TagOperation
 from producers.contract.results import Tag, Task
@@ -88,8 +89,10 @@ class Execution:
     """A registered flow execution; `task_names` None allows every task name."""
 
     id: UUID
-    task_names: frozenset[str] | None
+    task_names: dict[str, None] | None
+    """In the order in which they were first given."""
     revision: int
+    flow_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,8 @@ class Snapshot:
     """The keys in `tags` of the types that `types_of` names: all of them, up to the bound."""
     tasks: dict[TaskKey, Task] = field(default_factory=dict)
     """The tasks that have a state."""
+    head: Cursor = BEGINNING
+    """The organization's last change event."""
     complete: int = sys.maxsize
     """Of how many messages, the first ones, all that they name was loaded."""
 
@@ -137,6 +142,7 @@ class NewBatch:
 class NewChange:
     flow_execution_id: UUID
     revision: int
+    position: int
     batch_id: UUID
     event: bytes
 
@@ -153,6 +159,7 @@ class ChangeSet:
     removed: dict[int, Tag] = field(default_factory=dict)
     tasks: dict[TaskKey, Task] = field(default_factory=dict)
     changes: list[NewChange] = field(default_factory=list)
+    """In the order of their positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,3 +176,5 @@ class Decision:
 
     outcomes: list[Outcome]
     change_set: ChangeSet
+    head: Cursor
+    """The organization's last change event, with those of the change set."""

@@ -28,6 +28,16 @@ def failing_key(organization_id: UUID) -> str:
     return f"task-tags:{{{organization_id}}}:failing"
 
 
+def position_key(organization_id: UUID) -> str:
+    """Return the key that has the cursor of the organization's last change event."""
+    return f"task-tags:{{{organization_id}}}:position"
+
+
+def positions_channel(organization_id: UUID) -> str:
+    """Return the channel on which each transaction that made change events is announced."""
+    return f"task-tags:{{{organization_id}}}:positions"
+
+
 def results_channel(organization_id: UUID, reply_to: str) -> str:
     """Return the channel on which the results of messages with this `reply_to` are published."""
     return f"task-tags:{{{organization_id}}}:results:{reply_to}"

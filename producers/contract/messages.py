@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from producers.contract.errors import ErrorDetail, InvalidMessage, error_details
 from producers.contract.values import (
+    FlowId,
     Id,
     ReplyTo,
     StrictModel,
@@ -299,9 +300,12 @@ class RegisterExecution(BaseMessage):
     kind: Literal["flow_execution"] = "flow_execution"
     flow_execution_id: Id
     task_names: Annotated[list[TaskName], Field(max_length=MAX_TASK_NAMES)] | None = None
+    flow_id: FlowId | None = Field(default=None, exclude_if=lambda flow_id: flow_id is None)
 
 
-TaskState = Literal["queued", "running", "completed", "failed"]
+TaskState = Literal[
+    "queued", "running", "awaiting_input", "completed", "failed", "cancelled", "skipped"
+]
 
 
 class SetTaskState(BaseMessage):
@@ -333,14 +337,19 @@ Message = TagBatch | RegisterExecution | SetTaskState
 
 
 def register_execution(
-    flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
+    flow_execution_id: UUID | str,
+    task_names: Sequence[str] | None = None,
+    flow_id: str | None = None,
 ) -> RegisterExecution:
     """Build the message that registers a flow execution; None allows every task name.
 
     Raises `InvalidMessage`, also if `task_names` is a single string.
+
+    Args:
+        flow_id: The flow that is executed; it is given in the first registration or never.
     """
     names = task_names if task_names is None or isinstance(task_names, str) else list(task_names)
-    fields = {"flow_execution_id": flow_execution_id, "task_names": names}
+    fields = {"flow_execution_id": flow_execution_id, "task_names": names, "flow_id": flow_id}
     return build(RegisterExecution, fields)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self, cast
@@ -11,6 +12,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter, model_
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError, to_json
 
+from producers.contract.cursors import Cursor
 from producers.contract.errors import ErrorInfo
 from producers.contract.messages import TaskState
 from producers.contract.values import Id, TolerantModel, tolerant
@@ -156,6 +158,9 @@ _UnknownChange = Annotated[
 class ChangeEvent:
     """What one message changed in one execution; `revision` counts 1, 2, 3 … there without gaps.
 
+    `position` counts so in the organization, and `cursor` is the place behind the event in its feed
+    (docs/concepts/contract.md#rule-21); both are None in an event of an older worker.
+
     Workers make these in large numbers, so they are dataclasses, which `decode` alone validates.
     """
 
@@ -166,6 +171,9 @@ class ChangeEvent:
     changed_by: str
     changed_at: datetime
     changes: list[_KnownChange | SkipJsonSchema[_UnknownChange]]
+    flow_id: str | None = None
+    position: int | None = None
+    cursor: str | None = None
 
     @staticmethod
     def decode(encoded: bytes | str) -> ChangeEvent:
@@ -178,7 +186,10 @@ class ChangeEvent:
             {
                 "organization_id": self.organization_id,
                 "flow_execution_id": self.flow_execution_id,
+                "flow_id": self.flow_id,
                 "revision": self.revision,
+                "position": self.position,
+                "cursor": self.cursor,
                 "batch_id": self.batch_id,
                 "changed_by": self.changed_by,
                 "changed_at": self.changed_at,
@@ -187,6 +198,18 @@ class ChangeEvent:
         of_tags = all(type(each) is Change for each in self.changes)
         changes = (_TAG_CHANGES if of_tags else _CHANGES).dump_json(cast(Any, self.changes))
         return b'%b,"changes":%b}' % (head[:-1], changes)
+
+
+MAX_TOUCHED: Final = 100
+
+
+def encode_position(head: Cursor, flow_executions: Collection[UUID]) -> bytes:
+    """Return what announces a transaction: the last event's cursor, and the executions changed.
+
+    More than 100 of them are null: any may have changed.
+    """
+    touched = list(flow_executions) if len(flow_executions) <= MAX_TOUCHED else None
+    return to_json({"cursor": str(head), "flow_executions": touched})
 
 
 _CHANGE_EVENT: Final = TypeAdapter(ChangeEvent)

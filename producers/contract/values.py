@@ -26,6 +26,7 @@ Id = Annotated[UUID, Field(strict=False)]
 TaskName = Annotated[str, Field(min_length=1, max_length=200, pattern=_NO_NUL)]
 TagType = Annotated[str, Field(min_length=1, max_length=100, pattern=_NO_NUL)]
 TagName = Annotated[str, Field(min_length=1, max_length=200, pattern=_NO_NUL)]
+FlowId = Annotated[str, Field(min_length=1, max_length=200, pattern=_NO_NUL)]
 ReplyTo = Annotated[str, Field(pattern=REPLY_TO_PATTERN)]
 
 

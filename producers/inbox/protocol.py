@@ -34,7 +34,13 @@ from uuid import UUID
 from redis import Redis
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
-from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
+from producers.contract.channels import (
+    dead_letters_key,
+    failing_key,
+    inbox_key,
+    lease_key,
+    position_key,
+)
 from producers.contract.encoding import MAX_READABLE_BYTES
 from producers.contract.messages import MAX_MESSAGE_BYTES
 from producers.inbox.drain_message import QUEUE, drain_message
@@ -149,6 +155,7 @@ class Inbox:
         self._lease = lease_key(organization_id)
         self._dead_letters = dead_letters_key(organization_id)
         self._failing = failing_key(organization_id)
+        self._position = position_key(organization_id)
         self._limit = limit
         self._lease_ms = lease_ms
 
@@ -197,6 +204,7 @@ class Inbox:
         publications: Sequence[tuple[str, bytes]],
         dead_letters: Sequence[DeadLetter] = (),
         *,
+        position: str | None = None,
         max_messages: int,
         max_bytes: int = MAX_READABLE_BYTES,
     ) -> list[StreamEntry]:
@@ -207,8 +215,10 @@ class Inbox:
 
         Args:
             publications: Pairs of channel and payload, in order.
+            position: The cursor of the organization's last change event, if there are new ones.
         """
         arguments: list[Any] = [run_id, self._lease_ms, max_messages, max_bytes, DEAD_LETTER_LIMIT]
+        arguments.append(position or "")
         arguments.append(len(entries))
         arguments.extend([entry.id for entry in entries])
         arguments.append(len(publications))
@@ -217,7 +227,7 @@ class Inbox:
         for dead_letter in dead_letters:
             fields = list(chain.from_iterable(dead_letter.fields().items()))
             arguments += [len(fields), *fields]
-        keys = [self._inbox, self._lease, self._dead_letters, self._failing]
+        keys = [self._inbox, self._lease, self._dead_letters, self._failing, self._position]
         return self._entries(self._run("ack_and_publish", keys, arguments))
 
     def add_dead_letter(self, dead_letter: DeadLetter) -> None:
@@ -275,6 +285,7 @@ class Inbox:
         types = {
             self._lease: "string",
             self._failing: "hash",
+            self._position: "string",
             self._inbox: "stream",
             self._dead_letters: "stream",
         }

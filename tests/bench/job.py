@@ -89,7 +89,7 @@ def _apply(tools: Tools, organization_id: UUID, authorized: AuthorizedMessage) -
         try:
             (outcome,) = apply_in_transaction(
                 tools.repository, organization_id, [authorized], tools.new_id
-            )
+            ).outcomes
         except Exception as error:
             if not is_server_fault(error):
                 raise

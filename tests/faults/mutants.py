@@ -55,7 +55,7 @@ def reach(failpoint: str) -> None:
 _acquire, _ack_and_publish = Inbox.acquire, Inbox.ack_and_publish
 _transaction, _save = Repository.transaction, Transaction.save
 _process = Drain._process
-_advance_revisions = BatchProcessor._advance_revisions
+_advance = BatchProcessor._advance
 
 
 def acquire(self: Inbox, run_id: str, **bounds: Any) -> Acquired:
@@ -162,7 +162,7 @@ def _apply_backwards(
 
 
 def _skip_revisions(self: BatchProcessor, *arguments: Any) -> dict[UUID, int]:
-    revisions = _advance_revisions(self, *arguments)
+    revisions: dict[UUID, int] = _advance(self, *arguments)
     for execution in self.snapshot.executions.values():
         execution.revision += execution.revision % 50 == 49
     return revisions
@@ -179,7 +179,7 @@ def _publish_no_result(
 
 _plants: dict[str, Callable[[], Any]] = {
     "apply_backwards": lambda: setattr(Drain, "_process", _apply_backwards),
-    "skip_revisions": lambda: setattr(BatchProcessor, "_advance_revisions", _skip_revisions),
+    "skip_revisions": lambda: setattr(BatchProcessor, "_advance", _skip_revisions),
     "publish_no_result": lambda: setattr(Inbox, "ack_and_publish", _publish_no_result),
     "remove_before_commit": lambda: setattr(Drain, "_process", _ack_before_commit),
     "publish_before_commit": lambda: setattr(Drain, "_process", _publish_before_commit),

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from redis.exceptions import ConnectionError
 
-from producers.contract.channels import dead_letters_key, inbox_key, lease_key
+from producers.contract.channels import dead_letters_key, inbox_key, lease_key, position_key
 from producers.contract.messages import TagBatch, add, register_execution, remove
 from producers.inbox.protocol import Acquired, Inbox, StreamEntry
 from tests.support.malformed import stream_entries
@@ -32,6 +32,7 @@ def test_a_group_is_answered_in_order_and_leaves_nothing_behind(tenant: Tenant) 
     assert [record.batch_id for record in tenant.records()] == [each.batch_id for each in batches]
     prefix = f"task-tags:{{{tenant.organization}}}"
     assert [channel for channel, _ in tenant.published] == [
+        f"{prefix}:positions",
         f"{prefix}:changes:{EXECUTION}",
         f"{prefix}:results:runner-7",
         f"{prefix}:results:{batches[1].batch_id}",
@@ -41,6 +42,9 @@ def test_a_group_is_answered_in_order_and_leaves_nothing_behind(tenant: Tenant) 
     assert tenant.redis.xlen(inbox_key(tenant.organization)) == 0
     assert not tenant.redis.exists(lease_key(tenant.organization))
     assert tenant.tags() == ["a", "b"]
+    announced = json.loads(tenant.published[0][1])
+    assert announced == {"cursor": tenant.events()[-1].cursor, "flow_executions": [str(EXECUTION)]}
+    assert tenant.redis.get(position_key(tenant.organization)).decode() == announced["cursor"]
 
 
 def test_a_drain_takes_an_inbox_in_groups(tenant: Tenant) -> None:

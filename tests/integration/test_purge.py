@@ -51,9 +51,10 @@ class Purged:
         return len([e for e in self.entries() if e["message"] == "purged" and "rows" not in e])
 
     def stored(self) -> set[UUID]:
-        """Return the organizations with a stored result or change event."""
+        """Return the organizations with a stored result or the first of their change events."""
         rows = self.owner.execute(
-            "select organization_id from tag_batches union select organization_id from tag_changes"
+            "select organization_id from tag_batches union "
+            "select organization_id from tag_changes where position = 1"
         ).fetchall()
         return {organization for (organization,) in rows}
 
@@ -63,11 +64,11 @@ def send_purge(redis: Any) -> None:
 
 
 def fill(database: Servers) -> None:
-    """Store a result and a change event that are 31 days old, for organizations without inboxes."""
+    """Store results and change events that are 31 days old, for organizations without inboxes."""
     repository, execution = Repository(database.worker_url), uuid4()
-    batch = TagBatch(tags=[add(execution, "task", "type", "tag")])
+    batches = [TagBatch(tags=[add(execution, "task", "type", tag)]) for tag in ("first", "last")]
     for organization in (LOCKED, FAILING, *OTHERS):
-        applied(repository, organization, register_execution(execution), batch)
+        applied(repository, organization, register_execution(execution), *batches)
     repository.close()
     with database.owner() as owner:
         owner.execute("update tag_batches set applied_at = applied_at - interval '31 days'")

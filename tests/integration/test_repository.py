@@ -115,7 +115,7 @@ def test_what_is_saved_is_what_is_loaded(repository: Repository, organization: U
     assert set(known.events) == set(decision.outcomes[2].events)
     assert state.executions == {
         one.int: Execution(one, None, revision=1),
-        two.int: Execution(two, frozenset({"other", "b"}), revision=1),
+        two.int: Execution(two, {"other": None, "b": None}, revision=1),
     }
     loaded = {tag.id: (tag, digest) for tags in state.tags.values() for digest, tag in tags.items()}
     expected = {
@@ -137,7 +137,7 @@ def test_registering_again_keeps_the_revision(repository: Repository, organizati
     again = register_execution(execution, ["b"])
     applied(repository, organization, again)
     found = load(repository, organization, register_execution(execution)).executions
-    assert found == {execution.int: Execution(execution, frozenset({"a", "b"}), revision=1)}
+    assert found == {execution.int: Execution(execution, {"a": None, "b": None}, revision=1)}
 
 
 def test_removed_tags_keep_their_rows(
@@ -286,7 +286,7 @@ def test_security_is_enabled_and_forced_and_every_key_begins_with_the_organizati
             "where rolname like 'task_tags_%'"
         ).fetchall()
     assert sorted(flags) == sorted((table, True, True) for table in TABLES)
-    assert len(keys) == 9
+    assert len(keys) == 11
     assert {column for _, column in keys} == {"organization_id"}
     assert roles == [(False,), (False,)]
 
@@ -360,7 +360,7 @@ def test_look_ups_see_what_the_lock_waited_for(
             )
             with servers.owner() as connection:
                 eventually(lambda: connection.execute(WAITING).fetchall())
-        (outcome,) = behind.result()
+        (outcome,) = behind.result().outcomes
     assert ResultRecord.decode(outcome.record).statuses == ["already_exists"]
     other.close()
 
@@ -380,8 +380,10 @@ def test_purging_forgets_old_results_of_that_organization_alone(
     assert load(repository, foreign, batch).batches
     with as_role(servers.worker_url, organization) as connection:
         assert (count(connection, "task_tags"), count(connection, "tag_changes")) == (1, 1)
+    applied(repository, organization, TagBatch(tags=[remove(execution, "a", "t", "x")]))
     assert repository.purge_changes(organization, timedelta(hours=1)) == 0
     eventually(lambda: repository.purge_changes(organization, timedelta(0)) == 1)
+    assert repository.purge_changes(organization, timedelta(0)) == 0  # the last one stays
     with as_role(servers.worker_url, foreign) as connection:
         assert count(connection, "tag_changes") == 1
 

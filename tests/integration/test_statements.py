@@ -26,10 +26,11 @@ FILL: Final = """
     create function pg_temp.id(n int) returns uuid return lpad(to_hex(n), 32, '0')::uuid;
     create function pg_temp.moment(n int) returns timestamptz
            return now() - interval '1 day' * (n < 100)::int + interval '1 ms' * n;
-    insert into organizations select pg_temp.id(o), now() from generate_series(1, 3) as o;
+    insert into organizations
+    select pg_temp.id(o), now(), 5000, now() from generate_series(1, 3) as o;
     insert into flow_executions
     select pg_temp.id(o), pg_temp.id(n), '["task-0", "task-1", "task-2", "task-3", "task-4"]',
-           100, now()
+           100, now(), null, now()
       from generate_series(1, 3) as o, generate_series(0, 399) as n;
     insert into task_tags
     select pg_temp.id(o), pg_temp.id(n), pg_temp.id(n % 400), 'task-' || n / 400 % 5, 'type',
@@ -41,7 +42,8 @@ FILL: Final = """
            jsonb_build_object(pg_temp.id(n % 50), n / 50 + 1), 2, pg_temp.moment(n)
       from generate_series(1, 3) as o, generate_series(0, 4999) as n;
     insert into tag_changes
-    select pg_temp.id(o), pg_temp.id(n % 50), n / 50 + 1, pg_temp.id(n), '{}', pg_temp.moment(n)
+    select pg_temp.id(o), pg_temp.id(n % 50), n / 50 + 1, pg_temp.id(n), '{}', pg_temp.moment(n),
+           n + 1
       from generate_series(1, 3) as o, generate_series(0, 4999) as n;
     insert into task_executions
     select pg_temp.id(o), pg_temp.id(n % 400), 'task-' || n / 400, 'queued', now(), 'ada'
@@ -87,7 +89,11 @@ JSON: Final = texts("{}")
 BY: Final = texts("ada")
 NOBODY: Final = pg_arrays.texts([None] * 5)
 NEW_TAGS: Final = {"ids": NEW, "tag_metadata": JSON, "metadata_digests": DIGESTS, "created_by": BY}
-NEW_CHANGES: Final = {"revisions": pg_arrays.bigints(range(101, 106)), "batch_ids": NEW}
+NEW_CHANGES: Final = {
+    "revisions": pg_arrays.bigints(range(101, 106)),
+    "positions": pg_arrays.bigints(range(5001, 5006)),
+    "batch_ids": NEW,
+}
 BOUND: Final = {"max_bytes": 1_000_000}
 NEW_RESULTS: Final = {
     "batch_ids": NEW,
@@ -118,12 +124,15 @@ OF_WORKER: Final = {
     ),
     "LOAD_TASKS": case(5, **TASKS),
     "SAVE_BATCHES": case(5, **NEW_RESULTS, **NOW),
-    "SAVE_REGISTRATIONS": case(5, **EXECUTIONS, task_names=texts('["task-{}"]'), **NOW),
-    "SAVE_REVISIONS": case(5, **EXECUTIONS, revisions=by_id(101, *range(5))),
+    "SAVE_REGISTRATIONS": case(
+        5, **EXECUTIONS, task_names=texts('["task-{}"]'), flow_ids=texts("flow"), **NOW
+    ),
+    "SAVE_REVISIONS": case(5, **EXECUTIONS, revisions=by_id(101, *range(5)), **NOW),
     "SAVE_REMOVED": case(5, ids=uuids(*TAG_IDS), modified_by=by_id("ada", *TAG_IDS), **NOW),
     "SAVE_ADDED": case(5, **TAG_KEYS, **NEW_TAGS, modified_by=NOBODY, **NOW),
     "SAVE_TASKS": case(5, **TASKS, states=texts("failed"), state_changed_by=BY, **NOW),
     "SAVE_CHANGES": case(5, **EXECUTIONS, **NEW_CHANGES, events=JSON, **NOW),
+    "SAVE_POSITION": case(1, position=5005, **NOW),
     "PURGE_RESULTS": case(100, **AGE),
     "PURGE_CHANGES": case(100, **AGE),
     "FORGET_FAILURE": case(1, batch_id=UUID(int=1000)),
@@ -145,7 +154,7 @@ OF_ENDPOINT: Final = {
     "record": case(1, batch_id=UUID(int=1000)),
 }
 EXCEPTIONS: Final = {
-    "page of 5": "all tags are read and sorted, until pages are read by index",
+    "PURGE_CHANGES": "the first 1,000 events are looked at, however many of them are old",
     "tasks of a name": "the name is compared after reading, until pages are read by index",
 }
 PREPARED: Final = {head.split()[0]: (head, sql) for head, sql in queries.PREPARED.items()}

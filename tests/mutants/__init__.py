@@ -350,8 +350,8 @@ MUTANTS: Final = (
     ),
     Mutant(  # the time is read before the lock is held
         _STATEMENTS,
-        "    select clock_timestamp()\n      from (select from organizations",
-        "    select now()\n      from (select from organizations",
+        "    select clock_timestamp(), position",
+        "    select now(), position",
         f"{_OF_REPOSITORY}the_time_of_a_transaction_is_that_at_which_it_has_the_lock",
     ),
     Mutant(  # tags that were removed are found

@@ -15,6 +15,7 @@ import psycopg
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
+from producers.contract.cursors import Cursor, microseconds
 from producers.contract.results import Tag, Task
 from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_VARIANTS
 from worker.db import pg_arrays, rows, statements
@@ -196,7 +197,7 @@ class Transaction:
         self._organization_id = organization_id
         self._send(scope)
         self._locked = self._send(statements.LOCK)
-        self._now: datetime | None = None
+        self._found: tuple[datetime, Cursor] | None = None
 
     @property
     def now(self) -> datetime:
@@ -204,12 +205,19 @@ class Transaction:
 
         Raises `UnknownOrganization` if there is no row to lock: read this before any write.
         """
-        if self._now is None:
+        return self._row[0]
+
+    @property
+    def _row(self) -> tuple[datetime, Cursor]:
+        """What the lock returned: the time, and the organization's last change event."""
+        if self._found is None:
             found = self._locked.fetchone()
             if found is None:
                 raise UnknownOrganization
-            (self._now,) = found
-        return cast(datetime, self._now)
+            now, position, changed_at = found
+            at = None if changed_at is None else microseconds(changed_at)
+            self._found = now, Cursor(position, at)
+        return self._found
 
     def load(self, messages: Sequence[AuthorizedMessage]) -> Snapshot:
         """Return the state of all that the messages name."""
@@ -248,6 +256,7 @@ class Transaction:
             tags=tags,
             types=types,
             tasks={row[:2]: Task(*row) for row in found_tasks},
+            head=self._row[1],
             complete=rows.complete(messages, names, seen, last_tag, last_type),
         )
 
@@ -265,6 +274,10 @@ class Transaction:
         ):
             if found:
                 self._send(statement, **cast(Any, columns)(found))
+        if change_set.changes:
+            position = change_set.changes[-1].position
+            self._send(statements.SAVE_POSITION, position=position)
+            self._found = self.now, Cursor(position, microseconds(self.now))
 
     def batches(self, batch_ids: Sequence[UUID]) -> dict[UUID, StoredResult]:
         """Return what is stored of these batches, with the change events that they made."""

@@ -110,9 +110,9 @@ def batches(rows: Iterable[Any]) -> tuple[dict[UUID, StoredResult], UUID | None]
 
 
 def execution(row: Any) -> tuple[int, Execution]:
-    flow_execution_id, task_names, revision = row
-    names = None if task_names is None else frozenset(task_names)
-    return flow_execution_id.int, Execution(flow_execution_id, names, revision)
+    flow_execution_id, task_names, revision, flow_id = row
+    names = None if task_names is None else dict.fromkeys(task_names)
+    return flow_execution_id.int, Execution(flow_execution_id, names, revision, flow_id)
 
 
 def tags(
@@ -195,10 +195,11 @@ def registration_columns(registrations: dict[UUID, Execution]) -> dict[str, Any]
         "flow_execution_ids": pg_arrays.uuids([id.int for id in registrations]),
         "task_names": pg_arrays.texts(
             [
-                None if execution.task_names is None else json.dumps(sorted(execution.task_names))
+                None if execution.task_names is None else json.dumps(list(execution.task_names))
                 for execution in registrations.values()
             ]
         ),
+        "flow_ids": pg_arrays.texts([each.flow_id for each in registrations.values()]),
     }
 
 
@@ -235,6 +236,7 @@ def change_columns(changes: Sequence[NewChange]) -> dict[str, Any]:
     return {
         "flow_execution_ids": pg_arrays.uuids([change.flow_execution_id.int for change in changes]),
         "revisions": pg_arrays.bigints([change.revision for change in changes]),
+        "positions": pg_arrays.bigints([change.position for change in changes]),
         "batch_ids": pg_arrays.uuids([change.batch_id.int for change in changes]),
         "events": pg_arrays.encoded_texts([change.event for change in changes]),
     }

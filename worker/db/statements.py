@@ -15,11 +15,14 @@ from __future__ import annotations
 from typing import Final
 
 LOCK: Final = """
-    select clock_timestamp()
-      from (select from organizations where organization_id = %(organization_id)s
+    select clock_timestamp(), position, changed_at
+      from (select position, changed_at from organizations
+             where organization_id = %(organization_id)s
                for update) as locked
 """
-"""Locks the organization's row, by primary key, and returns the time; no row: it is not known yet.
+"""Locks the organization's row, by primary key; returns the time and its last event's place.
+
+No row: the organization is not known yet.
 
 It is a statement of its own, so that the next one sees what the transaction before committed. The
 time is read behind the lock, so that it never runs back within an organization: written without the
@@ -62,7 +65,7 @@ the bound.
 """
 
 LOAD_EXECUTIONS: Final = """
-    select flow_execution_id, task_names, revision
+    select flow_execution_id, task_names, revision, flow_id
       from flow_executions
      where organization_id = %(organization_id)s
        and flow_execution_id = any(%(flow_execution_ids)s)
@@ -139,10 +142,10 @@ SAVE_BATCHES: Final = """
 
 SAVE_REGISTRATIONS: Final = """
     insert into flow_executions (organization_id, flow_execution_id, task_names, revision,
-                                 created_at)
-    select %(organization_id)s, flow_execution_id, task_names::jsonb, 0, %(now)s
+                                 created_at, flow_id, changed_at)
+    select %(organization_id)s, flow_execution_id, task_names::jsonb, 0, %(now)s, flow_id, %(now)s
       from (select unnest(%(flow_execution_ids)s) as flow_execution_id,
-                   unnest(%(task_names)s) as task_names) as e
+                   unnest(%(task_names)s) as task_names, unnest(%(flow_ids)s) as flow_id) as e
         on conflict (organization_id, flow_execution_id) do update
        set task_names = excluded.task_names
 """
@@ -150,7 +153,7 @@ SAVE_REGISTRATIONS: Final = """
 
 SAVE_REVISIONS: Final = """
     update flow_executions
-       set revision = (%(revisions)s ->> flow_execution_id::text)::bigint
+       set revision = (%(revisions)s ->> flow_execution_id::text)::bigint, changed_at = %(now)s
      where organization_id = %(organization_id)s
        and flow_execution_id = any(%(flow_execution_ids)s)
 """
@@ -196,13 +199,20 @@ SAVE_TASKS: Final = """
 
 SAVE_CHANGES: Final = """
     insert into tag_changes (organization_id, flow_execution_id, revision, batch_id, event,
-                             changed_at)
-    select %(organization_id)s, flow_execution_id, revision, batch_id, event::json, %(now)s
+                             changed_at, position)
+    select %(organization_id)s, flow_execution_id, revision, batch_id, event::json, %(now)s,
+           position
       from (select unnest(%(flow_execution_ids)s) as flow_execution_id,
-                   unnest(%(revisions)s) as revision, unnest(%(batch_ids)s) as batch_id,
-                   unnest(%(events)s) as event) as c
+                   unnest(%(revisions)s) as revision, unnest(%(positions)s) as position,
+                   unnest(%(batch_ids)s) as batch_id, unnest(%(events)s) as event) as c
 """
 """Stores change events."""
+
+SAVE_POSITION: Final = """
+    update organizations set position = %(position)s, changed_at = %(now)s
+     where organization_id = %(organization_id)s
+"""
+"""Stores the place of the organization's last change event, by primary key."""
 
 PURGE_RESULTS: Final = """
     delete from tag_batches
@@ -218,15 +228,21 @@ PURGE_RESULTS: Final = """
 PURGE_CHANGES: Final = """
     delete from tag_changes
      where organization_id = %(organization_id)s
-       and ctid = any(array(
-           select ctid from tag_changes
-            where organization_id = %(organization_id)s
-              and changed_at < (select clock_timestamp() - %(age)s::interval)
-            order by changed_at, flow_execution_id, revision limit 1000))
+       and position = any(array(
+           select position
+             from (select position,
+                          bool_and(changed_at < (select clock_timestamp() - %(age)s::interval))
+                          over (order by position) as is_old
+                     from (select position, changed_at from tag_changes
+                            where organization_id = %(organization_id)s
+                            order by position limit 1000) as first) as c
+            where is_old and position < (
+                  select position from organizations
+                   where organization_id = %(organization_id)s)))
 """
-"""Deletes the oldest change events beyond an age, up to 1,000 of them, by tag_changes_age.
+"""Deletes the first change events up to one that is young enough, at most 1,000 of them.
 
-The time never runs back within an execution, so what remains of one are its newest events.
+By tag_changes_position. The organization's last event always stays.
 """
 
 LIST_ORGANIZATIONS: Final = """

@@ -82,7 +82,10 @@ _TIME: Final = DateTime(timezone=True)
 organizations = _table(
     "organizations",
     _required("created_at", _TIME),
+    Column("position", BigInteger, nullable=False, server_default=text("0")),  # of the last event
+    Column("changed_at", _TIME),  # of the last event; null: there was none
     worker_may="select, insert, update",
+    fillfactor=50,
 )
 _LIST: Final = f"create policy list on organizations for select to {WORKER_ROLE} using (true)"
 event.listen(organizations, "after_create", DDL(_LIST))  # type: ignore[no-untyped-call]
@@ -93,6 +96,8 @@ flow_executions = _table(
     Column("task_names", JSONB(none_as_null=True)),  # null: any task name may be tagged
     _required("revision", BigInteger),  # of the last change event
     _required("created_at", _TIME),
+    Column("flow_id", _CODE_POINTS),  # of the first registration
+    _required("changed_at", _TIME),  # of the last change event; before, of the registration
     worker_may="select, insert, update",
     fillfactor=70,
 )
@@ -123,6 +128,18 @@ Index(  # finds a tag by its name, reads the tags of an execution or task, and a
     postgresql_where=text("status = 'active'"),
 )
 
+Index(  # reads the tasks that have a tag, longest waiting first
+    "task_tags_work",
+    *(task_tags.c[name] for name in ("organization_id", "tag_type", "tag", "created_at", "id")),
+    postgresql_where=text("status = 'active'"),
+)
+
+Index(  # reads the tags of an execution page by page
+    "task_tags_page",
+    *(task_tags.c[name] for name in ("organization_id", "flow_execution_id", "created_at", "id")),
+    postgresql_where=text("status = 'active'"),
+)
+
 tag_batches = _table(
     "tag_batches",
     Column("batch_id", Uuid, primary_key=True),
@@ -145,11 +162,12 @@ tag_changes = _table(
     _required("batch_id", Uuid),
     _required("event", JSON),  # as it was published
     _required("changed_at", _TIME),
+    _required("position", BigInteger),  # 1, 2, 3 … in the organization
     worker_may="select, insert, delete",
 )
 
-Index(  # finds the change events that are old enough to be purged
-    "tag_changes_age", tag_changes.c.organization_id, tag_changes.c.changed_at
+Index(  # reads the feed of an organization, and purges it from its beginning
+    "tag_changes_position", tag_changes.c.organization_id, tag_changes.c.position, unique=True
 )
 
 task_executions = _table(
@@ -160,7 +178,9 @@ task_executions = _table(
     _required("state_changed_at", _TIME),
     _required("state_changed_by", Text),
     CheckConstraint(
-        "state in ('queued', 'running', 'completed', 'failed')", name="task_executions_state_check"
+        "state in ('queued', 'running', 'awaiting_input', 'completed', 'failed', 'cancelled', "
+        "'skipped')",
+        name="task_executions_state_check",
     ),
     worker_may="select, insert, update",
     fillfactor=70,

@@ -21,7 +21,9 @@ from uuid import UUID
 import psycopg
 from redis.exceptions import RedisError
 
-from producers.contract.channels import changes_channel, results_channel
+from producers.contract.channels import changes_channel, positions_channel, results_channel
+from producers.contract.cursors import BEGINNING, Cursor, microseconds
+from producers.contract.results import encode_position
 from producers.contract.values import Uuid7
 from producers.inbox.protocol import DeadLetter, Inbox, StreamEntry
 from worker.auth import Authorizer
@@ -30,7 +32,7 @@ from worker.drain.admission import Admission, Admitted, Refused, Unreadable, adm
 from worker.drain.blame import attempts_to_blame, decide_failure, is_server_fault, log_wait
 from worker.jwk_set import JwksUnavailable
 from worker.rules import decide
-from worker.snapshot import AuthorizedMessage, Outcome
+from worker.snapshot import AuthorizedMessage, Decision, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +167,14 @@ class Drain:
         """
         admissions = self._admit_all(entries)
         admitted = [each for each in admissions if isinstance(each, Admitted)]
-        outcomes = iter(self._apply(admitted, alone=alone))
+        applied, head = self._apply(admitted, alone=alone)
+        outcomes = iter(applied)
+        touched = {id for each in applied for id, _ in each.events}
         to_publish: list[tuple[str, bytes]] = []
+        if touched:
+            to_publish.append(
+                (positions_channel(self.organization_id), encode_position(head, touched))
+            )
         dead_letters: list[DeadLetter] = []
         events_of: set[UUID] = set()
         for place, admission in enumerate(admissions):
@@ -192,7 +200,12 @@ class Drain:
                 case _:
                     assert_never(admission)
         following = self.inbox.ack_and_publish(
-            self.run_id, entries, to_publish, dead_letters, max_messages=self.group_size
+            self.run_id,
+            entries,
+            to_publish,
+            dead_letters,
+            position=str(head) if touched else None,
+            max_messages=self.group_size,
         )
         return len(entries), following
 
@@ -219,12 +232,17 @@ class Drain:
             logger.exception("a message could not be read", extra={"entry": entry.id.decode()})
             return fail_admission(entry, self.organization_id, error, now)
 
-    def _apply(self, admitted: Sequence[Admitted], *, alone: bool) -> list[Outcome]:
-        """Apply messages in one transaction; return outcomes in their order, of the first ones."""
+    def _apply(
+        self, admitted: Sequence[Admitted], *, alone: bool
+    ) -> tuple[Sequence[Outcome], Cursor]:
+        """Apply messages in one transaction; return outcomes in their order, of the first ones.
+
+        The second value is the place of the organization's last change event.
+        """
         if not admitted:
-            return []
+            return (), BEGINNING
         try:
-            return self._transact([each.message for each in admitted])
+            decision = self._transact([each.message for each in admitted])
         except Exception as error:
             if not alone:
                 raise
@@ -233,9 +251,10 @@ class Drain:
             )
             if not attempts:
                 raise
-            return [self._fail(admitted[0], error, attempts)]
+            return [self._fail(admitted[0], error, attempts)], BEGINNING
+        return decision.outcomes, decision.head
 
-    def _transact(self, messages: Sequence[AuthorizedMessage]) -> list[Outcome]:
+    def _transact(self, messages: Sequence[AuthorizedMessage]) -> Decision:
         return apply_in_transaction(self.repository, self.organization_id, messages, self.new_id)
 
     def _fail(self, admitted: Admitted, error: Exception, attempts: int) -> Outcome:
@@ -267,18 +286,17 @@ def apply_in_transaction(
     organization_id: UUID,
     messages: Sequence[AuthorizedMessage],
     new_id: Uuid7,
-) -> list[Outcome]:
-    """Load, decide and save in one transaction; return outcomes in order, of the first messages."""
+) -> Decision:
+    """Load, decide and save in one transaction; return what was decided."""
 
-    def apply(transaction: Transaction) -> list[Outcome]:
+    def apply(transaction: Transaction) -> Decision:
         snapshot = transaction.load(messages)  # before `now`, so that it is sent with the lock
         now = transaction.now
-        microseconds = int(now.timestamp()) * 1_000_000 + now.microsecond
         decision = decide(
-            organization_id, messages, snapshot, now=now, new_id=partial(new_id, microseconds)
+            organization_id, messages, snapshot, now=now, new_id=partial(new_id, microseconds(now))
         )
         transaction.save(decision.change_set)
-        return decision.outcomes
+        return decision
 
     return repository.transact(organization_id, apply)
 

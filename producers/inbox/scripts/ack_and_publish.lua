@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
--- KEYS: inbox, lease, dead letters, failing
--- ARGV: run id, lease in ms, max messages, max bytes, how many dead letters are kept;
+-- KEYS: inbox, lease, dead letters, failing, position
+-- ARGV: run id, lease in ms, max messages, max bytes, how many dead letters are kept, the cursor of
+--       the last change event or nothing;
 --       number of ids, id, id, …; number of publications, channel, payload, …;
 --       number of dead letters, and for each the number of fields and values, field, value, …
 -- Publishes what became of messages and removes them from the inbox. Their batches are committed, so
@@ -9,7 +10,7 @@
 -- and that nobody took is taken again: this drain is the one at work.
 local held = held_lease(KEYS[2])
 redis.call('SADD', WAITING, organization_of(KEYS[1]))
-local at = 6
+local at = 7
 local function next_argument()
   at = at + 1
   return ARGV[at - 1]
@@ -32,6 +33,9 @@ for first = 1, #ids, 1000 do
   redis.call('XDEL', KEYS[1], unpack(ids, first, math.min(first + 999, #ids)))
 end
 redis.call('DEL', KEYS[4])
+if ARGV[6] ~= '' then
+  redis.call('SET', KEYS[5], ARGV[6])
+end
 for _, publication in ipairs(publications) do
   redis.call('PUBLISH', publication[1], publication[2])
 end

@@ -231,7 +231,7 @@ def _encoded(value: Any) -> bytes:
 
 
 def _execution(row: FlowExecutionRow) -> Execution:
-    names = None if row.task_names is None else frozenset(row.task_names)
+    names = None if row.task_names is None else dict.fromkeys(row.task_names)
     return Execution(row.flow_execution_id, names, row.revision)
 
 
