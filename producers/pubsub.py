@@ -166,8 +166,8 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def wait_at_most(seconds: float, waiting: Awaitable[Any]) -> None:
-    """Wait for something, so many seconds at most."""
+async def wait_at_most(seconds: float | None, waiting: Awaitable[Any]) -> None:
+    """Wait for something, so many seconds at most; None is without end."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await waiting

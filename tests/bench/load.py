@@ -88,8 +88,9 @@ def register(connection: psycopg.Connection) -> None:
     connection.execute(
         """
         insert into flow_executions
-               (organization_id, flow_execution_id, task_names, revision, created_at)
-        select organization_id, flow_execution_id, null, 0, now()
+               (organization_id, flow_execution_id, task_names, revision, created_at,
+                changed_at)
+        select organization_id, flow_execution_id, null, 0, now(), now()
           from unnest(%s::uuid[], %s::uuid[]) as e (organization_id, flow_execution_id)
             on conflict do nothing
         """,

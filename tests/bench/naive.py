@@ -127,7 +127,7 @@ async def read_tags(
     if execution is None:
         raise HTTPException(404, "there is no such flow execution")
     etag = f'"{execution.revision}"'
-    if if_none_match == etag:
+    if if_none_match and etag in if_none_match:
         return Response(status_code=304, headers={"ETag": etag})
     response.headers["ETag"] = etag
     tags = (

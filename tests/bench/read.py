@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final, Protocol
 from uuid import UUID, uuid4
@@ -23,10 +24,12 @@ import httpx
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import TypeAdapter
 
+from producers.contract.cursors import Cursor, microseconds
 from producers.contract.results import Tag
 from tests.bench.names import NAIVE, OURS, PGBENCH
 from tests.bench.servers import ENDPOINT as ENDPOINT_ROLE
 from tests.bench.servers import RUN, BenchServers
+from tests.support.etag import revision_of
 from worker.api.queries import READ_TAGS
 from worker.db.connection import scope_statement
 from worker.local.servers import Postgres
@@ -153,8 +156,11 @@ class Data:
         return f"/task-tags?flow_execution_id={self.executions[case.tags]}"
 
     def headers(self, case: Case) -> dict[str, str]:
-        known = {"If-None-Match": f'"{case.tags}"'} if case.not_modified else {}
-        return {"Host": "127.0.0.1", "Authorization": f"Bearer {self.token}", **known}
+        ours = Cursor(case.tags, microseconds(datetime(2026, 1, 1, 12, tzinfo=timezone.utc)))
+        known = f'"{case.tags}", "{ours}"'  # for each contender its own
+        return {"Host": "127.0.0.1", "Authorization": f"Bearer {self.token}"} | (
+            {"If-None-Match": known} if case.not_modified else {}
+        )
 
     def request(self, case: Case) -> str:
         """Return the bytes of a request, which are ASCII."""
@@ -164,8 +170,9 @@ class Data:
 
 _FILL_EXECUTION: Final = """
     insert into flow_executions
-           (organization_id, flow_execution_id, task_names, revision, created_at)
-    values (%(organization)s, %(execution)s, null, %(tags)s, timestamptz '2026-01-01 12:00Z')
+           (organization_id, flow_execution_id, task_names, revision, created_at, changed_at)
+    values (%(organization)s, %(execution)s, null, %(tags)s, timestamptz '2026-01-01 12:00Z',
+            timestamptz '2026-01-01 12:00Z')
 """
 _FILL_TAGS: Final = """
     insert into task_tags
@@ -324,7 +331,7 @@ class Http:
             url = f"http://127.0.0.1:{port}{self.data.path(case)}"
             answer = httpx.get(url, headers=self.data.headers(case), trust_env=False)
             assert answer.status_code == (304 if case.not_modified else 200), answer.text
-            assert answer.headers["etag"] == f'"{case.tags}"'
+            assert revision_of(answer) == case.tags
         return answer.content
 
 
@@ -356,7 +363,13 @@ def _script(statement: str) -> str:
     return words
 
 
-_VALUES: Final = (":organization_id", ":flow_execution_id", "null", ":known::bigint[]")
+_VALUES: Final = (
+    ":organization_id",
+    ":flow_execution_id",
+    "null",
+    ":known::bigint[]",
+    ":times::timestamptz[]",
+)
 """What pgbench puts in the place of $1, $2, …; a variable can't be null."""
 
 
@@ -422,7 +435,7 @@ class Pgbench:
         found = "null" if case.not_modified else str(length)
         read = _script(READ_TAGS)
         test = (
-            f"select 1 / count(*) from ({read}) as r (revision, tags) "
+            f"select 1 / count(*) from ({read}) as r (revision, changed_at, tags) "
             f"where length(tags) is not distinct from {found};"
         )
         script = f"begin;\n{_script(scope_statement('$1', 'public'))};\n{test}\ncommit;\n"
@@ -436,6 +449,7 @@ class Pgbench:
             "organization_id": str(self.data.organization_id),
             "flow_execution_id": str(self.data.executions[case.tags]),
             "known": f"{{{case.tags}}}" if case.not_modified else "{}",
+            "times": "{2026-01-01T12:00Z}" if case.not_modified else "{}",
         }
         defined = [word for name, value in values.items() for word in ("-D", f"{name}={value}")]
         argv = [str(_binary(self.servers.postgres)), "--no-vacuum", "--protocol=prepared"]

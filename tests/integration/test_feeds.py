@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -15,11 +15,12 @@ import httpx
 import pytest
 from redis import Redis
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
 
 from producers.client import TagProducer
-from producers.contract.channels import changes_channel
+from producers.contract.channels import positions_channel
+from producers.contract.cursors import Cursor
 from producers.contract.messages import SetTaskState, TagBatch, add, register_execution
+from tests.support.change_source import SECONDS, ChangeSource, batch, nothing_more, refused, take
 from tests.support.memory import resident
 from tests.support.processes import endpoint_of
 from tests.support.servers import Servers
@@ -27,74 +28,6 @@ from tests.support.tenant import applied
 from tests.support.waiting import eventually
 from worker.auth import SCOPES, sign_token
 from worker.db.repository import Repository
-
-SECONDS = 15.0
-
-
-def batch(execution: UUID, tag: str, tag_type: str = "type", metadata: Any = None) -> TagBatch:
-    return TagBatch(tags=[add(execution, "task", tag_type, tag, metadata)])
-
-
-class ChangeSource:
-    """An organization whose changes the test stores, and publishes only if it says so."""
-
-    def __init__(
-        self, servers: Servers, repository: Repository, redis: Redis, organization: UUID
-    ) -> None:
-        self.servers = servers
-        self.repository = repository
-        self.redis = redis
-        self.organization = organization
-        self.token = servers.token(organization)
-        self.count = 0
-
-    def execution(self) -> UUID:
-        execution = uuid4()
-        applied(self.repository, self.organization, register_execution(execution))
-        return execution
-
-    def change(self, execution: UUID, publish: bool = True, **fields: Any) -> bytes:
-        """Make one change; return its event."""
-        self.count += 1
-        decision = applied(
-            self.repository, self.organization, batch(execution, f"{self.count}", **fields)
-        )
-        ((_, event),) = decision.outcomes[0].events
-        if publish:
-            self.publish(execution, event)
-        return event
-
-    def publish(self, execution: UUID, event: bytes) -> None:
-        self.redis.publish(changes_channel(self.organization, execution), event)
-
-    def url(self, execution: UUID | str, **query: Any) -> str:
-        parameters = httpx.QueryParams({"flow_execution_id": str(execution), **query})
-        return f"{self.servers.stack.endpoint_url}/task-tags/changes?{parameters}"
-
-    def watch(self, execution: UUID | str, **query: Any) -> ClientConnection:
-        """Watch with the token in the header."""
-        headers = {"Authorization": f"Bearer {self.token}"}
-        url = self.url(execution, **query).replace("http://", "ws://")
-        return connect(url, additional_headers=headers, max_size=None, max_queue=None)
-
-    def watch_with(self, frame: str | bytes, execution: UUID | str, **query: Any) -> Any:
-        """Watch with a first frame, as browsers do."""
-        socket = connect(self.url(execution, **query).replace("http://", "ws://"), max_size=None)
-        socket.send(frame)
-        return socket
-
-    @contextmanager
-    def stream(self, execution: UUID, last: str = "", **query: Any) -> Iterator[Iterator[str]]:
-        """Watch as Server-Sent Events, line by line."""
-        headers = {
-            "Authorization": f"Bearer {self.token}",
-            **({"Last-Event-ID": last} if last else {}),
-        }
-        url = self.url(execution, **query).replace("/changes?", "/changes/events?")
-        with httpx.stream("GET", url, headers=headers, timeout=SECONDS) as response:
-            assert response.status_code == 200, response.read()
-            assert response.headers["content-type"].startswith("text/event-stream")
-            yield response.iter_lines()
 
 
 @pytest.fixture
@@ -109,36 +42,13 @@ def execution(source: ChangeSource) -> UUID:
     return source.execution()
 
 
-def take(watching: ClientConnection, count: int) -> list[int]:
-    """Return the revisions of the next events."""
-    return [json.loads(watching.recv(SECONDS))["revision"] for _ in range(count)]
-
-
-def nothing_more(watching: ClientConnection) -> None:
-    """Check that nothing else was sent: a ping is answered behind all that was."""
-    assert watching.ping().wait(SECONDS)
-    with pytest.raises(TimeoutError):
-        watching.recv(0)
-
-
-def refused(watching: ClientConnection) -> tuple[int, str]:
-    """Return the code of the close frame, and the code of the error before it."""
-    error = json.loads(watching.recv(SECONDS))
-    assert error.keys() == {"error", "request_id"}
-    with pytest.raises(ConnectionClosed) as closed:
-        watching.recv(SECONDS)
-    assert closed.value.rcvd is not None
-    assert closed.value.rcvd.reason == error["error"]["message"]
-    return closed.value.rcvd.code, error["error"]["code"]
-
-
 def data(lines: Iterator[str], count: int) -> list[tuple[int, int]]:
     """Return id and revision of the next events of a stream."""
     found: list[tuple[int, int]] = []
     id = 0
     for line in lines:
         if line.startswith("id: "):
-            id = int(line[4:])
+            id = Cursor.parse(line[4:]).number
         elif line.startswith("data: "):
             found.append((id, json.loads(line[6:])["revision"]))
             if len(found) == count:
@@ -176,7 +86,7 @@ def test_through_the_whole_path(
 
 
 def test_what_was_not_published_is_read(source: ChangeSource, execution: UUID) -> None:
-    """A gap is filled from the table at once; a lost last event, at the next poll of the table."""
+    """With the next announcement, or when the key of the position is compared."""
     with source.watch(execution) as watching, source.stream(execution) as lines:
         source.change(execution)
         assert take(watching, 1) == [1]
@@ -190,29 +100,31 @@ def test_what_was_not_published_is_read(source: ChangeSource, execution: UUID) -
 
 
 def test_what_comes_twice_or_late_is_sent_once(source: ChangeSource, execution: UUID) -> None:
-    """In the order of revisions, for any order of publication."""
-    events = [source.change(execution, publish=False) for _ in range(6)]
+    """In the order of revisions, however often they are announced."""
+    for _ in range(6):
+        source.change(execution, publish=False)
     with source.watch(execution, after=3) as watching:
-        for number in (3, 5, 4, 3, 5, 0, 2):
-            source.publish(execution, events[number])
+        for _ in range(7):
+            source.announce(execution)
         assert take(watching, 3) == [4, 5, 6]
-        events.append(source.change(execution))
-        source.publish(execution, events[6])
+        source.change(execution)
+        source.announce(execution)
         assert take(watching, 1) == [7]
         nothing_more(watching)
 
 
 @pytest.mark.parametrize(
-    "published", [b"", b"hello", b"[]", b'{"revision": "2"}', b'{"revision": null}', b"\xff"]
+    "published",
+    [b" ", b"hello", b"[]", b'{"flow_executions": 1}', b'{"flow_executions": [null]}', b"\xff"],
 )
-def test_what_is_no_event_is_passed_over(
+def test_what_is_no_announcement_is_passed_over(
     source: ChangeSource, execution: UUID, published: bytes
 ) -> None:
     """Watchers get the events and nothing else that is published on the channel."""
     with source.watch(execution) as watching:
         source.change(execution)
         assert take(watching, 1) == [1]
-        source.publish(execution, published)
+        source.announce(payload=published)
         source.change(execution)
         assert take(watching, 1) == [2]
 
@@ -224,7 +136,7 @@ def test_a_revision_that_there_is_not_is_not_believed(
     with source.watch(execution) as watching:
         source.change(execution)
         assert take(watching, 1) == [1]
-        source.publish(execution, b'{"revision": 9, "changes": []}')
+        source.announce(payload=b'{"cursor": "9-zz", "flow_executions": null}')
         for revision in (2, 3):
             source.change(execution)
             assert take(watching, 1) == [revision]
@@ -264,15 +176,15 @@ def test_watchers_may_come_at_any_moment(source: ChangeSource, execution: UUID) 
         changing.join()
 
 
-def test_one_subscription_for_each_execution(source: ChangeSource, execution: UUID) -> None:
-    """However many watch it; none is left when they are gone."""
+def test_one_subscription_for_each_organization(source: ChangeSource, execution: UUID) -> None:
+    """However many watch its executions; none is left when they are gone."""
     with ExitStack() as stack:
-        for _ in range(10):
-            watching = stack.enter_context(source.watch(execution))
+        for each in [source.execution(), *[execution] * 9]:
+            watching = stack.enter_context(source.watch(each))
         source.change(execution)
         assert take(watching, 1) == [1]
-        assert subscribers(source, execution) == 1
-    eventually(lambda: subscribers(source, execution) == 0)
+        assert subscribers(source) == 1
+    eventually(lambda: subscribers(source) == 0)
 
 
 def test_filters_leave_the_changes_that_fit(source: ChangeSource, execution: UUID) -> None:
@@ -309,6 +221,8 @@ def test_a_stream_goes_on_where_it_was(source: ChangeSource, execution: UUID) ->
         (400, "bad_request", "x", {}),
         (400, "bad_request", "-1", {}),
         (400, "bad_request", "9", {}),
+        (410, "gone", "9-abc", {}),
+        (410, "gone", "0-abc", {}),
         (400, "bad_request", "", {"after": 9}),
         (400, "bad_request", "", {"unknown": 1}),
         (404, "not_found", "", {"flow_execution_id": str(uuid4())}),
@@ -536,10 +450,10 @@ def test_watchers_may_come_and_go_while_connections_are_lost(
                 for each in others:
                     stack.enter_context(source.watch(each))
     with source.watch(execution) as watching:
-        eventually(lambda: subscribers(source, execution) == 1)
+        eventually(lambda: subscribers(source) == 1)
         source.change(execution)
         assert take(watching, 1) == [1]
-        eventually(lambda: not any(subscribers(source, each) for each in others))
+    eventually(lambda: not subscribers(source))
 
 
 def test_who_does_not_read_is_let_go(source: ChangeSource, execution: UUID) -> None:
@@ -555,9 +469,9 @@ def test_who_does_not_read_is_let_go(source: ChangeSource, execution: UUID) -> N
         for number in range(21, 61):
             tags = [add(execution, "task", "type", f"{uuid4()}", large) for _ in range(50)]
             applied(source.repository, source.organization, TagBatch(tags=tags))
-            source.publish(execution, b'{"revision": %d}' % number)
+            source.announce(execution)
             assert take(reads, 1) == [number]
-    eventually(lambda: subscribers(source, execution) == 0, 30)
+    eventually(lambda: subscribers(source) == 0, 30)
     assert resident(endpoint) - before < 40  # 24 MB were on their way to it
     with slow:
         received = b""
@@ -589,8 +503,8 @@ def raw_watcher(
     return watcher
 
 
-def subscribers(source: ChangeSource, execution: UUID) -> int:
-    channel = changes_channel(source.organization, execution)
+def subscribers(source: ChangeSource) -> int:
+    channel = positions_channel(source.organization)
     ((_, count),) = source.redis.pubsub_numsub(channel)
     return int(count)
 

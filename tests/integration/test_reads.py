@@ -12,6 +12,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
+from producers.contract.cursors import Cursor
 from producers.contract.messages import (
     Message,
     SetTaskState,
@@ -22,6 +23,7 @@ from producers.contract.messages import (
     remove,
 )
 from tests.support.api_errors import error_of
+from tests.support.etag import revision_of
 from tests.support.servers import Servers
 from tests.support.tenant import applied
 from worker.auth import EXECUTIONS_WRITE, WRITE
@@ -79,8 +81,9 @@ def named(found: list[dict[str, Any]], field: str = "tag") -> list[str]:
 
 
 def etag(http: httpx.Client, path: str, execution: UUID, **query: Any) -> str:
+    """Return the ETag without the time in it."""
     header: str = read(http, path, execution, **query).headers["etag"]
-    return header
+    return re.sub("-[0-9a-z]+", "", header)
 
 
 def refused(response: httpx.Response, field: str) -> None:
@@ -333,20 +336,24 @@ def test_a_reader_who_knows_the_revision_gets_304_with_filters_too(
 ) -> None:
     """Also of a page; after a change it is read again, even if what fits is the same."""
     queries: list[dict[str, Any]] = [{"tag": "approved"}, {"tag": "none"}, {"limit": 2}]
+    known = read(http, "/task-tags", mixed).headers["etag"]
     page = read(http, "/task-tags", mixed, limit=2).json()
     queries += [{"limit": 2, "cursor": page["next_cursor"]}, {"cursor": page["next_cursor"]}]
     for query in queries:
         parameters = {"flow_execution_id": str(mixed), **query}
-        for header, status in (('"4"', 304), ('W/"4"', 304), ('"3", "4"', 304), ('"3"', 200)):
+        for header, status in (
+            *((known, 304), (f"W/{known}", 304), (f'"3-abc", {known}', 304)),
+            *(('"3-abc"', 200), ('"4-abc"', 200), ('"4"', 200)),
+        ):
             response = http.get("/task-tags", params=parameters, headers={"If-None-Match": header})
             assert response.status_code == status, (query, header)
-            assert response.headers["etag"] == '"4"'
+            assert response.headers["etag"] == known
             assert (response.content == b"") == (status == 304)
     apply(tagging(add(mixed, "three", "status", "new")))
     for query in queries:
         parameters = {"flow_execution_id": str(mixed), **query}
-        response = http.get("/task-tags", params=parameters, headers={"If-None-Match": '"4"'})
-        assert (response.status_code, response.headers["etag"]) == (200, '"5"')
+        response = http.get("/task-tags", params=parameters, headers={"If-None-Match": known})
+        assert (response.status_code, revision_of(response)) == (200, 5)
 
 
 @pytest.mark.parametrize("path", ["/task-tags", "/task-tags/changes"])
@@ -408,7 +415,7 @@ def test_pages_have_every_tag_once_in_the_order_of_the_whole(
         assert [len(page) for page in found[:-1]] == [limit] * (len(found) - 1)
         assert 0 < len(found[-1]) <= limit
     first = read(http, "/task-tags", many, limit=20)
-    assert first.headers["etag"] == '"5"'
+    assert revision_of(first) == 5
     rest = read(http, "/task-tags", many, cursor=first.json()["next_cursor"])
     assert rest.json() == {"tags": everything[20:], "next_cursor": None}
 
@@ -653,6 +660,7 @@ def test_a_link_keeps_what_was_asked(http: httpx.Client, changed: UUID) -> None:
     assert response.links["next"]["rel"] == "next"
     asked = {"flow_execution_id": [str(changed)], **query, "after": ["5"]}
     given = {name: link.params.get_list(name) for name in link.params}
+    given["after"] = [f"{Cursor.parse(given['after'][0]).number}"]
     assert given == {
         name: value if isinstance(value, list) else [value] for name, value in asked.items()
     }

@@ -218,14 +218,16 @@ def test_no_row_can_be_written_for_another_organization(
     with as_role(servers.worker_url, organization) as connection:
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"):
             connection.execute(
-                "insert into flow_executions values (%s, %s, null, 0, now())", [uuid4(), uuid4()]
+                "insert into flow_executions values (%s, %s, null, 0, now(), null, now())",
+                [uuid4(), uuid4()],
             )
 
 
 @pytest.mark.parametrize(
     "statement",
     [
-        "insert into flow_executions values (gen_random_uuid(), gen_random_uuid(), null, 0, now())",
+        "insert into flow_executions "
+        "values (gen_random_uuid(), gen_random_uuid(), null, 0, now(), null, now())",
         "update task_tags set tag = 'x'",
         "delete from tag_batches",
         "truncate task_tags",

@@ -30,7 +30,7 @@ FILL: Final = """
     select pg_temp.id(o), now(), 5000, now() from generate_series(1, 3) as o;
     insert into flow_executions
     select pg_temp.id(o), pg_temp.id(n), '["task-0", "task-1", "task-2", "task-3", "task-4"]',
-           100, now(), null, now()
+           100, now(), null, 'epoch'
       from generate_series(1, 3) as o, generate_series(0, 399) as n;
     insert into task_tags
     select pg_temp.id(o), pg_temp.id(n), pg_temp.id(n % 400), 'task-' || n / 400 % 5, 'type',
@@ -139,17 +139,19 @@ OF_WORKER: Final = {
 }
 ONE: Final = {"flow_execution_id": UUID(int=EXECUTION)}
 ANY: Final = {"task_name": None, "tag_types": None, "tags": None, "after": None, "after_id": None}
-NO_REVISIONS: Final = pg_arrays.bigints([])
+NONE_KNOWN: Final = {"known": pg_arrays.bigints([]), "times": pg_arrays.timestamps([])}
+KNOWN: Final = {"known": pg_arrays.bigints([100]), "times": pg_arrays.timestamps([0])}
 OF_ENDPOINT: Final = {
-    "tags": case(1 + 50, **ONE, task_name=None, known=NO_REVISIONS),
-    "tags of a known revision": case(1, **ONE, task_name=None, known=pg_arrays.bigints([100])),
-    "task": case(1 + 10, **ONE, task_name="task-1", known=NO_REVISIONS),
+    "tags": case(1 + 50, **ONE, task_name=None, **NONE_KNOWN),
+    "tags of a known revision": case(1, **ONE, task_name=None, **KNOWN),
+    "task": case(1 + 10, **ONE, task_name="task-1", **NONE_KNOWN),
     "page of all": case(1 + 50, **ONE, **ANY, limit=None),
     "page of 5": case(1 + 5, **ONE, **ANY, limit=5),
     "tasks": case(1 + 50 + 5 + 5, **ONE, task_name=None),  # tags, states and registered names
     "tasks of a name": case(1 + 10 + 1 + 1, **ONE, task_name="task-1"),
-    "changes": case(1 + 10, **ONE, after=20, limit=10, max_characters=1_000_000),
-    "revisions": case(5, **EXECUTIONS),
+    "changes": case(1 + 1 + 10, after=20, limit=10, max_characters=1_000_000, **ONE),
+    "feed": case(1 + 1 + 10, after=20, limit=10, max_characters=1_000_000),
+    "heads": case(1 + 5, **EXECUTIONS),
     "recovery": case(1),
     "record": case(1, batch_id=UUID(int=1000)),
 }

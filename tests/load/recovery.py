@@ -17,6 +17,7 @@ import httpx
 
 from producers.client import TagProducer
 from producers.contract.messages import TagBatch, add, register_execution
+from tests.support.etag import revision_of
 from tests.support.script_stack import script_stack
 from tests.support.waiting import eventually
 from worker.local.stack import Stack
@@ -69,7 +70,7 @@ def revision(stack: Stack, execution: UUID) -> int | None:
         headers={"Authorization": f"Bearer {stack.token}"},
         trust_env=False,
     )
-    return int(response.headers["etag"].strip('"')) if response.status_code == 200 else None
+    return revision_of(response) if response.status_code == 200 else None
 
 
 def batch(execution: UUID, tag: str) -> TagBatch:

@@ -16,13 +16,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, cast
 from unittest.mock import AsyncMock
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from jsonschema import Draft7Validator, FormatChecker
 from ruamel.yaml import YAML
 
-from producers.contract.channels import changes_channel, inbox_key, results_channel
+from producers.contract.channels import (
+    changes_channel,
+    inbox_key,
+    positions_channel,
+    results_channel,
+)
+from producers.contract.cursors import Cursor
 from producers.contract.encoding import parse_message
 from producers.contract.errors import ErrorDetail, ErrorInfo, InvalidMessage
 from producers.contract.messages import (
@@ -44,11 +50,12 @@ from producers.contract.results import (
     StateChange,
     Tag,
     Task,
+    encode_position,
 )
 from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.contract.values import uuid7
 from worker.api.errors import ApiError, ErrorAnswer
-from worker.api.feeds import receive_token
+from worker.api.feeds import Frame, receive_token
 
 REPOSITORY: Final = Path(__file__).parents[2]
 OPENAPI: Final = REPOSITORY / "docs" / "openapi.json"
@@ -182,7 +189,9 @@ def test_channel_names_are_those_of_the_contract() -> None:
         "inbox": inbox_key(organization),
         "results": results_channel(organization, "runner-9"),
         "changes": changes_channel(organization, execution),
+        "positions": positions_channel(organization),
         "watch": "/task-tags/changes",
+        "watch_all": "/changes",
     }
 
 
@@ -202,7 +211,7 @@ def test_schemas_are_those_that_the_models_have() -> None:
     rewritten = json.loads(json.dumps(expected).replace("#/$defs/", "#/components/schemas/"))
     del rewritten["ChangeEvent"]["properties"]["changes"]["items"]["discriminator"]
     schemas = dict(components()["schemas"])
-    for added in ("Token", "ErrorAnswer", "ErrorBody"):
+    for added in ("Token", "Position", "Progress", "ErrorAnswer", "ErrorBody"):
         del schemas[added]
     assert schemas == rewritten
 
@@ -213,12 +222,13 @@ def test_both_documents_say_the_same_of_the_endpoint() -> None:
     assert document["info"]["title"] == openapi["info"]["title"]
     for name in ("ErrorAnswer", "ErrorBody"):
         assert components()["schemas"][name] == openapi["components"]["schemas"][name]
-    query = document["channels"]["watch"]["bindings"]["ws"]["query"]
-    parameters = openapi["paths"]["/task-tags/changes/events"]["get"]["parameters"]
-    asked = {each["name"]: each for each in parameters if each["in"] == "query"}
-    described = {name: each["schema"] for name, each in asked.items()}
-    assert without_nulls(query["properties"]) == described  # as FastAPI leaves them out
-    assert query["required"] == [name for name, each in asked.items() if each["required"]]
+    for channel, path in (("watch", "/task-tags/changes"), ("watch_all", "/changes")):
+        query = document["channels"][channel]["bindings"]["ws"]["query"]
+        parameters = openapi["paths"][f"{path}/events"]["get"]["parameters"]
+        asked = {each["name"]: each for each in parameters if each["in"] == "query"}
+        described = {name: each["schema"] for name, each in asked.items()}
+        assert without_nulls(query["properties"]) == described  # as FastAPI leaves them out
+        assert query["required"] == [name for name, each in asked.items() if each["required"]]
 
 
 # --- What is sent --------------------------------------------------------------------------------
@@ -259,6 +269,14 @@ def received_and_sent(name: str, sent: bytes) -> bytes:
         answer = ErrorAnswer.model_validate_json(sent)
         problem = ApiError(401, answer.error.code, answer.error.message, answer.error.details)
         return compact(json.loads(problem.body(answer.request_id)))
+    if name == "position":
+        read = json.loads(sent)
+        touched = [UUID(each) for each in read["flow_executions"] or ()]
+        return encode_position(Cursor.parse(read["cursor"]), touched or [uuid4()] * 101)
+    if name == "progress":
+        read = json.loads(sent)
+        kind: Any = "caught_up" if "caught_up" in read else "cursor"
+        return Frame(kind, Cursor.parse(read["cursor"])).text()
     assert name == "token"
     frame = {"type": "websocket.receive", "text": sent.decode()}
     websocket = SimpleNamespace(receive=AsyncMock(return_value=frame))
@@ -305,6 +323,7 @@ def test_examples_of_parameters_and_messages_belong_together() -> None:
     assert addresses("results") == {
         results_channel(organization, each.reply_channel_name) for each in messages
     }
+    assert addresses("positions") == {positions_channel(organization)}
     assert addresses("changes") == {
         changes_channel(organization, each.flow_execution_id) for each in events
     }

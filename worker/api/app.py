@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from producers.enqueuer import Enqueuer
 from producers.pubsub import PubSubMultiplexer
 from producers.redis_client import open_async_redis
-from worker.api import feeds, health, reads, writes
+from worker.api import changes, feeds, health, reads, writes
 from worker.api.change_hub import ChangeHub
 from worker.api.errors import HANDLERS, OF_EVERY_ROUTE, TOO_LARGE, answer
 from worker.api.health import Readiness
@@ -208,7 +208,7 @@ def create_app(settings: Settings) -> FastAPI:
         state.redis = open_async_redis(redis_url, socket_timeout=2)
         pubsub = PubSubMultiplexer(state.redis)
         enqueuer = Enqueuer(redis_url, settings.inbox_limit, settings.lease_ms, socket_timeout=2)
-        state.change_hub = ChangeHub(pubsub, state.reader)
+        state.change_hub = ChangeHub(pubsub, state.redis, state.reader)
         state.write_service = writes.WriteService(enqueuer, pubsub, state.reader)
         state.readiness = Readiness()
         running = (pubsub.run(), state.change_hub.run(), state.reader.run())
@@ -239,7 +239,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.authorizer = Authorizer(settings)
     app.state.ending = asyncio.Event()
-    for each in (reads.router, feeds.router, writes.router, health.router, router):
+    for each in (reads.router, changes.router, feeds.router, writes.router, health.router, router):
         app.include_router(each)
     document = app.openapi
     app.openapi = cache(lambda: _completed(document()))  # type: ignore[method-assign]

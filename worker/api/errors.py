@@ -12,11 +12,12 @@ from typing import Any, Final
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from producers.contract.cursors import Cursor
 from producers.contract.errors import ErrorDetail
 from worker.api.limits import MAX_BODY_BYTES, error_body
 from worker.api.queries import READ_ERRORS
@@ -34,17 +35,20 @@ class ApiError(Exception):
         message: str,
         details: list[ErrorDetail] | None = None,
         headers: Mapping[str, str] | None = None,
+        cursor: Cursor | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.details = details or []
+        self.cursor = cursor
         self.headers = headers or _HEADERS.get(status, {})
 
     def body(self, request_id: str) -> bytes:
         details = [detail.model_dump(mode="json") for detail in self.details]
-        return error_body(self.code, self.message, details, request_id)
+        more = {} if self.cursor is None else {"cursor": str(self.cursor)}
+        return error_body(self.code, self.message, details, request_id, **more)
 
 
 _HEADERS: Final = {
@@ -58,12 +62,14 @@ EXPIRED: Final = ApiError(401, "unauthorized", "the token has expired")
 NOT_FOUND: Final = ApiError(404, "not_found", "there is no such path")
 UNKNOWN_EXECUTION: Final = ApiError(404, "not_found", "the flow execution is unknown")
 NO_RESULT: Final = ApiError(404, "not_found", "no result of this batch is stored")
-GONE: Final = ApiError(
-    410, "gone", "older changes were purged; read the tags and continue from there"
-)
 TOO_LARGE: Final = ApiError(413, "body_too_large", f"the body exceeds {MAX_BODY_BYTES} bytes")
 FAULT: Final = ApiError(500, "internal_error", "the endpoint failed to process this request")
 UNAVAILABLE: Final = ApiError(503, "unavailable", "the database does not answer; try again later")
+
+
+def gone(head: Cursor) -> ApiError:
+    text = "the changes behind this place are not stored; read the tags and continue from `cursor`"
+    return ApiError(410, "gone", text, cursor=head)
 
 
 def forbidden(scope: str) -> ApiError:
@@ -148,6 +154,8 @@ _PARAMETER_TEXTS: Final = {
     "string_too_long": "is too long",
     "string_pattern_mismatch": "must not contain U+0000",
     "cursor": "must be the next_cursor of an earlier answer",
+    "revision": "must be a revision, or `<revision>-<t>`",
+    "position": "must be a cursor, or 0",
     "number": "must be a whole number",
     "greater_than_equal": "is too small",
     "less_than_equal": "is too large",
@@ -161,6 +169,7 @@ class ErrorBody(BaseModel):
     message: str
     code: str
     details: list[ErrorDetail]
+    cursor: str | None = Field(None, description="Only of `gone`: where to continue.")
 
 
 class ErrorAnswer(BaseModel):

@@ -9,34 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal, NamedTuple
 from uuid import UUID, uuid4
 
 from fastapi import APIRouter, Depends, Header, Request, Response, WebSocket
+from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
+from producers.contract.cursors import Cursor
 from producers.contract.errors import ErrorDetail
-from producers.pubsub import first_completed
+from producers.pubsub import first_completed, wait_at_most
 from worker.api.auth import Reading, authenticate, bearer_token
-from worker.api.change_hub import ChangeHub, ExecutionFeed
+from worker.api.change_hub import ChangeHub, Event, Feed
+from worker.api.changes import GONE, change_filter, stored_changes
 from worker.api.errors import (
     EXPIRED,
-    GONE,
     ApiError,
     documented,
     problem_of,
     wrong_parameter,
 )
-from worker.api.params import FeedQuery, parse_query, query
+from worker.api.params import AllFeedQuery, FeedQuery, parse_query, query
 from worker.api.queries import READ_ERRORS, Reader
-from worker.api.reads import READ_PROBLEMS, change_filter, stored_changes
+from worker.api.reads import READ_PROBLEMS
 from worker.auth import LEEWAY_SECONDS, READ, Principal
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,9 @@ TOKEN_SECONDS: Final = 10.0
 PING_SECONDS: Final = 15.0
 RENEWAL_SECONDS: Final = 1.0
 """The least time between two tokens that are received over one WebSocket."""
-_PAGE: Final = 100
-_PAGE_BYTES: Final = 64 * 1024
+PASSED_SECONDS: Final = 10.0
+PASSED_EVENTS: Final = 1000
+"""After so many events that match no filter, or that long, a watcher is sent its cursor."""
 _RETRY_SECONDS: Final = 1.0
 
 _CLOSE_CODES: Final = {400: 4400, 401: 4401, 403: 4403, 404: 4404, 408: 4408, 410: 4410, 503: 1013}
@@ -57,16 +59,30 @@ _REASON_BYTES: Final = 123
 
 # --- The events of one watcher -------------------------------------------------------------------
 
-Event = tuple[int, bytes]
-"""A revision, and its change event as it was published."""
+
+class Frame(NamedTuple):
+    """What a watcher is sent: an event, or how far it has come."""
+
+    kind: Literal["change", "cursor", "caught_up"]
+    cursor: Cursor
+    event: bytes = b""
+
+    def text(self) -> bytes:
+        """Return the frame as JSON."""
+        if self.kind == "change":
+            return self.event
+        more = b',"caught_up":true' if self.kind == "caught_up" else b""
+        return b'{"cursor":"%s"%s}' % (str(self.cursor).encode(), more)
 
 
 class ChangeCursor:
-    """What one watcher asked for, and the last revision that it has reached."""
+    """What one watcher asked for, and the place that it has reached."""
 
-    def __init__(self, connection: HTTPConnection, query: FeedQuery, principal: Principal) -> None:
-        self.after = query.after
-        self._query = query
+    def __init__(
+        self, connection: HTTPConnection, query: FeedQuery | AllFeedQuery, principal: Principal
+    ) -> None:
+        self.after = query.place
+        self._execution = query.flow_execution_id
         self._hub: ChangeHub = connection.app.state.change_hub
         self._reader: Reader = connection.app.state.reader
         self._organization_id: UUID = principal.organization_id
@@ -74,39 +90,53 @@ class ChangeCursor:
 
     async def check(self) -> None:
         """Raise `ApiError` if there is no such execution, or its next changes can't be read."""
-        await stored_changes(self._reader, self._organization_id, self._query, self.after, limit=1)
+        await stored_changes(
+            self._reader, self._organization_id, self._execution, self.after, limit=1
+        )
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Yield the events that pass the filters in the order of their revisions, without end.
+    async def frames(self) -> AsyncIterator[Frame]:
+        """Yield the events that pass the filters, in order and without end.
 
-        While the database is unavailable, it retries every second.
+        A watcher of the organization is also sent a cursor when it has passed over 1,000 events,
+        or events for 10 s, and once that it has caught up.
 
         Raises:
-            ApiError: Events were purged in the meantime.
+            ApiError: The events behind the place that was reached are no longer stored.
         """
-        execution = self._query.flow_execution_id
-        with self._hub.watch(self._organization_id, execution) as feed:
+        caught_up, passed, sent_at = self._execution is not None, 0, _now()
+        with self._hub.watch(self._organization_id, self._execution) as feed:
             while True:
-                for revision, event in feed.buffered_after(self.after) or await self._stored(feed):
-                    self.after = revision
+                news = feed.news
+                events = await self._next(feed)
+                for self.after, event in events:
                     wanted = self._filter(event)
                     if wanted is not None:
-                        yield revision, wanted
-                await feed.wait_past(self.after)
+                        passed, sent_at = 0, _now()
+                        yield Frame("change", self.after, wanted)
+                    elif self._execution is None:
+                        passed += 1
+                if not events and not caught_up:
+                    caught_up, passed, sent_at = True, 0, _now()
+                    yield Frame("caught_up", self.after)
+                elif passed and (passed >= PASSED_EVENTS or _now() - sent_at >= PASSED_SECONDS):
+                    passed, sent_at = 0, _now()
+                    yield Frame("cursor", self.after)
+                if not events:
+                    seconds = PASSED_SECONDS - (_now() - sent_at) if passed else None
+                    await wait_at_most(seconds, feed.wait_past(news))
 
-    async def _stored(self, feed: ExecutionFeed) -> Sequence[Event]:
+    async def _next(self, feed: Feed) -> Sequence[Event]:
+        """Return the next events; while the database is unavailable, retry every second."""
         while True:
-            assumed = feed.revision
             try:
-                found = await stored_changes(
-                    self._reader, self._organization_id, self._query, self.after, _PAGE, _PAGE_BYTES
-                )
+                return await feed.next(self.after)
             except READ_ERRORS as error:
                 logger.warning("changes can't be read", extra={"error": type(error).__name__})
                 await asyncio.sleep(_RETRY_SECONDS)
-            else:
-                feed.reconcile(found.revision, assumed)
-                return list(enumerate(found.events, self.after + 1))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _expires_in(principal: Principal) -> float:
@@ -118,11 +148,24 @@ def _expires_in(principal: Principal) -> float:
 
 @router.websocket("/task-tags/changes")
 async def watch_changes(websocket: WebSocket) -> None:
-    """Send change events as text frames. The token is in a header, or in the first frame."""
+    """Send change events of an execution as text frames.
+
+    The token is in a header, or in the first frame.
+    """
+    await _watch(websocket, FeedQuery)
+
+
+@router.websocket("/changes")
+async def watch_all_changes(websocket: WebSocket) -> None:
+    """Send change events of the organization as text frames, with the token as above."""
+    await _watch(websocket, AllFeedQuery)
+
+
+async def _watch(websocket: WebSocket, model: type[FeedQuery] | type[AllFeedQuery]) -> None:
     await websocket.accept()
     request_id = str(uuid4())
     try:
-        query = parse_query(websocket, FeedQuery)
+        query = parse_query(websocket, model)
         token = bearer_token(websocket) or await _first_token(websocket)
         principal = await authenticate(websocket, token, READ)
         cursor = ChangeCursor(websocket, query, principal)
@@ -137,8 +180,8 @@ async def watch_changes(websocket: WebSocket) -> None:
 
 
 async def _send_events(websocket: WebSocket, cursor: ChangeCursor) -> None:
-    async for _, event in cursor.events():
-        await websocket.send_text(event.decode())
+    async for frame in cursor.frames():
+        await websocket.send_text(frame.text().decode())
 
 
 async def _receive_tokens(websocket: WebSocket, principal: Principal) -> None:
@@ -232,17 +275,18 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
 
     async def _send_events(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        async for revision, event in self._watcher.events():
-            await write(b"id: %d\nevent: change\ndata: %b\n\n" % (revision, event))
+        async for frame in self._watcher.frames():
+            id, kind = str(frame.cursor).encode(), frame.kind.encode()
+            await write(b"id: %b\nevent: %b\ndata: %b\n\n" % (id, kind, frame.text()))
 
     async def _ping(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """Send a ping every 15 s: a comment, so that a dead connection is noticed, and an id.
 
-        The id is the revision that was reached, for a watcher whose filters skip the last events.
+        The id is the place that was reached, for a watcher whose filters skip the last events.
         """
         while True:
             await asyncio.sleep(PING_SECONDS)
-            await write(b": ping\nid: %d\n\n" % self._watcher.after)
+            await write(b": ping\nid: %b\n\n" % str(self._watcher.after).encode())
 
     def _error(self, problem: ApiError) -> bytes:
         return b"event: error\ndata: %b\n\n" % problem.body(self._request_id)
@@ -253,31 +297,62 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
+LastEventId = Annotated[
+    str | None,
+    Header(
+        alias="Last-Event-ID",
+        description="The id of the last event received; takes precedence over `after`.",
+    ),
+]
+
+
 @router.get(
     "/task-tags/changes/events",
     summary="Watch the change events of a flow execution as Server-Sent Events",
     response_class=Response,  # of no media type: that of errors is another
     response_description="The stored events after a revision, then each new one. "
-    "`id` is the revision.",
+    "`id` is the revision with its time.",
     responses={200: {"content": {"text/event-stream": {}}}, **documented(GONE)},
 )
 async def stream_changes(
     request: Request,
     caller: Reading,
     query: Annotated[FeedQuery, Depends(query(FeedQuery))],
-    last_event_id: Annotated[
-        str | None,
-        Header(
-            alias="Last-Event-ID",
-            description="The revision of the last event received; takes precedence over `after`.",
-        ),
-    ] = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    return await _stream(request, caller, query, last_event_id)
+
+
+@router.get(
+    "/changes/events",
+    summary="Watch the change events of the organization as Server-Sent Events",
+    response_class=Response,
+    response_description="The stored events behind a cursor, then each new one. `id` is a cursor. "
+    "The events `cursor` and `caught_up` say how far the stream has come.",
+    responses={200: {"content": {"text/event-stream": {}}}, **documented(GONE)},
+)
+async def stream_all_changes(
+    request: Request,
+    caller: Reading,
+    query: Annotated[AllFeedQuery, Depends(query(AllFeedQuery))],
+    last_event_id: LastEventId = None,
+) -> Response:
+    return await _stream(request, caller, query, last_event_id)
+
+
+async def _stream(
+    request: Request,
+    caller: Principal,
+    query: FeedQuery | AllFeedQuery,
+    last_event_id: str | None,
 ) -> Response:
     if last_event_id:
-        if re.fullmatch(r"[0-9]{1,18}", last_event_id) is None:
-            detail = ErrorDetail(field="Last-Event-ID", message="must be a revision")
-            raise wrong_parameter([detail])
-        query = query.model_copy(update={"after": int(last_event_id)})
+        after = {"after": last_event_id}
+        try:
+            query = query.model_validate({**query.model_dump(by_alias=True), **after})
+        except ValidationError:
+            detail = ErrorDetail(field="Last-Event-ID", message="must be the id of an event")
+            raise wrong_parameter([detail]) from None
     cursor = ChangeCursor(request, query, caller)
     await cursor.check()
     return EventStream(cursor, caller, request.state.request_id, request.app.state.ending)

@@ -39,9 +39,9 @@ _MIN_CONNECTIONS: Final = 16
 _MAX_UNAUTHENTICATED: Final = 1000
 
 
-def error_body(code: str, message: str, details: list[Any], request_id: str) -> bytes:
+def error_body(code: str, message: str, details: list[Any], request_id: str, **more: str) -> bytes:
     """Return an error as JSON (docs/concepts/contract.md#rule-14)."""
-    error = {"message": message, "code": code, "details": details}
+    error = {"message": message, "code": code, "details": details, **more}
     return json.dumps({"error": error, "request_id": request_id}, ensure_ascii=False).encode()
 
 

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from functools import cache
-from typing import Annotated, Any, Final, TypeVar, get_origin
+from typing import Annotated, Any, ClassVar, Final, TypeVar, get_origin
 
 from fastapi import Depends, Query
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.requests import HTTPConnection
 
+from producers.contract.cursors import BEGINNING, Cursor
 from producers.contract.errors import ErrorDetail
-from producers.contract.values import Id, TagName, TagType, TaskName
+from producers.contract.values import FlowId, Id, TagName, TagType, TaskName
 from worker.api.errors import parameter_faults, wrong_parameter
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -72,7 +73,9 @@ def _refuse_doubled(connection: HTTPConnection, model: type[BaseModel]) -> None:
 def _repeatable(model: type[BaseModel]) -> frozenset[str]:
     """Return the names of parameters that may be given several times."""
     fields = model.model_fields.items()
-    return frozenset(name for name, field in fields if get_origin(field.annotation) is list)
+    return frozenset(
+        field.alias or name for name, field in fields if get_origin(field.annotation) is list
+    )
 
 
 # --- Values --------------------------------------------------------------------------------------
@@ -97,6 +100,20 @@ def _place(cursor: str) -> str:
                 datetime.fromisoformat(found[1])  # the pattern allows a thirteenth month
                 return text
     raise PydanticCustomError("cursor", "must be the next_cursor of an earlier answer")
+
+
+def _revision(text: str) -> str:
+    with suppress(ValueError):
+        Cursor.parse(text)
+        return text
+    raise PydanticCustomError("revision", "must be a revision")
+
+
+def _position(text: str) -> str:
+    with suppress(ValueError):
+        if (cursor := Cursor.parse(text)) == BEGINNING or cursor.time is not None:
+            return text
+    raise PydanticCustomError("position", "must be a cursor")
 
 
 def cursor_of(place: str) -> str:
@@ -140,15 +157,53 @@ class TagsQuery(Filters):
 
 
 class FeedQuery(Filters):
-    after: Number = Field(0, ge=0, description="The revision after which changes are wanted.")
+    after: Annotated[str, AfterValidator(_revision)] = Field(
+        "0",
+        description="The revision after which changes are wanted; as `<revision>-<t>`, the one "
+        "that an ETag or the id of an event has, it is checked.",
+    )
+
+    @property
+    def place(self) -> Cursor:
+        return Cursor.parse(self.after)
+
+    @property
+    def task_names(self) -> list[str]:
+        return [] if self.task_name is None else [self.task_name]
+
+
+class AllFeedQuery(NoQuery):
+    """Which events of the organization to return; each filter may be one of several values."""
+
+    flow_execution_id: ClassVar[None] = None
+    task_names: list[TaskName] = Field(
+        [], alias="task_name", max_length=100, description="Only changes of these tasks."
+    )
+    tag_type: list[TagType] = Field([], max_length=100, description="Only tags of these types.")
+    tag: list[TagName] = Field([], max_length=100, description="Only these tags.")
+    flow_id: list[FlowId] = Field([], max_length=100, description="Only executions of these flows.")
+    after: Annotated[str, AfterValidator(_position)] = Field(
+        "0", description="The cursor behind which events are wanted; 0 is the beginning."
+    )
+
+    @property
+    def place(self) -> Cursor:
+        return Cursor.parse(self.after)
+
+
+_Limit = Annotated[
+    Number,
+    Field(ge=1, le=1000, description="The most events in one answer, which ends at about 1 MiB."),
+]
 
 
 class ChangesQuery(FeedQuery):
-    limit: Number = Field(
-        100,
-        ge=1,
-        le=1000,
-        description="The most events in one answer, which ends earlier at about 1 MiB.",
+    limit: _Limit = 100
+
+
+class AllChangesQuery(AllFeedQuery):
+    limit: _Limit = Field(
+        100, description="The most events that are looked at, up to about 1 MiB of them."
     )
 
 

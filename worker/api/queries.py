@@ -10,8 +10,17 @@ from uuid import UUID
 
 import psycopg
 
+from producers.contract.cursors import Cursor
+from worker.api.change_queries import (
+    CHANGES_OF_EXECUTION,
+    CHANGES_OF_ORGANIZATION,
+    HEADS,
+    StoredChanges,
+    read_changes,
+    read_heads,
+)
 from worker.db.connection import UnsafeRole
-from worker.db.pg_arrays import bigints, decode, texts, uuids
+from worker.db.pg_arrays import EPOCH, bigints, texts, timestamps, uuids
 from worker.db.pg_pipeline import PipelinedConnection, Row
 from worker.snapshot import StoredResult
 
@@ -41,9 +50,11 @@ _EXECUTION: Final = (
     "from flow_executions e where e.organization_id = $1 and e.flow_execution_id = $2"
 )
 
-# $1 organization, $2 flow execution, $3 task name or null, $4 revisions that the reader knows.
+# $1 organization, $2 flow execution, $3 task name or null, $4 and $5 revisions and their times that
+# the reader knows.
 READ_TAGS: Final = f"""
-    select e.revision, case when e.revision = any($4) then null else (
+    select e.revision, e.changed_at,
+           case when e.revision = any($4) and e.changed_at = any($5) then null else (
            select case when count(*) <= {MAX_DIRECT_TAGS}
                        then coalesce(json_agg(row_to_json(t)), '[]')::text end
              from (select {_TAG}
@@ -73,10 +84,10 @@ _READ_PAGE: Final = f"""
                       and ($3 is null or task_name = $3)
                       and ($4 is null or tag_type = any($4)) and ($5 is null or tag = any($5))
                       and ($6 is null or (task_tags.created_at, id) > ($6::timestamptz, $7::uuid))
-                      and status = 'active'
+                      and status = 'active' and created_at > '-infinity'
                     order by task_tags.created_at, id
                     limit coalesce($8 + 1, {_MAX_TAGS + 1})) t)
-    select e.revision,
+    select e.revision, e.changed_at,
            (select coalesce(json_agg(tag order by place), '[]')::text
               from page where $8 is null or place <= $8
             having $8 is not null
@@ -86,8 +97,8 @@ _READ_PAGE: Final = f"""
 """
 """Returns the revision, a page of tags as JSON, and where the next page begins.
 
-It reads all active tags of the execution or task by task_tags_active, and sorts them. Without a
-limit, the tags are null if they are more than `MAX_ANSWER_BYTES`.
+It reads the tags of the execution by task_tags_page, and filters them. Without a limit, the tags
+are null if they are more than `MAX_ANSWER_BYTES`.
 """
 
 # $1 organization, $2 flow execution, $3 task name or null.
@@ -137,45 +148,6 @@ By task_tags_active and the primary key of task_executions; filters by task afte
 are null if their tags are more than `MAX_ANSWER_BYTES`.
 """
 
-# $1 organization, $2 flow execution, $3 revision, $4 max events, $5 max characters.
-_READ_CHANGES: Final = """
-    with recursive found (revision, event, characters) as (
-           select revision, text, length(text)
-             from tag_changes cross join lateral (select event::text as text offset 0) t
-            where organization_id = $1 and flow_execution_id = $2 and revision = $3 + 1
-            union all
-           select c.revision, t.text, found.characters + length(t.text)
-             from found
-            cross join lateral (
-                  select revision, event from tag_changes
-                   where organization_id = $1 and flow_execution_id = $2
-                     and revision = found.revision + 1
-                  offset 0) c
-            cross join lateral (select c.event::text as text offset 0) t
-            where found.characters < $5 and found.revision < $3 + $4),
-         page as (
-           select min(revision) as first, array_agg(event order by revision) as events
-             from found
-            where revision = $3 + 1 or characters <= $5)
-    select e.revision, page.first, page.events
-      from flow_executions e
-     cross join page
-     where e.organization_id = $1 and e.flow_execution_id = $2
-"""
-"""Returns the events after a revision in order, and the revision of the first, by primary key.
-
-It reads one event after the other, because they may be large. The first may exceed the limit of
-characters.
-"""
-
-# $1 organization, $2 flow executions.
-_READ_REVISIONS: Final = """
-    select array_agg(flow_execution_id), array_agg(revision)
-      from flow_executions
-     where organization_id = $1 and flow_execution_id = any($2)
-"""
-"""Returns those of the executions that exist, with their last revisions, by primary key."""
-
 # $1 organization, $2 batch.
 _READ_RECORD: Final = """
     select digest, result_record::text from tag_batches where organization_id = $1 and batch_id = $2
@@ -193,36 +165,28 @@ _READ_RECOVERY: Final = "select pg_is_in_recovery() where $1 is not null"
 
 PREPARED: Final = {
     "recovery (uuid)": _READ_RECOVERY,
-    "tags (uuid, uuid, text, bigint[])": READ_TAGS,
-    "task (uuid, uuid, text, bigint[])": READ_TAGS.replace(_OF_TASK, "task_name = $3"),
+    "tags (uuid, uuid, text, bigint[], timestamptz[])": READ_TAGS,
+    "task (uuid, uuid, text, bigint[], timestamptz[])": READ_TAGS.replace(
+        _OF_TASK, "task_name = $3"
+    ),
     "page (uuid, uuid, text, text[], text[], text, text, bigint)": _READ_PAGE,
     "tasks (uuid, uuid, text)": _READ_TASKS,
-    "changes (uuid, uuid, bigint, bigint, bigint)": _READ_CHANGES,
-    "revisions (uuid, uuid[])": _READ_REVISIONS,
+    "changes (uuid, bigint, bigint, bigint, uuid)": CHANGES_OF_EXECUTION,
+    "feed (uuid, bigint, bigint, bigint)": CHANGES_OF_ORGANIZATION,
+    "heads (uuid, uuid[])": HEADS,
     "record (uuid, uuid)": _READ_RECORD,
 }
 """All statements by name and types, as `PipelinedConnection` prepares them."""
 
 
-_SMALL: Final = (b"recovery", b"revisions", b"record")
+_SMALL: Final = (b"recovery", b"heads", b"record")
 """Statements that read a few rows at most."""
-
-
-class StoredChanges(NamedTuple):
-    """Stored change events of an execution after some revision."""
-
-    revision: int
-    """The last revision of the execution."""
-    first: int | None
-    """The revision of the first event; None if there are no events."""
-    events: list[bytes]
-    """In order, as they were published."""
 
 
 class Page(NamedTuple):
     """Some of an execution's active tags."""
 
-    revision: int
+    revision: Cursor
     tags: bytes | None
     """A JSON array; None if it has more than `MAX_ANSWER_BYTES`."""
     after: str | None
@@ -285,43 +249,44 @@ class Reader:
         organization_id: UUID,
         flow_execution_id: UUID,
         task_name: str | None,
-        known: Sequence[int] = (),
-    ) -> tuple[int, bytes | None] | None:
+        known: Sequence[Cursor] = (),
+    ) -> tuple[Cursor, bytes | None] | None:
         """Return the revision and the active tags as JSON; None if there is no such execution.
 
         The tags are None if the revision is one of `known`, or if they are more than
         `MAX_DIRECT_TAGS`: `page` returns them.
         """
-        parameters = [flow_execution_id.bytes, _text(task_name), bigints(known)]
+        revisions = bigints([each.number for each in known])
+        times = timestamps([each.time or 0 for each in known])
+        parameters = [flow_execution_id.bytes, _text(task_name), revisions, times]
         statement = b"tags" if task_name is None else b"task"
         found = await self._ask(organization_id, statement, parameters)
         if found is None or found[0] is None:
             return None
-        return _integer(found[0]), _bounded(found[1])
+        return _revision(found), _bounded(found[2])
 
     async def changes(
         self,
         organization_id: UUID,
-        flow_execution_id: UUID,
+        flow_execution_id: UUID | None,
         after: int,
         limit: int,
         max_bytes: int,
     ) -> StoredChanges | None:
-        """Return change events as they are stored, in order; None if there is no such execution.
+        """Return change events of an execution, or of all; None if nothing is known of it.
 
         Args:
-            after: The revision that precedes the first event.
+            after: The revision, or the position, that precedes the first event.
             limit: Events, at most.
             max_bytes: Characters in all events, at most; the first event may exceed it.
         """
-        parameters = [flow_execution_id.bytes, *map(_bigint, (after, limit, max_bytes))]
-        found = await self._ask(organization_id, b"changes", parameters)
-        if found is None:
-            return None
-        revision, first, events = found
-        if first is None:
-            return StoredChanges(_integer(revision), None, [])
-        return StoredChanges(_integer(revision), _integer(first), decode(events))
+        parameters = [*map(_bigint, (after, limit, max_bytes))]
+        if flow_execution_id is None:
+            found = await self._ask(organization_id, b"feed", parameters)
+        else:
+            parameters.append(flow_execution_id.bytes)
+            found = await self._ask(organization_id, b"changes", parameters)
+        return None if found is None else read_changes(found)
 
     async def page(
         self,
@@ -353,10 +318,10 @@ class Reader:
         found = await self._ask(organization_id, b"page", parameters)
         if found is None:
             return None
-        revision, page, last = found
+        *_, page, last = found
         if limit is None:
             page = _bounded(page)
-        return Page(_integer(revision), page, None if last is None else last.decode())
+        return Page(_revision(found), page, None if last is None else last.decode())
 
     async def tasks(
         self, organization_id: UUID, flow_execution_id: UUID, task_name: str | None
@@ -369,17 +334,12 @@ class Reader:
         revision, registered, tasks = found
         return Tasks(_integer(revision), _integer(registered), _bounded(tasks))
 
-    async def revisions(
+    async def heads(
         self, organization_id: UUID, flow_execution_ids: Sequence[UUID]
-    ) -> dict[UUID, int]:
-        """Return the last revisions of the executions that are known."""
-        found = await self._ask(
-            organization_id, b"revisions", [uuids([id.int for id in flow_execution_ids])]
-        )
-        if found is None or found[0] is None:
-            return {}
-        ids, numbers = map(decode, found)
-        return {UUID(bytes=id): _integer(number) for id, number in zip(ids, numbers, strict=True)}
+    ) -> tuple[Cursor, dict[UUID, Cursor]]:
+        """Return the last event of the organization, and those of executions that are known."""
+        ids = uuids([id.int for id in flow_execution_ids])
+        return read_heads(await self._ask(organization_id, b"heads", [ids]))
 
     async def record(self, organization_id: UUID, batch_id: UUID) -> StoredResult | None:
         """Return what is stored of a batch; None if nothing is."""
@@ -442,6 +402,11 @@ def _text(value: str | None) -> bytes | None:
 
 def _bigint(value: int) -> bytes:
     return value.to_bytes(8, signed=True)
+
+
+def _revision(row: Row) -> Cursor:
+    """Read the first two columns, a revision and its time."""
+    return Cursor(_integer(row[0]), _integer(row[1]) + EPOCH)
 
 
 def _integer(binary: bytes | None) -> int:

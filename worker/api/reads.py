@@ -6,21 +6,20 @@ What they return is in docs/concepts/contract.md#rule-14.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from pydantic import BaseModel
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 from starlette.requests import HTTPConnection
 
-from producers.contract.errors import ErrorDetail
+from producers.contract.cursors import Cursor
 from producers.contract.messages import TaskState
-from producers.contract.results import ChangeEvent, ResultRecord, Tag
+from producers.contract.results import ResultRecord, Tag
 from worker.api.auth import Reading, require_scope
 from worker.api.errors import (
     EXPIRED,
-    GONE,
     NO_RESULT,
     UNAVAILABLE,
     UNKNOWN_EXECUTION,
@@ -28,20 +27,16 @@ from worker.api.errors import (
     documented,
     forbidden,
     text_header,
-    wrong_parameter,
 )
 from worker.api.params import (
-    ChangesQuery,
     ExecutionQuery,
-    FeedQuery,
-    Filters,
     NoParameters,
     TagsQuery,
     cursor_of,
     parse_query,
     query,
 )
-from worker.api.queries import Reader, StoredChanges
+from worker.api.queries import Reader
 from worker.auth import READ
 
 READ_PROBLEMS: Final = documented(EXPIRED, forbidden(READ), UNKNOWN_EXECUTION, UNAVAILABLE)
@@ -83,20 +78,21 @@ class TaskAnswer(BaseModel):
     tags: list[Tag]
 
 
-_ETAG: Final = text_header("ETag", "The execution's revision, in quotes.", examples=['"42"'])
+_ETAG: Final = text_header(
+    "ETag", "The execution's revision with its time, in quotes.", examples=['"42-hdpk3x2nz5s"']
+)
 _TASKS_ETAG: Final = text_header(
     "ETag",
     "The execution's revision and the number of registered task names, in quotes.",
     examples=['"42.3"'],
 )
-_LINK: Final = text_header("Link", 'The URL of the next events, if there are more: `rel="next"`.')
 
 
-def _headers(revision: int | str) -> dict[str, str]:
+def _headers(revision: Cursor | str) -> dict[str, str]:
     return {"ETag": f'"{revision}"', "Cache-Control": "private, no-cache"}
 
 
-def _json(body: bytes, headers: dict[str, str] | None = None) -> Response:
+def json_response(body: bytes, headers: dict[str, str] | None = None) -> Response:
     """Return JSON as it came from the database."""
     return Response(body, headers=headers, media_type="application/json")
 
@@ -122,7 +118,9 @@ async def read_tags(
     if_none_match: Annotated[
         str | None,
         Header(
-            alias="If-None-Match", description="The ETag of an earlier answer.", examples=['"42"']
+            alias="If-None-Match",
+            description="The ETag of an earlier answer.",
+            examples=['"42-hdpk3x2nz5s"'],
         ),
     ] = None,
 ) -> Response:
@@ -139,7 +137,7 @@ async def read_tags(
         return Response(status_code=304, headers=_headers(revision))
     if tags is None:
         return await _read_page(caller.organization_id, query, reader, known)
-    return _json(tags, _headers(revision))
+    return json_response(tags, _headers(revision))
 
 
 async def read_tags_directly(request: Request) -> Response:
@@ -152,16 +150,16 @@ async def read_tags_directly(request: Request) -> Response:
     )
 
 
-def _known_revisions(header: str | None) -> list[int]:
+def _known_revisions(header: str | None) -> list[Cursor]:
     """Return the revisions that If-None-Match names; entity tags of other kinds match nothing."""
     if header is None:
         return []
-    tags = re.findall(r'(?:W/)?"([0-9]{1,18})"', header[:4096])
-    return [int(tag) for tag in tags[:100]]
+    tags = re.findall(r'(?:W/)?"([0-9]{1,18}-[0-9a-z]{1,12})"', header[:4096])
+    return [Cursor.parse(tag) for tag in tags[:100]]
 
 
 async def _read_page(
-    organization_id: UUID, query: TagsQuery, reader: Reader, known: list[int]
+    organization_id: UUID, query: TagsQuery, reader: Reader, known: list[Cursor]
 ) -> Response:
     limit = query.limit or (1000 if query.cursor else None)
     found = await reader.page(
@@ -180,10 +178,10 @@ async def _read_page(
     if found.tags is None:
         raise TOO_MUCH
     if limit is None:
-        return _json(found.tags, _headers(found.revision))
+        return json_response(found.tags, _headers(found.revision))
     cursor = None if found.after is None else cursor_of(found.after)
     body = b'{"tags":%b,"next_cursor":%b}' % (found.tags, to_json(cursor))
-    return _json(body, _headers(found.revision))
+    return json_response(body, _headers(found.revision))
 
 
 # --- Tasks ---------------------------------------------------------------------------------------
@@ -207,83 +205,7 @@ async def read_tasks(
         raise UNKNOWN_EXECUTION
     if found.tasks is None:
         raise TOO_MANY_TAGS
-    return _json(found.tasks, _headers(f"{found.revision}.{found.registered}"))
-
-
-# --- Changes -------------------------------------------------------------------------------------
-
-
-@router.get(
-    "/task-tags/changes",
-    summary="Read the stored change events of a flow execution",
-    response_model=list[ChangeEvent],
-    response_description="The events after a revision, in order; none if there are no more.",
-    responses={200: {"headers": _LINK}, **documented(GONE)},
-)
-async def read_changes(
-    request: Request,
-    caller: Reading,
-    query: Annotated[ChangesQuery, Depends(query(ChangesQuery))],
-    reader: Database,
-) -> Response:
-    """Each event says who changed what, when, and in which batch, as it was published.
-
-    With filters, events have only the changes that match, and events without any are left out.
-    """
-    found = await stored_changes(reader, caller.organization_id, query, query.after, query.limit)
-    reached = query.after + len(found.events)
-    headers = {}
-    if reached < found.revision:
-        url = request.url.include_query_params(after=reached)
-        headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
-    events = [event for event in map(change_filter(query), found.events) if event is not None]
-    return _json(b"[" + b",".join(events) + b"]", headers)
-
-
-async def stored_changes(
-    reader: Reader,
-    organization_id: UUID,
-    query: FeedQuery,
-    after: int,
-    limit: int,
-    max_bytes: int = 1024 * 1024,
-) -> StoredChanges:
-    """Return the stored events after a revision, with all their changes.
-
-    Raises:
-        ApiError: 404 if there is no such execution, 400 if `after` is beyond its last revision, 410
-            if the next event was purged.
-    """
-    found = await reader.changes(organization_id, query.flow_execution_id, after, limit, max_bytes)
-    if found is None:
-        raise UNKNOWN_EXECUTION
-    if after > found.revision:
-        message = f"is beyond the last revision, {found.revision}"
-        raise wrong_parameter([ErrorDetail(field="after", message=message)])
-    if after < found.revision and found.first != after + 1:
-        raise GONE
-    return found
-
-
-def change_filter(wanted: Filters) -> Any:
-    """Return a function that keeps the wanted changes of an event, or returns None without any."""
-    if not (wanted.task_name or wanted.tag_type or wanted.tag):
-        return lambda event: event
-
-    def fits(change: dict[str, Any]) -> bool:
-        about = change.get("tag") or change["task"]
-        return (
-            (not wanted.task_name or about["task_name"] == wanted.task_name)
-            and (not wanted.tag_type or about.get("tag_type") in wanted.tag_type)
-            and (not wanted.tag or about.get("tag") in wanted.tag)
-        )
-
-    def reduced(encoded: bytes) -> bytes | None:
-        event = from_json(encoded)
-        event["changes"] = list(filter(fits, event["changes"]))
-        return to_json(event) if event["changes"] else None
-
-    return reduced
+    return json_response(found.tasks, _headers(f"{found.revision}.{found.registered}"))
 
 
 # --- Results -------------------------------------------------------------------------------------
@@ -307,4 +229,4 @@ async def read_batch(
     stored = await reader.record(caller.organization_id, batch_id)
     if stored is None:
         raise NO_RESULT
-    return _json(stored.record)
+    return json_response(stored.record)

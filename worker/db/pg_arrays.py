@@ -24,6 +24,9 @@ _NULL: Final = _LENGTH(-1)
 _SIXTEEN: Final = _LENGTH(16)
 _EIGHT: Final = struct.Struct("!iq").pack
 
+EPOCH: Final = 946_684_800_000_000
+"""Where PostgreSQL's times begin, 2000-01-01, in microseconds since 1970."""
+
 
 class Uuids(bytes):
     """A uuid[]."""
@@ -41,6 +44,10 @@ class Bigints(bytes):
     """A bigint[]."""
 
 
+class Timestamps(bytes):
+    """A timestamptz[]."""
+
+
 def uuids(values: Sequence[int]) -> Uuids:
     """Make a uuid[] of UUIDs as integers."""
     return Uuids(_array(2950, len(values), [_SIXTEEN + value.to_bytes(16) for value in values]))
@@ -48,6 +55,11 @@ def uuids(values: Sequence[int]) -> Uuids:
 
 def bigints(values: Sequence[int]) -> Bigints:
     return Bigints(_array(20, len(values), [_EIGHT(8, value) for value in values]))
+
+
+def timestamps(values: Sequence[int]) -> Timestamps:
+    """Make a timestamptz[] of microseconds since the epoch."""
+    return Timestamps(_array(1184, len(values), [_EIGHT(8, value - EPOCH) for value in values]))
 
 
 def texts(values: Sequence[str | None]) -> Texts:
@@ -113,7 +125,14 @@ class _Bigints(_Array):
     oid = 1016
 
 
+class _Timestamps(_Array):
+    oid = 1185
+
+
 def register(connection: psycopg.Connection[Any]) -> None:
     """Make a connection accept these arrays as parameters."""
-    for made, dumper in ((Uuids, _Uuids), (Texts, _Texts), (Byteas, _Byteas), (Bigints, _Bigints)):
+    for made, dumper in (
+        *((Uuids, _Uuids), (Texts, _Texts), (Byteas, _Byteas), (Bigints, _Bigints)),
+        (Timestamps, _Timestamps),
+    ):
         connection.adapters.register_dumper(made, dumper)

@@ -128,16 +128,21 @@ Index(  # finds a tag by its name, reads the tags of an execution or task, and a
     postgresql_where=text("status = 'active'"),
 )
 
+# Only for a statement that has the same condition on the time, which always holds. Look-ups by name
+# have not: with a plan from a moment without statistics, they could take these indexes and read all
+# tags of an execution, or all tasks with a tag.
+_IN_ORDER_OF_TIME: Final = text("status = 'active' and created_at > '-infinity'")
+
 Index(  # reads the tasks that have a tag, longest waiting first
     "task_tags_work",
     *(task_tags.c[name] for name in ("organization_id", "tag_type", "tag", "created_at", "id")),
-    postgresql_where=text("status = 'active'"),
+    postgresql_where=_IN_ORDER_OF_TIME,
 )
 
 Index(  # reads the tags of an execution page by page
     "task_tags_page",
     *(task_tags.c[name] for name in ("organization_id", "flow_execution_id", "created_at", "id")),
-    postgresql_where=text("status = 'active'"),
+    postgresql_where=_IN_ORDER_OF_TIME,
 )
 
 tag_batches = _table(

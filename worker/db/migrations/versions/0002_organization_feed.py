@@ -33,11 +33,13 @@ def upgrade() -> None:
     """)
     op.execute("""
         create index task_tags_work on task_tags
-            (organization_id, tag_type, tag, created_at, id) where status = 'active'
+            (organization_id, tag_type, tag, created_at, id)
+            where status = 'active' and created_at > '-infinity'
     """)
     op.execute("""
         create index task_tags_page on task_tags
-            (organization_id, flow_execution_id, created_at, id) where status = 'active'
+            (organization_id, flow_execution_id, created_at, id)
+            where status = 'active' and created_at > '-infinity'
     """)
     op.execute("""
         alter table task_executions
