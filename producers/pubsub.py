@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 PING_SECONDS: Final = 5.0
 SILENCE_SECONDS: Final = 15.0
 MAX_BACKOFF_SECONDS: Final = 1.0
+_CANCEL_SECONDS: Final = 0.1
 MAX_QUEUED_BYTES: Final = 32 * 1024 * 1024
 
 Result = TypeVar("Result")
@@ -174,14 +175,20 @@ async def wait_at_most(seconds: float | None, waiting: Awaitable[Any]) -> None:
 
 
 async def first_completed(*jobs: Awaitable[Any]) -> None:
-    """Run jobs side by side until one ends; cancel the others, and raise what it raised."""
+    """Run jobs side by side until one ends; cancel the others, and raise what it raised.
+
+    A job may not notice that it is cancelled, while it sends with `asyncio.wait_for` of Python
+    before 3.12 (https://github.com/python/cpython/issues/86296): then it is cancelled again.
+    """
     tasks = [asyncio.ensure_future(job) for job in jobs]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         done.pop().result()
     finally:
-        for task in tasks:
-            task.cancel()
+        while pending := [task for task in tasks if not task.done()]:
+            for task in pending:
+                task.cancel()
+            await asyncio.wait(pending, timeout=_CANCEL_SECONDS)
         await asyncio.gather(*tasks, return_exceptions=True)
 
 

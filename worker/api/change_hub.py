@@ -67,8 +67,9 @@ class Feed:
         self._reading = asyncio.Lock()
         self._kept: deque[Event] = deque()
         self._kept_bytes = 0
+        self._begin: Cursor | None = None
         self._end: Cursor | None = None
-        """The place up to which events were read."""
+        """The places before and behind the events that are kept."""
         self._read_at = -1
         """What `news` was before the last read that found nothing behind the end."""
 
@@ -107,6 +108,7 @@ class Feed:
         except ApiError:
             self._keep(None, ())  # what was kept may be of the history that was replaced
             raise
+        self.head = found.head
         if after == self._end or found.head == (found.events or [(after, b"")])[-1][0]:
             self._keep(after, found.events)
             self._read_at = -1 if found.events else news
@@ -116,22 +118,24 @@ class Feed:
         """Keep events that end the feed."""
         if after != self._end or after is None:
             self._kept.clear()
-            self._kept_bytes = 0
+            self._kept_bytes, self._begin = 0, after
         self._end = events[-1][0] if events else after
         for each in events:
             self._kept.append(each)
             self._kept_bytes += len(each[1])
         while self._kept_bytes > _MAX_KEPT_BYTES:
-            self._kept_bytes -= len(self._kept.popleft()[1])
+            self._begin, event = self._kept.popleft()
+            self._kept_bytes -= len(event)
 
     def _kept_after(self, after: Cursor) -> Sequence[Event]:
-        """Return the kept events behind a place that is the end of one of them."""
-        if not self._kept:
+        """Return the kept events behind a place between them."""
+        if self._begin is None:
             return ()
-        place = after.number - self._kept[0][0].number
-        if not 0 <= place < len(self._kept) or self._kept[place][0] != after:
+        place = after.number - self._begin.number
+        if not 0 <= place < len(self._kept):
             return ()
-        return list(islice(self._kept, place + 1, None))
+        found = self._kept[place - 1][0] if place else self._begin
+        return list(islice(self._kept, place, None)) if found == after else ()
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Annotated, Final, Literal, NamedTuple
 from uuid import UUID, uuid4
@@ -94,7 +94,7 @@ class ChangeCursor:
             self._reader, self._organization_id, self._execution, self.after, limit=1
         )
 
-    async def frames(self) -> AsyncIterator[Frame]:
+    async def frames(self) -> AsyncGenerator[Frame]:
         """Yield the events that pass the filters, in order and without end.
 
         A watcher of the organization is also sent a cursor when it has passed over 1,000 events,
@@ -115,10 +115,13 @@ class ChangeCursor:
                         yield Frame("change", self.after, wanted)
                     elif self._execution is None:
                         passed += 1
+                        if passed == PASSED_EVENTS:
+                            passed, sent_at = 0, _now()
+                            yield Frame("cursor", self.after)
                 if not events and not caught_up:
                     caught_up, passed, sent_at = True, 0, _now()
                     yield Frame("caught_up", self.after)
-                elif passed and (passed >= PASSED_EVENTS or _now() - sent_at >= PASSED_SECONDS):
+                elif passed and _now() - sent_at >= PASSED_SECONDS:
                     passed, sent_at = 0, _now()
                     yield Frame("cursor", self.after)
                 if not events:
