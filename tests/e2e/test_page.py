@@ -144,6 +144,21 @@ def test_the_first_decision_counts_and_the_second_sees_who_made_it(
     expect(bob.get_by_text(re.compile("Decided already.*approved.*by ada"))).to_be_visible()
 
 
+def test_an_error_that_comes_late_is_shown(execution: UUID, open_page: Open, token: str) -> None:
+    """Of a batch that was accepted without a result: the stored error ends the wait for it."""
+    page = open_page(execution, token)
+    page.route(
+        "**/task-tags",
+        lambda route: route.continue_(headers={**route.request.headers, "prefer": "respond-async"}),
+    )
+    add_by_hand(page, "no such task", "kind", "invoice")
+    row = batches(page).first
+    expect(row).to_contain_text("accepted, waiting")
+    words = "not found.*answered in .*there is no task “.*no such task.*” here.*extract_data"
+    expect(row).to_contain_text(re.compile(words, re.DOTALL))
+    expect(row).not_to_contain_text("waiting")
+
+
 NOTE_WHAT_IS_SAID = """() => {
     const words = document.getElementById('notice-words');
     window.said = '';

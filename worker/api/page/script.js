@@ -654,7 +654,7 @@ function statusOf(status) {
 function latencyOf(sent, seenAfter) {
   if (sent?.gaveUp) return "no result yet: the batch is still in the inbox, or was refused";
   if (sent?.waiting) return "accepted, waiting for its result…";
-  if (sent) return `answered in ${duration(sent.latency)}`;
+  if (sent) return `answered in ${duration(sent.latency)}${sent.problem ? `: ${sent.problem}` : ""}`;
   if (seenAfter === null) return "";
   return `seen after ${seenAfter < 0 ? "–" : duration(seenAfter)}`;
 }
@@ -692,7 +692,7 @@ async function change(operation, place, onDone, conditions = [], key = newKey())
     const batchId = response.headers.get("Location").split("/").at(-1);
     if (response.status === 202) {
       showSent(batchId, { ...sent, waiting: true });
-      awaitResult(batchId, sentAt);
+      awaitResult(batchId, sentAt, operation);
       onDone("accepted", latency);
     } else {
       const statuses = answer.tags.map(({ status }) => status);
@@ -723,20 +723,31 @@ function explained(refusal, { task_name }) {
   return new Refusal(404, `there is no task ${quoted(task_name)} here`, { details });
 }
 
-/** Ask for the stored result of a batch that was accepted but not applied in time. */
-async function awaitResult(batchId, sentAt) {
+/** Ask for the stored result of a batch that was accepted but not applied in time: its statuses, or its one error. */
+async function awaitResult(batchId, sentAt, operation) {
   for (let wait = 1_000; wait < 60_000; wait *= 1.5) {
     await new Promise((resolve) => setTimeout(resolve, wait));
+    let record;
     try {
-      const { body } = await ask(`task-tags/batches/${batchId}`);
-      const statuses = body.tags.map(({ status }) => status);
-      showSent(batchId, { waiting: false, statuses, latency: performance.now() - sentAt });
-      return;
+      record = (await ask(`task-tags/batches/${batchId}`)).body;
     } catch {
-      // Not yet, or the endpoint is away.
+      continue; // not yet, or the endpoint is away
     }
+    const { tags, error } = record;
+    const statuses = error ? [error.code] : tags.map(({ status }) => status);
+    const problem = error && problemOf(error, operation);
+    showSent(batchId, { waiting: false, statuses, problem, latency: performance.now() - sentAt });
+    if (error) at("announcer").textContent = `Not applied: ${problem}`;
+    return;
   }
   showSent(batchId, { gaveUp: true });
+}
+
+/** Put a stored error into one line. */
+function problemOf({ code, message, details }, operation) {
+  const refusal = new Refusal({ not_found: 404, precondition_failed: 412 }[code], message, { details });
+  const shown = explained(refusal, operation);
+  return [shown.message, ...shown.details.map(wordsOfDetail)].join("; ");
 }
 
 /** A name for one batch; crypto.randomUUID is there on https and localhost alone. */
@@ -864,6 +875,8 @@ function hideProblem(place) {
   place.replaceChildren();
 }
 
+const wordsOfDetail = ({ field, message }) => (field ? `${field}: ${message}` : message);
+
 /** Show an error with all details, and offer to send the request again where that may help. */
 function showProblem(place, { status, message, details, retryAfter }, again = null) {
   const words = document.createElement("p");
@@ -871,7 +884,7 @@ function showProblem(place, { status, message, details, retryAfter }, again = nu
   if (retryAfter) words.append(` Try again in ${retryAfter} s.`);
   if (status === 0) words.append(" It may or may not have been applied; sending it again is safe.");
   const list = document.createElement("ul");
-  list.append(...details.map(({ field, message }) => textNode("li", field ? `${field}: ${message}` : message)));
+  list.append(...details.map((detail) => textNode("li", wordsOfDetail(detail))));
   place.replaceChildren(words, ...(details.length ? [list] : []));
   if (!place.isConnected) showNotice(place.textContent); // its tag has gone meanwhile
   if (again) place.append(buttonFor("Send again", again));
