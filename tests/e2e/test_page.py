@@ -16,6 +16,7 @@ from producers.contract.messages import add, remove
 from tests.support.browser import (
     Open,
     add_by_hand,
+    alerts,
     applied,
     batches,
     connection,
@@ -142,6 +143,31 @@ def test_the_first_decision_counts_and_the_second_sees_who_made_it(
     ]
     route.continue_()
     expect(bob.get_by_text(re.compile("Decided already.*approved.*by ada"))).to_be_visible()
+
+
+def test_a_decision_is_offered_only_where_it_removes_nothing_else(
+    producer: TagProducer, execution: UUID, open_page: Open, token: str
+) -> None:
+    """A decision leaves one tag of the type, so the pending one must be the only one of it."""
+    other = (execution, "review", "kind", "invoice")
+    applied(producer, add(execution, "review", "kind", "pending"), add(*other))
+    page = open_page(execution, token)
+    question = page.get_by_role("group", name="Remove kind: pending from review?")
+    remove_button(page, "kind: pending from review").click()
+    expect(question.get_by_role("button")).to_have_text(["Remove", "Keep"])
+    applied(producer, remove(*other))
+    expect(tags_of(page, "review")).to_have_count(1)
+    question.get_by_role("button", name="Keep").click()
+    page.get_by_role("button", name="Decide on, or remove, kind: pending from review").click()
+
+    # Also if the other one comes while the question is open.
+    applied(producer, add(*other))
+    expect(tags_of(page, "review")).to_have_count(2)
+    question.get_by_role("button", name="Reject").click()
+    alerts(page, "there are other tags of the type “\u2068kind\u2069” now")
+    question.get_by_role("button", name="Keep").click()
+    expect(remove_button(page, "kind: pending from review")).to_be_visible()
+    expect(tags_of(page, "review")).to_have_count(2)
 
 
 def test_an_error_that_comes_late_is_shown(execution: UUID, open_page: Open, token: str) -> None:

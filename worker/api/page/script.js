@@ -380,6 +380,7 @@ function layRows(task) {
   let next = null;
   for (const entry of entries.slice(task.folded).reverse()) {
     if (!entry.node) list.insertBefore((entry.node = rowOf(entry.tag)), next);
+    else if (entry.tag.tag === PENDING) nameRemove(entry.node, entry.tag); // others of its type may have come or gone
     next = entry.node;
   }
   within(task.node, ".no-tags").hidden = entries.length > 0;
@@ -405,11 +406,15 @@ function rowOf(tag) {
   within(node, ".metadata").append(...metadataOf(tag));
   within(node, ".by-who").textContent = tag.created_by;
   within(node, "time").replaceWith(timeOf(tag.created_at));
-  const button = within(node, ".remove");
-  const what = tag.tag === PENDING ? "Decide on, or remove," : "Remove";
-  button.setAttribute("aria-label", `${what} ${nameOf(tag)} from ${tag.task_name}`);
-  button.addEventListener("click", () => askToRemove(tag, node));
+  nameRemove(node, tag);
+  within(node, ".remove").addEventListener("click", () => askToRemove(tag, node));
   return node;
+}
+
+/** Say what the × of a row asks, unless the question is open. */
+function nameRemove(node, tag) {
+  const what = isUndecided(tag) ? "Decide on, or remove," : "Remove";
+  within(node, ".remove")?.setAttribute("aria-label", `${what} ${nameOf(tag)} from ${tag.task_name}`);
 }
 
 function dropTag({ id, task_name }) {
@@ -806,12 +811,13 @@ function askToRemove(tag, node) {
   const button = within(node, ".remove");
   const keep = () => {
     question.replaceWith(button);
+    nameRemove(node, tag);
     within(node, ".problem")?.remove();
     button.focus();
   };
   const [yes, no] = [buttonFor("Remove", () => removeTag(tag, node, yes)), buttonFor("Keep", keep)];
   yes.classList.add("danger");
-  if (tag.tag === PENDING) question.append(...DECISIONS.map((decision) => decisionButton(tag, node, decision)));
+  if (isUndecided(tag)) question.append(...DECISIONS.map((decision) => decisionButton(tag, node, decision)));
   question.append(yes, no);
   question.addEventListener("keydown", ({ key }) => key === "Escape" && keep());
   button.replaceWith(question);
@@ -821,13 +827,24 @@ function askToRemove(tag, node) {
 const PENDING = "pending";
 const DECISIONS = ["approved", "rejected"];
 
+/** A decision removes all tags of its type: so it is offered where the pending one is the only one. */
+function isUndecided({ task_name, tag_type, tag }) {
+  const ofType = ({ tag: other }) => other.tag_type === tag_type;
+  return tag === PENDING && [...taskOf(task_name).tags.values()].filter(ofType).length === 1;
+}
+
 /** A decision takes the place of the pending tag, if that is still there: so the first one counts. */
-function decisionButton({ task_name, tag_type }, node, decision) {
+function decisionButton(tag, node, decision) {
+  const { task_name, tag_type } = tag;
   const words = { approved: "Approve", rejected: "Reject" };
   const button = buttonFor(words[decision], async () => {
     if (button.getAttribute("aria-disabled")) return;
-    button.setAttribute("aria-disabled", "true");
     const place = within(node, ".problem") ?? node.appendChild(problemPlace());
+    if (!isUndecided(tag)) {
+      showProblem(place, new Refusal(409, `there are other tags of the type ${quoted(tag_type)} now`));
+      return;
+    }
+    button.setAttribute("aria-disabled", "true");
     const condition = { task_name, tag_type, tag: PENDING, exists: true };
     await change({ operation: "set", task_name, tag_type, tag: decision }, place, (status) => {
       at("announcer").textContent = wordsOf(status);
