@@ -343,6 +343,25 @@ def test_a_refusal_is_the_answer_to_its_key(http: httpx.Client) -> None:
     assert statuses(patch(http, adding(later, "a"), Idempotency_Key="other")) == ["added"]
 
 
+def test_an_error_that_is_stored_asks_for_another_key(http: httpx.Client, execution: str) -> None:
+    """Each of the three that a repetition with the key gets again; without a key none does."""
+    variants = [adding(execution, "v", tag_metadata=number) for number in range(250)]
+    for start in range(0, 250, 100):
+        patch(http, *variants[start : start + 100]).raise_for_status()
+    missing = {**adding(execution, "none"), "exists": True}
+    del missing["operation"]
+    bodies = {
+        "not_found": body(adding(uuid4(), "a")),
+        "precondition_failed": body(adding(execution, "a"), conditions=[missing]),
+        "too_large": body(adding(execution, "v", tag_metadata="x")),
+    }
+    for code, content in bodies.items():
+        for headers in ({"Idempotency-Key": code}, {"Idempotency-Key": code}, {}):
+            error = error_of(http.patch("/task-tags", content=content, headers=headers))
+            assert error["code"] == code
+            assert error["message"].endswith("use another key for a retry") == bool(headers)
+
+
 def test_a_malformed_key_is_refused(http: httpx.Client, execution: str) -> None:
     """400 that names the header, and nothing takes effect."""
     for key in (b"", b"x" * 201, b"a\tb", b"\xc3\xa9", b"x" * 5000):

@@ -75,6 +75,8 @@ _STATUS_OF: Final = {
     "too_large": 422,
     "internal_error": 500,
 }
+_STORED: Final = {"not_found", "precondition_failed", "too_large"}
+"""Errors that are the answer to the same batch again (docs/concepts/contract.md#rule-10)."""
 _CONFLICT: Final = ApiError(409, "conflict", "this batch id was used for another request")
 _INBOX_FULL: Final = ApiError(
     429, "inbox_full", "the organization's inbox is full; try again later"
@@ -275,7 +277,7 @@ def _answer(kind: str, batch_id: UUID, record: ResultRecord | None, *, is_kept: 
     if record.error is not None:
         refused = record.error
         text = refused.message
-        if is_kept and refused.code == "not_found":
+        if is_kept and refused.code in _STORED:
             text += "; this answer is stored for the Idempotency-Key: use another key for a retry"
         raise ApiError(_STATUS_OF[refused.code], refused.code, text, refused.details)
     body: Any = record.model_dump(include={"tags", "flow_execution", "task_execution"})
