@@ -174,7 +174,9 @@ def result_line(record: ResultRecord) -> str:
         more = f" ({details})" if details else ""
         said = f"[red]{record.error.code}[/]: {record.error.message}"
         return f"{record.batch_id}  {said}{escape_terminal(more)}"
-    return f"{record.batch_id}  [green]{', '.join(record.statuses)}[/]"
+    cleared = record.task_execution and record.task_execution.cleared
+    removed = "" if cleared is None else f" ({cleared} tag{'s' * (cleared != 1)} removed)"
+    return f"{record.batch_id}  [green]{', '.join(record.statuses)}[/]{removed}"
 
 
 def change_lines(event: ChangeEvent) -> str:

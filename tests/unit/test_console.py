@@ -1,15 +1,18 @@
-"""Tables of tags cut nothing, however wide the terminal."""
+"""Tables of tags cut nothing, however wide the terminal; a result is one line."""
 
 from __future__ import annotations
 
 import io
+from datetime import datetime, timezone
 from typing import Any
+from uuid import UUID
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from producers.console import tag_table
+from producers.console import result_line, tag_table
+from producers.contract.results import ResultRecord
 
 TAG = {
     "task_name": "extract_data",
@@ -49,3 +52,28 @@ def test_what_is_no_terminal_gets_a_line_for_each_tag() -> None:
     _, first, second = shown([TAG, LONG], 80, False)
     assert first.split()[2:5] == ["レビュー済み[b]", '{"reviewer":', '"ada"}']
     assert second.count("x[/]" * 30) == 4
+
+
+def line_of(**outcome: Any) -> str:
+    """Return a result as a terminal shows it, without its batch id."""
+    record = ResultRecord.model_validate(
+        {"batch_id": UUID(int=7), "organization_id": UUID(int=8), **outcome}
+    )
+    file = io.StringIO()
+    Console(file=file, no_color=True, soft_wrap=True).print(result_line(record), highlight=False)
+    return file.getvalue().removeprefix(f"{record.batch_id}  ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "line"),
+    [
+        ({"status": "recorded"}, "recorded"),
+        ({"status": "recorded", "cleared": 2}, "recorded (2 tags removed)"),
+        ({"status": "recorded", "cleared": 1}, "recorded (1 tag removed)"),
+        ({"status": "unchanged", "cleared": 0}, "unchanged (0 tags removed)"),
+    ],
+)
+def test_a_state_says_how_many_tags_it_removed(outcome: dict[str, Any], line: str) -> None:
+    """If it was to remove any."""
+    now = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    assert line_of(applied_at=now, task_execution=outcome) == line
