@@ -77,3 +77,23 @@ def test_a_state_says_how_many_tags_it_removed(outcome: dict[str, Any], line: st
     """If it was to remove any."""
     now = datetime(2026, 1, 1, tzinfo=timezone.utc)
     assert line_of(applied_at=now, task_execution=outcome) == line
+
+
+def test_what_a_condition_found_is_escaped() -> None:
+    """Others chose these texts: a terminal shows them, and obeys neither them nor their markup."""
+    found = {
+        "tag_type": "status",
+        "tag": "[red]x\u202e\x9b2J",
+        "created_by": "eve\x1b]0;owned\x07\r\n",
+        "created_at": datetime(2026, 1, 1, tzinfo=timezone.utc),
+    }
+    detail = {"index": 0, "field": "conditions", "message": "such a tag is active"}
+    error = {
+        "code": "precondition_failed",
+        "message": "no",
+        "details": [{**detail, "found": [found]}],
+    }
+    assert line_of(error=error) == (
+        "precondition_failed: no (condition 0: such a tag is active; there is "
+        r"status [red]x\u202e\x9b2J of eve\x1b]0;owned\x07\r\n)"
+    )
