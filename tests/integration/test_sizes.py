@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from pydantic_core import to_json
 
 from producers.client import TagProducer
 from producers.contract.errors import ErrorInfo
@@ -96,6 +97,47 @@ def test_change_events_of_a_batch_are_bounded(tenant: Tenant) -> None:
     assert tenant.outcomes()[-2:] == [["removed", "removed"], ["removed"]]
     assert tenant.events()[-1].revision == revision + 2
     assert all(len(payload) <= bounds.MAX_EVENT_BYTES for _, payload in tenant.published)
+
+
+@pytest.mark.parametrize("size", [4_180, 4_186, 4_187, 4_190, 4_194, 4_196])
+def test_the_event_of_a_clear_has_4_mib_at_most(tenant: Tenant, size: int) -> None:
+    """1,000 tags whose removals have so many bytes each; else nothing changes, nor the state."""
+    names = "abcd"
+    tenant.send(adding("probe", [100, ""]), removing("probe"))
+    tenant.drain()
+    (probe,) = tenant.events()[-1].changes
+    text = "x" * (size - len(to_json(probe)) + len("probe") - 1 - len(","))
+    for first in range(100, 350, 50):
+        tenant.send(
+            *[adding(name, *[[n, text] for n in range(first, first + 50)]) for name in names]
+        )
+    tenant.drain()
+    published = len(tenant.events())
+    state = set_task_state(EXECUTION, "task", "running", clear=["type"])
+    tenant.send(state)
+    tenant.drain()
+    (outcome,) = tenant.outcomes()[-1:]
+    with tenant.servers.owner() as connection:
+        row = connection.execute(
+            "select max(octet_length(event::text)) from tag_changes where organization_id = %s",
+            [tenant.organization],
+        ).fetchone()
+    assert row is not None
+    (largest,) = row
+    assert largest <= 4 * 1024 * 1024
+    if outcome == ["recorded"]:
+        assert size < 4_194
+        assert tenant.tags() == []
+        assert largest == max(len(payload) for _, payload in tenant.published) > 1_000 * size
+        return
+    assert outcome == "too_large"
+    assert size > 4_180
+    assert last_error(tenant).details[0].field == "clear"
+    assert len(tenant.tags()) == 1_000
+    assert len(tenant.events()) == published
+    tenant.send(set_task_state(EXECUTION, "task", "running"))
+    tenant.drain()
+    assert tenant.outcomes()[-1] == ["recorded"]
 
 
 def test_more_than_a_transaction_loads_is_too_large(tenant: Tenant) -> None:
