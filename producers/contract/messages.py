@@ -50,6 +50,11 @@ def build(model: type[Model], fields: dict[str, Any]) -> Model:
         raise InvalidMessage(error_details(error)) from None
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    """Describe a field that, left out, does not always mean null."""
+    del schema["default"]
+
+
 # --- Tag batches ---------------------------------------------------------------------------------
 
 
@@ -66,7 +71,7 @@ class TagOperation(StrictModel):
     task_name: TaskName
     tag_type: TagType
     tag: TagName
-    tag_metadata: TagMetadata = None
+    tag_metadata: TagMetadata = Field(default=None, json_schema_extra=_without_default)
 
     @property
     def any_metadata(self) -> bool:
@@ -143,7 +148,7 @@ class Condition(StrictModel):
     task_name: TaskName
     tag_type: TagType
     tag: TagName | None = None
-    tag_metadata: TagMetadata = None
+    tag_metadata: TagMetadata = Field(default=None, json_schema_extra=_without_default)
     exists: bool
 
     @model_validator(mode="after")

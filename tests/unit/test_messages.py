@@ -314,6 +314,16 @@ def test_schemas_accept_what_the_models_make_and_refuse_what_they_refuse() -> No
     assert not validator.is_valid({k: v for k, v in message().items() if k != "batch_id"})
 
 
+def test_schemas_do_not_say_that_metadata_left_out_are_null() -> None:
+    """In `remove` and in conditions (rules 3 and 18) they differ: a client that fills in defaults
+    would ask for something else."""
+    models = json_schemas()["message"]["$defs"]
+    for name in ("TagOperation", "Condition"):
+        assert "tag_metadata" not in models[name]["required"]
+        assert "default" not in models[name]["properties"]["tag_metadata"]
+    assert models["Condition"]["properties"]["tag"]["default"] is None
+
+
 @pytest.mark.parametrize(
     "record",
     [
