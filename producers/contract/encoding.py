@@ -30,7 +30,7 @@ MAX_DETAILS: Final = 100
 MAX_READABLE_BYTES: Final = 4 * MAX_MESSAGE_BYTES
 """A message over its limit is still read up to this size, to find whom to answer."""
 
-_NOT_JSON: Final = ErrorDetail(
+NOT_JSON: Final = ErrorDetail(
     message="the message must be JSON in UTF-8, less than 1,000 levels deep"
 )
 _NOT_AN_OBJECT: Final = ErrorDetail(message="the message must be a JSON object")
@@ -185,7 +185,7 @@ def _json_object(raw: bytes) -> dict[str, Any]:
     except _DuplicateKey:
         raise _invalid(_decode(_lenient_json, raw), [_DUPLICATE_KEY]) from None
     if fields is _UNREADABLE:
-        raise InvalidMessage([_NOT_JSON])
+        raise InvalidMessage([NOT_JSON])
     if not isinstance(fields, dict):
         raise InvalidMessage([_NOT_AN_OBJECT])
     return fields
