@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Final
 from uuid import UUID
 
@@ -159,11 +159,7 @@ def list_tags(
     as_json: console.AsJson = False,
 ) -> None:
     """Read the active tags of a flow execution from the endpoint."""
-    settings = load_settings()
-    query = {"flow_execution_id": str(execution), **({"task_name": task} if task else {})}
-    token = settings.required_token
-    with httpx.Client(**client_options(settings.endpoint_url, lambda: token)) as client:
-        response = client.get("/task-tags", params=query)
+    response = _read_tags(execution, {"task_name": task} if task else {})
     if response.status_code != 200:
         code = UNAVAILABLE if response.status_code >= 500 else REFUSED
         console.fail(code, error_summary(response))
@@ -174,6 +170,14 @@ def list_tags(
         raise Unavailable("the endpoint's answer is not a list of tags") from None
     lines = (json.dumps(tag, ensure_ascii=False) for tag in tags)
     console.show(table, lines, as_json)
+
+
+def _read_tags(execution: UUID, query: dict[str, str], timeout: float = 10) -> httpx.Response:
+    settings = load_settings()
+    token = settings.required_token
+    options = client_options(settings.endpoint_url, lambda: token) | {"timeout": timeout}
+    with httpx.Client(**options) as client:
+        return client.get("/task-tags", params={"flow_execution_id": str(execution), **query})
 
 
 @app.command()
@@ -192,9 +196,18 @@ def watch(
 ) -> None:
     """Print the changes of a flow execution as they are published, until interrupted."""
     with Subscriber() as subscriber:
+        if after is None:
+            _tell_if_unknown(execution)
         for event in subscriber.changes(execution, after):
             line = json.dumps(json.loads(event.encode()), ensure_ascii=False)
             console.show(console.change_lines(event), [line], as_json)
+
+
+def _tell_if_unknown(execution: UUID) -> None:
+    """Say on standard error that the endpoint does not know the execution, if it can be asked."""
+    with suppress(TaskTagsError, httpx.HTTPError, httpx.InvalidURL):
+        if _read_tags(execution, {"limit": "1"}, timeout=2).status_code == 404:
+            console.err.print(f"{execution} is unknown so far: its changes are printed from now on")
 
 
 @app.command()

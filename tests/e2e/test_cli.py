@@ -266,7 +266,7 @@ def test_changes_and_results_are_followed_until_interrupted(
 ) -> None:
     """Printed as they are published; Ctrl-C ends it with 130 and no traceback."""
     execution = uuid4()
-    producer.register(execution)
+    producer.apply(register_execution(execution))
     subject = str(execution) if command == "watch" else "runner-7"
     code = "from producers.cli import main; main()"
     follower = subprocess.Popen(
@@ -288,6 +288,38 @@ def test_changes_and_results_are_followed_until_interrupted(
     follower.send_signal(signal.SIGINT)
     _, stderr = follower.communicate(timeout=20)
     assert (follower.returncode, stderr) == (130, "")
+
+
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:1"])
+def test_a_watch_of_an_unknown_execution_says_so_and_goes_on(
+    servers: Servers,
+    mine: dict[str, str],
+    producer: TagProducer,
+    organization: UUID,
+    url: str | None,
+) -> None:
+    """If the endpoint can be asked; the watch itself needs Redis alone."""
+    execution = uuid4()
+    if url is not None:
+        mine = {**mine, "TASK_TAGS_ENDPOINT_URL": url}
+    with subprocess.Popen(
+        [sys.executable, "-c", "from producers.cli import main; main()", "watch", str(execution)],
+        env=environment(servers, **mine),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as follower:
+        channel = f"task-tags:{{{organization}}}:changes:{execution}"
+        redis: Any = producer._enqueuer.redis
+        eventually(lambda: redis.pubsub_numsub(channel)[0][1])
+        producer.enqueue(register_execution(execution))
+        producer.batch().add(execution, "t", "t", "x").enqueue()
+        assert follower.stdout is not None
+        assert follower.stdout.readline().startswith(f"{execution} #1  + t  t: x")
+        follower.send_signal(signal.SIGINT)
+        _, stderr = follower.communicate(timeout=20)
+    said = f"{execution} is unknown so far: its changes are printed from now on\n"
+    assert (follower.returncode, stderr) == (130, said if url is None else "")
 
 
 def test_a_terminal_is_shown_escapes_and_does_not_obey_them() -> None:
