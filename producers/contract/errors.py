@@ -34,9 +34,9 @@ class FoundTag(TolerantModel):
 class ErrorDetail(TolerantModel):
     """One fault.
 
-    `index` is the position, from 0, of the operation or task name that has it, or of the condition
-    if `field` is `conditions`; null for the whole message. `found` lists the active tags that made
-    a condition fail, the oldest five, if the token has the scope `task-tags:read`.
+    `index` is the position, from 0, of the operation that has it, or of the item if `field` is
+    `conditions`, `task_names` or `clear`; null for the whole message. `found` lists the active tags
+    that made a condition fail, the oldest five, if the token has the scope `task-tags:read`.
     """
 
     index: int | None = None

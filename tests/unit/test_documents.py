@@ -29,7 +29,7 @@ from producers.contract.channels import (
     results_channel,
 )
 from producers.contract.cursors import Cursor
-from producers.contract.encoding import parse_message
+from producers.contract.encoding import MAX_DETAILS, parse_message
 from producers.contract.errors import ErrorDetail, ErrorInfo, InvalidMessage
 from producers.contract.messages import (
     ANY_METADATA,
@@ -198,6 +198,11 @@ def test_channel_names_are_those_of_the_contract() -> None:
 def test_the_limit_of_a_message_is_that_of_the_contract() -> None:
     """The AsyncAPI document has no keyword for it, so the description says it."""
     assert f" {MAX_MESSAGE_BYTES} bytes at most" in document["channels"]["inbox"]["description"]
+
+
+def test_the_number_of_faults_that_are_listed_is_that_of_the_contract() -> None:
+    contract = (REPOSITORY / "docs" / "concepts" / "contract.md").read_text("utf-8")
+    assert f"up to {MAX_DETAILS} faults" in contract
 
 
 def test_schemas_are_those_that_the_models_have() -> None:
