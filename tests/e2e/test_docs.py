@@ -12,7 +12,7 @@ import subprocess
 import sys
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import pytest
@@ -149,9 +149,39 @@ def test_python_blocks_pass_the_strict_type_checker(tmp_path: Path) -> None:
 def test_json_blocks_are_json(page: Path) -> None:
     """One value, or one after the other."""
     for kind, text in blocks(page):
-        while kind == "json" and (text := text.strip()):
-            _, end = json.JSONDecoder().raw_decode(text)
-            text = text[end:]
+        if kind == "json":
+            assert json_values(text)
+
+
+def json_values(text: str) -> list[Any]:
+    values = []
+    while text := text.strip():
+        value, end = json.JSONDecoder().raw_decode(text)
+        values.append(value)
+        text = text[end:]
+    return values
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_answers_in_the_readme_are_those_of_the_endpoint(
+    servers: Servers, organization: UUID, variables: dict[str, str], tmp_path: Path
+) -> None:
+    """All fields in their order; a text that ends in … stands for any."""
+    variables |= {"TASK_TAGS_TOKEN": servers.token(organization, sub="developer")}
+    found = blocks(REPOSITORY / "README.md")
+    (place,) = [at for at, (kind, text) in enumerate(found) if kind == "sh" and "curl" in text]
+    printed = json_values(run(found[place].text, variables, tmp_path))
+    shown = json_values(found[place + 1].text)
+
+    def abridged(real: Any, shown: Any) -> Any:
+        if isinstance(real, dict) and isinstance(shown, dict):
+            return [(name, abridged(real[name], shown.get(name))) for name in real]
+        if isinstance(real, list) and isinstance(shown, list):
+            return [abridged(*each) for each in zip(real, shown, strict=True)]
+        is_any = isinstance(real, str) and str(shown).endswith("…")
+        return shown if is_any else real
+
+    assert abridged(printed, shown) == abridged(shown, shown)
 
 
 def test_few_blocks_are_exceptions() -> None:
