@@ -28,6 +28,7 @@ from producers.contract.messages import MAX_MESSAGE_BYTES, register_execution
 from producers.contract.results import ResultRecord
 from producers.redis_client import open_redis
 from tests.support.api_errors import error_of
+from tests.support.etag import revision_of
 from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually
@@ -93,7 +94,7 @@ def tags_of(http: httpx.Client, execution: UUID | str) -> list[str]:
 
 def revision(http: httpx.Client, execution: UUID | str) -> str:
     response = http.get("/task-tags", params={"flow_execution_id": str(execution)})
-    return response.headers["etag"].strip('"')
+    return f"{revision_of(response)}"
 
 
 def refused(response: httpx.Response, status: int, code: str) -> list[tuple[Any, Any]]:
