@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
+import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from types import SimpleNamespace
@@ -17,7 +20,7 @@ import pytest
 from redis import Redis
 from websockets.sync.client import ClientConnection
 
-from producers.contract.channels import position_key
+from producers.contract.channels import position_key, positions_channel
 from producers.contract.cursors import Cursor
 from producers.contract.messages import TagBatch, add, register_execution, set_task_state
 from producers.pubsub import PubSubMultiplexer
@@ -433,3 +436,65 @@ def test_watchers_that_begin_anywhere_get_every_event_once(source: ChangeSource)
                 assert found == list(range(position + 1, 201)) or position == 200
 
     asyncio.run(main())
+
+
+# --- Waiting over HTTP ---------------------------------------------------------------------------
+
+
+def tags_url(source: ChangeSource, execution: UUID, **query: Any) -> str:
+    return source.url(execution, **query).replace("/task-tags/changes?", "/task-tags?")
+
+
+def test_a_read_waits_for_the_next_revision(source: ChangeSource) -> None:
+    """Of its execution alone; without a change it is 304 at the end of its time."""
+    execution, other = source.execution(), source.execution()
+    headers = {"Authorization": f"Bearer {source.token}"}
+    url = tags_url(source, execution, tag="1")
+    known = httpx.get(url, headers=headers).headers["etag"]
+    headers |= {"If-None-Match": known, "Prefer": "wait=30"}
+    with ThreadPoolExecutor() as threads:
+        waiting = [threads.submit(httpx.get, url, headers=headers, timeout=40) for _ in range(5)]
+        eventually(lambda: subscribed(source))
+        source.count = 10
+        source.change(other)
+        eventually(lambda: source.redis.get(position_key(source.organization)))
+        assert not any(each.done() for each in waiting)
+        source.count = 0
+        source.change(execution)
+        for each in waiting:
+            response = each.result()
+            assert (response.status_code, len(response.json())) == (200, 1)
+            assert response.headers["etag"] != known
+    eventually(lambda: not subscribed(source))
+    headers |= {"If-None-Match": response.headers["etag"], "Prefer": "wait=1"}
+    began = time.monotonic()
+    assert httpx.get(url, headers=headers).status_code == 304
+    assert time.monotonic() - began >= 1
+    headers |= {"If-None-Match": known, "Prefer": "wait=30"}
+    assert httpx.get(url, headers=headers).status_code == 200
+
+
+def test_waits_that_are_dropped_leave_nothing_behind(source: ChangeSource) -> None:
+    """Their subscription ends with their connections."""
+    execution = source.execution()
+    url = httpx.URL(tags_url(source, execution))
+    headers = {"Authorization": f"Bearer {source.token}"}
+    known = httpx.get(url, headers=headers).headers["etag"]
+    request = (
+        f"GET {url.raw_path.decode()} HTTP/1.1\r\nHost: x\r\nPrefer: wait=60\r\n"
+        f"Authorization: Bearer {source.token}\r\nIf-None-Match: {known}\r\n\r\n"
+    ).encode()
+    dropped = []
+    for _ in range(200):
+        connection = socket.create_connection((url.host, url.port))
+        connection.sendall(request)
+        dropped.append(connection)
+    eventually(lambda: subscribed(source))
+    for connection in dropped:
+        connection.close()
+    eventually(lambda: not subscribed(source))
+
+
+def subscribed(source: ChangeSource) -> bool:
+    ((_, count),) = source.redis.pubsub_numsub(positions_channel(source.organization))
+    return bool(count)

@@ -27,7 +27,7 @@ from worker.api.errors import (
 )
 from worker.api.params import AllChangesQuery, AllFeedQuery, ChangesQuery, FeedQuery, query
 from worker.api.queries import Reader
-from worker.api.reads import READ_PROBLEMS, Database, json_response
+from worker.api.responses import READ_PROBLEMS, Database, json_response
 
 MAX_PAGE_BYTES: Final = 1024 * 1024
 GONE: Final = gone(Cursor(1207, 1_767_268_800_123_456))

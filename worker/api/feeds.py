@@ -37,7 +37,7 @@ from worker.api.errors import (
 )
 from worker.api.params import AllFeedQuery, FeedQuery, parse_query, query
 from worker.api.queries import READ_ERRORS, Reader
-from worker.api.reads import READ_PROBLEMS
+from worker.api.responses import READ_PROBLEMS
 from worker.auth import LEEWAY_SECONDS, READ, Principal
 
 logger = logging.getLogger(__name__)

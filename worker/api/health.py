@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from worker.api.errors import ApiError, documented
 from worker.api.params import NoParameters
 from worker.api.queries import READ_ERRORS, Reader
-from worker.api.reads import Database
+from worker.api.responses import Database
 
 router = APIRouter()
 

@@ -78,6 +78,20 @@ def _repeatable(model: type[BaseModel]) -> frozenset[str]:
     )
 
 
+MAX_WAIT_SECONDS: Final = 60
+
+
+def wait_preference(prefer: list[str]) -> tuple[int | None, bool]:
+    """Read the headers Prefer (https://www.rfc-editor.org/rfc/rfc7240#section-4).
+
+    Returns how many seconds to wait, at most 60, or None, and whether `respond-async` is preferred,
+    over which `wait` takes precedence.
+    """
+    wanted = [each.strip().lower() for each in ",".join(prefer).split(",")]
+    waits = [found[1] for each in wanted if (found := re.fullmatch(r"wait\s*=\s*(\d{1,9})", each))]
+    return min(int(waits[0]), MAX_WAIT_SECONDS) if waits else None, "respond-async" in wanted
+
+
 # --- Values --------------------------------------------------------------------------------------
 
 

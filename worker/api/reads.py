@@ -5,27 +5,26 @@ What they return is in docs/concepts/contract.md#rule-14.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Annotated, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, WithJsonSchema
 from pydantic_core import to_json
-from starlette.requests import HTTPConnection
 
 from producers.contract.cursors import Cursor
 from producers.contract.messages import TaskState
 from producers.contract.results import ResultRecord, Tag
+from producers.pubsub import first_completed, wait_at_most
 from worker.api.auth import Reading, require_scope
+from worker.api.change_hub import ChangeHub
 from worker.api.errors import (
-    EXPIRED,
     NO_RESULT,
-    UNAVAILABLE,
     UNKNOWN_EXECUTION,
     ApiError,
     documented,
-    forbidden,
     text_header,
 )
 from worker.api.params import (
@@ -35,11 +34,11 @@ from worker.api.params import (
     cursor_of,
     parse_query,
     query,
+    wait_preference,
 )
 from worker.api.queries import Reader
-from worker.auth import READ
-
-READ_PROBLEMS: Final = documented(EXPIRED, forbidden(READ), UNKNOWN_EXECUTION, UNAVAILABLE)
+from worker.api.responses import READ_PROBLEMS, Database, json_response, reader_of
+from worker.auth import READ, Principal
 
 TOO_MUCH: Final = ApiError(400, "too_large", "the answer has more than 8 MiB: use limit")
 TOO_MANY_TAGS: Final = ApiError(
@@ -47,14 +46,6 @@ TOO_MANY_TAGS: Final = ApiError(
 )
 
 router = APIRouter(responses=READ_PROBLEMS)
-
-
-async def reader_of(connection: HTTPConnection) -> Reader:
-    reader: Reader = connection.app.state.reader
-    return reader
-
-
-Database = Annotated[Reader, Depends(reader_of)]
 
 
 # --- Answers -------------------------------------------------------------------------------------
@@ -92,11 +83,6 @@ def _headers(revision: Cursor | str) -> dict[str, str]:
     return {"ETag": f'"{revision}"', "Cache-Control": "private, no-cache"}
 
 
-def json_response(body: bytes, headers: dict[str, str] | None = None) -> Response:
-    """Return JSON as it came from the database."""
-    return Response(body, headers=headers, media_type="application/json")
-
-
 # --- Tags ----------------------------------------------------------------------------------------
 
 
@@ -112,9 +98,20 @@ def json_response(body: bytes, headers: dict[str, str] | None = None) -> Respons
     },
 )
 async def read_tags(
+    request: Request,
     caller: Reading,
     query: Annotated[TagsQuery, Depends(query(TagsQuery))],
     reader: Database,
+    prefer: Annotated[
+        list[str],
+        WithJsonSchema({"type": "string"}),
+        Header(
+            alias="Prefer",
+            default_factory=list,
+            description="With `wait=55` and If-None-Match, the answer comes when the revision is "
+            "another one, or after 55 seconds (at most 60) as 304.",
+        ),
+    ],
     if_none_match: Annotated[
         str | None,
         Header(
@@ -123,6 +120,28 @@ async def read_tags(
             examples=['"42-hdpk3x2nz5s"'],
         ),
     ] = None,
+) -> Response:
+    """With `Prefer: wait` and `If-None-Match`, wait for the next revision; 304 if none comes."""
+    answer = await _read_tags(caller, query, reader, if_none_match)
+    seconds, _ = wait_preference(prefer)
+    if answer.status_code != 304 or not seconds:
+        return answer
+    hub: ChangeHub = request.app.state.change_hub
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    ending: asyncio.Event = request.app.state.ending
+    with hub.watch(caller.organization_id, query.flow_execution_id) as feed:
+        while answer.status_code == 304 and loop.time() < end and not ending.is_set():
+            news = feed.news
+            answer = await _read_tags(caller, query, reader, if_none_match)
+            if answer.status_code == 304:
+                changed = first_completed(feed.wait_past(news), ending.wait())
+                await wait_at_most(end - loop.time(), changed)
+    return answer
+
+
+async def _read_tags(
+    caller: Principal, query: TagsQuery, reader: Reader, if_none_match: str | None
 ) -> Response:
     known = _known_revisions(if_none_match)
     if query.tag_type or query.tag or query.limit or query.cursor:
@@ -143,9 +162,11 @@ async def read_tags(
 async def read_tags_directly(request: Request) -> Response:
     """Read tags as `read_tags` does; resolve its dependencies in a tenth of FastAPI's time."""
     return await read_tags(
+        request,
         await require_scope(request, READ),
         parse_query(request, TagsQuery),
         await reader_of(request),
+        request.headers.getlist("prefer"),
         request.headers.get("if-none-match"),
     )
 

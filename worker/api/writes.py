@@ -53,12 +53,11 @@ from worker.api.errors import (
     forbidden,
     text_header,
 )
-from worker.api.params import NoParameters
+from worker.api.params import NoParameters, wait_preference
 from worker.api.queries import READ_ERRORS, Reader
 from worker.auth import EXECUTIONS_WRITE, WRITE, Principal
 
 WAIT_SECONDS: Final = 10.0
-MAX_WAIT_SECONDS: Final = 60
 _SUBSCRIBE_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 1.0
 _THREADS: Final = 40
@@ -208,15 +207,9 @@ def _batch_id(key: str | None, caller: Principal) -> UUID:
 
 
 def _wait_seconds(prefer: list[str]) -> float:
-    """Return how many seconds to wait for the result, by the headers Prefer (RFC 7240).
-
-    `wait` takes precedence over `respond-async`, which means 0.
-    """
-    wanted = [each.strip().lower() for each in ",".join(prefer).split(",")]
-    waits = [found[1] for each in wanted if (found := re.fullmatch(r"wait\s*=\s*(\d{1,9})", each))]
-    if waits:
-        return min(int(waits[0]), MAX_WAIT_SECONDS)
-    return 0 if "respond-async" in wanted else WAIT_SECONDS
+    """Return how many seconds to wait for the result."""
+    seconds, is_async = wait_preference(prefer)
+    return (0 if is_async else WAIT_SECONDS) if seconds is None else seconds
 
 
 @dataclass(frozen=True)
