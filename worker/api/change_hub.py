@@ -75,6 +75,9 @@ class Feed:
 
     def wake(self) -> None:
         self.news += 1
+        self._move()
+
+    def _move(self) -> None:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
@@ -82,12 +85,17 @@ class Feed:
         """Wake the watchers if the last event in the table is another one than before."""
         if head != self.head:
             self.head = head
-            self.wake()
+            self._move()
 
-    async def wait_past(self, news: int) -> None:
-        """Wait until there may be more than there was when `news` had this value."""
-        while self.news == news:
+    async def wait_past(self, after: Cursor, news: int) -> None:
+        """Wait until there may be more behind a place than when `news` had this value."""
+        while self.news == news and self._is_head(after):
             await self._moved.wait()
+
+    def _is_head(self, place: Cursor) -> bool:
+        if self.head is None or place.time is None:
+            return self.head is None or self.head.number == place.number
+        return self.head == place
 
     async def next(self, after: Cursor) -> Sequence[Event]:
         """Return the next events behind a place; none if there are none.
@@ -99,7 +107,9 @@ class Feed:
         async with self._reading:  # one read for all watchers at the end
             if after != self._end:
                 return self._kept_after(after) or await self._load(after)
-            return () if self._read_at == self.news else await self._load(after)
+            if self._read_at == self.news and self._is_head(after):
+                return ()
+            return await self._load(after)
 
     async def _load(self, after: Cursor) -> Sequence[Event]:
         news = self.news
@@ -108,7 +118,7 @@ class Feed:
         except ApiError:
             self._keep(None, ())  # what was kept may be of the history that was replaced
             raise
-        self.head = found.head
+        self.compare(found.head)
         if after == self._end or found.head == (found.events or [(after, b"")])[-1][0]:
             self._keep(after, found.events)
             self._read_at = -1 if found.events else news

@@ -126,7 +126,7 @@ class ChangeCursor:
                     yield Frame("cursor", self.after)
                 if not events:
                     seconds = PASSED_SECONDS - (_now() - sent_at) if passed else None
-                    await wait_at_most(seconds, feed.wait_past(news))
+                    await wait_at_most(seconds, feed.wait_past(self.after, news))
 
     async def _next(self, feed: Feed) -> Sequence[Event]:
         """Return the next events; while the database is unavailable, retry every second."""

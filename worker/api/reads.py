@@ -131,13 +131,15 @@ async def read_tags(
     end = loop.time() + seconds
     ending: asyncio.Event = request.app.state.ending
     with hub.watch(caller.organization_id, query.flow_execution_id) as feed:
-        while answer.status_code == 304 and loop.time() < end and not ending.is_set():
+        while True:
             news = feed.news
             answer = await _read_tags(caller, query, reader, if_none_match)
-            if answer.status_code == 304:
-                changed = first_completed(feed.wait_past(news), ending.wait())
-                await wait_at_most(end - loop.time(), changed)
-    return answer
+            place = Cursor.parse(answer.headers["etag"].strip('"'))
+            feed.compare(place)
+            if answer.status_code != 304 or loop.time() >= end or ending.is_set():
+                return answer
+            changed = first_completed(feed.wait_past(place, news), ending.wait())
+            await wait_at_most(end - loop.time(), changed)
 
 
 async def _read_tags(
