@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         BadRequest, BatchIdInUse, BatchRefused, ChangesRefused, ConfigurationError, Conflict,
         Forbidden, InboxFull, InternalError, InvalidMessage, NotFound,
         PreconditionFailed, ProducerClosed, RedisOutOfMemory, ResultTimeout, RevisionExpired,
-        TaskTagsError, TokenExpired, TooLarge, Unauthorized, Unavailable
+        TaskTagsError, TokenExpired, TooLarge, Unauthorized, Unavailable, WaitTimeout
     )
     from producers.subscriber import Subscriber
 
@@ -41,9 +41,9 @@ __all__ = [
     "ProducerClosed", "RedisOutOfMemory", "RegisterExecution", "ResultRecord", "ResultTimeout",
     "RevisionExpired", "SetTaskState", "StateChange", "Subscriber", "Tag", "TagBatch",
     "TagOperation", "TagProducer", "Task", "TaskTagsError", "TokenExpired", "TooLarge",
-    "Unauthorized", "Unavailable", "UnknownChange", "add", "batch_id_for", "claim", "decide",
-    "parse_message", "register_execution", "release", "remove", "set_tag", "set_task_state",
-    "split_batches", "unless", "when",
+    "Unauthorized", "Unavailable", "UnknownChange", "WaitTimeout", "add", "batch_id_for", "claim",
+    "decide", "parse_message", "register_execution", "release", "remove", "set_tag",
+    "set_task_state", "split_batches", "unless", "when",
 ]
 # fmt: on
 

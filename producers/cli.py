@@ -8,6 +8,7 @@ time; 6 standard output can't be written; 130 interrupted.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections import deque
@@ -182,25 +183,41 @@ def _read_tags(execution: UUID, query: dict[str, str], timeout: float = 10) -> h
 
 @app.command()
 def watch(
-    execution: Annotated[UUID, typer.Argument(help="The flow execution's id.")],
+    execution: Annotated[
+        UUID | None, typer.Argument(help="The flow execution's id.", show_default=False)
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Watch all executions of the organization.")
+    ] = False,
     after: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            min=0,
-            metavar="REVISION",
-            help="Print all changes after this revision, without gaps: missed changes are read "
-            "from the endpoint.",
+            metavar="PLACE",
+            help="Print all changes after this revision, or with --all behind this cursor, without "
+            "gaps; 0 is the beginning. Missed changes are read from the endpoint.",
         ),
     ] = None,
     as_json: console.AsJson = False,
 ) -> None:
-    """Print the changes of a flow execution as they are published, until interrupted."""
+    """Print the changes of a flow execution, or of all, as they come, until interrupted."""
+    if (execution is None) != everything:
+        console.fail(WRONG, "give the id of a flow execution, or --all")
     with Subscriber() as subscriber:
-        if after is None:
-            _tell_if_unknown(execution)
-        for event in subscriber.changes(execution, after):
+        if execution is None:
+            events = subscriber.organization_changes(after or "latest")
+        else:
+            events = subscriber.changes(execution, _revision(after))
+            if after is None:
+                _tell_if_unknown(execution)
+        for event in events:
             line = json.dumps(json.loads(event.encode()), ensure_ascii=False)
             console.show(console.change_lines(event), [line], as_json)
+
+
+def _revision(after: str | None) -> int | None:
+    if after is None or re.fullmatch("[0-9]{1,18}", after):
+        return None if after is None else int(after)
+    raise WrongInput("--after must be a revision")
 
 
 def _tell_if_unknown(execution: UUID) -> None:

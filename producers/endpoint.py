@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -13,7 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 from producers.contract.results import ChangeEvent
 from producers.errors import ChangesRefused, ConfigurationError, RevisionExpired, Unavailable
 
+logger = logging.getLogger(__name__)
+
 _PAGE_EVENTS: Final = 100
+_RETRY_SECONDS: Final = 1.0
+_SILENCE_SECONDS: Final = 45.0
+"""After so long without a ping, which comes every 15 s, a stream is lost."""
 _EVENTS: Final = TypeAdapter(list[ChangeEvent])
 
 
@@ -71,29 +78,101 @@ async def fetch_changes(
 ) -> Sequence[ChangeEvent]:
     """Return stored events of an execution after a revision, in order; none if there are no more.
 
-    Raises:
-        Unavailable: The endpoint can't be used now.
-        RevisionExpired, ChangesRefused: Asking again does not help.
+    Raises what `get` raises.
     """
-    query: dict[str, str | int] = {
+    query: dict[str, Any] = {
         "flow_execution_id": str(flow_execution_id),
         "after": after,
         "limit": _PAGE_EVENTS,
     }
+    response = await get(client, "/task-tags/changes", query)
     try:
-        response = await client.get("/task-tags/changes", params=query)
+        return _EVENTS.validate_json(response.content)
+    except ValidationError:
+        raise Unavailable("the endpoint's answer is not a list of changes") from None
+
+
+async def get(client: httpx.AsyncClient, path: str, query: dict[str, Any]) -> httpx.Response:
+    """Send a request; return its answer of status 200.
+
+    Raises:
+        Unavailable: The endpoint can't be used now.
+        RevisionExpired, ChangesRefused: Asking again does not help.
+    """
+    try:
+        response = await client.get(path, params=query)
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise Unavailable(f"the endpoint can't be used: {type(error).__name__}") from error
-    if response.status_code == 200:
+    _check(response)
+    return response
+
+
+async def last_cursor(client: httpx.AsyncClient) -> str:
+    """Return the place behind the organization's last event. Raises what `get` raises."""
+    response = await get(client, "/changes", {"after": "latest"})
+    return str(response.json()["cursor"])
+
+
+async def stream_changes(
+    client: httpx.AsyncClient, after: str, filters: dict[str, Sequence[str]]
+) -> AsyncGenerator[tuple[str, ChangeEvent | None]]:
+    """Yield the events of the organization behind a cursor without end, each with its own cursor.
+
+    None instead of an event says how far the stream has come. A lost connection is opened again, as
+    is one that ends with its token.
+
+    Raises:
+        Unavailable: The endpoint can't be used at the start.
+        RevisionExpired, ChangesRefused: Asking again does not help.
+    """
+    reached = False
+    timeout = httpx.Timeout(10, read=_SILENCE_SECONDS)
+    while True:
         try:
-            return _EVENTS.validate_json(response.content)
-        except ValidationError:
-            raise Unavailable("the endpoint's answer is not a list of changes") from None
+            query = {**filters, "after": after}
+            async with client.stream(
+                "GET", "/changes/events", params=query, timeout=timeout
+            ) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                _check(response)
+                reached = True
+                async for kind, id, data in _server_sent(response.aiter_lines()):
+                    if kind == "error" and json.loads(data)["error"]["code"] == "gone":
+                        raise _expired(json.loads(data))
+                    if id:
+                        after = id
+                        yield after, ChangeEvent.decode(data) if kind == "change" else None
+        except (httpx.TransportError, Unavailable, ValidationError) as error:
+            if not reached:
+                raise Unavailable(f"the endpoint can't be used: {error}") from error
+            logger.warning("the stream of changes is lost; reconnecting: %s", type(error).__name__)
+            await asyncio.sleep(_RETRY_SECONDS)
+
+
+async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, str, str]]:
+    """Yield type, id and data of each event (https://html.spec.whatwg.org/multipage/#parsing)."""
+    fields: dict[str, str] = {}
+    async for line in lines:
+        name, _, value = line.partition(": ")
+        if line:
+            fields[name] = value
+        elif fields:
+            yield fields.get("event", ""), fields.get("id", ""), fields.get("data", "")
+            fields = {}
+
+
+def _check(response: httpx.Response) -> None:
     if response.status_code == 410:
-        raise RevisionExpired(error_summary(response))
+        raise _expired(response.json())
     if response.status_code >= 500:
         raise Unavailable(f"the endpoint can't be used: {error_summary(response)}")
-    raise ChangesRefused(error_summary(response))
+    if response.status_code != 200:
+        raise ChangesRefused(error_summary(response))
+
+
+def _expired(answer: dict[str, Any]) -> RevisionExpired:
+    return RevisionExpired(answer["error"]["message"], answer["error"].get("cursor"))
 
 
 def error_summary(response: httpx.Response) -> str:

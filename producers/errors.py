@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from producers.contract.errors import InvalidMessage, TaskTagsError, describe
 from producers.contract.messages import Message
-from producers.contract.results import ResultRecord
+from producers.contract.results import ResultRecord, Tag
 
 __all__ = [
     "BadRequest",
@@ -30,6 +30,7 @@ __all__ = [
     "TokenExpired",
     "Unauthorized",
     "Unavailable",
+    "WaitTimeout",
     "refusal",
 ]
 
@@ -63,7 +64,29 @@ class InboxFull(TaskTagsError):
 
 
 class RevisionExpired(TaskTagsError):
-    """Changes after this revision were purged. Read the tags, and continue from their revision."""
+    """The changes behind this place are not stored. Read the tags again, and continue from there.
+
+    They were purged, or a restore has replaced them. In the feed of an organization, `cursor` is
+    the place to continue from.
+    """
+
+    def __init__(self, message: str, cursor: str | None = None) -> None:
+        super().__init__(message)
+        self.cursor = cursor
+
+
+class WaitTimeout(TaskTagsError):
+    """The tag was not active in time. `found` has the active tags of its type on the task."""
+
+    def __init__(self, seconds: float, found: Sequence[Tag] | None) -> None:
+        text = f"the tag was not active within {seconds:g} s"
+        if found is None:
+            text += ", and the endpoint can't be asked what is"
+        else:
+            names = ", ".join(tag.tag for tag in found[:10]) or "none"
+            text += f"; active tags of its type: {names}"
+        super().__init__(text)
+        self.found = list(found or ())
 
 
 class ChangesRefused(TaskTagsError):

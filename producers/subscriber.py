@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 import httpx
@@ -22,13 +22,14 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from producers.contract.channels import changes_channel, results_channel
-from producers.contract.results import ChangeEvent, ResultRecord
-from producers.endpoint import client_options, fetch_changes
+from producers.contract.results import ChangeEvent, ResultRecord, Tag
+from producers.endpoint import client_options, fetch_changes, stream_changes
 from producers.errors import Unavailable
 from producers.gap_filler import GapFiller
 from producers.pubsub import EventQueue, ListenEvent, LoopThread, PubSubMultiplexer
 from producers.redis_client import open_async_redis
 from producers.settings import ProducerSettings, load_settings, token_source
+from producers.waiting import TagWaits
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Subscriber:
         self._organization_id = self._settings.required_organization_id
         self._thread = LoopThread("task-tags-subscriber")
         self._closed = threading.Event()
+        self._waits: TagWaits | None = None
 
     def results(
         self, reply_to: str, *, on_subscribed: Callable[[], None] | None = None
@@ -102,6 +104,92 @@ class Subscriber:
             ConfigurationError, RevisionExpired, ChangesRefused: Only with `after`.
         """
         return self._thread.iterate(self._changes(flow_execution_id, after, on_subscribed))
+
+    def organization_changes(
+        self,
+        after: str = "0",
+        *,
+        task_name: Sequence[str] = (),
+        tag_type: Sequence[str] = (),
+        tag: Sequence[str] = (),
+        flow_id: Sequence[str] = (),
+        on_cursor: Callable[[str], None] | None = None,
+    ) -> Iterator[ChangeEvent]:
+        """Yield the change events of all executions behind a cursor, in order and without end.
+
+        They come from the endpoint, with the token; none is lost or repeated. To continue later,
+        store the `cursor` of the last event.
+
+        Args:
+            after: A cursor; `0` is the beginning, `latest` the end.
+            task_name, tag_type, tag, flow_id: Yield only what has one of these values.
+            on_cursor: Called with each place that is reached, also if no event there matches. It
+                runs in the event loop: it must not block.
+
+        Raises:
+            Unavailable: The endpoint can't be reached at the start; later, the iteration waits for
+                it.
+            RevisionExpired: The events behind this place are not stored; `cursor` of the exception
+                is where to continue after reading what one is interested in again.
+            ConfigurationError, ChangesRefused: Retrying does not help.
+        """
+        filters = {"task_name": task_name, "tag_type": tag_type, "tag": tag, "flow_id": flow_id}
+        return self._thread.iterate(self._organization_changes(after, filters, on_cursor))
+
+    def aorganization_changes(
+        self,
+        after: str = "0",
+        *,
+        task_name: Sequence[str] = (),
+        tag_type: Sequence[str] = (),
+        tag: Sequence[str] = (),
+        flow_id: Sequence[str] = (),
+        on_cursor: Callable[[str], None] | None = None,
+    ) -> AsyncIterator[ChangeEvent]:
+        """As `organization_changes`, for asyncio."""
+        filters = {"task_name": task_name, "tag_type": tag_type, "tag": tag, "flow_id": flow_id}
+        return _flatten(self._organization_changes(after, filters, on_cursor))
+
+    def wait_for(
+        self,
+        flow_execution_id: UUID,
+        task_name: str,
+        tag_type: str,
+        tag: str | None = None,
+        timeout: float | None = None,
+    ) -> Tag:
+        """Wait until a tag is active on a task, and return it; at once if it is active.
+
+        All waits share one stream of the organization's changes. They last through restarts of the
+        endpoint, Redis and the database.
+
+        Args:
+            tag: Without it, any tag of the type.
+            timeout: Seconds to wait; None is without end.
+
+        Raises:
+            WaitTimeout: With the tags of the type that are active instead.
+            Unavailable: The endpoint can't be reached at the start.
+            ConfigurationError, ChangesRefused: Retrying does not help.
+        """
+        named = flow_execution_id, task_name, tag_type, tag
+        waiting = self._thread.submit(self._wait_for(*named, timeout))
+        try:
+            return waiting.result()
+        finally:
+            waiting.cancel()
+
+    async def await_for(
+        self,
+        flow_execution_id: UUID,
+        task_name: str,
+        tag_type: str,
+        tag: str | None = None,
+        timeout: float | None = None,
+    ) -> Tag:
+        """As `wait_for`, for asyncio."""
+        named = flow_execution_id, task_name, tag_type, tag
+        return await asyncio.wrap_future(self._thread.submit(self._wait_for(*named, timeout)))
 
     def aresults(
         self, reply_to: str, *, on_subscribed: Callable[[], None] | None = None
@@ -159,15 +247,50 @@ class Subscriber:
                     taken = await events.take(POLL_SECONDS)
                     yield [change for change, _ in _decoded(taken, ChangeEvent)]
                 return
-            token = token_source(self._token, self._settings)
-            options = client_options(self._settings.endpoint_url, token)
-            async with httpx.AsyncClient(**options) as client:
+            async with self._client() as client:
                 fetch = partial(fetch_changes, client, flow_execution_id)
                 feed = _ExecutionChanges(fetch, after)
                 while not self._closed.is_set():
                     feed.receive(await events.take(POLL_SECONDS))
                     while changes := await feed.next():
                         yield changes
+
+    async def _organization_changes(
+        self,
+        after: str,
+        filters: dict[str, Sequence[str]],
+        on_cursor: Callable[[str], None] | None,
+    ) -> AsyncGenerator[Sequence[ChangeEvent], None]:
+        async with (
+            self._client() as client,
+            aclosing(stream_changes(client, after, filters)) as changes,
+        ):
+            following = asyncio.ensure_future(anext(changes))
+            try:
+                while not self._closed.is_set():
+                    done, _ = await asyncio.wait([following], timeout=POLL_SECONDS)
+                    if done:
+                        cursor, event = following.result()
+                        if on_cursor is not None:
+                            on_cursor(cursor)
+                        if event is not None:
+                            yield [event]
+                        following = asyncio.ensure_future(anext(changes))
+            finally:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+
+    async def _wait_for(
+        self, flow_execution_id: UUID, task_name: str, tag_type: str, tag: str | None, *rest: Any
+    ) -> Tag:
+        if self._waits is None:
+            self._waits = TagWaits(self._client)
+        return await self._waits.wait_for(flow_execution_id, task_name, tag_type, tag, *rest)
+
+    def _client(self) -> httpx.AsyncClient:
+        """Return a client of the endpoint. Raises `ConfigurationError`."""
+        token = token_source(self._token, self._settings)
+        return httpx.AsyncClient(**client_options(self._settings.endpoint_url, token))
 
     @asynccontextmanager
     async def _subscription(

@@ -53,6 +53,7 @@ PUBLIC = [
     "Unauthorized",
     "Unavailable",
     "UnknownChange",
+    "WaitTimeout",
     "add",
     "batch_id_for",
     "claim",

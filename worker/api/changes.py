@@ -30,6 +30,7 @@ from worker.api.queries import Reader
 from worker.api.responses import READ_PROBLEMS, Database, json_response
 
 MAX_PAGE_BYTES: Final = 1024 * 1024
+_BEYOND: Final = 10**18
 GONE: Final = gone(Cursor(1207, 1_767_268_800_123_456))
 
 router = APIRouter(responses=READ_PROBLEMS)
@@ -48,22 +49,25 @@ async def stored_changes(
     reader: Reader,
     organization_id: UUID,
     flow_execution_id: UUID | None,
-    after: Cursor,
+    after: Cursor | None,
     limit: int,
     max_bytes: int = MAX_PAGE_BYTES,
 ) -> StoredChanges:
-    """Return the stored events of an execution, or of all, behind a place.
+    """Return the stored events of an execution, or of all, behind a place; None is the end.
 
     Raises:
         ApiError: 404 if there is no such execution, 400 if a plain revision is beyond its last one,
             410 if the event at that place is another one or not stored, or the next was purged.
     """
-    found = await reader.changes(organization_id, flow_execution_id, after.number, limit, max_bytes)
+    number = _BEYOND if after is None else after.number
+    found = await reader.changes(organization_id, flow_execution_id, number, limit, max_bytes)
     if found is None:
         if flow_execution_id is not None:
             raise UNKNOWN_EXECUTION
         found = StoredChanges(BEGINNING, None, [])
     head = found.head
+    if after is None:
+        return found
     if after.number > head.number and after.time is None:
         message = f"is beyond the last revision, {head.number}"
         raise wrong_parameter([ErrorDetail(field="after", message=message)])
@@ -155,7 +159,7 @@ async def read_all_changes(
     cursor passes over them.
     """
     found = await stored_changes(reader, caller.organization_id, None, query.place, query.limit)
-    reached = found.events[-1][0] if found.events else query.place
+    reached = found.events[-1][0] if found.events else query.place or found.head
     events = [event for _, each in found.events if (event := change_filter(query)(each))]
     headers = _next_page(request, reached, found.head, str(reached))
     body = b'{"changes":[%b],"cursor":%b}' % (b",".join(events), to_json(str(reached)))

@@ -155,7 +155,7 @@ _PARAMETER_TEXTS: Final = {
     "string_pattern_mismatch": "must not contain U+0000",
     "cursor": "must be the next_cursor of an earlier answer",
     "revision": "must be a revision, or `<revision>-<t>`",
-    "position": "must be a cursor, or 0",
+    "position": "must be a cursor, 0 or latest",
     "number": "must be a whole number",
     "greater_than_equal": "is too small",
     "less_than_equal": "is too large",

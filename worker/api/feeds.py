@@ -81,7 +81,7 @@ class ChangeCursor:
     def __init__(
         self, connection: HTTPConnection, query: FeedQuery | AllFeedQuery, principal: Principal
     ) -> None:
-        self.after = query.place
+        self._after = query.place
         self._execution = query.flow_execution_id
         self._hub: ChangeHub = connection.app.state.change_hub
         self._reader: Reader = connection.app.state.reader
@@ -90,9 +90,15 @@ class ChangeCursor:
 
     async def check(self) -> None:
         """Raise `ApiError` if there is no such execution, or its next changes can't be read."""
-        await stored_changes(
-            self._reader, self._organization_id, self._execution, self.after, limit=1
-        )
+        feed = self._reader, self._organization_id, self._execution
+        found = await stored_changes(*feed, self._after, limit=1)
+        self._after = self._after or found.head
+
+    @property
+    def after(self) -> Cursor:
+        """The place that was reached."""
+        assert self._after is not None  # `check` was called
+        return self._after
 
     async def frames(self) -> AsyncGenerator[Frame]:
         """Yield the events that pass the filters, in order and without end.
@@ -108,7 +114,7 @@ class ChangeCursor:
             while True:
                 news = feed.news
                 events = await self._next(feed)
-                for self.after, event in events:
+                for self._after, event in events:
                     wanted = self._filter(event)
                     if wanted is not None:
                         passed, sent_at = 0, _now()

@@ -79,6 +79,8 @@ def _repeatable(model: type[BaseModel]) -> frozenset[str]:
 
 
 MAX_WAIT_SECONDS: Final = 60
+LATEST: Final = "latest"
+"""Stands for the place behind the last event."""
 
 
 def wait_preference(prefer: list[str]) -> tuple[int | None, bool]:
@@ -124,6 +126,8 @@ def _revision(text: str) -> str:
 
 
 def _position(text: str) -> str:
+    if text == LATEST:
+        return text
     with suppress(ValueError):
         if (cursor := Cursor.parse(text)) == BEGINNING or cursor.time is not None:
             return text
@@ -197,12 +201,15 @@ class AllFeedQuery(NoQuery):
     tag: list[TagName] = Field([], max_length=100, description="Only these tags.")
     flow_id: list[FlowId] = Field([], max_length=100, description="Only executions of these flows.")
     after: Annotated[str, AfterValidator(_position)] = Field(
-        "0", description="The cursor behind which events are wanted; 0 is the beginning."
+        "0",
+        description="The cursor behind which events are wanted; `0` is the beginning, `latest` the "
+        "end.",
     )
 
     @property
-    def place(self) -> Cursor:
-        return Cursor.parse(self.after)
+    def place(self) -> Cursor | None:
+        """The place behind which events are wanted; None is the end."""
+        return None if self.after == LATEST else Cursor.parse(self.after)
 
 
 _Limit = Annotated[

@@ -1,0 +1,174 @@
+"""Waits for tags: all waits of a process share one stream of the organization's changes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeGuard
+from uuid import UUID
+
+import httpx
+from pydantic import TypeAdapter, ValidationError
+
+from producers.contract.results import Change, ChangeEvent, Tag
+from producers.endpoint import get, last_cursor, stream_changes
+from producers.errors import RevisionExpired, TaskTagsError, Unavailable, WaitTimeout
+
+logger = logging.getLogger(__name__)
+
+_READS: Final = 50
+"""Reads at the same time, when many waits begin."""
+_RETRY_SECONDS: Final = 1.0
+_LAST_LOOK_SECONDS: Final = 2.0
+_TAGS: Final = TypeAdapter(list[Tag])
+
+
+@dataclass(eq=False)
+class _Wait:
+    flow_execution_id: UUID
+    task_name: str
+    tag_type: str
+    tag: str | None
+    found: asyncio.Future[Tag] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    def query(self, *, any_of_type: bool = False) -> dict[str, Any]:
+        """Return the parameters that ask for the tag, or for all of its type."""
+        query = {
+            "flow_execution_id": str(self.flow_execution_id),
+            "task_name": self.task_name,
+            "tag_type": self.tag_type,
+        }
+        return query if self.tag is None or any_of_type else {**query, "tag": self.tag}
+
+    def end(self, tags: Iterable[Tag]) -> None:
+        """End the wait if one of these tags is the one."""
+        named = self.task_name, self.tag_type
+        for tag in tags:
+            is_wanted = (tag.task_name, tag.tag_type) == named and self.tag in (None, tag.tag)
+            if is_wanted and not self.found.done():
+                self.found.set_result(tag)
+
+
+class TagWaits:
+    """The waits of a process, in one event loop. The stream is open while there is one.
+
+    Args:
+        open_client: Returns a new client of the endpoint.
+    """
+
+    def __init__(self, open_client: Callable[[], httpx.AsyncClient]) -> None:
+        self._open_client = open_client
+        self._waits: dict[UUID, list[_Wait]] = {}
+        self._opening = asyncio.Lock()
+        self._reads = asyncio.Semaphore(_READS)
+        self._client: httpx.AsyncClient | None = None
+        self._following: asyncio.Task[None] | None = None
+
+    async def wait_for(
+        self,
+        flow_execution_id: UUID,
+        task_name: str,
+        tag_type: str,
+        tag: str | None,
+        timeout: float | None,
+    ) -> Tag:
+        wait = _Wait(flow_execution_id, task_name, tag_type, tag)
+        self._waits.setdefault(flow_execution_id, []).append(wait)
+        try:
+            async with asyncio.timeout(timeout):
+                client = await self._open(wait)
+                await self._look(client, wait)
+                return await wait.found
+        except TimeoutError:
+            assert timeout is not None
+            raise WaitTimeout(timeout, await self._of_type(wait)) from None
+        finally:
+            self._waits[flow_execution_id].remove(wait)
+            if not self._waits[flow_execution_id]:
+                del self._waits[flow_execution_id]
+            await self._close_if_idle()
+
+    async def _open(self, wait: _Wait) -> httpx.AsyncClient:
+        """Begin the stream at the last event, unless it has begun."""
+        async with self._opening:
+            if self._client is None:
+                client = self._open_client()
+                try:
+                    cursor = await last_cursor(client)
+                except BaseException:
+                    await client.aclose()
+                    raise
+                self._client = client
+                self._following = asyncio.create_task(self._follow(client, cursor))
+            return self._client
+
+    async def _close_if_idle(self) -> None:
+        async with self._opening:
+            if self._waits or self._client is None or self._following is None:
+                return
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+            await self._client.aclose()
+            self._client = self._following = None
+
+    async def _look(self, client: httpx.AsyncClient, wait: _Wait) -> None:
+        """End a wait if its tag is active; while the endpoint can't be used, retry."""
+        while not wait.found.done():
+            try:
+                async with self._reads:
+                    response = await get(client, "/task-tags", wait.query())
+                wait.end(_TAGS.validate_json(response.content))
+                return
+            except (Unavailable, ValidationError) as error:
+                logger.warning("tags can't be read now; retrying: %s", error)
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _of_type(self, wait: _Wait) -> list[Tag] | None:
+        """Return the active tags of the type on the task, if the endpoint can be asked."""
+        try:
+            async with asyncio.timeout(_LAST_LOOK_SECONDS), self._open_client() as client:
+                response = await get(client, "/task-tags", wait.query(any_of_type=True))
+            return _TAGS.validate_json(response.content)
+        except (TaskTagsError, ValidationError, TimeoutError):
+            return None
+
+    async def _follow(self, client: httpx.AsyncClient, cursor: str) -> None:
+        """End waits by the events behind a place; what no event tells is looked at again."""
+        while True:
+            try:
+                async with aclosing(stream_changes(client, cursor, {})) as changes:
+                    async for reached, event in changes:
+                        cursor = reached
+                        if event is not None:
+                            self._receive(event)
+            except RevisionExpired as error:
+                cursor = error.cursor or await last_cursor(client)
+                waits = [wait for some in self._waits.values() for wait in some]
+                await asyncio.gather(*(self._look(client, wait) for wait in waits))
+            except Unavailable:
+                await asyncio.sleep(_RETRY_SECONDS)
+            except TaskTagsError as error:
+                for wait in (wait for some in self._waits.values() for wait in some):
+                    if not wait.found.done():
+                        wait.found.set_exception(error)
+                return
+
+    def _receive(self, event: ChangeEvent) -> None:
+        waits = self._waits.get(event.flow_execution_id)
+        if not waits:
+            return
+        added = {each.tag.id: each.tag for each in event.changes if _is(each, "added")}
+        for each in event.changes:
+            if _is(each, "removed"):
+                added.pop(each.tag.id, None)
+        for wait in waits:
+            wait.end(added.values())
+
+
+def _is(change: object, kind: str) -> TypeGuard[Change]:
+    return isinstance(change, Change) and change.change == kind
