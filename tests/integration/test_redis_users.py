@@ -13,8 +13,8 @@ import pytest
 from redis.exceptions import NoPermissionError
 
 from producers.client import TagProducer
-from producers.contract.channels import dead_letters_key, inbox_key, results_channel
-from producers.contract.messages import register_execution
+from producers.contract.channels import dead_letters_key, inbox_key, position_key, results_channel
+from producers.contract.messages import TagBatch, add, register_execution
 from producers.contract.results import ResultRecord
 from producers.errors import Unavailable
 from producers.redis_client import open_redis
@@ -119,8 +119,28 @@ def test_a_subscriber_can_only_listen(
         producer.enqueue(message)
         thread.join(20)
         assert [record.batch_id for record in received] == [message.batch_id]
+
     with open_redis(url) as client:
         confined: Any = client
         for command in (("XLEN", inbox_key(organization)), ("LPUSH", "task-tags", "x")):
             with pytest.raises(NoPermissionError):
                 confined.execute_command(*command)
+
+
+def test_the_position_can_be_read(
+    urls: dict[str, str], organization: UUID, producer: TagProducer
+) -> None:
+    """By the endpoint for all organizations, by a subscriber for its own; neither may write it."""
+    execution = uuid4()
+    producer.apply(register_execution(execution))
+    producer.apply(TagBatch(tags=[add(execution, "task", "type", "tag")]))
+    key = position_key(organization)
+    with open_redis(urls["endpoint"]) as endpoint, open_redis(urls["subscriber"]) as subscriber:
+        found = subscriber.get(key)
+        assert found is not None
+        assert endpoint.mget([key, position_key(uuid4())]) == [found, None]
+        with pytest.raises(NoPermissionError):
+            subscriber.get(position_key(uuid4()))
+        for client in (subscriber, endpoint):
+            with pytest.raises(NoPermissionError):
+                client.set(key, "9-abc")

@@ -2,8 +2,8 @@
 
 python -m tests.load.watchers [--clients 1000] [--executions 10] [--seconds 20] [--rate 10]
 [--connects 10000]. Prints a table; exit code 1 if a client missed a revision or got one twice or
-out of order, if an execution was subscribed to more than once, if a slow client was not closed with
-its code or cost much memory, or if something stayed behind.
+out of order, if the organization was subscribed to more than once, if a slow client was not closed
+with its code or cost much memory, or if something stayed behind.
 
 The clients are in a separate process, so that the endpoint has a core. Times are of one clock.
 """
@@ -36,7 +36,7 @@ from uuid import UUID, uuid4
 import uvloop
 
 from producers.client import TagProducer
-from producers.contract.channels import changes_channel
+from producers.contract.channels import positions_channel
 from producers.contract.messages import TagBatch, add, register_execution
 from producers.redis_client import open_redis
 from tests.support.memory import max_resident, resident
@@ -418,10 +418,10 @@ class Run:
         return id
 
     def channels(self) -> dict[str, int]:
-        """Return the channels of change events that have subscribers, and how many each has."""
-        pattern = changes_channel(self.stack.organization_id, UUID(int=0)).rpartition(":")[0]
-        names = self.redis.pubsub_channels(f"{pattern}:*")
-        return {name.decode(): count for name, count in self.redis.pubsub_numsub(*names)}
+        """Return the channels that announce changes and have subscribers, and how many of them."""
+        channel = positions_channel(self.stack.organization_id)
+        found = self.redis.pubsub_numsub(channel)
+        return {name.decode(): count for name, count in found if count}
 
     def all_left(self) -> bool:
         return not self.channels()
@@ -449,7 +449,7 @@ def under_load(run: Run, executions: list[UUID], seconds: float, rate: float) ->
     process = Process(run.stack)
     before = process.megabytes
     connected = run.ask("open", executions, run.clients)
-    count_subscriptions(run, min(len(executions), run.clients))
+    count_subscriptions(run)
     with_all, used = process.megabytes, process.processor_seconds
     begin = time.monotonic()
     sent = send(run, executions, seconds, rate)
@@ -471,7 +471,7 @@ def under_load(run: Run, executions: list[UUID], seconds: float, rate: float) ->
     duration = max(at for at, _ in times) - begin
     run.rows += [
         (f"{run.clients:,} clients connect, until each watches", f"{connected:.1f} s"),
-        (f"Redis subscriptions for {len(executions)} executions", f"{run.subscriptions}"),
+        ("Redis subscriptions", f"{run.subscriptions}"),
         (
             f"{rate:g} changes a second: from enqueue to a client, p50 / p95 / p99 / slowest",
             f"{' / '.join(f'{each:.0f}' for each in (*figures, slowest))} ms",
@@ -489,17 +489,13 @@ def under_load(run: Run, executions: list[UUID], seconds: float, rate: float) ->
     return figures
 
 
-def count_subscriptions(run: Run, watched: int) -> None:
-    """One for each execution that is watched, however many watch it."""
+def count_subscriptions(run: Run) -> None:
+    """One for the organization, however many watch its executions."""
     with suppress(AssertionError):
-        eventually(lambda: len(run.channels()) >= watched, 2)
-    channels = run.channels()
-    run.subscriptions = sum(channels.values())
-    if sorted(channels.values()) != [1] * watched:
-        run.faults.append(
-            f"{watched} executions have {len(channels)} channels "
-            f"and {run.subscriptions} subscriptions"
-        )
+        eventually(run.channels, 2)
+    run.subscriptions = sum(run.channels().values())
+    if run.subscriptions != 1:
+        run.faults.append(f"the organization has {run.subscriptions} subscriptions")
 
 
 def send(run: Run, executions: list[UUID], seconds: float, rate: float) -> list[list[float]]:
