@@ -20,6 +20,7 @@ import pytest
 from redis import Redis
 
 from producers.client import TagProducer
+from producers.contract.cursors import Cursor, microseconds
 from producers.contract.messages import (
     Message,
     TagBatch,
@@ -29,9 +30,12 @@ from producers.contract.messages import (
     set_task_state,
     when,
 )
+from producers.contract.results import ChangeEvent
 from producers.errors import BadRequest
+from tests.support.database import own_database
 from tests.support.processes import await_line, settings_of, started
 from tests.support.servers import Servers
+from worker.db.migrate import migrate
 
 REPOSITORY = Path(__file__).parents[2]
 BEFORE = "4969d9292b92ccc262062f0a3b5c38374f277faa"
@@ -69,7 +73,10 @@ def worker(servers: Servers, redis_url: str, log: Path, code: Path | None = None
 def test_an_older_worker_refuses_what_it_does_not_know(
     servers: Servers, redis_url: str, organization: UUID, token: str, older: Path, tmp_path: Path
 ) -> None:
-    """And changes nothing; the same batch takes effect once the worker knows it."""
+    """And changes nothing; the same batch takes effect once the worker knows it.
+
+    What the older one stored has its place in the organization's feed behind the migration.
+    """
     execution = uuid4()
     pending = set_tag(execution, "task", "status", "pending")
     label = add(execution, "task", "label", "x")
@@ -79,21 +86,52 @@ def test_an_older_worker_refuses_what_it_does_not_know(
         conditional,
         set_task_state(execution, "task", "running", clear=["label"]),
     ]
-    with TagProducer(redis_url=redis_url, organization_id=organization, token=token) as producer:
-        with worker(servers, redis_url, tmp_path / "older.log", older):
+    producing = TagProducer(redis_url=redis_url, organization_id=organization, token=token)
+    with own_database(servers, "upgraded") as own, producing as producer:
+        migrate_with(older, own.owner_url)
+        with worker(own, redis_url, tmp_path / "older.log", older):
             producer.apply(register_execution(execution))
             for message in unknown:
                 with pytest.raises(BadRequest):
                     producer.apply(message)
-            producer.apply(TagBatch(tags=[add(execution, "task", "status", "old")]))
-        with servers.owner() as owner:
-            tags = owner.execute(
-                "select tag from task_tags where flow_execution_id = %s", [execution]
-            )
-            assert tags.fetchall() == [("old",)]
-        with worker(servers, redis_url, tmp_path / "newer.log"):
+            for tag in ("older", "old"):
+                producer.apply(TagBatch(tags=[add(execution, "task", "status", tag, 1e300)]))
+        with own.owner() as owner:
+            tags = owner.execute("select tag from task_tags order by created_at")
+            assert tags.fetchall() == [("older",), ("old",)]
+        migrate(own.owner_url, {})
+        with worker(own, redis_url, tmp_path / "newer.log"):
             statuses = [producer.apply(message).statuses for message in unknown]
             assert statuses == [["replaced"], ["added"], ["recorded"]]
+        with own.owner() as owner:
+            rows = owner.execute(
+                "select event::text, changed_at, position from tag_changes order by position"
+            ).fetchall()
+            heads = owner.execute(
+                "select o.position, o.changed_at, e.revision, e.changed_at "
+                "from organizations o join flow_executions e using (organization_id)"
+            ).fetchall()
+    events = [ChangeEvent.decode(text) for text, _, _ in rows]
+    assert [(event.position, event.revision) for event in events] == [(n, n) for n in range(1, 6)]
+    for (_, changed_at, position), event in zip(rows, events, strict=True):
+        assert event.cursor == str(Cursor(position, microseconds(changed_at)))
+    assert heads == [(5, rows[-1][1], 5, rows[-1][1])]
+    assert "1e+300" in rows[0][0] or "1e300" in rows[0][0]
+
+
+def migrate_with(code: Path, owner_url: str) -> None:
+    """Bring a database to the schema of another version."""
+    subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import sys; from worker.db.migrate import migrate; migrate(sys.argv[1], {})",
+            owner_url,
+        ],
+        env={**os.environ, "PYTHONPATH": str(code)},
+        cwd="/",
+        check=True,
+        timeout=60,
+    )
 
 
 OLDER_CLIENT = """

@@ -20,6 +20,7 @@ from rich.console import Console
 from producers.client import TagProducer
 from producers.console import change_lines, result_line, tag_table
 from producers.contract.channels import changes_channel, results_channel
+from producers.contract.cursors import Cursor
 from producers.contract.results import Change, ChangeEvent, ResultRecord
 from producers.endpoint import client_options
 from producers.redis_client import open_redis
@@ -160,7 +161,7 @@ class Demo:
                 response = client.get("/task-tags", params={"flow_execution_id": str(execution)})
                 if response.status_code != 200:
                     continue  # the sample uses an execution that is not registered
-                revision = int(response.headers["etag"].strip('"'))
+                revision = Cursor.parse(response.headers["etag"].strip('"')).number
                 _console.print(f"\ntags of {execution}, revision {revision}")
                 _console.print(tag_table(response.json()))
                 tags += response.json()
