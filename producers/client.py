@@ -81,13 +81,19 @@ class TagProducer:
         return BatchBuilder(self.enqueue, self.apply, batch_id)
 
     def register(
-        self, flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
+        self,
+        flow_execution_id: UUID | str,
+        task_names: Sequence[str] | None = None,
+        flow_id: str | None = None,
     ) -> UUID:
         """Enqueue the registration of a flow execution; None allows every task name.
 
         Returns the batch id. The inbox is ordered, so batches for the execution may follow at once.
+
+        Args:
+            flow_id: The flow that is executed; it is given in the first registration or never.
         """
-        return self.enqueue(register_execution(flow_execution_id, task_names))
+        return self.enqueue(register_execution(flow_execution_id, task_names, flow_id))
 
     def set_task_state(
         self,
@@ -277,10 +283,13 @@ class AsyncTagProducer:
         return BatchBuilder(self.enqueue, self.apply, batch_id)
 
     async def register(
-        self, flow_execution_id: UUID | str, task_names: Sequence[str] | None = None
+        self,
+        flow_execution_id: UUID | str,
+        task_names: Sequence[str] | None = None,
+        flow_id: str | None = None,
     ) -> UUID:
         """As TagProducer's."""
-        return await self.enqueue(register_execution(flow_execution_id, task_names))
+        return await self.enqueue(register_execution(flow_execution_id, task_names, flow_id))
 
     async def set_task_state(
         self,

@@ -1107,3 +1107,18 @@ def test_an_endpoint_that_is_told_to_end_answers_first(
         assert statuses(future.result()) == ["added"]
     quiet_endpoint.process.wait(10)
     assert "Traceback" not in quiet_endpoint.log
+
+
+def test_an_execution_keeps_the_flow_of_its_first_registration(http: httpx.Client) -> None:
+    """Without one, a later registration does not compare it; another one is a conflict."""
+    path = f"/flow-executions/{uuid4()}"
+    assert http.put(path, json={"flow_id": "import", "task_names": ["a"]}).status_code == 201
+    assert http.put(path, json={"task_names": ["b"]}).json() == {"status": "already_exists"}
+    assert http.put(path, json={"flow_id": "import"}).json() == {"status": "already_exists"}
+    refused = http.put(path, json={"flow_id": "export"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
+    assert refused.json()["error"]["details"][0]["field"] == "flow_id"
+    path = f"/flow-executions/{uuid4()}"
+    assert http.put(path, json={}).status_code == 201
+    assert http.put(path, json={"flow_id": "import"}).status_code == 409
+    assert http.put(path, json={"flow_id": ""}).status_code == 400

@@ -39,7 +39,7 @@ from producers.contract.results import (
     Registration,
     ResultRecord,
 )
-from producers.contract.values import TagType, TaskName, uuid7
+from producers.contract.values import FlowId, TagType, TaskName, uuid7
 from producers.enqueuer import Enqueuer
 from producers.errors import Unavailable
 from producers.pubsub import Listener, PubSubMultiplexer, wait_at_most
@@ -292,11 +292,12 @@ class TagsBody(BaseModel):
 
 
 class RegistrationBody(BaseModel):
-    """The task names to register; null allows every task name."""
+    """The task names to register (null allows every task name), and the flow that is executed."""
 
     model_config = ConfigDict(extra="forbid")
 
     task_names: Annotated[list[TaskName], Field(max_length=MAX_TASK_NAMES)] | None = None
+    flow_id: FlowId | None = None
 
 
 class StateBody(BaseModel):
