@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.faults.check import Verdict, check, check_watched
+from tests.faults.check import Verdict, check, check_feed, check_watched
 from tests.faults.harness import Harness, run_harness, settle, start_runners, stop
 from tests.faults.history import history
 from tests.faults.injections import INJECTIONS, inject
@@ -124,6 +124,7 @@ def compare(harness: Harness, verdict: Verdict) -> int:
                 verdict,
             )
             check_watched(connection, organization.id, organization.watched, verdict)
+            check_feed(connection, organization.id, organization.followed, verdict)
     return batches
 
 

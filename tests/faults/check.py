@@ -169,14 +169,14 @@ def _check_changes(
     connection: psycopg.Connection, organization: UUID, model: Model, verdict: Verdict
 ) -> None:
     events = connection.execute(
-        "select flow_execution_id, revision, event from tag_changes where organization_id = %s "
-        "order by flow_execution_id, revision",
+        "select flow_execution_id, revision, event, position from tag_changes "
+        "where organization_id = %s order by position",
         [organization],
     ).fetchall()
     revisions: dict[UUID, list[int]] = defaultdict(list)
     replayed: set[str] = set()
     states: dict[tuple[UUID, str], str] = {}
-    for execution, revision, event in events:
+    for execution, revision, event, _ in events:
         revisions[execution].append(revision)
         for change in event["changes"]:
             if change["change"] == "state":
@@ -187,6 +187,8 @@ def _check_changes(
                 verdict.add("gaps", f"{execution} #{revision} removes what was not there")
             else:
                 replayed.remove(change["tag"]["id"])
+    if [(row[3], row[0]) for row in events] != list(enumerate(model.positions, 1)):
+        verdict.add("gaps", f"{len(events)} positions are not the model's {len(model.positions)}")
     for execution, found in revisions.items():
         if found != list(range(1, model.revisions.get(execution, 0) + 1)):
             verdict.add("gaps", f"{execution} has {len(found)} revisions up to {found[-1]}")
@@ -230,8 +232,59 @@ def check_watched(
             verdict.add("gaps", f"a watcher of {execution} has {len(received)} of {row[0]} events")
 
 
+def check_feed(
+    connection: psycopg.Connection,
+    organization: UUID,
+    followed: dict[str, list[Any]],
+    verdict: Verdict,
+) -> None:
+    """A reader of all events has each position once; those of a filter rebuild its tags."""
+    row = connection.execute(
+        "select position from organizations where organization_id = %s", [organization]
+    ).fetchone()
+    assert row is not None
+    (last,) = row
+    for tag, events in followed.items():
+        found = connection.execute(
+            "select id::text from task_tags where organization_id = %s and status = 'active' "
+            "and (tag = %s or %s = '')",
+            [organization, tag, tag],
+        ).fetchall()
+        _check_reader(tag, events, last, {id for (id,) in found}, verdict)
+
+
+def _check_reader(
+    tag: str, events: list[Any], last: int, active: set[str], verdict: Verdict
+) -> None:
+    def positions() -> list[int]:
+        return [event["position"] for event in events]
+
+    def is_done() -> bool:
+        return _rebuilt(events) == active and (bool(tag) or _reached(positions(), last))
+
+    with suppress(AssertionError):
+        eventually(is_done, 30)
+    if not tag and positions() != list(range(1, last + 1)):
+        verdict.add("gaps", f"a reader of the feed has {len(events)} of {last} events")
+    if positions() != sorted(set(positions())):
+        verdict.add("gaps", f"a reader of {tag or 'all'} has events twice or out of order")
+    if _rebuilt(events) != active:
+        verdict.add("gaps", f"the feed of {tag or 'all'} does not rebuild the active tags")
+
+
+def _rebuilt(events: list[Any]) -> set[str]:
+    """Return the ids of the tags that are active after these events."""
+    active: set[str] = set()
+    for change in (change for event in events for change in event["changes"]):
+        if change["change"] == "added":
+            active.add(change["tag"]["id"])
+        elif change["change"] == "removed":
+            active.discard(change["tag"]["id"])
+    return active
+
+
 def _reached(revisions: list[int], last: int) -> bool:
     return bool(revisions) and revisions[-1] >= last
 
 
-__all__ = ["Message", "Sent", "TagBatch", "Verdict", "check", "check_watched"]
+__all__ = ["Message", "Sent", "TagBatch", "Verdict", "check", "check_feed", "check_watched"]

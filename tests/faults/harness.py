@@ -72,6 +72,8 @@ class FaultOrganization:
     """Batches that were in the inbox at a FLUSHALL."""
     watched: dict[UUID, list[int]] = field(default_factory=dict)
     """The revisions that a watcher of the endpoint received, by execution."""
+    followed: dict[str, list[Any]] = field(default_factory=dict)
+    """The events that readers of the organization's feed received, by their filter for tags."""
 
     def sent(self) -> list[Sent]:
         registered = {message.batch_id for message in self.registrations}
@@ -231,6 +233,27 @@ class Harness:
                             return
             time.sleep(0.2)
 
+    def follow(self, organization: FaultOrganization, tag: str) -> None:
+        """Read the organization's feed by Server-Sent Events, for as long as the world lives."""
+        events = organization.followed.setdefault(tag, [])
+        headers = {"Authorization": f"Bearer {organization.token}"}
+        query, after, id = {"tag": tag} if tag else {}, "0", "0"
+        while not self.stop.is_set():
+            with suppress(httpx.HTTPError), httpx.Client(timeout=2) as client:
+                url = f"{self.endpoint_url}/changes/events"
+                parameters = {**query, "after": after}
+                with client.stream("GET", url, params=parameters, headers=headers) as response:
+                    for line in response.iter_lines():
+                        if line.startswith("id: "):
+                            id = line[4:]
+                        elif line.startswith("data: "):
+                            after = id
+                            if '"position":' in line:
+                                events.append(json.loads(line[6:]))
+                        if self.stop.is_set():
+                            return
+            time.sleep(0.2)
+
     def producer(self, organization: FaultOrganization) -> TagProducer:
         return TagProducer(
             redis_url=self.redis_url,
@@ -331,6 +354,8 @@ def run_harness(directory: Path, seed: int, plant: str) -> Iterator[Harness]:
         threads = [threading.Thread(target=harness.listen)]
         for each in harness.organizations:
             threads.append(threading.Thread(target=harness.watch, args=(each,)))
+            for tag in ("", "a"):
+                threads.append(threading.Thread(target=harness.follow, args=(each, tag)))
         for thread in threads:
             thread.start()
         try:

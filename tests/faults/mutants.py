@@ -19,6 +19,7 @@ from uuid import UUID
 
 import worker.db.statements
 import worker.drain.path
+from producers.contract.cursors import Cursor
 from producers.inbox.protocol import Acquired, Inbox, StreamEntry
 from worker.celery import app
 from worker.db.repository import Repository, Transaction
@@ -168,6 +169,13 @@ def _skip_revisions(self: BatchProcessor, *arguments: Any) -> dict[UUID, int]:
     return revisions
 
 
+def _skip_positions(self: BatchProcessor, *arguments: Any) -> dict[UUID, int]:
+    revisions: dict[UUID, int] = _advance(self, *arguments)
+    number, time = self.snapshot.head
+    self.snapshot.head = Cursor(number + (number % 50 == 49), time)
+    return revisions
+
+
 def _publish_no_result(
     self: Inbox, run_id: str, entries: Any, publications: Any, *rest: Any, **bounds: Any
 ) -> list[StreamEntry]:
@@ -179,6 +187,7 @@ def _publish_no_result(
 
 _plants: dict[str, Callable[[], Any]] = {
     "apply_backwards": lambda: setattr(Drain, "_process", _apply_backwards),
+    "skip_positions": lambda: setattr(BatchProcessor, "_advance", _skip_positions),
     "skip_revisions": lambda: setattr(BatchProcessor, "_advance", _skip_revisions),
     "publish_no_result": lambda: setattr(Inbox, "ack_and_publish", _publish_no_result),
     "remove_before_commit": lambda: setattr(Drain, "_process", _ack_before_commit),

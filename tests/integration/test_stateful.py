@@ -427,6 +427,8 @@ class Machine(RuleBasedStateMachine):
                     if isinstance(change, Change):
                         (left.add if change.change == "added" else left.remove)(change.tag.id)
         assert len(rows) == sum(self.model.revisions.values())
+        feed = self.select("position, flow_execution_id from tag_changes order by position")
+        assert feed == list(enumerate(self.model.positions, 1))
         return left
 
     def check_tags(self, replayed: set[UUID]) -> None:

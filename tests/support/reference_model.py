@@ -18,6 +18,8 @@ class ReferenceModel:
     rows: list[dict[str, Any]] = field(default_factory=list)
     answers: dict[UUID, tuple[str, Any]] = field(default_factory=dict)
     revisions: dict[UUID, int] = field(default_factory=dict)
+    positions: list[UUID] = field(default_factory=list)
+    """The executions of the organization's change events, in their order."""
     states: dict[tuple[UUID, str], str] = field(default_factory=dict)
     added: int = 0
     """How often a row was added."""
@@ -65,7 +67,7 @@ class ReferenceModel:
         if self.states.get((execution, asked["task_name"])) == asked["state"] and not cleared:
             return ["unchanged"]
         self.states[execution, asked["task_name"]] = asked["state"]
-        self.revisions[execution] = self.revisions.get(execution, 0) + 1
+        self.change(execution)
         return ["recorded"]
 
     def tag(self, asked: dict[str, Any]) -> Any:
@@ -74,17 +76,21 @@ class ReferenceModel:
             return "not_found"
         if not all(map(self.holds, conditions)):
             return "precondition_failed"
-        changed: set[UUID] = set()
+        changed: dict[UUID, None] = {}
         answer = []
         for operation in asked["tags"]:
             do = {"add": self.add, "remove": self.drop, "set": self.set}[operation["operation"]]
             status = do(operation)
             answer.append(status)
             if status in ("added", "removed", "replaced"):
-                changed.add(UUID(operation["flow_execution_id"]))
+                changed[UUID(operation["flow_execution_id"])] = None
         for execution in changed:
-            self.revisions[execution] = self.revisions.get(execution, 0) + 1
+            self.change(execution)
         return answer
+
+    def change(self, execution: UUID) -> None:
+        self.revisions[execution] = self.revisions.get(execution, 0) + 1
+        self.positions.append(execution)
 
     def matching(self, operation: dict[str, Any]) -> list[dict[str, Any]]:
         parts = ("flow_execution_id", "task_name", "tag_type", "tag")
