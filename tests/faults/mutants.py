@@ -33,6 +33,7 @@ PLANTS = {
     "publish_before_commit": ("lost", "die before commit|kill worker"),
     "no_batch_id_check": ("doubled", ""),
     "apply_backwards": ("reordered", ""),
+    "skip_positions": ("gaps", ""),
     "skip_revisions": ("gaps", ""),
     "publish_no_result": ("missing_results", ""),
     "release_blindly": ("stuck", ""),
