@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from producers.contract.results import (
         Change, ChangeEvent, OperationResult, ResultRecord, StateChange, Tag, Task,
-        UnknownChange
+        TaskExecution, UnknownChange
     )
     from producers.contract.values import batch_id_for
     from producers.errors import (
@@ -32,25 +32,27 @@ if TYPE_CHECKING:
         TaskTagsError, TokenExpired, TooLarge, Unauthorized, Unavailable, WaitTimeout
     )
     from producers.subscriber import Subscriber
+    from producers.tag_reader import AsyncTagReader, TagReader
 
 __all__ = [
-    "ANY_METADATA", "AsyncTagProducer", "BadRequest", "BatchBuilder", "BatchIdInUse",
-    "BatchRefused", "Change", "ChangeEvent", "ChangesRefused", "Condition", "ConfigurationError",
-    "Conflict", "ErrorDetail", "ErrorInfo", "Forbidden", "FoundTag", "InboxFull", "InternalError",
-    "InvalidMessage", "Message", "NotFound", "OperationResult", "PreconditionFailed",
-    "ProducerClosed", "RedisOutOfMemory", "RegisterExecution", "ResultRecord", "ResultTimeout",
-    "RevisionExpired", "SetTaskState", "StateChange", "Subscriber", "Tag", "TagBatch",
-    "TagOperation", "TagProducer", "Task", "TaskTagsError", "TokenExpired", "TooLarge",
-    "Unauthorized", "Unavailable", "UnknownChange", "WaitTimeout", "add", "batch_id_for", "claim",
-    "decide", "parse_message", "register_execution", "release", "remove", "set_tag",
-    "set_task_state", "split_batches", "unless", "when",
+    "ANY_METADATA", "AsyncTagProducer", "AsyncTagReader", "BadRequest", "BatchBuilder",
+    "BatchIdInUse", "BatchRefused", "Change", "ChangeEvent", "ChangesRefused", "Condition",
+    "ConfigurationError", "Conflict", "ErrorDetail", "ErrorInfo", "Forbidden", "FoundTag",
+    "InboxFull", "InternalError", "InvalidMessage", "Message", "NotFound", "OperationResult",
+    "PreconditionFailed", "ProducerClosed", "RedisOutOfMemory", "RegisterExecution", "ResultRecord",
+    "ResultTimeout", "RevisionExpired", "SetTaskState", "StateChange", "Subscriber", "Tag",
+    "TagBatch", "TagOperation", "TagProducer", "TagReader", "Task", "TaskExecution",
+    "TaskTagsError", "TokenExpired", "TooLarge", "Unauthorized", "Unavailable", "UnknownChange",
+    "WaitTimeout", "add", "batch_id_for", "claim", "decide", "parse_message",
+    "register_execution", "release", "remove", "set_tag", "set_task_state", "split_batches",
+    "unless", "when",
 ]
 # fmt: on
 
 _MODULES = (
     *("contract.values", "contract.errors", "contract.messages", "contract.encoding"),
     *("contract.results", "errors"),
-    *("client", "subscriber"),
+    *("client", "subscriber", "tag_reader"),
 )
 
 

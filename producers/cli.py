@@ -1,4 +1,4 @@
-"""The command `task-tags`: enqueue messages, read tags, watch changes and results, print schemas.
+"""The command `task-tags`: enqueue messages, find tasks, list tags, watch, print schemas.
 
 Exit codes: 0 done; 1 a batch or a request was refused; 2 wrong input or settings; 3 Redis or the
 endpoint can't be used; 4 the inbox is full (with --block: at the end of that time); 5 no result in
@@ -12,22 +12,26 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
-from typing import Annotated, Any, Final
+from itertools import islice
+from typing import Annotated, Any, Final, cast
 from uuid import UUID
 
 import httpx
 import typer
+from pydantic_core import to_json
 
 from producers import console
 from producers.batch_file import Batch, CheckedBatches, WrongInput, read_unchecked
 from producers.client import MAX_TIMEOUT_SECONDS, TagProducer
 from producers.contract.encoding import parse_message
+from producers.contract.messages import TaskState
 from producers.contract.results import ResultRecord
 from producers.contract.schemas import asyncapi_document, json_schemas
+from producers.contract.selectors import Selector
 from producers.endpoint import client_options, error_summary
 from producers.errors import (
     ConfigurationError,
@@ -38,6 +42,7 @@ from producers.errors import (
 )
 from producers.settings import load_settings
 from producers.subscriber import Subscriber
+from producers.tag_reader import TagReader
 
 REFUSED: Final = 1
 WRONG: Final = 2
@@ -51,7 +56,7 @@ _PIECE_BYTES: Final = 1024 * 1024
 _AHEAD_BYTES: Final = 8 * _PIECE_BYTES
 
 app = typer.Typer(
-    help="Enqueue tag batches, read tags, and watch changes and results.",
+    help="Enqueue tag batches, find tasks, read tags, and watch changes and results.",
     epilog="Settings: TASK_TAGS_REDIS_URL, TASK_TAGS_ENDPOINT_URL, TASK_TAGS_ORGANIZATION_ID, "
     "TASK_TAGS_TOKEN. Exit codes: 0 done; 1 a batch or a request was refused; "
     "2 wrong input or settings; 3 Redis or the endpoint can't be used; 4 the inbox is full; "
@@ -179,6 +184,56 @@ def _read_tags(execution: UUID, query: dict[str, str], timeout: float = 10) -> h
     options = client_options(settings.endpoint_url, lambda: token) | {"timeout": timeout}
     with httpx.Client(**options) as client:
         return client.get("/task-tags", params={"flow_execution_id": str(execution), **query})
+
+
+@app.command()
+def find(
+    with_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="TYPE:TAG",
+            help="Only tasks that have this tag, the longest waiting first; may be repeated, then "
+            "also TYPE for any tag of the type.",
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TYPE[:TAG]", help="Only tasks without this tag; may be repeated."),
+    ] = None,
+    task_name: Annotated[str | None, typer.Option(help="Only tasks of this name.")] = None,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STATE", help="Only tasks in this state; may be repeated."),
+    ] = None,
+    flow_id: Annotated[str | None, typer.Option(help="Only tasks of this flow.")] = None,
+    execution: Annotated[
+        UUID | None, typer.Option(help="Only tasks of this flow execution.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="The most tasks to print.")] = 100,
+    as_json: console.AsJson = False,
+) -> None:
+    """Read the tasks of all executions that have a tag, or those of one execution.
+
+    In TYPE, a backslash is before : and \\.
+    """
+    try:
+        pairs = [[Selector.parse(each) for each in some or ()] for some in (with_, without)]
+    except ValueError as error:
+        console.fail(WRONG, f"--with or --without: {error}")
+    with TagReader() as reader:
+        found = reader.work_list(
+            *pairs,
+            task_name=task_name,
+            state=cast(Sequence[TaskState], state or ()),
+            flow_id=flow_id,
+            flow_execution_id=execution,
+        )
+        tasks = list(islice(found, limit + 1))
+    table = console.task_table(tasks[:limit]) if tasks else "no such tasks"
+    console.show(table, (to_json(task).decode() for task in tasks[:limit]), as_json)
+    if len(tasks) > limit:
+        console.err.print(f"the first {limit} tasks; use --limit for more")
 
 
 @app.command()

@@ -23,7 +23,14 @@ from rich.progress import track
 from rich.table import Table
 
 from producers.contract.errors import describe
-from producers.contract.results import Change, ChangeEvent, ResultRecord, StateChange, UnknownChange
+from producers.contract.results import (
+    Change,
+    ChangeEvent,
+    ResultRecord,
+    StateChange,
+    TaskExecution,
+    UnknownChange,
+)
 
 Item = TypeVar("Item")
 
@@ -33,8 +40,8 @@ OUTPUT_FAILED: Final = 6
 """The exit code of both commands when standard output can't be written."""
 _ESCAPED: Final = "task-tags-escaped"
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
@@ -226,6 +233,37 @@ class _TagTable:
         for row in rows:
             table.add_row(*map(escape, row))
         yield table
+
+
+def task_table(tasks: Sequence[TaskExecution]) -> RenderableType:
+    """Return the tasks of a work list as a table that cuts nothing; elsewhere each is one line."""
+    return _TaskTable(tasks)
+
+
+@dataclass(frozen=True)
+class _TaskTable:
+    tasks: Sequence[TaskExecution]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        headers = ["flow", "execution", "task", "state", "waiting since", "tags"]
+        rows = [_task_cells(task) for task in self.tasks]
+        widths = [max(map(cell_len, column)) for column in zip(headers, *rows, strict=True)]
+        natural = sum(widths) + 2 * (len(widths) - 1)
+        narrow = console.is_terminal and natural > options.max_width
+        table = Table(box=None, pad_edge=False, width=options.max_width if narrow else natural)
+        for header, width in zip(headers, widths, strict=True):
+            table.add_column(header, width=None if narrow else width, overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        yield table
+
+
+def _task_cells(task: TaskExecution) -> list[str]:
+    since = "" if task.waiting_since is None else f"{task.waiting_since:%Y-%m-%dT%H:%M:%SZ}"
+    tags = ", ".join(f"{tag.tag_type}: {tag.tag}" for tag in task.tags)
+    more = "" if task.tags_next is None else ", …"
+    texts = (task.flow_id or "", str(task.flow_execution_id), task.task_name, task.state or "")
+    return [*map(_printable, texts), since, _printable(tags) + more]
 
 
 def _cells(tag: dict[str, Any]) -> list[str]:

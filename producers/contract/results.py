@@ -125,6 +125,25 @@ class Task:
 
 
 @dataclass(slots=True)
+class TaskExecution:
+    """A task of a work list, with its state and its oldest 100 tags.
+
+    `waiting_since` is when it got the tag that the first selector names. `tags_next` is None, or
+    the path of its other tags at the endpoint, which `list_tags` reads, too.
+    """
+
+    flow_id: str | None
+    flow_execution_id: UUID
+    task_name: str
+    state: Annotated[TaskState, tolerant(TaskState)] | None
+    state_changed_at: datetime | None
+    state_changed_by: str | None
+    tags: list[Tag]
+    waiting_since: datetime | None
+    tags_next: str | None
+
+
+@dataclass(slots=True)
 class StateChange:
     """A task that has a new state."""
 

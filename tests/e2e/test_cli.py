@@ -17,7 +17,13 @@ import pytest
 
 from producers.client import TagProducer
 from producers.console import escape_terminal
-from producers.contract.messages import TagBatch, add, register_execution
+from producers.contract.messages import (
+    RegisterExecution,
+    TagBatch,
+    add,
+    register_execution,
+    set_task_state,
+)
 from producers.contract.schemas import asyncapi_document
 from producers.errors import NotFound
 from tests.support.commands import environment, run
@@ -320,6 +326,54 @@ def test_a_watch_of_an_unknown_execution_says_so_and_goes_on(
         _, stderr = follower.communicate(timeout=20)
     said = f"{execution} is unknown so far: its changes are printed from now on\n"
     assert (follower.returncode, stderr) == (130, said if url is None else "")
+
+
+def test_tasks_are_found_by_their_tags(
+    servers: Servers, mine: dict[str, str], producer: TagProducer
+) -> None:
+    """As a table for people, as JSON for programs; a limit that hides tasks is told."""
+    execution, name = uuid4(), "größe " * 30
+    pending = [add(execution, each, "review_status", "pending") for each in ("first", name, "last")]
+    sent = lines(
+        RegisterExecution(flow_execution_id=execution, flow_id="invoices"),
+        TagBatch(tags=[*pending, add(execution, "last", "a:b", "c:d")]),
+        set_task_state(execution, "first", "running"),
+    )
+    assert run(servers, "enqueue", "-", "--wait", stdin=sent, **mine).returncode == 0
+
+    found = run(servers, "find", "--with", "review_status:pending", **mine)
+    assert (found.returncode, found.stderr) == (0, "")
+    header, *rows = found.stdout.splitlines()
+    assert header.split() == ["flow", "execution", "task", "state", "waiting", "since", "tags"]
+    assert len(rows) == 3
+    assert f"invoices  {execution}  first" in rows[0]
+    assert name in rows[1]
+    assert "review_status: pending, a:b: c:d" in rows[2]
+
+    def names(*options: str) -> list[str]:
+        done = run(servers, "find", *options, "--json", **mine)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line)["task_name"] for line in done.stdout.splitlines()]
+
+    selected = ("--with", "review_status:pending")
+    assert names(*selected) == ["first", name, "last"]
+    assert names(*selected, "--without", r"a\:b:c:d") == ["first", name]
+    assert names(*selected, "--with", r"a\:b") == ["last"]
+    assert names(*selected, "--state", "running", "--state", "failed") == ["first"]
+    assert names(*selected, "--flow-id", "other") == []
+    assert names("--execution", str(execution), "--task-name", "last") == ["last"]
+    few = run(servers, "find", *selected, "--limit", "2", **mine)
+    assert (len(few.stdout.splitlines()), "the first 2 tasks" in few.stderr) == (3, True)
+    none = run(servers, "find", "--with", "review_status:approved", **mine)
+    assert none.stdout == "no such tasks\n"
+    for options, code in (
+        ((), 1),
+        (("--with", "review_status"), 1),
+        (("--with", ":"), 2),
+        ((*selected, "--state", "x"), 1),
+    ):
+        wrong = run(servers, "find", *options, **mine)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (code, "", 1)
 
 
 def test_a_terminal_is_shown_escapes_and_does_not_obey_them() -> None:

@@ -122,3 +122,22 @@ def test_on_a_phone_the_tasks_come_first_and_no_field_zooms_the_page(
     )
     assert len(sizes) == 6
     assert min(sizes) >= 16
+
+
+def test_a_task_with_more_tags_than_an_answer_shows_is_read_whole(
+    producer: TagProducer, execution: UUID, open_page: Open, token: str
+) -> None:
+    """Its other tags are read page by page, and so are tasks behind the first page."""
+    for start in (0, 100, 200):
+        numbers = range(start, start + 100)
+        applied(producer, *(add(execution, "review", "number", f"{n}") for n in numbers))
+    page = open_page(execution, token)
+    expect(page.get_by_text("301 tags")).to_be_visible()
+    applied(producer, add(execution, "review", "number", "new"))
+    expect(page.get_by_text("302 tags")).to_be_visible()
+    expect(tags_of(page, "review").last).to_contain_text("number: new")
+
+    many = uuid4()
+    producer.register(many, [f"task-{number:04}" for number in range(1_002)])
+    page = open_page(many, token)
+    expect(page.get_by_text("1,002 tasks")).to_be_visible()

@@ -26,6 +26,8 @@ from tests.support.api_errors import error_of
 from tests.support.etag import revision_of
 from tests.support.servers import Servers
 from tests.support.tenant import applied
+from worker.api.page_tokens import page_token
+from worker.api.params import TagsQuery
 from worker.auth import EXECUTIONS_WRITE, WRITE
 from worker.db.repository import Repository
 
@@ -70,9 +72,12 @@ def tags(http: httpx.Client, execution: UUID, **query: Any) -> list[dict[str, An
 
 
 def tasks(http: httpx.Client, execution: UUID, **query: Any) -> list[dict[str, Any]]:
-    response = read(http, "/task-executions", execution, **query)
+    """Return the tasks of an execution that fit on one page."""
+    response = read(http, "/task-executions", execution, limit=1000, **query)
     assert response.status_code == 200, response.text
-    found: list[dict[str, Any]] = response.json()
+    answer = response.json()
+    assert answer["next_page"] is None
+    found: list[dict[str, Any]] = answer["task_executions"]
     return found
 
 
@@ -110,6 +115,7 @@ def test_a_task_is_there_if_it_is_registered_tagged_or_has_a_state(
     found = {task["task_name"]: task for task in tasks(http, execution)}
     assert list(found) == names
     nothing = dict.fromkeys(("state", "state_changed_at", "state_changed_by"))
+    nothing |= dict.fromkeys(("flow_id", "waiting_since", "tags_next"))
     assert found["registered"] == {
         "flow_execution_id": str(execution),
         "task_name": "registered",
@@ -118,10 +124,8 @@ def test_a_task_is_there_if_it_is_registered_tagged_or_has_a_state(
     }
     assert {**found["tagged"], "tags": []} == {**found["registered"], "task_name": "tagged"}
     events = read(http, "/task-tags/changes", execution).json()
-    assert {**found["with a state"], "tags": None} == {
-        **events[-1]["changes"][0]["task"],
-        "tags": None,
-    }
+    recorded = events[-1]["changes"][0]["task"]
+    assert recorded.items() <= found["with a state"].items()
     assert (found["with both"]["state"], found["with a state"]["state"]) == ("running", "failed")
     assert found["with both"]["state_changed_by"] == "ada"
     assert found["with both"]["state_changed_at"] == events[-2]["changed_at"]
@@ -158,33 +162,47 @@ def test_a_task_goes_with_its_last_tag_unless_it_is_registered_or_has_a_state(
     assert named(tasks(http, registered), "task_name") == ["task"]
 
 
-def test_tasks_are_in_the_order_of_code_points(http: httpx.Client, apply: Apply) -> None:
-    """Wherever their names come from."""
+def test_registered_tasks_are_in_their_order_and_others_in_that_of_code_points(
+    http: httpx.Client, apply: Apply
+) -> None:
+    """In the order in which names were first given; names that are not registered, sorted."""
     execution = uuid4()
     names = [name for name in NAMES if name]
-    apply(register_execution(execution, names[:4]), register_execution(execution, names))
+    apply(register_execution(execution, names[:4]), register_execution(execution, names[::-1]))
     apply(tagging(*(add(execution, name, "type", "tag") for name in names[2:8])))
     apply(*(state(execution, name, "queued") for name in names[6:]))
-    assert named(tasks(http, execution), "task_name") == sorted(names)
+    assert named(tasks(http, execution), "task_name") == [*names[:4], *names[:3:-1]]
     execution = uuid4()
     apply(register_execution(execution))
-    apply(tagging(*(add(execution, name, "type", "tag") for name in names)))
+    apply(tagging(*(add(execution, name, "type", "tag") for name in names[:8])))
+    apply(*(state(execution, name, "queued") for name in names[6:]))
     assert named(tasks(http, execution), "task_name") == sorted(names)
 
 
 def test_the_tags_of_a_task_are_in_the_order_in_which_they_are_read(
     http: httpx.Client, apply: Apply, execution: UUID
 ) -> None:
-    """By time of creation, as in `GET /task-tags`, however many there are."""
+    """By time of creation, as in `GET /task-tags`: the oldest 100, and then the URL of the rest."""
     names = ["c", "a", "b"]
     for batch in range(6):
         operations = [add(execution, names[n % 3], f"{n % 7}", f"{batch} {n}") for n in range(100)]
         apply(tagging(*operations))
+    apply(*(tagging(add(execution, "few", "type", f"{n}")) for n in range(100)))
     bare = tags(http, execution)
-    assert len(bare) == 600
+    assert len(bare) == 700
     for task in tasks(http, execution):
         own = [tag for tag in bare if tag["task_name"] == task["task_name"]]
-        assert named(task["tags"]) == named(own)
+        found, following = task["tags"], task["tags_next"]
+        assert len(found) == 100
+        assert (following is None) == (task["task_name"] == "few")
+        while following:
+            rest = http.get(following)
+            assert rest.status_code == 200, rest.text
+            found += rest.json()["tags"]
+            token = rest.json()["next_page"]
+            url = httpx.URL(following)
+            following = str(url.copy_set_param("page", token)) if token else None
+        assert found == own
 
 
 def test_one_task_is_read(http: httpx.Client, apply: Apply) -> None:
@@ -198,31 +216,6 @@ def test_one_task_is_read(http: httpx.Client, apply: Apply) -> None:
         assert tasks(http, execution, task_name=name) == [task]
     for unknown in ("A", "a ", "%", "e\u0301", "'"):
         assert tasks(http, execution, task_name=unknown) == []
-
-
-def test_the_etag_of_tasks_counts_changes_and_registered_names(
-    http: httpx.Client, apply: Apply
-) -> None:
-    """`"<revision>.<names>"`: it is another one whenever the answer is."""
-    execution = uuid4()
-    seen = []
-
-    def step(*messages: Message) -> str:
-        apply(*messages)
-        header = etag(http, "/task-executions", execution)
-        assert etag(http, "/task-executions", execution, task_name="a") == header
-        seen.append(header)
-        return header
-
-    assert step(register_execution(execution, ["a"])) == '"0.1"'
-    assert step(register_execution(execution, ["a", "b"])) == '"0.2"'
-    assert step(tagging(add(execution, "a", "type", "x"))) == '"1.2"'
-    assert step(state(execution, "a", "queued")) == '"2.2"'
-    assert step(register_execution(execution, ["c"])) == '"2.3"'
-    assert step(register_execution(execution)) == '"2.0"'
-    assert len(set(seen)) == len(seen)
-    assert step(state(execution, "a", "queued")) == seen[-1]
-    assert etag(http, "/task-tags", execution) == '"2"'
 
 
 def test_tasks_of_unknown_and_foreign_executions_are_404(
@@ -261,7 +254,8 @@ def test_wrong_parameters_of_tasks_are_named(http: httpx.Client, execution: UUID
     """Also those that other paths know."""
     for field, value in {
         "task_name": "",
-        "limit": "5",
+        "limit": "0",
+        "page": "x",
         "cursor": "x",
         "tag_type": "x",
         "after": "1",
@@ -338,7 +332,7 @@ def test_a_reader_who_knows_the_revision_gets_304_with_filters_too(
     queries: list[dict[str, Any]] = [{"tag": "approved"}, {"tag": "none"}, {"limit": 2}]
     known = read(http, "/task-tags", mixed).headers["etag"]
     page = read(http, "/task-tags", mixed, limit=2).json()
-    queries += [{"limit": 2, "cursor": page["next_cursor"]}, {"cursor": page["next_cursor"]}]
+    queries += [{"limit": 2, "page": page["next_page"]}, {"page": page["next_page"]}]
     for query in queries:
         parameters = {"flow_execution_id": str(mixed), **query}
         for header, status in (
@@ -373,18 +367,18 @@ def test_a_wrong_filter_is_named(http: httpx.Client, execution: UUID, path: str)
 
 
 def pages(http: httpx.Client, execution: UUID, **query: Any) -> Iterator[list[dict[str, Any]]]:
-    """Yield the pages of tags, until there is no next cursor; none comes twice."""
-    cursor: dict[str, str] = {}
+    """Yield the pages of tags, until there is no next page; none comes twice."""
+    following: dict[str, str] = {}
     while True:
-        response = read(http, "/task-tags", execution, **query, **cursor)
+        response = read(http, "/task-tags", execution, **query, **following)
         assert response.status_code == 200, response.text
         page = response.json()
-        assert set(page) == {"tags", "next_cursor"}
+        assert set(page) == {"tags", "next_page"}
         yield page["tags"]
-        if page["next_cursor"] is None:
+        if page["next_page"] is None:
             return
-        assert page["next_cursor"] not in cursor.values()
-        cursor = {"cursor": page["next_cursor"]}
+        assert page["next_page"] not in following.values()
+        following = {"page": page["next_page"]}
 
 
 @pytest.fixture
@@ -416,8 +410,8 @@ def test_pages_have_every_tag_once_in_the_order_of_the_whole(
         assert 0 < len(found[-1]) <= limit
     first = read(http, "/task-tags", many, limit=20)
     assert revision_of(first) == 5
-    rest = read(http, "/task-tags", many, cursor=first.json()["next_cursor"])
-    assert rest.json() == {"tags": everything[20:], "next_cursor": None}
+    rest = read(http, "/task-tags", many, page=first.json()["next_page"])
+    assert rest.json() == {"tags": everything[20:], "next_page": None}
 
 
 def test_pages_of_what_fits(http: httpx.Client, many: UUID) -> None:
@@ -466,41 +460,43 @@ def test_an_execution_without_tags_has_one_empty_page(http: httpx.Client, execut
     assert etag(http, "/task-tags", execution, limit=7) == '"0"'
 
 
-def cursor_of(text: str) -> str:
+def token_of(text: str) -> str:
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-def text_of(cursor: str) -> str:
-    return base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+def text_of(token: str) -> str:
+    return base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
 
 
-def test_a_wrong_cursor_is_named(http: httpx.Client, many: UUID) -> None:
-    """Garbage, a cursor that was cut off or changed, or one of another text: always 400."""
-    cursor = read(http, "/task-tags", many, limit=7).json()["next_cursor"]
-    text = text_of(cursor)
+def test_a_wrong_page_is_named(http: httpx.Client, many: UUID) -> None:
+    """Garbage, a token that was cut off or changed, or one of another text: always 400."""
+    token = read(http, "/task-tags", many, limit=7).json()["next_page"]
+    text = text_of(token)
     wrong = {
-        *("", "x", "null", "0", "%00", "é" * 20, "x" * 12, "x" * 13, "x" * 5000, " " + cursor),
-        *(cursor[:end] for end in range(1, len(cursor), 5)),
-        *(cursor[:-1], cursor[1:], cursor + "A", cursor * 2, cursor + "=", cursor.swapcase()),
-        cursor_of("select 1"),
-        cursor_of(text[:-1]),
-        cursor_of(text + "\n"),
-        cursor_of(text + "x"),
-        cursor_of(text.upper()),
-        cursor_of(text.replace("+00", "+01")),
-        cursor_of(text.replace(" ", "T", 1)),
-        cursor_of(text[::-1]),
-        cursor_of(str(uuid4())),
+        *("", "x", "null", "0", "%00", "é" * 20, "x" * 12, "x" * 13, "x" * 5000, " " + token),
+        *(token[:end] for end in range(1, len(token), 5)),
+        *(token[:-1], token[1:], token + "A", token * 2, token + "=", token.swapcase()),
+        token_of("select 1"),
+        token_of(text[:-1]),
+        token_of(text + "\n"),
+        token_of(text.upper()),
+        token_of(text.replace(" ", "T", 1)),
+        token_of(text[::-1]),
+        token_of(text[8:]),
+        token_of("0" * 8 + text[8:]),
     }
-    for each in wrong - {cursor}:
-        refused(read(http, "/task-tags", many, cursor=each), "cursor")
-        refused(read(http, "/task-tags", many, limit=7, cursor=each), "cursor")
-    refused(read(http, "/task-tags", many, cursor=[cursor, cursor]), "cursor")
+    for each in wrong - {token}:
+        refused(read(http, "/task-tags", many, page=each), "page")
+        refused(read(http, "/task-tags", many, limit=7, page=each), "page")
+    refused(read(http, "/task-tags", many, page=[token, token]), "page")
 
 
-def test_a_cursor_of_no_moment_is_wrong_as_well(http: httpx.Client, many: UUID) -> None:
-    """It has the form of a cursor, but no valid time: 400, and not 503 as without a database."""
-    text = text_of(read(http, "/task-tags", many, limit=7).json()["next_cursor"])
+def test_a_page_of_no_moment_is_wrong_as_well(
+    http: httpx.Client, organization: UUID, many: UUID
+) -> None:
+    """It has the form of a token, but no valid time: 400, and not 503 as without a database."""
+    query = TagsQuery(flow_execution_id=many)
+    place = text_of(read(http, "/task-tags", many, limit=7).json()["next_page"])[8:]
     for part, wrong in (
         (r"-\d\d-", "-13-"),
         (r"-\d\d-\d\d", "-02-30"),
@@ -509,20 +505,49 @@ def test_a_cursor_of_no_moment_is_wrong_as_well(http: httpx.Client, many: UUID) 
         (r"^\d{4}", "0000"),
         (r"^\d{4}", "99999"),
     ):
-        forged = re.sub(part, wrong, text, count=1)
-        assert forged != text
-        refused(read(http, "/task-tags", many, cursor=cursor_of(forged)), "cursor")
+        forged = re.sub(part, wrong, place, count=1)
+        assert forged != place
+        token = page_token(forged, organization, "/task-tags", query)
+        refused(read(http, "/task-tags", many, page=token), "page")
+    token = page_token(place, organization, "/task-tags", query)
+    assert len(read(http, "/task-tags", many, page=token).json()["tags"]) == 18
 
 
-def test_a_cursor_of_another_execution_gives_nothing_of_it(
-    http: httpx.Client, apply: Apply, many: UUID
+def test_a_page_is_of_one_query(
+    servers: Servers, http: httpx.Client, organization: UUID, apply: Apply, many: UUID
 ) -> None:
-    """It only says behind which tag to go on."""
+    """Not of another execution, filter, path or organization; another limit is no other query."""
     other = uuid4()
     apply(register_execution(other), tagging(add(other, "task", "type", "other")))
-    cursor = read(http, "/task-tags", many, limit=7).json()["next_cursor"]
-    found = read(http, "/task-tags", other, cursor=cursor).json()
-    assert named(found["tags"]) == ["other"]
+    token = read(http, "/task-tags", many, limit=7, tag_type=["0", "1"]).json()["next_page"]
+    page = read(http, "/task-tags", many, limit=3, tag_type=["0", "1"], page=token).json()
+    assert len(page["tags"]) == 3
+    for execution, query in (
+        (other, {"tag_type": ["0", "1"]}),
+        (many, {"tag_type": ["0", "2"]}),
+        (many, {"tag_type": ["0"]}),
+        (many, {"tag": ["0", "1"]}),
+        (many, {"tag_type": ["0", "1"], "task_name": "1"}),
+        (many, {}),
+    ):
+        refused(read(http, "/task-tags", execution, page=token, **query), "page")
+    refused(read(http, "/task-executions", many, page=token), "page")
+    headers = {"Authorization": f"Bearer {servers.token(uuid4())}"}
+    query = {"flow_execution_id": str(many), "tag_type": ["0", "1"], "page": token}
+    refused(http.get("/task-tags", params=query, headers=headers), "page")
+
+
+def test_a_page_looks_at_10000_tags_at_most(
+    servers: Servers, http: httpx.Client, organization: UUID, apply: Apply, execution: UUID
+) -> None:
+    """Then it is short, and has a next one; the end is where there is none."""
+    fill(servers, organization, execution, 20_500, 2)
+    found = list(pages(http, execution, limit=3, tag="tag-10500"))
+    assert [len(page) for page in found] == [0, 1, 0]
+    found = list(pages(http, execution, limit=2, tag=[f"tag-{n}" for n in range(9_998, 10_002)]))
+    assert [len(page) for page in found] == [2, 2, 0]
+    assert len(tags(http, execution, tag="tag-10500")) == 1
+    assert list(pages(http, execution, limit=3, task_name="none")) == [[]]
 
 
 def test_a_wrong_limit_is_named(http: httpx.Client, many: UUID) -> None:
@@ -709,21 +734,13 @@ def test_an_answer_over_8_mib_is_refused_and_read_in_pages(
         ("/task-tags", {}),
         ("/task-tags", {"task_name": "large"}),
         ("/task-tags", {"tag_type": "type"}),
-        ("/task-executions", {}),
-        ("/task-executions", {"task_name": "large"}),
     ):
         refused = http.get(path, params={**about, **more})
         assert refused.status_code == 400
         assert error_of(refused)["code"] == "too_large"
         assert "limit" in error_of(refused)["message"]
-    read, cursor = 0, {"limit": "300"}
-    while cursor:
-        page = http.get("/task-tags", params={**about, **cursor}).json()
-        read += len(page["tags"])
-        cursor = {"cursor": page["next_cursor"]} if page["next_cursor"] else {}
-    assert read == 1001
-    for path in ("/task-tags", "/task-executions"):
-        assert http.get(path, params={**about, "task_name": "small"}).status_code == 200
+    assert [len(page) for page in pages(http, execution, limit=300)] == [300, 300, 300, 101]
+    assert http.get("/task-tags", params={**about, "task_name": "small"}).status_code == 200
 
 
 def test_large_answers_below_that_are_whole(

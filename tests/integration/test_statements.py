@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -12,9 +12,11 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
+from producers.contract.selectors import Selector
 from tests.support.database import own_database
 from tests.support.servers import Servers
 from worker.api import queries
+from worker.api.page_statements import BEFORE_ALL
 from worker.db import pg_arrays, statements
 from worker.db.connection import scope_statement
 from worker.db.migrate import migrate
@@ -48,6 +50,17 @@ FILL: Final = """
     insert into task_executions
     select pg_temp.id(o), pg_temp.id(n % 400), 'task-' || n / 400, 'queued', now(), 'ada'
       from generate_series(1, 3) as o, generate_series(0, 1999) as n;
+    -- one more execution allows every name
+    insert into flow_executions
+    select pg_temp.id(o), pg_temp.id(400), null, 100, now(), null, now()
+      from generate_series(1, 3) as o;
+    insert into task_tags
+    select pg_temp.id(o), pg_temp.id(n), pg_temp.id(400), 'task-' || n % 5, 'other type',
+           'tag-' || n, json_build_object('n', n), int4send(n), 'active', now(), 'ada'
+      from generate_series(1, 3) as o, generate_series(30000, 30049) as n;
+    insert into task_executions
+    select pg_temp.id(o), pg_temp.id(400), 'task-' || n, 'queued', now(), 'ada'
+      from generate_series(1, 3) as o, generate_series(0, 4) as n;
     analyze;
 """
 ORGANIZATION: Final = UUID(int=2)
@@ -137,8 +150,30 @@ OF_WORKER: Final = {
     "PURGE_CHANGES": case(100, **AGE),
     "FORGET_FAILURE": case(1, batch_id=UUID(int=1000)),
 }
-ONE: Final = {"flow_execution_id": UUID(int=EXECUTION)}
-ANY: Final = {"task_name": None, "tag_types": None, "tags": None, "after": None, "after_id": None}
+FROM_BEGINNING: Final = dict(zip(("after", "after_id"), BEFORE_ALL.split(), strict=True))
+
+
+def tasks_page(
+    with_: Sequence[str] = (), without: Sequence[str] = (), **wanted: Any
+) -> dict[str, Any]:
+    """Return the parameters of a statement that reads a page of tasks."""
+    selectors = [Selector.parse(each) for each in (*with_, *without)]
+    states = wanted.get("states")
+    return {
+        "flow_execution_id": wanted.get("flow_execution_id"),
+        "task_name": wanted.get("task_name"),
+        "types": pg_arrays.texts([each.tag_type for each in selectors]),
+        "tags": pg_arrays.texts([each.tag for each in selectors]),
+        "wanted": len(with_),
+        "states": None if states is None else pg_arrays.texts(states),
+        "flow_id": None,
+        **(FROM_BEGINNING if with_ else {"after": "0", "after_name": ""}),
+        "limit": wanted["limit"],
+    }
+
+
+ONE: Final[dict[str, Any]] = {"flow_execution_id": UUID(int=EXECUTION)}
+ANY: Final = {"task_name": None, "tag_types": None, "tags": None, **FROM_BEGINNING}
 NONE_KNOWN: Final = {"known": pg_arrays.bigints([]), "times": pg_arrays.timestamps([])}
 KNOWN: Final = {"known": pg_arrays.bigints([100]), "times": pg_arrays.timestamps([0])}
 OF_ENDPOINT: Final = {
@@ -147,8 +182,29 @@ OF_ENDPOINT: Final = {
     "task": case(1 + 10, **ONE, task_name="task-1", **NONE_KNOWN),
     "page of all": case(1 + 50, **ONE, **ANY, limit=None),
     "page of 5": case(1 + 5, **ONE, **ANY, limit=5),
-    "tasks": case(1 + 50 + 5 + 5, **ONE, task_name=None),  # tags, states and registered names
-    "tasks of a name": case(1 + 10 + 1 + 1, **ONE, task_name="task-1"),
+    "page_of_task": case(1 + 10, **ONE, **{**ANY, "task_name": "task-1"}, limit=10),
+    "work": case(2 + 5 * 13, **tasks_page(with_=["type:tag-3"], limit=5)),
+    "work of 100": case(2 + 100 * 13, **tasks_page(with_=["type:tag-3"], limit=100)),
+    "work with filters": case(
+        2 + 5 * 18,
+        **tasks_page(
+            with_=["type:tag-3", "type", "type:tag-8"],
+            without=["none", "type:none"],
+            states=["queued"],
+            task_name="task-3",
+            limit=5,
+        ),
+    ),
+    "work_of_execution": case(2 + 13, **tasks_page(**ONE, with_=["type:tag-3"], limit=5)),
+    "work_of_task": case(
+        2 + 13, **tasks_page(**ONE, with_=["type:tag-3"], task_name="task-3", limit=5)
+    ),
+    # for each task its registered name, its execution, its state and its tags
+    "tasks": case(1 + 5 * 13, **tasks_page(**ONE, limit=10)),
+    "tasks of a name": case(1 + 13, **tasks_page(**ONE, task_name="task-1", limit=10)),
+    "tasks of unregistered names": case(
+        1 + 5 * 13, **tasks_page(flow_execution_id=UUID(int=400), limit=10)
+    ),
     "changes": case(1 + 1 + 10, after=20, limit=10, max_characters=1_000_000, **ONE),
     "feed": case(1 + 1 + 10, after=20, limit=10, max_characters=1_000_000),
     "heads": case(1 + 5, **EXECUTIONS),
@@ -157,7 +213,7 @@ OF_ENDPOINT: Final = {
 }
 EXCEPTIONS: Final = {
     "PURGE_CHANGES": "the first 1,000 events are looked at, however many of them are old",
-    "tasks of a name": "the name is compared after reading, until pages are read by index",
+    "work_of_execution": "10,000 tags of the execution are looked at, at most",
 }
 PREPARED: Final = {head.split()[0]: (head, sql) for head, sql in queries.PREPARED.items()}
 SCANS: Final = ("Seq Scan", "Index Scan", "Index Only Scan", "Bitmap Heap Scan")
@@ -239,6 +295,40 @@ def test_a_statement_reads_what_it_answers_or_writes(filled: Servers, name: str)
         assert read > most, f"remove the exception: {scans}"
     else:
         assert read <= most, scans
+
+
+UNKNOWN: Final = """
+    alter table task_tags set (autovacuum_enabled = false);
+    insert into organizations values (lpad('2', 32, '0')::uuid, now(), 1, now());
+    insert into flow_executions
+    values (lpad('2', 32, '0')::uuid, lpad('7', 32, '0')::uuid, null, 1, now(), null, now());
+    insert into task_tags
+    select lpad('2', 32, '0')::uuid, gen_random_uuid(), lpad('7', 32, '0')::uuid, 'task-' || n,
+           type, case type when 'type' then 'pending' else n::text end, null, '', 'active',
+           now() + interval '1 ms' * n, 'ada'
+      from generate_series(1, 3000) as n, unnest(array['type', 'number']) as type;
+"""
+
+
+def test_without_statistics_pages_are_read_by_the_same_indexes(servers: Servers) -> None:
+    """As soon after the first tags, when all are of one execution and none are counted yet."""
+    with own_database(servers, "unknown") as own:
+        migrate(own.owner_url, {})
+        with own.owner() as connection:
+            connection.execute(UNKNOWN.encode())
+        one: dict[str, Any] = {"flow_execution_id": UUID(int=7)}
+        selectors = {"with_": ["type:pending", "number"], "without": ["none", "type:none"]}
+        for name, wanted in (
+            ("work", tasks_page(**selectors, limit=10)),
+            ("work_of_execution", tasks_page(**one, **selectors, limit=10)),
+            ("work_of_task", tasks_page(**one, **selectors, task_name="task-9", limit=10)),
+            ("tasks", tasks_page(**one, without=["none"], limit=10)),
+            ("page", {**one, **ANY, "limit": 10}),
+            ("page_of_task", {**one, **ANY, "task_name": "task-9", "limit": 10}),
+        ):
+            parameters = {"organization_id": ORGANIZATION, **wanted}
+            scans = list(scanned(explain(own.endpoint_url, name, parameters)))
+            assert sum(rows for _, rows in scans) < 200, (name, scans)
 
 
 def test_every_statement_has_a_case() -> None:

@@ -11,8 +11,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from producers.console import result_line, tag_table
-from producers.contract.results import ResultRecord
+from producers.console import result_line, tag_table, task_table
+from producers.contract.results import ResultRecord, Tag, TaskExecution
 
 TAG = {
     "task_name": "extract_data",
@@ -25,12 +25,13 @@ TAG = {
 LONG = TAG | dict.fromkeys(("task_name", "tag_type", "tag", "created_by"), "x[/]" * 30)
 
 
-def shown(tags: list[dict[str, Any]], width: int, terminal: bool) -> list[str]:
+def shown(tags: list[Any], width: int, terminal: bool) -> list[str]:
     file = io.StringIO()
     console = Console(
         file=file, width=width, force_terminal=terminal, no_color=True, soft_wrap=True
     )
-    console.print(tag_table(tags), highlight=False)
+    table = tag_table(tags) if isinstance(tags[0], dict) else task_table(tags)
+    console.print(table, highlight=False)
     return file.getvalue().splitlines()
 
 
@@ -97,3 +98,31 @@ def test_what_a_condition_found_is_escaped() -> None:
         "precondition_failed: no (condition 0: such a tag is active; there is "
         r"status [red]x\u202e\x9b2J of eve\x1b]0;owned\x07\r\n)"
     )
+
+
+def task(*tags: dict[str, Any], name: str = "review") -> TaskExecution:
+    found = [Tag(**TAG_DEFAULTS | tag) for tag in tags]
+    moment = datetime(2026, 11, 22, 3, 20, 54, 123456, timezone.utc)
+    execution = UUID(int=1)
+    return TaskExecution("flow", execution, name, "running", None, None, found, moment, None)
+
+
+TAG_DEFAULTS: dict[str, Any] = dict.fromkeys(Tag.__dataclass_fields__) | {"tag": "pending"}
+
+
+def test_tasks_are_shown_with_all_characters() -> None:
+    """Folded on a terminal that is too narrow; elsewhere, and where they fit, in one line each."""
+    tasks = [
+        task({"tag_type": "a"}),
+        task({"tag_type": "x[/]" * 30}, {"tag_type": "\x1b"}, name="t"),
+    ]
+    for width, terminal in ((80, True), (300, True), (80, False)):
+        _, *lines = shown(tasks, width, terminal)
+        text = "".join("".join(lines).split())
+        assert text.replace("\\x1b", "").count("x") == 30
+        assert "…" not in text
+        if terminal:
+            assert all(cell_len(line) <= width for line in lines)
+        if (width, terminal) != (80, True):
+            assert len(lines) == 2
+            assert "2026-11-22T03:20:54Z  a: pending" in lines[0]

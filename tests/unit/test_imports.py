@@ -31,6 +31,7 @@ WORKERS_OWN = {
 OF_A_FLOW_RUNNER = [
     "import producers.client",
     "import producers.subscriber",
+    "import producers.tag_reader",
     "import producers.cli",
     "from producers.client import TagProducer; TagProducer(organization_id='0' * 32, token='t')",
 ]

@@ -12,6 +12,7 @@ import task_tags
 PUBLIC = [
     "ANY_METADATA",
     "AsyncTagProducer",
+    "AsyncTagReader",
     "BadRequest",
     "BatchBuilder",
     "BatchIdInUse",
@@ -46,7 +47,9 @@ PUBLIC = [
     "TagBatch",
     "TagOperation",
     "TagProducer",
+    "TagReader",
     "Task",
+    "TaskExecution",
     "TaskTagsError",
     "TokenExpired",
     "TooLarge",

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from producers.enqueuer import Enqueuer
 from producers.pubsub import PubSubMultiplexer
 from producers.redis_client import open_async_redis
-from worker.api import changes, feeds, health, reads, writes
+from worker.api import changes, feeds, health, reads, work_list, writes
 from worker.api.change_hub import ChangeHub
 from worker.api.errors import HANDLERS, OF_EVERY_ROUTE, TOO_LARGE, answer
 from worker.api.health import Readiness
@@ -239,8 +239,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.authorizer = Authorizer(settings)
     app.state.ending = asyncio.Event()
-    for each in (reads.router, changes.router, feeds.router, writes.router, health.router, router):
-        app.include_router(each)
+    for each in (reads, work_list, changes, feeds, writes, health):
+        app.include_router(each.router)
+    app.include_router(router)
     document = app.openapi
     app.openapi = cache(lambda: _completed(document()))  # type: ignore[method-assign]
     return app

@@ -1,11 +1,9 @@
 """Reads query strings: the parameters of every route, and the errors for wrong ones."""
 
-import base64
 import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
 from functools import cache
 from typing import Annotated, Any, ClassVar, Final, TypeVar, get_origin
 
@@ -18,6 +16,7 @@ from producers.contract.cursors import BEGINNING, Cursor
 from producers.contract.errors import ErrorDetail
 from producers.contract.values import FlowId, Id, TagName, TagType, TaskName
 from worker.api.errors import parameter_faults, wrong_parameter
+from worker.api.page_tokens import PageToken
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -106,18 +105,6 @@ def _digits(value: Any) -> Any:
     raise PydanticCustomError("number", "must be a whole number")
 
 
-def _place(cursor: str) -> str:
-    """Decode a cursor: the time of creation and the id of the last tag of the previous page."""
-    if re.fullmatch(r"[A-Za-z0-9_-]{8,200}", cursor):
-        encoded = cursor + "=" * (-len(cursor) % 4)
-        text = base64.urlsafe_b64decode(encoded).decode("ascii", "replace")
-        with suppress(ValueError):
-            if found := _PLACE.fullmatch(text):
-                datetime.fromisoformat(found[1])  # the pattern allows a thirteenth month
-                return text
-    raise PydanticCustomError("cursor", "must be the next_cursor of an earlier answer")
-
-
 def _revision(text: str) -> str:
     with suppress(ValueError):
         Cursor.parse(text)
@@ -133,15 +120,6 @@ def _position(text: str) -> str:
             return text
     raise PydanticCustomError("position", "must be a cursor")
 
-
-def cursor_of(place: str) -> str:
-    """Encode where a page ends as a cursor."""
-    return base64.urlsafe_b64encode(place.encode()).decode().rstrip("=")
-
-
-_PLACE: Final = re.compile(
-    r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z) ([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
-)
 
 Number = Annotated[int, BeforeValidator(_digits)]
 
@@ -169,9 +147,7 @@ class TagsQuery(Filters):
     limit: Number | None = Field(
         None, ge=1, le=1000, description="Return a page of at most this many tags."
     )
-    cursor: Annotated[str, AfterValidator(_place)] | None = Field(
-        None, description="The next_cursor of the previous page."
-    )
+    page: PageToken = None
 
 
 class FeedQuery(Filters):

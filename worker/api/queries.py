@@ -19,6 +19,14 @@ from worker.api.change_queries import (
     read_changes,
     read_heads,
 )
+from worker.api.page_statements import (
+    BEFORE_ALL,
+    MAX_ANSWER_BYTES,
+    PAGES,
+    TAG,
+    TaskPage,
+    TasksQuery,
+)
 from worker.db.connection import UnsafeRole
 from worker.db.pg_arrays import EPOCH, bigints, texts, timestamps, uuids
 from worker.db.pg_pipeline import PipelinedConnection, Row
@@ -27,24 +35,13 @@ from worker.snapshot import StoredResult
 CHECK_SECONDS: Final = 2.0
 READ_SECONDS: Final = 10.0
 """A read that takes longer, with those before it on its connection, ends with `TimeoutError`."""
-MAX_ANSWER_BYTES: Final = 8 * 1024 * 1024
-"""The most bytes of an answer that is no page."""
 MAX_DIRECT_TAGS: Final = 1000
 """So many tags are little more than that: each has at most 8 KiB of metadata and 1 KiB of rest."""
-_MAX_TAGS: Final = MAX_ANSWER_BYTES // 333
-"""So many are surely more: a tag has at least 333 bytes."""
 
 logger = logging.getLogger(__name__)
 
 READ_ERRORS: Final = (psycopg.Error, UnsafeRole, TimeoutError)
 """What the methods of `Reader` raise while the database can't be used."""
-
-_TAG: Final = """
-        id, flow_execution_id, task_name, tag_type, tag, tag_metadata, organization_id, status,
-        to_char(created_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as created_at,
-        created_by, null as updated_at, null as modified_by
-"""
-"""The columns of an active tag as it is served."""
 
 _EXECUTION: Final = (
     "from flow_executions e where e.organization_id = $1 and e.flow_execution_id = $2"
@@ -57,7 +54,7 @@ READ_TAGS: Final = f"""
            case when e.revision = any($4) and e.changed_at = any($5) then null else (
            select case when count(*) <= {MAX_DIRECT_TAGS}
                        then coalesce(json_agg(row_to_json(t)), '[]')::text end
-             from (select {_TAG}
+             from (select {TAG}
                      from task_tags
                     where organization_id = e.organization_id
                       and flow_execution_id = e.flow_execution_id
@@ -71,81 +68,6 @@ READ_TAGS: Final = f"""
 
 It is one statement, so that the tags are those of the revision. They are null if the reader knows
 the revision, or if there are too many for this statement.
-"""
-
-# $1 to $3 as above, $4 types, $5 tags, $6 and $7 time and id of the last tag before, $8 limit.
-_READ_PAGE: Final = f"""
-    with page as materialized (
-           select row_number() over (order by t.created_at, t.id) as place,
-                  t.created_at || ' ' || t.id as last, row_to_json(t) as tag
-             from (select {_TAG}
-                     from task_tags
-                    where organization_id = $1 and flow_execution_id = $2
-                      and ($3 is null or task_name = $3)
-                      and ($4 is null or tag_type = any($4)) and ($5 is null or tag = any($5))
-                      and ($6 is null or (task_tags.created_at, id) > ($6::timestamptz, $7::uuid))
-                      and status = 'active' and created_at > '-infinity'
-                    order by task_tags.created_at, id
-                    limit coalesce($8 + 1, {_MAX_TAGS + 1})) t)
-    select e.revision, e.changed_at,
-           (select coalesce(json_agg(tag order by place), '[]')::text
-              from page where $8 is null or place <= $8
-            having $8 is not null
-                or coalesce(sum(octet_length(tag::text)), 0) <= {MAX_ANSWER_BYTES}),
-           (select last from page where place = $8 and exists (select from page where place > $8))
-      {_EXECUTION}
-"""
-"""Returns the revision, a page of tags as JSON, and where the next page begins.
-
-It reads the tags of the execution by task_tags_page, and filters them. Without a limit, the tags
-are null if they are more than `MAX_ANSWER_BYTES`.
-"""
-
-# $1 organization, $2 flow execution, $3 task name or null.
-_READ_TASKS: Final = f"""
-    with sizes as (
-           select coalesce(sum(octet_length(tag_metadata::text)), 0) + count(*) * 333 as bytes
-             from (select tag_metadata
-                     from task_tags
-                    where organization_id = $1 and flow_execution_id = $2
-                      and ($3 is null or task_name = $3) and status = 'active'
-                    limit {_MAX_TAGS + 1}) t),
-         named as (
-           select jsonb_array_elements_text(e.task_names) as task_name,
-                  null::json as tag, 0 as place
-             {_EXECUTION}
-            union all
-           select task_name, null, 0
-             from task_executions where organization_id = $1 and flow_execution_id = $2
-            union all
-           select task_name, row_to_json(g), row_number() over (order by g.created_at, g.id)
-             from (select {_TAG}
-                     from task_tags
-                    where organization_id = $1 and flow_execution_id = $2
-                      and ($3 is null or task_name = $3) and status = 'active'
-                      and (select bytes from sizes) <= {MAX_ANSWER_BYTES}) g),
-         tasks as (
-           select task_name collate "C" as task_name,
-                  json_agg(tag order by place) filter (where tag is not null) as tags
-             from named
-            where $3 is null or task_name = $3
-            group by 1)
-    select e.revision, coalesce(jsonb_array_length(e.task_names), 0)::bigint, (
-           select coalesce(json_agg(row_to_json(t) order by t.task_name), '[]')::text
-             from (select e.flow_execution_id, n.task_name, s.state,
-                          to_char(s.state_changed_at at time zone 'UTC',
-                                  'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as state_changed_at,
-                          s.state_changed_by, coalesce(n.tags, '[]') as tags
-                     from tasks n
-                     left join task_executions s on s.organization_id = $1
-                           and s.flow_execution_id = $2 and s.task_name = n.task_name) t
-          having (select bytes from sizes) <= {MAX_ANSWER_BYTES})
-      {_EXECUTION}
-"""
-"""Returns every task that is registered or has a tag or a state, with its state and tags, as JSON.
-
-By task_tags_active and the primary key of task_executions; filters by task after reading. The tasks
-are null if their tags are more than `MAX_ANSWER_BYTES`.
 """
 
 # $1 organization, $2 batch.
@@ -169,8 +91,7 @@ PREPARED: Final = {
     "task (uuid, uuid, text, bigint[], timestamptz[])": READ_TAGS.replace(
         _OF_TASK, "task_name = $3"
     ),
-    "page (uuid, uuid, text, text[], text[], text, text, bigint)": _READ_PAGE,
-    "tasks (uuid, uuid, text)": _READ_TASKS,
+    **PAGES,
     "changes (uuid, bigint, bigint, bigint, uuid)": CHANGES_OF_EXECUTION,
     "feed (uuid, bigint, bigint, bigint)": CHANGES_OF_ORGANIZATION,
     "heads (uuid, uuid[])": HEADS,
@@ -191,16 +112,6 @@ class Page(NamedTuple):
     """A JSON array; None if it has more than `MAX_ANSWER_BYTES`."""
     after: str | None
     """The time of creation and the id of the last tag, as text; None if no more tags follow."""
-
-
-class Tasks(NamedTuple):
-    """The tasks of an execution, with their states and tags."""
-
-    revision: int
-    registered: int
-    """The number of registered task names."""
-    tasks: bytes | None
-    """A JSON array; None if it has more than `MAX_ANSWER_BYTES`."""
 
 
 class Reader:
@@ -305,17 +216,18 @@ class Reader:
             after: The end of the page before, as `Page.after` has it.
             limit: Tags in the page, at most; None for all.
         """
-        created_at, _, id = after.partition(" ") if after else (None, None, None)
+        created_at, _, id = (after or BEFORE_ALL).partition(" ")
         parameters = [
             flow_execution_id.bytes,
             _text(task_name),
             texts(tag_types) if tag_types else None,
             texts(tags) if tags else None,
-            _text(created_at),
-            _text(id),
+            created_at.encode(),
+            id.encode(),
             None if limit is None else _bigint(limit),
         ]
-        found = await self._ask(organization_id, b"page", parameters)
+        statement = b"page" if task_name is None else b"page_of_task"
+        found = await self._ask(organization_id, statement, parameters)
         if found is None:
             return None
         *_, page, last = found
@@ -323,16 +235,10 @@ class Reader:
             page = _bounded(page)
         return Page(_revision(found), page, None if last is None else last.decode())
 
-    async def tasks(
-        self, organization_id: UUID, flow_execution_id: UUID, task_name: str | None
-    ) -> Tasks | None:
-        """Return the tasks with states and tags as JSON; None if there is no such execution."""
-        parameters = [flow_execution_id.bytes, _text(task_name)]
-        found = await self._ask(organization_id, b"tasks", parameters)
-        if found is None:
-            return None
-        revision, registered, tasks = found
-        return Tasks(_integer(revision), _integer(registered), _bounded(tasks))
+    async def tasks(self, organization_id: UUID, query: TasksQuery) -> TaskPage | None:
+        """Return a page of tasks; None if there is no such execution."""
+        found = await self._ask(organization_id, query.statement, query.parameters())
+        return None if found is None else TaskPage.read(found)
 
     async def heads(
         self, organization_id: UUID, flow_execution_ids: Sequence[UUID]

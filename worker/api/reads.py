@@ -1,4 +1,4 @@
-"""The routes that read: tags, tasks, stored changes and stored results.
+"""The routes that read: tags, stored changes and stored results.
 
 What they return is in docs/concepts/contract.md#rule-14.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -15,7 +15,6 @@ from pydantic import BaseModel, WithJsonSchema
 from pydantic_core import to_json
 
 from producers.contract.cursors import Cursor
-from producers.contract.messages import TaskState
 from producers.contract.results import ResultRecord, Tag
 from producers.pubsub import first_completed, wait_at_most
 from worker.api.auth import Reading, require_scope
@@ -27,11 +26,10 @@ from worker.api.errors import (
     documented,
     text_header,
 )
+from worker.api.page_tokens import OF_TAGS, page_token, place_of
 from worker.api.params import (
-    ExecutionQuery,
     NoParameters,
     TagsQuery,
-    cursor_of,
     parse_query,
     query,
     wait_preference,
@@ -41,9 +39,6 @@ from worker.api.responses import READ_PROBLEMS, Database, json_response, reader_
 from worker.auth import READ, Principal
 
 TOO_MUCH: Final = ApiError(400, "too_large", "the answer has more than 8 MiB: use limit")
-TOO_MANY_TAGS: Final = ApiError(
-    400, "too_large", "the answer has more than 8 MiB: use task_name, or GET /task-tags with limit"
-)
 
 router = APIRouter(responses=READ_PROBLEMS)
 
@@ -52,34 +47,18 @@ router = APIRouter(responses=READ_PROBLEMS)
 
 
 class TagPage(BaseModel):
-    """A page of tags; `next_cursor` asks for the next page, and is null if there is none."""
+    """A page of tags; `next_page` asks for the next page, and is null if there is none."""
 
     tags: list[Tag]
-    next_cursor: str | None
-
-
-class TaskAnswer(BaseModel):
-    """A task of an execution: its last recorded state, if it has one, and its active tags."""
-
-    flow_execution_id: UUID
-    task_name: str
-    state: TaskState | None
-    state_changed_at: str | None
-    state_changed_by: str | None
-    tags: list[Tag]
+    next_page: str | None
 
 
 _ETAG: Final = text_header(
     "ETag", "The execution's revision with its time, in quotes.", examples=['"42-hdpk3x2nz5s"']
 )
-_TASKS_ETAG: Final = text_header(
-    "ETag",
-    "The execution's revision and the number of registered task names, in quotes.",
-    examples=['"42.3"'],
-)
 
 
-def _headers(revision: Cursor | str) -> dict[str, str]:
+def _headers(revision: Cursor) -> dict[str, str]:
     return {"ETag": f'"{revision}"', "Cache-Control": "private, no-cache"}
 
 
@@ -91,7 +70,7 @@ def _headers(revision: Cursor | str) -> dict[str, str]:
     summary="Read the active tags of a flow execution",
     response_model=list[Tag] | TagPage,
     response_description="The active tags, ordered by creation time; none for an unknown task. "
-    "With `limit` or `cursor`, a page of them.",
+    "With `limit` or `page`, a page of them, which may be short and have a next one.",
     responses={
         200: {"headers": _ETAG},
         304: {"description": "If-None-Match names the execution's revision.", "headers": _ETAG},
@@ -146,7 +125,7 @@ async def _read_tags(
     caller: Principal, query: TagsQuery, reader: Reader, if_none_match: str | None
 ) -> Response:
     known = _known_revisions(if_none_match)
-    if query.tag_type or query.tag or query.limit or query.cursor:
+    if query.tag_type or query.tag or query.limit or query.page is not None:
         return await _read_page(caller.organization_id, query, reader, known)
     found = await reader.tags(
         caller.organization_id, query.flow_execution_id, query.task_name, known
@@ -184,14 +163,15 @@ def _known_revisions(header: str | None) -> list[Cursor]:
 async def _read_page(
     organization_id: UUID, query: TagsQuery, reader: Reader, known: list[Cursor]
 ) -> Response:
-    limit = query.limit or (1000 if query.cursor else None)
+    limit = query.limit or (None if query.page is None else 1000)
+    about: Any = (organization_id, "/task-tags", query)
     found = await reader.page(
         organization_id,
         query.flow_execution_id,
         query.task_name,
         query.tag_type,
         query.tag,
-        query.cursor,
+        place_of(query.page, OF_TAGS, *about),
         limit,
     )
     if found is None:
@@ -202,33 +182,9 @@ async def _read_page(
         raise TOO_MUCH
     if limit is None:
         return json_response(found.tags, _headers(found.revision))
-    cursor = None if found.after is None else cursor_of(found.after)
-    body = b'{"tags":%b,"next_cursor":%b}' % (found.tags, to_json(cursor))
+    next_page = None if found.after is None else page_token(found.after, *about)
+    body = b'{"tags":%b,"next_page":%b}' % (found.tags, to_json(next_page))
     return json_response(body, _headers(found.revision))
-
-
-# --- Tasks ---------------------------------------------------------------------------------------
-
-
-@router.get(
-    "/task-executions",
-    summary="Read the tasks of a flow execution, with their states and tags",
-    response_model=list[TaskAnswer],
-    response_description="Each task that is registered or has an active tag or a state, in the "
-    "order of names.",
-    responses={200: {"headers": _TASKS_ETAG}},
-)
-async def read_tasks(
-    caller: Reading,
-    query: Annotated[ExecutionQuery, Depends(query(ExecutionQuery))],
-    reader: Database,
-) -> Response:
-    found = await reader.tasks(caller.organization_id, query.flow_execution_id, query.task_name)
-    if found is None:
-        raise UNKNOWN_EXECUTION
-    if found.tasks is None:
-        raise TOO_MANY_TAGS
-    return json_response(found.tasks, _headers(f"{found.revision}.{found.registered}"))
 
 
 # --- Results -------------------------------------------------------------------------------------

@@ -131,16 +131,34 @@ function leaveConnection() {
 }
 
 async function readEverything(attempt) {
-  const { response, body } = await ask("task-executions", { query: ofExecution() });
+  // The pages may be of later revisions: changes that they have already are then applied again, to the same end.
+  const { response } = await ask("task-tags", { query: ofExecution({ limit: 1 }) });
   const revision = Number(response.headers.get("ETag").match(/\d+/)[0]);
+  const read = await readPages("task-executions", ofExecution({ limit: 1000 }), "task_executions");
+  for (const task of read) {
+    if (!task.tags_next) continue;
+    const rest = Object.fromEntries(new URL(task.tags_next, document.baseURI).searchParams);
+    task.tags.push(...(await readPages("task-tags", { ...rest, limit: 1000 }, "tags")));
+  }
   const earlier = rows.size === 0 ? await readEarlier(revision) : { events: [], note: "" };
   if (attempt !== page.attempt) return;
   page.revision = revision;
-  showTasks(body);
+  showTasks(read);
   for (const event of earlier.events) showEvent(event);
   if (earlier.note) at("stream-end").textContent = earlier.note;
   showCounts();
   goToTask();
+}
+
+/** Read all pages from one on; `field` has what is on a page. */
+async function readPages(path, query, field) {
+  const found = [];
+  for (let next = query.page; next !== null; ) {
+    const { body } = await ask(path, { query: next === undefined ? query : { ...query, page: next } });
+    found.push(...body[field]);
+    next = body.next_page;
+  }
+  return found;
 }
 
 /** Read the last changes up to a revision, to begin the stream with. */

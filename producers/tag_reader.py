@@ -1,0 +1,218 @@
+"""TagReader: reads work lists and tags from the endpoint, all pages of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, Generic, TypeVar
+from uuid import UUID
+
+import httpx
+from pydantic import AliasChoices, Field, ValidationError
+
+from producers.contract.messages import TaskState
+from producers.contract.results import Tag, TaskExecution
+from producers.contract.selectors import Selector
+from producers.contract.values import TolerantModel
+from producers.endpoint import client_options, error_summary
+from producers.errors import ChangesRefused, Unavailable
+from producers.settings import load_settings, token_source
+
+Pair = tuple[str, str | None]
+Item = TypeVar("Item")
+
+_TASKS: Final = "/task-executions"
+_TAGS: Final = "/task-tags"
+_PAGE: Final = 100
+
+
+class _Page(TolerantModel, Generic[Item]):
+    items: list[Item] = Field(validation_alias=AliasChoices("task_executions", "tags"))
+    next_page: str | None
+
+
+class TagReader:
+    """Reads the work lists and tags of one organization. Threads may share it.
+
+    Arguments that are left out come from the environment (`ProducerSettings`). `token` may be a
+    function that returns a token, for use beyond the validity of one token. Raises
+    `ConfigurationError`. Iterations read one page after the other, as they reach it, and raise:
+
+    - `Unavailable`: The endpoint can't be used at present.
+    - `ChangesRefused`: It refused the token, the execution or a parameter.
+    """
+
+    def __init__(
+        self, *, endpoint_url: str | None = None, token: str | Callable[[], str] | None = None
+    ) -> None:
+        self._client = httpx.Client(**_options(endpoint_url, token))
+
+    def work_list(
+        self,
+        with_: Iterable[Pair] = (),
+        without: Iterable[Pair] = (),
+        *,
+        task_name: str | None = None,
+        state: TaskState | Sequence[TaskState] = (),
+        flow_id: str | None = None,
+        flow_execution_id: UUID | str | None = None,
+    ) -> Iterator[TaskExecution]:
+        """Yield the tasks that have some tags and not others, the longest waiting first.
+
+        Args:
+            with_: Pairs of type and tag, or of type and None for any tag of the type. The first
+                has a tag, which gives the order. Without pairs, `flow_execution_id` is required,
+                and its tasks are yielded in the order of their registration.
+            without: Pairs, as in `with_`; at most ten together with those.
+            task_name, state, flow_id, flow_execution_id: Yield only such tasks.
+        """
+        query = _work_query(with_, without, task_name, state, flow_id, flow_execution_id)
+        return self._items(_TASKS, query, _Page[TaskExecution])
+
+    def list_tags(
+        self,
+        flow_execution_id: UUID | str,
+        *,
+        task_name: str | None = None,
+        tag_type: str | Sequence[str] = (),
+        tag: str | Sequence[str] = (),
+    ) -> Iterator[Tag]:
+        """Yield the active tags of an execution, the oldest first; only those that match."""
+        query = _tags_query(flow_execution_id, task_name, tag_type, tag)
+        return self._items(_TAGS, query, _Page[Tag])
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def __enter__(self) -> TagReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _items(self, path: str, query: dict[str, Any], page: type[_Page[Item]]) -> Iterator[Item]:
+        while True:
+            try:
+                response = self._client.get(path, params=query)
+            except (httpx.TransportError, httpx.InvalidURL) as error:
+                raise _unavailable(error) from error
+            found = _read(response, page)
+            yield from found.items
+            if found.next_page is None:
+                return
+            query = {**query, "page": found.next_page}
+
+
+class AsyncTagReader:
+    """As `TagReader`, for asyncio: iterate with `async for`."""
+
+    def __init__(
+        self, *, endpoint_url: str | None = None, token: str | Callable[[], str] | None = None
+    ) -> None:
+        self._client = httpx.AsyncClient(**_options(endpoint_url, token))
+
+    def work_list(
+        self,
+        with_: Iterable[Pair] = (),
+        without: Iterable[Pair] = (),
+        *,
+        task_name: str | None = None,
+        state: TaskState | Sequence[TaskState] = (),
+        flow_id: str | None = None,
+        flow_execution_id: UUID | str | None = None,
+    ) -> AsyncIterator[TaskExecution]:
+        """Yield the tasks that have some tags and not others; see `TagReader.work_list`."""
+        query = _work_query(with_, without, task_name, state, flow_id, flow_execution_id)
+        return self._items(_TASKS, query, _Page[TaskExecution])
+
+    def list_tags(
+        self,
+        flow_execution_id: UUID | str,
+        *,
+        task_name: str | None = None,
+        tag_type: str | Sequence[str] = (),
+        tag: str | Sequence[str] = (),
+    ) -> AsyncIterator[Tag]:
+        """Yield the active tags of an execution, the oldest first; only those that match."""
+        query = _tags_query(flow_execution_id, task_name, tag_type, tag)
+        return self._items(_TAGS, query, _Page[Tag])
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def __aenter__(self) -> AsyncTagReader:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _items(
+        self, path: str, query: dict[str, Any], page: type[_Page[Item]]
+    ) -> AsyncIterator[Item]:
+        while True:
+            try:
+                response = await self._client.get(path, params=query)
+            except (httpx.TransportError, httpx.InvalidURL) as error:
+                raise _unavailable(error) from error
+            found = _read(response, page)
+            for item in found.items:
+                yield item
+            if found.next_page is None:
+                return
+            query = {**query, "page": found.next_page}
+
+
+def _options(endpoint_url: str | None, token: str | Callable[[], str] | None) -> dict[str, Any]:
+    fixed = None if callable(token) else token
+    settings = load_settings(endpoint_url=endpoint_url, token=fixed)
+    return client_options(settings.endpoint_url, token_source(token, settings))
+
+
+def _work_query(
+    with_: Iterable[Pair],
+    without: Iterable[Pair],
+    task_name: str | None,
+    state: TaskState | Sequence[TaskState],
+    flow_id: str | None,
+    flow_execution_id: UUID | str | None,
+) -> dict[str, Any]:
+    return _query(
+        flow_execution_id,
+        **{"with": [str(Selector(*pair)) for pair in with_]},
+        without=[str(Selector(*pair)) for pair in without],
+        task_name=task_name,
+        state=state,
+        flow_id=flow_id,
+    )
+
+
+def _tags_query(
+    flow_execution_id: UUID | str,
+    task_name: str | None,
+    tag_type: str | Sequence[str],
+    tag: str | Sequence[str],
+) -> dict[str, Any]:
+    return _query(flow_execution_id, task_name=task_name, tag_type=tag_type, tag=tag)
+
+
+def _query(flow_execution_id: UUID | str | None, **values: Any) -> dict[str, Any]:
+    execution = None if flow_execution_id is None else str(flow_execution_id)
+    given = {"flow_execution_id": execution, **values, "limit": _PAGE}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _read(response: httpx.Response, page: type[_Page[Item]]) -> _Page[Item]:
+    """Return the page that the endpoint answered, or raise its error."""
+    if response.status_code >= 500:
+        raise Unavailable(f"the endpoint can't be used: {error_summary(response)}")
+    if response.status_code != 200:
+        raise ChangesRefused(error_summary(response))
+    try:
+        return page.model_validate_json(response.content)
+    except ValidationError:
+        raise Unavailable("the endpoint's answer is not a page") from None
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    return Unavailable(f"the endpoint can't be used: {type(error).__name__}")

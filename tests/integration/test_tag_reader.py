@@ -1,0 +1,159 @@
+"""The SDK's readers: all pages of work lists and tags, and what the endpoint refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+
+from producers.contract.messages import (
+    RegisterExecution,
+    TagBatch,
+    add,
+    set_task_state,
+)
+from producers.errors import ChangesRefused, ConfigurationError, Unavailable
+from producers.tag_reader import AsyncTagReader, TagReader
+from tests.support.servers import Servers
+from tests.support.tenant import applied
+from worker.db.repository import Repository
+
+PENDING = ("review_status", "pending")
+
+
+@pytest.fixture
+def reader(servers: Servers, token: str) -> Iterator[TagReader]:
+    with TagReader(endpoint_url=servers.stack.endpoint_url, token=token) as reader:
+        yield reader
+
+
+@pytest.fixture
+def execution(repository: Repository, organization: UUID) -> UUID:
+    """One of a flow, with 250 tasks that wait, and one that does not."""
+    execution = uuid4()
+    messages: list[Any] = [RegisterExecution(flow_execution_id=execution, flow_id="flow")]
+    for start in range(0, 250, 50):
+        numbers = range(start, start + 50)
+        tags = [add(execution, f"{n:03}", *PENDING, {"n": n}) for n in numbers]
+        messages.append(TagBatch(tags=tags))
+    messages.append(TagBatch(tags=[add(execution, "other:1", "a:b\\", "c:d")]))
+    messages.append(set_task_state(execution, "007", "awaiting_input"))
+    applied(repository, organization, *messages)
+    return execution
+
+
+def test_a_work_list_is_read_to_its_end(reader: TagReader, execution: UUID) -> None:
+    """Over three pages, in order, each task with its types."""
+    found = list(reader.work_list([PENDING]))
+    assert [task.task_name for task in found] == [f"{n:03}" for n in range(250)]
+    task = found[7]
+    assert (task.flow_id, task.flow_execution_id, task.state) == (
+        "flow",
+        execution,
+        "awaiting_input",
+    )
+    assert task.waiting_since == task.tags[0].created_at
+    assert (task.tags[0].tag_metadata, task.tags_next, task.state_changed_by) == (
+        {"n": 7},
+        None,
+        "ada",
+    )
+    assert found[8].state is None
+
+
+def test_selectors_are_pairs_that_the_sdk_escapes(reader: TagReader, execution: UUID) -> None:
+    """None stands for any tag of a type; filters are one word or several."""
+
+    def names(*arguments: Any, **filters: Any) -> list[str]:
+        return [task.task_name for task in reader.work_list(*arguments, **filters)]
+
+    assert names([("a:b\\", "c:d")]) == ["other:1"]
+    assert names([PENDING, ("a:b\\", None)]) == []
+    assert len(names([PENDING], [("a:b\\", None)])) == 250
+    assert names(flow_execution_id=execution, without=[PENDING]) == ["other:1"]
+    assert names([PENDING], state="awaiting_input", flow_id="flow") == ["007"]
+    assert names([PENDING], state=["awaiting_input", "failed"]) == ["007"]
+    assert names([PENDING], task_name="009", flow_execution_id=str(execution)) == ["009"]
+    assert names([PENDING], flow_id="none") == []
+
+
+def test_tags_are_read_to_their_end(reader: TagReader, execution: UUID) -> None:
+    """All, or those that match."""
+    found = list(reader.list_tags(execution))
+    assert [tag.task_name for tag in found] == [*(f"{n:03}" for n in range(250)), "other:1"]
+    assert [tag.tag for tag in reader.list_tags(execution, tag_type="a:b\\")] == ["c:d"]
+    assert [tag.tag for tag in reader.list_tags(execution, tag=["c:d", "x"])] == ["c:d"]
+    assert [tag.tag for tag in reader.list_tags(str(execution), task_name="007")] == ["pending"]
+
+
+def test_asyncio_reads_the_same(
+    servers: Servers, token: str, reader: TagReader, execution: UUID
+) -> None:
+    """Both lists, with the same arguments."""
+
+    async def main() -> None:
+        options: Any = {"endpoint_url": servers.stack.endpoint_url, "token": lambda: token}
+        async with AsyncTagReader(**options) as asynchronous:
+            tasks = [task async for task in asynchronous.work_list([PENDING])]
+            assert tasks == list(reader.work_list([PENDING]))
+            tags = [tag async for tag in asynchronous.list_tags(execution, tag_type="a:b\\")]
+            assert tags == list(reader.list_tags(execution, tag_type="a:b\\"))
+            with pytest.raises(ChangesRefused, match="unknown"):
+                await anext(aiter(asynchronous.list_tags(uuid4())))
+
+    asyncio.run(main())
+
+
+def test_errors_say_whether_to_try_again(
+    servers: Servers, reader: TagReader, execution: UUID
+) -> None:
+    """Refused for good, unavailable, or a setting that is missing."""
+    for refused, words in (
+        (reader.work_list([("review_status", None)]), "must have a tag"),
+        (reader.work_list(), "flow_execution_id"),
+        (reader.work_list(flow_execution_id=uuid4()), "unknown"),
+        (reader.list_tags("x"), "must be a UUID"),
+        (reader.list_tags(execution, tag=""), "must not be empty"),
+    ):
+        with pytest.raises(ChangesRefused, match=words):
+            next(refused)
+    with TagReader(endpoint_url="http://127.0.0.1:1", token="t") as away:
+        with pytest.raises(Unavailable):
+            next(away.work_list([PENDING]))
+    with TagReader(endpoint_url=servers.stack.endpoint_url, token="wrong") as stranger:
+        with pytest.raises(ChangesRefused):
+            next(stranger.work_list([PENDING]))
+    with pytest.raises(ConfigurationError):
+        TagReader(endpoint_url=servers.stack.endpoint_url)
+
+
+def test_answers_of_later_versions_are_read() -> None:
+    """Unknown fields are skipped, and unknown states are texts; what is no page is an error."""
+    task: dict[str, Any] = {
+        **dict.fromkeys(("flow_id", "state_changed_at", "state_changed_by", "waiting_since")),
+        "flow_execution_id": str(uuid4()),
+        "task_name": "t",
+        "state": "paused",
+        "new": 1,
+        "tags": [],
+        "tags_next": None,
+    }
+    answer: Any = {"task_executions": [task], "cursor": "0", "next_page": None, "new": {}}
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=json.dumps(answer))
+
+    with TagReader(endpoint_url="http://localhost", token="t") as reader:
+        reader._client = httpx.Client(
+            base_url="http://localhost", transport=httpx.MockTransport(respond)
+        )
+        (found,) = reader.work_list([PENDING])
+        assert str(found.state) == "paused"
+        answer = [task]
+        with pytest.raises(Unavailable, match="not a page"):
+            next(reader.work_list([PENDING]))
