@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing
 from typing import Any, Final, Generic, TypeVar
 from uuid import UUID
 
@@ -15,7 +16,9 @@ from producers.contract.selectors import Selector
 from producers.contract.values import TolerantModel
 from producers.endpoint import client_options, error_summary
 from producers.errors import ChangesRefused, Unavailable
+from producers.pubsub import LoopThread
 from producers.settings import load_settings, token_source
+from producers.work_list import follow_work_list
 
 Pair = tuple[str, str | None]
 Item = TypeVar("Item")
@@ -44,7 +47,9 @@ class TagReader:
     def __init__(
         self, *, endpoint_url: str | None = None, token: str | Callable[[], str] | None = None
     ) -> None:
-        self._client = httpx.Client(**_options(endpoint_url, token))
+        self._options = _options(endpoint_url, token)
+        self._client = httpx.Client(**self._options)
+        self._thread = LoopThread("task-tags-reader")
 
     def work_list(
         self,
@@ -55,6 +60,7 @@ class TagReader:
         state: TaskState | Sequence[TaskState] = (),
         flow_id: str | None = None,
         flow_execution_id: UUID | str | None = None,
+        follow: bool = False,
     ) -> Iterator[TaskExecution]:
         """Yield the tasks that have some tags and not others, the longest waiting first.
 
@@ -64,8 +70,12 @@ class TagReader:
                 and its tasks are yielded in the order of their registration.
             without: Pairs, as in `with_`; at most ten together with those.
             task_name, state, flow_id, flow_execution_id: Yield only such tasks.
+            follow: Go on with each task that comes or changes, without end. One that has left the
+                list comes once more, without `waiting_since`.
         """
         query = _work_query(with_, without, task_name, state, flow_id, flow_execution_id)
+        if follow:
+            return self._thread.iterate(_follow(self._options, query))
         return self._items(_TASKS, query, _Page[TaskExecution])
 
     def list_tags(
@@ -81,8 +91,9 @@ class TagReader:
         return self._items(_TAGS, query, _Page[Tag])
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and end iterations that follow a list."""
         self._client.close()
+        self._thread.close()
 
     def __enter__(self) -> TagReader:
         return self
@@ -109,7 +120,8 @@ class AsyncTagReader:
     def __init__(
         self, *, endpoint_url: str | None = None, token: str | Callable[[], str] | None = None
     ) -> None:
-        self._client = httpx.AsyncClient(**_options(endpoint_url, token))
+        self._options = _options(endpoint_url, token)
+        self._client = httpx.AsyncClient(**self._options)
 
     def work_list(
         self,
@@ -120,9 +132,12 @@ class AsyncTagReader:
         state: TaskState | Sequence[TaskState] = (),
         flow_id: str | None = None,
         flow_execution_id: UUID | str | None = None,
+        follow: bool = False,
     ) -> AsyncIterator[TaskExecution]:
         """Yield the tasks that have some tags and not others; see `TagReader.work_list`."""
         query = _work_query(with_, without, task_name, state, flow_id, flow_execution_id)
+        if follow:
+            return _flatten(_follow(self._options, query))
         return self._items(_TASKS, query, _Page[TaskExecution])
 
     def list_tags(
@@ -161,6 +176,26 @@ class AsyncTagReader:
             if found.next_page is None:
                 return
             query = {**query, "page": found.next_page}
+
+
+async def _follow(
+    options: dict[str, Any], query: dict[str, Any]
+) -> AsyncGenerator[Sequence[TaskExecution], None]:
+    async with (
+        httpx.AsyncClient(**options) as client,
+        aclosing(follow_work_list(client, query)) as tasks,
+    ):
+        async for some in tasks:
+            yield some
+
+
+async def _flatten(
+    pages: AsyncGenerator[Sequence[TaskExecution], None],
+) -> AsyncIterator[TaskExecution]:
+    async with aclosing(pages):
+        async for some in pages:
+            for each in some:
+                yield each
 
 
 def _options(endpoint_url: str | None, token: str | Callable[[], str] | None) -> dict[str, Any]:

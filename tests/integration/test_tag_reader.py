@@ -11,10 +11,12 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
+from producers.client import TagProducer
 from producers.contract.messages import (
     RegisterExecution,
     TagBatch,
     add,
+    register_execution,
     set_task_state,
 )
 from producers.errors import ChangesRefused, ConfigurationError, Unavailable
@@ -157,3 +159,41 @@ def test_answers_of_later_versions_are_read() -> None:
         answer = [task]
         with pytest.raises(Unavailable, match="not a page"):
             next(reader.work_list([PENDING]))
+
+
+def test_a_work_list_is_followed(
+    servers: Servers, token: str, reader: TagReader, producer: TagProducer
+) -> None:
+    """Tasks that come, change and leave, by events; of other executions and types nothing."""
+    one, other = uuid4(), uuid4()
+    for each in (one, other):
+        producer.apply(register_execution(each))
+    producer.batch().set(one, "first", *PENDING).set(one, "second", *PENDING).apply()
+    found = reader.work_list([PENDING], [("hold", None)], flow_execution_id=one, follow=True)
+    assert [next(found).task_name for _ in range(2)] == ["first", "second"]
+    producer.batch().set(other, "first", *PENDING).apply()
+    producer.batch().set(one, "third", *PENDING).apply()
+    came = next(found)
+    assert (came.task_name, came.waiting_since is None) == ("third", False)
+    producer.apply(set_task_state(one, "first", "awaiting_input"))
+    assert next(found).state == "awaiting_input"
+    producer.batch().add(one, "second", "hold", "until monday").apply()
+    left = next(found)
+    assert (left.task_name, left.waiting_since, left.tags) == ("second", None, [])
+    producer.batch().set(one, "first", "review_status", "approved").apply()
+    left = next(found)
+    assert (left.task_name, left.waiting_since) == ("first", None)
+    producer.batch().remove(one, "second", "hold", "until monday").apply()
+    assert next(found).task_name == "second"
+
+    async def main() -> list[str]:
+        url = servers.stack.endpoint_url
+        async with AsyncTagReader(endpoint_url=url, token=token) as again:
+            names = []
+            async for task in again.work_list([PENDING], follow=True):
+                names.append(task.task_name)
+                if len(names) == 3:
+                    break
+            return names
+
+    assert asyncio.run(main()) == ["second", "first", "third"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -18,17 +19,46 @@ from redis.client import PubSub
 from rich.console import Console
 
 from producers.client import TagProducer
-from producers.console import change_lines, result_line, tag_table
+from producers.console import change_lines, result_line, tag_table, task_table
 from producers.contract.channels import changes_channel, results_channel
 from producers.contract.cursors import Cursor
 from producers.contract.results import Change, ChangeEvent, ResultRecord
 from producers.endpoint import client_options
 from producers.redis_client import open_redis
+from producers.subscriber import Subscriber
+from producers.tag_reader import TagReader
 from worker.local.supervisor import StartupError
 
 WAIT_SECONDS: Final = 30.0
 
 _console: Final = Console(highlight=False, soft_wrap=True)
+
+
+def _review(redis_url: str, endpoint_url: str, organization_id: UUID, token: str) -> None:
+    """Print a work list of two tasks, and let a run wait for the reviewer of one of them."""
+    execution, pending = uuid4(), ("review_status", "pending")
+    with (
+        TagProducer(redis_url=redis_url, organization_id=organization_id, token=token) as producer,
+        Subscriber(
+            redis_url=redis_url,
+            organization_id=organization_id,
+            endpoint_url=endpoint_url,
+            token=token,
+        ) as subscriber,
+        TagReader(endpoint_url=endpoint_url, token=token) as reader,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        producer.register(execution, flow_id="invoices")
+        for task_name in ("extract_data", "approve"):
+            producer.batch().add(execution, task_name, *pending).apply()
+        _console.print("work list: review_status: pending, the longest waiting first")
+        _console.print(task_table(list(reader.work_list([pending], flow_execution_id=execution))))
+        named = execution, "approve", "review_status"
+        waiting = threads.submit(subscriber.wait_for, *named, "approved", WAIT_SECONDS)
+        decide = producer.batch().when(*named, "pending").set(*named, "approved")
+        decide.apply()
+        tag = waiting.result()
+        _console.print(f"\nwait: {tag.task_name} was {tag.tag} by {tag.created_by}\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +137,7 @@ class Demo:
             tags, last_revisions = self._read(endpoint_url, token, executions)
             while len(self.events) < last_revisions and self._receive(pubsub, started, 5):
                 pass
+        _review(redis_url, endpoint_url, organization_id, token)
         operations = sum(len(message.get("tags", [])) for message in self.messages)
         return DemoReport(
             f"demo: {len(self.messages)} batches, {operations} operations, {len(self.records)} "
