@@ -122,6 +122,8 @@ class BatchProcessor:
         self.new_id = new_id
         self.change_set = ChangeSet()
         self._time = microseconds(now)
+        self._cursor = str(Cursor(0, self._time)).removeprefix("0")
+        """What all cursors of this transaction have in common."""
 
     def process(self, authorized: AuthorizedMessage) -> Outcome:
         message, digest = authorized.message, authorized.digest
@@ -441,7 +443,7 @@ class BatchProcessor:
                 changes=list(changed),
                 flow_id=execution.flow_id,
                 position=position,
-                cursor=str(Cursor(position, self._time)),
+                cursor=f"{position}{self._cursor}",
             ).encode()
             events.append((execution.id, event))
         return tuple(events)
@@ -451,15 +453,18 @@ class BatchProcessor:
 
         The rules are docs/concepts/contract.md#rule-12 and #rule-21.
         """
-        revisions = {}
+        revisions: dict[UUID, int] = {}
+        if not events:
+            return revisions
+        position = self.snapshot.head.number
         for flow_execution_id, event in events:
             execution = self.snapshot.executions[flow_execution_id.int]
             execution.revision += 1
             revision = revisions[flow_execution_id] = execution.revision
-            self.snapshot.head = Cursor(self.snapshot.head.number + 1, self._time)
-            self.change_set.changes.append(
-                NewChange(flow_execution_id, revision, self.snapshot.head.number, batch_id, event)
-            )
+            position += 1
+            change = NewChange(flow_execution_id, revision, position, batch_id, event)
+            self.change_set.changes.append(change)
+        self.snapshot.head = Cursor(position, self._time)
         self.change_set.revisions.update(revisions)
         return revisions
 

@@ -129,8 +129,7 @@ class NewTag(NamedTuple):
     metadata_digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class NewBatch:
+class NewBatch(NamedTuple):
     batch_id: UUID
     digest: bytes
     record: bytes
@@ -138,8 +137,7 @@ class NewBatch:
     event_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class NewChange:
+class NewChange(NamedTuple):
     flow_execution_id: UUID
     revision: int
     position: int

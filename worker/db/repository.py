@@ -276,7 +276,6 @@ class Transaction:
                 self._send(statement, **cast(Any, columns)(found))
         if change_set.changes:
             position = change_set.changes[-1].position
-            self._send(statements.SAVE_POSITION, position=position)
             self._found = self.now, Cursor(position, microseconds(self.now))
 
     def batches(self, batch_ids: Sequence[UUID]) -> dict[UUID, StoredResult]:

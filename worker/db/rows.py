@@ -239,6 +239,7 @@ def change_columns(changes: Sequence[NewChange]) -> dict[str, Any]:
         "positions": pg_arrays.bigints([change.position for change in changes]),
         "batch_ids": pg_arrays.uuids([change.batch_id.int for change in changes]),
         "events": pg_arrays.encoded_texts([change.event for change in changes]),
+        "position": changes[-1].position,
     }
 
 

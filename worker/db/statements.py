@@ -198,6 +198,9 @@ SAVE_TASKS: Final = """
 """Stores the states of tasks, by primary key."""
 
 SAVE_CHANGES: Final = """
+      with head as (
+           update organizations set position = %(position)s, changed_at = %(now)s
+            where organization_id = %(organization_id)s)
     insert into tag_changes (organization_id, flow_execution_id, revision, batch_id, event,
                              changed_at, position)
     select %(organization_id)s, flow_execution_id, revision, batch_id, event::json, %(now)s,
@@ -206,13 +209,7 @@ SAVE_CHANGES: Final = """
                    unnest(%(revisions)s) as revision, unnest(%(positions)s) as position,
                    unnest(%(batch_ids)s) as batch_id, unnest(%(events)s) as event) as c
 """
-"""Stores change events."""
-
-SAVE_POSITION: Final = """
-    update organizations set position = %(position)s, changed_at = %(now)s
-     where organization_id = %(organization_id)s
-"""
-"""Stores the place of the organization's last change event, by primary key."""
+"""Stores change events, and the place of the last one in the organization's row."""
 
 PURGE_RESULTS: Final = """
     delete from tag_batches
