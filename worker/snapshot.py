@@ -69,8 +69,7 @@ def stored_metadata(tag_metadata: Any) -> tuple[bytes | None, bytes]:
 _NEW_HASHER: Final = hashlib.blake2b(digest_size=16).copy
 
 
-@dataclass(frozen=True, slots=True)
-class AuthorizedMessage:
+class AuthorizedMessage(NamedTuple):
     """A message that is well formed and authorized.
 
     Its actor is that of its token (docs/concepts/contract.md#rule-7).
@@ -95,8 +94,7 @@ class Execution:
     flow_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredResult:
+class StoredResult(NamedTuple):
     """What is stored of a batch: enough to answer it again."""
 
     digest: bytes
@@ -160,8 +158,7 @@ class ChangeSet:
     """In the order of their positions."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What is published for a message: its result record and its change events."""
 
     record: bytes

@@ -246,8 +246,7 @@ def test_a_worker_needs_less_than_400_mb(servers: Servers, producer: TagProducer
 @pytest.fixture
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds that batches of a few operations meet often."""
-    for module in (rules, repository):
-        monkeypatch.setattr(module, "MAX_VARIANTS", 6)
+    monkeypatch.setattr(rules, "MAX_VARIANTS", 6)
     for module in (rules, repository, rows):
         monkeypatch.setattr(module, "MAX_OF_TYPE", 8)
     monkeypatch.setattr(rules, "MAX_OF_TYPES", 24)

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from producers.contract.cursors import Cursor, microseconds
 from producers.contract.results import Tag, Task
-from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_VARIANTS
+from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE
 from worker.db import pg_arrays, rows, statements
 from worker.db.connection import (
     CONNECT_ARGUMENTS,
@@ -248,7 +248,7 @@ class Transaction:
             found_tasks = self._send(statements.LOAD_TASKS, **rows.task_columns(list(names.tasks)))
         batches, seen = rows.batches(found_batches)
         tags: dict[TagKey, dict[bytes, Tag]] = {}
-        _, last_tag = rows.tags(found_tags, tags, MAX_VARIANTS)
+        _, last_tag = rows.tags(found_tags, tags)
         types, last_type = rows.types(found_types, tags, names)
         return Snapshot(
             batches=batches,

@@ -25,7 +25,6 @@ from worker.snapshot import (
     TaskKey,
     TypeKey,
     tag_key,
-    type_key,
     types_of,
 )
 
@@ -116,39 +115,41 @@ def execution(row: Any) -> tuple[int, Execution]:
 
 
 def tags(
-    rows: Iterable[Any], tags: dict[TagKey, dict[bytes, Tag]], max_each: int
-) -> tuple[list[Tag], int]:
-    """Add active tags to `tags`; return them, and the number of the first name that was cut.
+    rows: Iterable[Any], tags: dict[TagKey, dict[bytes, Tag]]
+) -> tuple[list[tuple[int, TagKey]], int]:
+    """Add active tags to `tags`; return numbers and keys, and the number of the first name cut.
 
-    A name is cut by its own bound, or where a bound of all is reached; 0: none was. A tag that was
-    asked for both ways comes with its metadata, and without.
+    That is the one at which a bound of all is reached; 0: none is. A tag that was asked for both
+    ways comes with its metadata, and without.
     """
-    found: list[Tag] = []
-    counts: Counter[int] = Counter()
-    cut: int | None = None
+    found: list[tuple[int, TagKey]] = []
+    number, total, cut = 0, 0, 0
     for number, total, digest, *fields in rows:
         tag = Tag(*fields)
-        found.append(tag)
-        active = tags.setdefault(tag_key(tag), {})
+        key = tag_key(tag)
+        found.append((number, key))
+        active = tags.setdefault(key, {})
         if tag.tag_metadata is not None or digest not in active:
             active[digest] = tag
-        counts[number] += 1
-        if cut is None and (
-            total >= MAX_LOADED_BYTES or len(found) >= MAX_LOADED_TAGS or counts[number] > max_each
-        ):
+        if total >= MAX_LOADED_BYTES and not cut:
             cut = number
-    return found, cut or 0
+    return found, cut or (number if len(found) >= MAX_LOADED_TAGS else 0)
 
 
 def types(
     rows: Iterable[Any], tags_by_key: dict[TagKey, dict[bytes, Tag]], names: Names
 ) -> tuple[dict[TypeKey, dict[TagKey, None]], int]:
-    """Add active tags of types, as `tags` does; return their keys by type, and the cut."""
+    """Add active tags of types, as `tags` does; return their keys by type, and the first cut type.
+
+    A type is also cut by its own bound.
+    """
     types: dict[TypeKey, dict[TagKey, None]] = {key: {} for key, _ in names.types}
-    found, cut = tags(rows, tags_by_key, MAX_OF_TYPE)
-    for tag in found:
-        types[type_key(tag)][tag_key(tag)] = None
-    return types, cut
+    found, last = tags(rows, tags_by_key)
+    for _, key in found:
+        types[key[:3]][key] = None
+    counts = Counter(number for number, _ in found)
+    cut = [number for number, count in counts.items() if count > MAX_OF_TYPE]
+    return types, min([*cut, last] if last else cut, default=0)
 
 
 # --- Objects to columns --------------------------------------------------------------------------

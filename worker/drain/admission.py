@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 from producers.contract.encoding import parse_canonical
@@ -19,8 +20,7 @@ from worker.rules import error_record
 from worker.snapshot import AuthorizedMessage
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """The message is well formed and its token allows it: apply it."""
 
     entry: StreamEntry
