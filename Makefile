@@ -6,7 +6,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo unit test faults mutants prove fairness soak decisions watchers bench ab
+.PHONY: help run demo unit test faults mutants prove fairness soak decisions watchers waiters bench ab
 .PHONY: count docs check format lock clean
 
 help:  ## Show this list
@@ -49,6 +49,10 @@ decisions: .venv/ready  ## Claim tasks by many clients while workers are killed;
 
 watchers: .venv/ready  ## Measure CLIENTS=1000 WebSockets on one endpoint; nothing may stay behind when they leave
 	$(BIN)/python -m tests.load.watchers --clients $(or $(CLIENTS),1000)
+
+waiters: .venv/ready  ## Measure WAITERS=10000 waits for approvals on one endpoint process; RESTARTS=5 kills servers
+	$(BIN)/python -m tests.load.waiters --waiters $(or $(WAITERS),10000) \
+		--restarts $(or $(RESTARTS),0)
 
 bench: .venv/bench  ## Compare with other queues and the limits of this machine; writes docs/bench.md; SMOKE=1
 	$(BIN)/python -m tests.bench $(if $(SMOKE),--smoke)
