@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import secrets
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timezone
@@ -18,7 +19,7 @@ from uuid import UUID
 
 import anyio.to_thread
 from fastapi import Depends, FastAPI, Header, Request, Response
-from sqlalchemy import create_engine, literal_column, select, text
+from sqlalchemy import BigInteger, create_engine, literal_column, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
@@ -118,6 +119,7 @@ class ChangeRow(Base):
     batch_id: Mapped[UUID]
     event: Mapped[str] = mapped_column(JsonText)
     changed_at: Mapped[datetime]
+    position: Mapped[int] = mapped_column(BigInteger)
 
 
 # --- The service ---------------------------------------------------------------------------------
@@ -269,6 +271,7 @@ def _save(
             batch_id=change.batch_id,
             event=change.event.decode(),
             changed_at=now,
+            position=secrets.randbits(62),  # it keeps no order in an organization
         )
         for change in writes.changes
     )
