@@ -102,8 +102,8 @@ async def get(client: httpx.AsyncClient, path: str, query: dict[str, Any]) -> ht
     try:
         response = await client.get(path, params=query)
     except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise Unavailable(f"the endpoint can't be used: {type(error).__name__}") from error
-    _check(response)
+        raise unreachable(error) from error
+    check_answer(response)
     return response
 
 
@@ -135,7 +135,7 @@ async def stream_changes(
             ) as response:
                 if response.status_code != 200:
                     await response.aread()
-                _check(response)
+                check_answer(response)
                 reached = True
                 async for kind, id, data in _server_sent(response.aiter_lines()):
                     if kind == "error" and json.loads(data)["error"]["code"] == "gone":
@@ -162,7 +162,12 @@ async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, st
             fields = {}
 
 
-def _check(response: httpx.Response) -> None:
+def unreachable(error: Exception) -> Unavailable:
+    return Unavailable(f"the endpoint can't be used: {type(error).__name__}")
+
+
+def check_answer(response: httpx.Response) -> None:
+    """Raise what `get` raises, unless the status is 200."""
     if response.status_code == 410:
         raise _expired(response.json())
     if response.status_code >= 500:

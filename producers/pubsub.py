@@ -233,6 +233,14 @@ class EventQueue(Listener):
         return events
 
 
+async def flatten(events: AsyncGenerator[Sequence[Result], None]) -> AsyncIterator[Result]:
+    """Yield the items of what an iteration yields, as `LoopThread.iterate` does, for asyncio."""
+    async with aclosing(events):
+        async for some in events:
+            for each in some:
+                yield each
+
+
 class LoopThread:
     """An event loop in a daemon thread, for callers that have none. It starts at its first use."""
 

@@ -26,7 +26,7 @@ from producers.contract.results import ChangeEvent, ResultRecord, Tag
 from producers.endpoint import client_options, fetch_changes, stream_changes
 from producers.errors import Unavailable
 from producers.gap_filler import GapFiller
-from producers.pubsub import EventQueue, ListenEvent, LoopThread, PubSubMultiplexer
+from producers.pubsub import EventQueue, ListenEvent, LoopThread, PubSubMultiplexer, flatten
 from producers.redis_client import open_async_redis
 from producers.settings import ProducerSettings, load_settings, token_source
 from producers.waiting import TagWaits
@@ -148,7 +148,7 @@ class Subscriber:
     ) -> AsyncIterator[ChangeEvent]:
         """As `organization_changes`, for asyncio."""
         filters = {"task_name": task_name, "tag_type": tag_type, "tag": tag, "flow_id": flow_id}
-        return _flatten(self._organization_changes(after, filters, on_cursor))
+        return flatten(self._organization_changes(after, filters, on_cursor))
 
     def wait_for(
         self,
@@ -195,7 +195,7 @@ class Subscriber:
         self, reply_to: str, *, on_subscribed: Callable[[], None] | None = None
     ) -> AsyncIterator[ResultRecord]:
         """As `results`, for asyncio."""
-        return _flatten(self._results(reply_to, on_subscribed))
+        return flatten(self._results(reply_to, on_subscribed))
 
     def achanges(
         self,
@@ -205,7 +205,7 @@ class Subscriber:
         on_subscribed: Callable[[], None] | None = None,
     ) -> AsyncIterator[ChangeEvent]:
         """As `changes`, for asyncio."""
-        return _flatten(self._changes(flow_execution_id, after, on_subscribed))
+        return flatten(self._changes(flow_execution_id, after, on_subscribed))
 
     def close(self) -> None:
         """End all iterations, each within half a second."""
@@ -310,13 +310,6 @@ class Subscriber:
                     yield events
         finally:
             await redis.aclose()
-
-
-async def _flatten(events: AsyncGenerator[Sequence[Published], None]) -> AsyncIterator[Published]:
-    async with aclosing(events):
-        async for some in events:
-            for each in some:
-                yield each
 
 
 class _ExecutionChanges:

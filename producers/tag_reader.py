@@ -14,9 +14,9 @@ from producers.contract.messages import TaskState
 from producers.contract.results import Tag, TaskExecution
 from producers.contract.selectors import Selector
 from producers.contract.values import TolerantModel
-from producers.endpoint import client_options, error_summary
-from producers.errors import ChangesRefused, Unavailable
-from producers.pubsub import LoopThread
+from producers.endpoint import check_answer, client_options, get, unreachable
+from producers.errors import Unavailable
+from producers.pubsub import LoopThread, flatten
 from producers.settings import load_settings, token_source
 from producers.work_list import follow_work_list
 
@@ -106,7 +106,8 @@ class TagReader:
             try:
                 response = self._client.get(path, params=query)
             except (httpx.TransportError, httpx.InvalidURL) as error:
-                raise _unavailable(error) from error
+                raise unreachable(error) from error
+            check_answer(response)
             found = _read(response, page)
             yield from found.items
             if found.next_page is None:
@@ -120,8 +121,7 @@ class AsyncTagReader:
     def __init__(
         self, *, endpoint_url: str | None = None, token: str | Callable[[], str] | None = None
     ) -> None:
-        self._options = _options(endpoint_url, token)
-        self._client = httpx.AsyncClient(**self._options)
+        self._client = httpx.AsyncClient(**_options(endpoint_url, token))
 
     def work_list(
         self,
@@ -137,7 +137,7 @@ class AsyncTagReader:
         """Yield the tasks that have some tags and not others; see `TagReader.work_list`."""
         query = _work_query(with_, without, task_name, state, flow_id, flow_execution_id)
         if follow:
-            return _flatten(_follow(self._options, query))
+            return flatten(follow_work_list(self._client, query))
         return self._items(_TASKS, query, _Page[TaskExecution])
 
     def list_tags(
@@ -166,11 +166,7 @@ class AsyncTagReader:
         self, path: str, query: dict[str, Any], page: type[_Page[Item]]
     ) -> AsyncIterator[Item]:
         while True:
-            try:
-                response = await self._client.get(path, params=query)
-            except (httpx.TransportError, httpx.InvalidURL) as error:
-                raise _unavailable(error) from error
-            found = _read(response, page)
+            found = _read(await get(self._client, path, query), page)
             for item in found.items:
                 yield item
             if found.next_page is None:
@@ -187,15 +183,6 @@ async def _follow(
     ):
         async for some in tasks:
             yield some
-
-
-async def _flatten(
-    pages: AsyncGenerator[Sequence[TaskExecution], None],
-) -> AsyncIterator[TaskExecution]:
-    async with aclosing(pages):
-        async for some in pages:
-            for each in some:
-                yield each
 
 
 def _options(endpoint_url: str | None, token: str | Callable[[], str] | None) -> dict[str, Any]:
@@ -238,16 +225,7 @@ def _query(flow_execution_id: UUID | str | None, **values: Any) -> dict[str, Any
 
 
 def _read(response: httpx.Response, page: type[_Page[Item]]) -> _Page[Item]:
-    """Return the page that the endpoint answered, or raise its error."""
-    if response.status_code >= 500:
-        raise Unavailable(f"the endpoint can't be used: {error_summary(response)}")
-    if response.status_code != 200:
-        raise ChangesRefused(error_summary(response))
     try:
         return page.model_validate_json(response.content)
     except ValidationError:
         raise Unavailable("the endpoint's answer is not a page") from None
-
-
-def _unavailable(error: Exception) -> Unavailable:
-    return Unavailable(f"the endpoint can't be used: {type(error).__name__}")

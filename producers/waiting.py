@@ -81,7 +81,7 @@ class TagWaits:
         self._waits.setdefault(flow_execution_id, []).append(wait)
         try:
             async with asyncio.timeout(timeout):
-                client = await self._open(wait)
+                client = await self._open()
                 await self._look(client, wait)
                 return await wait.found
         except TimeoutError:
@@ -93,7 +93,7 @@ class TagWaits:
                 del self._waits[flow_execution_id]
             await self._close_if_idle()
 
-    async def _open(self, wait: _Wait) -> httpx.AsyncClient:
+    async def _open(self) -> httpx.AsyncClient:
         """Begin the stream at the last event, unless it has begun."""
         async with self._opening:
             if self._client is None:

@@ -106,11 +106,17 @@ def change_filter(wanted: FeedQuery | AllFeedQuery) -> Callable[[bytes], bytes |
     return reduced
 
 
-def _next_page(request: Request, reached: Cursor, head: Cursor, after: str) -> dict[str, str]:
-    if reached.number >= head.number:
-        return {}
-    url = request.url.include_query_params(after=after)
-    return {"Link": f'<{url.path}?{url.query}>; rel="next"'}
+def _page(
+    request: Request, query: FeedQuery | AllFeedQuery, found: StoredChanges
+) -> tuple[bytes, Cursor, dict[str, str]]:
+    """Return the events that match, the place that was reached, and the link to the next ones."""
+    reached = found.events[-1][0] if found.events else query.place or found.head
+    events = map(change_filter(query), (event for _, event in found.events))
+    headers = {}
+    if reached.number < found.head.number:
+        url = request.url.include_query_params(after=str(reached))
+        headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
+    return b",".join(filter(None, events)), reached, headers
 
 
 @router.get(
@@ -133,10 +139,8 @@ async def read_changes(
     found = await stored_changes(
         reader, caller.organization_id, query.flow_execution_id, query.place, query.limit
     )
-    reached = found.events[-1][0] if found.events else query.place
-    events = [event for _, each in found.events if (event := change_filter(query)(each))]
-    headers = _next_page(request, reached, found.head, str(reached))
-    return json_response(b"[" + b",".join(events) + b"]", headers)
+    events, _, headers = _page(request, query, found)
+    return json_response(b"[%b]" % events, headers)
 
 
 @router.get(
@@ -159,8 +163,6 @@ async def read_all_changes(
     cursor passes over them.
     """
     found = await stored_changes(reader, caller.organization_id, None, query.place, query.limit)
-    reached = found.events[-1][0] if found.events else query.place or found.head
-    events = [event for _, each in found.events if (event := change_filter(query)(each))]
-    headers = _next_page(request, reached, found.head, str(reached))
-    body = b'{"changes":[%b],"cursor":%b}' % (b",".join(events), to_json(str(reached)))
+    events, reached, headers = _page(request, query, found)
+    body = b'{"changes":[%b],"cursor":%b}' % (events, to_json(str(reached)))
     return json_response(body, headers)

@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS: Final = 0.05
 MAX_BACKOFF_SECONDS: Final = 1.0
-_ONE_BY_ONE: Final = "a transaction failed: applying its messages one by one"
 
 
 def _utc_now() -> datetime:
