@@ -53,6 +53,11 @@ class _Wait:
             if is_wanted and not self.found.done():
                 self.found.set_result(tag)
 
+    def fail(self, error: TaskTagsError) -> None:
+        """End the wait with an error, unless it has ended."""
+        if not self.found.done():
+            self.found.set_exception(error)
+
 
 class TagWaits:
     """The waits of a process, in one event loop. The stream is open while there is one.
@@ -117,7 +122,7 @@ class TagWaits:
             self._client = self._following = None
 
     async def _look(self, client: httpx.AsyncClient, wait: _Wait) -> None:
-        """End a wait if its tag is active; while the endpoint can't be used, retry."""
+        """End a wait if its tag is active, or can't be; while the endpoint is away, retry."""
         while not wait.found.done():
             try:
                 async with self._reads:
@@ -127,6 +132,8 @@ class TagWaits:
             except (Unavailable, ValidationError) as error:
                 logger.warning("tags can't be read now; retrying: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
+            except TaskTagsError as error:
+                wait.fail(error)
 
     async def _of_type(self, wait: _Wait) -> list[Tag] | None:
         """Return the active tags of the type on the task, if the endpoint can be asked."""
@@ -147,16 +154,17 @@ class TagWaits:
                         if event is not None:
                             self._receive(event)
             except RevisionExpired as error:
-                cursor = error.cursor or await last_cursor(client)
-                waits = [wait for some in self._waits.values() for wait in some]
-                await asyncio.gather(*(self._look(client, wait) for wait in waits))
+                cursor = error.cursor or cursor
+                await asyncio.gather(*(self._look(client, wait) for wait in self._all()))
             except Unavailable:
                 await asyncio.sleep(_RETRY_SECONDS)
             except TaskTagsError as error:
-                for wait in (wait for some in self._waits.values() for wait in some):
-                    if not wait.found.done():
-                        wait.found.set_exception(error)
+                for wait in self._all():
+                    wait.fail(error)
                 return
+
+    def _all(self) -> list[_Wait]:
+        return [wait for some in self._waits.values() for wait in some]
 
     def _receive(self, event: ChangeEvent) -> None:
         waits = self._waits.get(event.flow_execution_id)

@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from producers.client import TagProducer
+from producers.contract.channels import position_key
 from producers.contract.cursors import Cursor
 from producers.contract.messages import TagBatch, add, register_execution, remove, set_tag
 from producers.contract.results import ChangeEvent, Tag
@@ -178,6 +179,37 @@ def test_all_changes_of_the_organization_are_followed(
 
 def first(events: Any, count: int) -> list[ChangeEvent]:
     return [next(events) for _ in range(count)]
+
+
+def test_a_restore_ends_the_waits_that_it_makes_impossible_and_no_others(
+    servers: Servers,
+    redis: Any,
+    subscriber: Subscriber,
+    producer: TagProducer,
+    organization: UUID,
+    execution: UUID,
+) -> None:
+    """An execution that the restored database does not know is refused; others are waited for."""
+    other = uuid4()
+    producer.apply(register_execution(other))
+    for tag in ("pending", "reviewed"):
+        producer.apply(reviewed(execution, tag))
+    gone = waiting_for(subscriber, other, "task", "review_status", "approved")
+    goes_on = waiting_for(subscriber, execution, "task", "review_status", "approved")
+    with servers.owner() as owner:
+        of = {"o": organization, "e": other}
+        owner.execute("delete from tag_changes where organization_id = %(o)s and position = 2", of)
+        owner.execute("delete from flow_executions where flow_execution_id = %(e)s", of)
+        owner.execute(
+            "update organizations o set position = 1, changed_at = c.changed_at from tag_changes c "
+            "where o.organization_id = %(o)s and c.organization_id = o.organization_id",
+            of,
+        )
+    redis.delete(position_key(organization))  # else it is found after 30 s
+    assert isinstance(gone.exception(20), ChangesRefused)
+    assert not goes_on.done()
+    producer.apply(reviewed(execution, "approved"))
+    assert goes_on.result(20).tag == "approved"
 
 
 def test_a_subscriber_that_is_closed_ends_its_waits(
