@@ -10,7 +10,8 @@ from worker.db.pg_arrays import decode
 from worker.db.pg_pipeline import Row
 
 
-def _microseconds(time: str) -> str:
+def in_microseconds(time: str) -> str:
+    """Return the SQL of a time as the cursors of its events have it."""
     return f"(extract(epoch from {time}) * 1000000)::bigint"
 
 
@@ -32,13 +33,14 @@ _CHANGES: Final = f"""
             where found.characters < $4 and found.number < $2 + $3),
          page as (
            select array_agg(number order by number) as numbers,
-                  array_agg({_microseconds("at")} order by number) as times,
+                  array_agg({in_microseconds("at")} order by number) as times,
                   array_agg(event order by number) as events
              from found
             where number = $2 + 1 or characters <= $4)
-    select h.number, {_microseconds("h.changed_at")},
-           case when $2 = 0 then {_microseconds("h.created_at")}
-                else (select {_microseconds("changed_at")} from tag_changes where {{key}} = $2) end,
+    select h.number, {in_microseconds("h.changed_at")},
+           case when $2 = 0 then {in_microseconds("h.created_at")}
+                else (select {in_microseconds("changed_at")} from tag_changes
+                       where {{key}} = $2) end,
            page.numbers, page.times, page.events
       from ({{head}}) h
      cross join page
@@ -67,11 +69,11 @@ CHANGES_OF_EXECUTION: Final = _CHANGES.format(
 
 # $1 organization, $2 flow executions.
 HEADS: Final = f"""
-    select o.position, {_microseconds("o.changed_at")}, e.ids, e.revisions, e.times
+    select o.position, {in_microseconds("o.changed_at")}, e.ids, e.revisions, e.times
       from organizations o
      cross join (
            select array_agg(flow_execution_id) as ids, array_agg(revision) as revisions,
-                  array_agg({_microseconds("changed_at")}) as times
+                  array_agg({in_microseconds("changed_at")}) as times
              from flow_executions
             where organization_id = $1 and flow_execution_id = any($2)) e
      where o.organization_id = $1
@@ -92,10 +94,12 @@ class StoredChanges(NamedTuple):
 
 def read_changes(row: Row) -> StoredChanges:
     number, time, at, numbers, times, events = row
-    places = map(_cursor, decode(numbers), decode(times))
-    head = _cursor(number, time)
+    places = map(read_cursor, decode(numbers), decode(times))
+    head = read_cursor(number, time)
     return StoredChanges(
-        head, None if at is None else _integer(at), list(zip(places, decode(events), strict=True))
+        head,
+        None if at is None else read_integer(at),
+        list(zip(places, decode(events), strict=True)),
     )
 
 
@@ -105,14 +109,14 @@ def read_heads(row: Row | None) -> tuple[Cursor, dict[UUID, Cursor]]:
     number, time, *columns = row
     ids, revisions, times = map(decode, columns)
     heads = zip(ids, revisions, times, strict=True)
-    return _cursor(number, time), {
-        UUID(bytes=id): _cursor(revision, at) for id, revision, at in heads
+    return read_cursor(number, time), {
+        UUID(bytes=id): read_cursor(revision, at) for id, revision, at in heads
     }
 
 
-def _cursor(number: bytes | None, time: bytes | None) -> Cursor:
-    return Cursor(_integer(number), None if time is None else _integer(time))
+def read_cursor(number: bytes | None, time: bytes | None) -> Cursor:
+    return Cursor(read_integer(number), None if time is None else read_integer(time))
 
 
-def _integer(binary: bytes | None) -> int:
+def read_integer(binary: bytes | None) -> int:
     return int.from_bytes(binary or b"", signed=True)

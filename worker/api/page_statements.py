@@ -14,6 +14,7 @@ from uuid import UUID
 
 from producers.contract.cursors import Cursor
 from producers.contract.selectors import Selector
+from worker.api.change_queries import in_microseconds, read_cursor
 from worker.db.pg_arrays import decode, texts
 
 MAX_ANSWER_BYTES: Final = 8 * 1024 * 1024
@@ -27,14 +28,14 @@ MAX_TAGS: Final = 100
 """The most tags that are shown with a task."""
 _PAGE_BYTES: Final = 1024 * 1024
 
-TAG: Final = """
+_TIME: Final = '\'YYYY-MM-DD"T"HH24:MI:SS.US"Z"\''
+TAG: Final = f"""
         id, flow_execution_id, task_name, tag_type, tag, tag_metadata, organization_id, status,
-        to_char(created_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as created_at,
+        to_char(created_at at time zone 'UTC', {_TIME}) as created_at,
         created_by, null as updated_at, null as modified_by
 """
 """The columns of an active tag as it is served."""
 
-_TIME: Final = '\'YYYY-MM-DD"T"HH24:MI:SS.US"Z"\''
 BEFORE_ALL: Final = f"-infinity {UUID(int=0)}"
 """The place before all tags."""
 _PLACE_OF_TAG: Final = f"to_char(created_at at time zone 'UTC', {_TIME}) || ' ' || id"
@@ -229,7 +230,7 @@ def _statement(candidates: str, place: str, fits: str, before: str = "") -> str:
                 cross join chosen
                 cross join lateral ({_TASK}) t
                 where page.number < least($11, cardinality(names)) and page.bytes < {_PAGE_BYTES})
-    select o.position, (extract(epoch from o.changed_at) * 1000000)::bigint, p.tasks, p.tags_after,
+    select o.position, {in_microseconds("o.changed_at")}, p.tasks, p.tags_after,
            case when p.last < cardinality(places) then places[p.last]
                 else (select {place}
                         from (select * from ({candidates}) c
@@ -330,7 +331,7 @@ class TaskPage(NamedTuple):
     @classmethod
     def read(cls, row: Sequence[bytes | None]) -> TaskPage:
         position, at, tasks, tags_after, after = row
-        head = Cursor(int.from_bytes(position or b""), None if at is None else int.from_bytes(at))
+        head = read_cursor(position, at)
         return cls(
             head, decode(tasks), decode(tags_after), None if after is None else after.decode()
         )

@@ -18,6 +18,7 @@ from worker.api.change_queries import (
     StoredChanges,
     read_changes,
     read_heads,
+    read_integer,
 )
 from worker.api.page_statements import (
     BEFORE_ALL,
@@ -312,8 +313,4 @@ def _bigint(value: int) -> bytes:
 
 def _revision(row: Row) -> Cursor:
     """Read the first two columns, a revision and its time."""
-    return Cursor(_integer(row[0]), _integer(row[1]) + EPOCH)
-
-
-def _integer(binary: bytes | None) -> int:
-    return int.from_bytes(binary or b"", signed=True)
+    return Cursor(read_integer(row[0]), read_integer(row[1]) + EPOCH)
