@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from typing import Final
 from uuid import UUID
 
-from pydantic_core import to_json
-
 from producers.contract.errors import ErrorDetail, ErrorInfo
-from producers.contract.messages import TagBatch, TagOperation
-from producers.contract.results import Change, StateChange
 from worker.snapshot import stored_metadata, tag_key, type_key
+from worker.wire import Batch, Change, Operation, StateChange, encode
 
 MAX_VARIANTS: Final = 250
 """Active tags of a task that differ in their metadata alone."""
@@ -53,7 +50,7 @@ EVENTS_TOO_LARGE: Final = f"the change events would be larger than {MAX_EVENT_BY
 
 
 def check_size(
-    batch: TagBatch,
+    batch: Batch,
     changes: ExecutionChanges,
     events: tuple[tuple[UUID, bytes], ...],
 ) -> None:
@@ -67,14 +64,14 @@ def check_size(
     size = 0
     for index, operation in enumerate(batch.tags):
         of_execution = left.get(operation.flow_execution_id.int, deque())
-        size += sum(len(to_json(each)) for each in _changes_of(operation, of_execution))
+        size += sum(len(encode(each)) for each in _changes_of(operation, of_execution))
         if size > MAX_EVENT_BYTES:
             raise TooLarge(index, EVENTS_TOO_LARGE)
     raise TooLarge(len(batch.tags) - 1, EVENTS_TOO_LARGE)
 
 
 def _changes_of(
-    operation: TagOperation, left: deque[Change | StateChange]
+    operation: Operation, left: deque[Change | StateChange]
 ) -> Iterator[Change | StateChange]:
     """Take from an execution's changes those of its next operation."""
     wanted = stored_metadata(operation.tag_metadata)

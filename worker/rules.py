@@ -7,32 +7,21 @@ saves the change set in one transaction (worker/db/repository.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from pydantic_core import to_json
+from msgspec import UNSET
+from msgspec.structs import replace
 
 from producers.contract.cursors import Cursor, microseconds
 from producers.contract.errors import CONDITIONS, ErrorDetail, ErrorInfo, FoundTag
-from producers.contract.messages import (
-    Condition,
-    Message,
-    RegisterExecution,
-    SetTaskState,
-    TagBatch,
-    TagOperation,
-)
+from producers.contract.messages import RegisterExecution, SetTaskState
 from producers.contract.results import (
-    Change,
-    ChangeEvent,
     OperationStatus,
     RecordingStatus,
     RegistrationStatus,
     ResultRecord,
-    StateChange,
-    Tag,
     Task,
 )
 from worker.bounds import (
@@ -65,6 +54,17 @@ from worker.snapshot import (
     tag_key,
     type_key,
     types_of,
+)
+from worker.wire import (
+    Batch,
+    Change,
+    ChangeEvent,
+    Condition,
+    Message,
+    Operation,
+    StateChange,
+    Tag,
+    encode,
 )
 
 
@@ -136,7 +136,7 @@ class BatchProcessor:
         try:
             record = self._outcome(message, authorized, changes)
             events = self._events(message.batch_id, authorized.actor, changes)
-            if isinstance(message, TagBatch):
+            if isinstance(message, Batch):
                 check_size(message, changes, events)
             revisions = self._advance(message.batch_id, events)
         except Refusal as refusal:
@@ -198,20 +198,20 @@ class BatchProcessor:
         self.snapshot.executions[execution.id.int] = execution
         self.change_set.registrations[execution.id] = execution
 
-    def _check_known(self, message: TagBatch | SetTaskState) -> None:
+    def _check_known(self, message: Batch | SetTaskState) -> None:
         """Raise `Refusal` with each use of an unknown execution or task.
 
         The rule is docs/concepts/contract.md#rule-5.
         """
         if isinstance(message, SetTaskState):
-            named: Iterable[tuple[int | None, TagOperation | SetTaskState]] = [(None, message)]
+            named: Iterable[tuple[int | None, Operation | SetTaskState]] = [(None, message)]
         else:
             named = enumerate(message.tags)
         details = []
         for index, each in named:
             if found := self._unknown(each):
                 details.append(ErrorDetail(index=index, field=found[0], message=found[1]))
-        if isinstance(message, TagBatch) and message.conditions:
+        if isinstance(message, Batch) and message.conditions:
             for index, condition in enumerate(message.conditions):
                 if found := self._unknown(condition):
                     text = " ".join(found)
@@ -220,7 +220,7 @@ class BatchProcessor:
             text = "an execution or task is unknown"
             raise Refusal(ErrorInfo(code="not_found", message=text, details=details))
 
-    def _unknown(self, named: TagOperation | SetTaskState | Condition) -> tuple[str, str] | None:
+    def _unknown(self, named: Operation | SetTaskState | Condition) -> tuple[str, str] | None:
         """Return the field that is unknown, and what it is."""
         execution = self.snapshot.executions.get(named.flow_execution_id.int)
         if execution is None:
@@ -242,7 +242,7 @@ class BatchProcessor:
             for tag, digest in self._tags_of((execution, message.task_name, tag_type)):
                 self._delete(tag, digest, actor, changes)
                 cleared += 1
-        size = sum(len(to_json(each)) + 1 for each in changes.get(execution, ()))
+        size = sum(len(encode(each)) + 1 for each in changes.get(execution, ()))
         if cleared and size + EVENT_FRAME_BYTES > MAX_EVENT_BYTES:
             raise TooLarge(None, EVENTS_TOO_LARGE, "clear")
         key = message.flow_execution_id, message.task_name
@@ -255,7 +255,7 @@ class BatchProcessor:
         of_tags = {} if message.clear is None else {"cleared": cleared}
         return {"status": status, **of_tags}
 
-    def _check_types(self, message: TagBatch | SetTaskState) -> None:
+    def _check_types(self, message: Batch | SetTaskState) -> None:
         """Raise `TooLarge` if the types that the message depends on have too many tags.
 
         What was not loaded of a type is not seen here, so a type counts 1,001 tags at most.
@@ -275,7 +275,7 @@ class BatchProcessor:
                 text = f"more than {MAX_OF_TYPE} active tags of the type are on the task"
                 raise TooLarge(index, text, field)
 
-    def _check_conditions(self, batch: TagBatch, *, may_read: bool) -> None:
+    def _check_conditions(self, batch: Batch, *, may_read: bool) -> None:
         """Raise `Refusal` with each condition that fails (docs/concepts/contract.md#rule-18)."""
         details = []
         of_types: dict[TypeKey, list[Tag]] = {}  # sorted once, because there may be many conditions
@@ -322,9 +322,7 @@ class BatchProcessor:
         ]
         return sorted(found, key=lambda it: _age(it[0]))
 
-    def _apply(
-        self, batch: TagBatch, actor: str, changes: ExecutionChanges
-    ) -> list[OperationStatus]:
+    def _apply(self, batch: Batch, actor: str, changes: ExecutionChanges) -> list[OperationStatus]:
         statuses: list[OperationStatus] = []
         for index, operation in enumerate(batch.tags):
             if operation.operation == "add":
@@ -339,9 +337,10 @@ class BatchProcessor:
         return statuses
 
     def _add(
-        self, operation: TagOperation, actor: str, changes: ExecutionChanges
+        self, operation: Operation, actor: str, changes: ExecutionChanges
     ) -> OperationStatus | None:
         """Add a tag; None if there are too many of its name."""
+        assert operation.tag_metadata is not UNSET
         metadata, digest = stored_metadata(operation.tag_metadata)
         key = tag_key(operation)
         active = self.snapshot.tags.setdefault(key, {})
@@ -356,7 +355,7 @@ class BatchProcessor:
             task_name,
             tag_type,
             name,
-            operation.tag_metadata,
+            None if metadata is None else operation.tag_metadata,
             self.organization_id,
             "active",
             self.now,
@@ -372,7 +371,7 @@ class BatchProcessor:
         return "added"
 
     def _remove(
-        self, operation: TagOperation, actor: str, changes: ExecutionChanges
+        self, operation: Operation, actor: str, changes: ExecutionChanges
     ) -> OperationStatus:
         active = self.snapshot.tags.get(tag_key(operation), {})
         _, digest = stored_metadata(operation.tag_metadata)
@@ -382,13 +381,13 @@ class BatchProcessor:
             digests = [digest] if digest in active else []
         for digest in digests:
             tag = active[digest]
-            if not operation.any_metadata:  # it was loaded without
+            if operation.tag_metadata is not UNSET:  # it was loaded without
                 tag.tag_metadata = operation.tag_metadata
             self._delete(tag, digest, actor, changes)
         return "removed" if digests else "not_found"
 
     def _set(
-        self, operation: TagOperation, actor: str, changes: ExecutionChanges
+        self, operation: Operation, actor: str, changes: ExecutionChanges
     ) -> OperationStatus | None:
         """Make a tag the only one of its type on the task (docs/concepts/contract.md#rule-19)."""
         _, digest = stored_metadata(operation.tag_metadata)
@@ -436,16 +435,16 @@ class BatchProcessor:
             event = ChangeEvent(
                 organization_id=self.organization_id,
                 flow_execution_id=execution.id,
+                flow_id=execution.flow_id,
                 revision=execution.revision + 1,
+                position=position,
+                cursor=f"{position}{self._cursor}",
                 batch_id=batch_id,
                 changed_by=actor,
                 changed_at=self.now,
-                changes=list(changed),
-                flow_id=execution.flow_id,
-                position=position,
-                cursor=f"{position}{self._cursor}",
-            ).encode()
-            events.append((execution.id, event))
+                changes=changed,
+            )
+            events.append((execution.id, encode(event)))
         return tuple(events)
 
     def _advance(self, batch_id: UUID, events: tuple[tuple[UUID, bytes], ...]) -> dict[UUID, int]:
@@ -473,7 +472,7 @@ class BatchProcessor:
 
     def _record(self, message: Message, **outcome: Any) -> bytes:
         """Encode the result record of an applied message, as `ResultRecord.encode` does."""
-        return to_json(
+        return encode(
             {
                 "batch_id": message.batch_id,
                 "organization_id": self.organization_id,

@@ -6,14 +6,17 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 from uuid import UUID
 
+from msgspec import UNSET
+
+from producers.contract import messages
 from producers.contract.cursors import BEGINNING, Cursor
 from producers.contract.errors import CONDITIONS
-from producers.contract.messages import Condition, Message, SetTaskState, TagBatch, TagOperation
-from producers.contract.results import Tag, Task
-from producers.contract.values import canonical_json
+from producers.contract.messages import SetTaskState
+from producers.contract.results import Task
+from worker.wire import Batch, Condition, Message, Metadata, Operation, Tag, read_message
 
 TagKey = tuple[int, str, str, str]
 """Flow execution, task name, tag type, tag. Together with the metadata they identify a tag.
@@ -28,11 +31,11 @@ TaskKey = tuple[UUID, str]
 """A flow execution's id and a task name. Together they identify a task."""
 
 
-def tag_key(named: TagOperation | Tag) -> TagKey:
+def tag_key(named: Operation | Tag) -> TagKey:
     return named.flow_execution_id.int, named.task_name, named.tag_type, named.tag
 
 
-def type_key(named: TagOperation | Condition | Tag) -> TypeKey:
+def type_key(named: Operation | Condition | Tag) -> TypeKey:
     return named.flow_execution_id.int, named.task_name, named.tag_type
 
 
@@ -41,7 +44,7 @@ def types_of(message: Message) -> Iterator[tuple[int | None, str | None, TypeKey
 
     Each with the place and field that name it, and whether their metadata is needed.
     """
-    if isinstance(message, TagBatch):
+    if isinstance(message, Batch):
         for index, condition in enumerate(message.conditions):
             yield index, CONDITIONS, type_key(condition), False
         for index, operation in enumerate(message.tags):
@@ -52,15 +55,17 @@ def types_of(message: Message) -> Iterator[tuple[int | None, str | None, TypeKey
             yield None, "clear", (message.flow_execution_id.int, message.task_name, tag_type), True
 
 
-def stored_metadata(tag_metadata: Any) -> tuple[bytes | None, bytes]:
-    """Return validated metadata as it is stored: canonical JSON, and its digest of 16 bytes.
+def stored_metadata(tag_metadata: Metadata | None) -> tuple[bytes | None, bytes]:
+    """Return canonical metadata as it is stored, and its digest of 16 bytes.
 
     For null, these are None and no bytes. Two digests are equal if and only if the metadata are the
     same (docs/concepts/contract.md#rule-2).
     """
-    if tag_metadata is None:
+    if tag_metadata is None or tag_metadata is UNSET:
         return None, b""
-    text = canonical_json(tag_metadata)
+    text = bytes(tag_metadata)
+    if text == b"null":
+        return None, b""
     hasher = _NEW_HASHER()  # a copy is cheaper than parsing the options again
     hasher.update(text)
     return text, hasher.digest()
@@ -81,6 +86,12 @@ class AuthorizedMessage(NamedTuple):
     """Equal for two messages that ask for the same."""
     may_read: bool = False
     """The token allows to read: an error may say what is there."""
+
+    @staticmethod
+    def of(message: messages.Message, actor: str, *, may_read: bool = False) -> AuthorizedMessage:
+        """Authorize a message that was built, not read."""
+        read, canonical = read_message(message.canonical_bytes())
+        return AuthorizedMessage(read, actor, messages.digest(canonical), may_read)
 
 
 @dataclass(slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -47,7 +46,6 @@ _KIND_OF_FIELD: Final = {
     "state": "task_execution",
     "flow_execution_id": "flow_execution",
 }
-_TAG_BATCH: Final = TypeAdapter(TagBatch)
 _ID: Final[TypeAdapter[UUID]] = TypeAdapter(UUID)
 _REPLY_TO: Final[TypeAdapter[str]] = TypeAdapter(ReplyTo)
 
@@ -59,23 +57,7 @@ def parse_message(raw: bytes) -> Message:
         InvalidMessage: With every fault, and with the batch id if there is one. The limits are in
             docs/concepts/contract.md#messages.
     """
-    return parse_canonical(raw)[0]
-
-
-def parse_canonical(raw: bytes) -> tuple[Message, bytes]:
-    """Read one message; return it with its canonical form, from which its digest is made.
-
-    Bytes that are in canonical form already, as the SDK sends them, are read by pydantic's own
-    parser: they have no duplicate key and no number that reading changes. All others are read
-    strictly. Raises as `parse_message` does.
-    """
-    if len(raw) <= MAX_MESSAGE_BYTES:
-        with suppress(ValidationError):
-            batch = _TAG_BATCH.validate_json(raw)
-            if batch.canonical_bytes() == raw:
-                return batch, raw
-    message = _parse_strictly(raw)
-    return message, message.canonical_bytes()
+    return _parse_strictly(raw)
 
 
 def parse_line(raw: bytes, batch_id: UUID) -> Message:

@@ -58,6 +58,9 @@ def _without_default(schema: dict[str, Any]) -> None:
 # --- Tag batches ---------------------------------------------------------------------------------
 
 
+OperationName = Literal["add", "remove", "set"]
+
+
 class TagOperation(StrictModel):
     """Adds or removes one tag, or sets it as the only one of its type on the task.
 
@@ -66,7 +69,7 @@ class TagOperation(StrictModel):
     metadata, and a field that is left out means every tag of that name.
     """
 
-    operation: Literal["add", "remove", "set"]
+    operation: OperationName
     flow_execution_id: Id
     task_name: TaskName
     tag_type: TagType

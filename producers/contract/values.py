@@ -186,7 +186,11 @@ def canonical_json(value: Any) -> bytes:
 _ESCAPED_NUL: Final = re.compile(rb"(?<!\\)(\\\\)*\\u0000")
 
 
-def _metadata(value: Any) -> Any:
+def normal_metadata(value: Any) -> Any:
+    """Return tag metadata in the one form that equal values share.
+
+    Raises `PydanticCustomError` if it is not valid.
+    """
     if value is None:
         return None
     normal = _normal_json(value)
@@ -201,4 +205,4 @@ def _metadata(value: Any) -> Any:
     return normal
 
 
-TagMetadata = Annotated[Any, AfterValidator(_metadata)]
+TagMetadata = Annotated[Any, AfterValidator(normal_metadata)]

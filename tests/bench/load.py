@@ -8,8 +8,10 @@ from typing import Final
 from uuid import NAMESPACE_OID, UUID, uuid5
 
 import psycopg
+from msgspec import Raw
 
 from producers.contract.messages import TagBatch, add
+from producers.contract.values import canonical_json
 from tests.bench import collector
 from tests.bench.contenders import Item
 from tests.bench.servers import EMPTY, BenchServers
@@ -102,7 +104,7 @@ def prefill(servers: BenchServers) -> None:
     """Make the database of a million active tags, spread evenly over all executions."""
     servers.copy(EMPTY, MILLION)
     each = PREFILLED // (ORGANIZATIONS * EXECUTIONS)
-    text, digest = stored_metadata(METADATA)
+    text, digest = stored_metadata(Raw(canonical_json(METADATA)))
     with servers.owner(MILLION) as connection:
         register(connection)
         connection.execute(

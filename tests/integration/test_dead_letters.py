@@ -13,7 +13,6 @@ import psycopg
 import pytest
 
 from producers.contract.channels import dead_letters_key, inbox_key, lease_key
-from producers.contract.encoding import parse_canonical
 from producers.contract.messages import MAX_MESSAGE_BYTES
 from producers.errors import InboxFull
 from producers.inbox.protocol import Inbox
@@ -30,6 +29,7 @@ from worker.drain.dead_letters import (
     server_time,
 )
 from worker.drain.path import Drain
+from worker.wire import read_message
 
 
 def rejected(tenant: Tenant) -> list[DeadLetterEntry]:
@@ -173,9 +173,9 @@ def test_a_message_at_whose_reading_the_worker_fails_holds_nobody_up(
     def fail(raw: bytes) -> Any:
         if b"poison" in raw:
             raise RuntimeError("a fault of ours")
-        return parse_canonical(raw)
+        return read_message(raw)
 
-    monkeypatch.setattr("worker.drain.admission.parse_canonical", fail)
+    monkeypatch.setattr("worker.drain.admission.read_message", fail)
     assert tenant.drain() == 2
     assert tenant.tags() == ["after"]
     assert [each.message for each in rejected(tenant)] == [poison.encode()]

@@ -166,7 +166,7 @@ def test_what_is_loaded_is_read_only_as_far_as_the_bound(tenant: Tenant) -> None
     for number in range(8):
         fill(tenant, f"{number}", text=BIG)
     batch = removing(*[f"{number}" for number in range(8)])
-    message = AuthorizedMessage(batch, "ada", batch.digest())
+    message = AuthorizedMessage.of(batch, "ada")
     with tenant.repository.transaction(tenant.organization) as transaction:
         snapshot = transaction.load([message, message])
     loaded = [tag for variants in snapshot.tags.values() for tag in variants.values()]

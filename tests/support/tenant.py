@@ -147,7 +147,7 @@ def killed(*_: Any, **__: Any) -> Any:
 
 
 def requests_of(*messages: Message) -> list[AuthorizedMessage]:
-    return [AuthorizedMessage(message, "ada", message.digest()) for message in messages]
+    return [AuthorizedMessage.of(message, "ada") for message in messages]
 
 
 def applied(repository: Repository, organization: UUID, *messages: Message) -> Decision:

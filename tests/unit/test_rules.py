@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID
@@ -41,11 +42,9 @@ NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
 def settle(state: Snapshot, *messages: Message, actor: str = "ada", **options: Any) -> Decision:
-    requests = [
-        AuthorizedMessage(message, actor, message.digest(), **options) for message in messages
-    ]
-    for message in messages:
-        for _, _, key, _ in types_of(message):
+    requests = [AuthorizedMessage.of(message, actor, **options) for message in messages]
+    for request in requests:
+        for _, _, key, _ in types_of(request.message):
             state.types.setdefault(key, {each: None for each in state.tags if each[:3] == key})
     return decide(ORGANIZATION, requests, state, now=NOW, new_id=Uuid7())
 
@@ -608,4 +607,5 @@ def test_any_sequence_of_messages_agrees_with_the_reference_model(
     for tag in active:
         row = {"flow_execution_id": str(tag.flow_execution_id), "task_name": tag.task_name}
         row |= {"tag_type": tag.tag_type, "tag": tag.tag}
-        assert any(json_equal(r["tag_metadata"], tag.tag_metadata) for r in model.matching(row))
+        metadata = json.loads(bytes(tag.tag_metadata or b"null"))
+        assert any(json_equal(r["tag_metadata"], metadata) for r in model.matching(row))

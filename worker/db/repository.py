@@ -16,7 +16,7 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from producers.contract.cursors import Cursor, microseconds
-from producers.contract.results import Tag, Task
+from producers.contract.results import Task
 from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE
 from worker.db import pg_arrays, rows, statements
 from worker.db.connection import (
@@ -39,6 +39,7 @@ from worker.snapshot import (
     StoredResult,
     TagKey,
 )
+from worker.wire import Tag
 
 Result = TypeVar("Result")
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+from msgspec import Raw
 from psycopg.types.json import Jsonb
 
-from producers.contract.messages import MAX_OPERATIONS, SetTaskState, TagBatch
-from producers.contract.results import Tag, Task
+from producers.contract.messages import MAX_OPERATIONS, SetTaskState
+from producers.contract.results import Task
 from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_OF_TYPES, MAX_VARIANTS
 from worker.db import pg_arrays
 from worker.snapshot import (
@@ -27,6 +28,7 @@ from worker.snapshot import (
     tag_key,
     types_of,
 )
+from worker.wire import Batch, Tag
 
 MAX_LOADED_BYTES: Final = 8 * 1024 * 1024
 """Of tags, in one transaction: 100 for each, and the metadata of those that may be removed.
@@ -37,6 +39,7 @@ whatever is missing: of the 25,000 tags that it may name, those whose metadata i
 events may hold (bounds.MAX_EVENT_BYTES).
 """
 MAX_LOADED_TAGS: Final = MAX_OF_TYPES + 1
+_METADATA: Final = Tag.__struct_fields__.index("tag_metadata")
 assert MAX_OPERATIONS * MAX_VARIANTS < MAX_LOADED_TAGS
 
 
@@ -59,7 +62,7 @@ def named(messages: Sequence[AuthorizedMessage]) -> Names:
     for place, message in enumerate(each.message for each in messages):
         for _, _, key, whole in types_of(message):
             names.types.setdefault((key, whole), place)
-        if isinstance(message, TagBatch):
+        if isinstance(message, Batch):
             for condition in message.conditions:
                 names.executions[condition.flow_execution_id.int] = None
             for operation in message.tags:
@@ -125,6 +128,8 @@ def tags(
     found: list[tuple[int, TagKey]] = []
     number, total, cut = 0, 0, 0
     for number, total, digest, *fields in rows:
+        if fields[_METADATA] is not None:
+            fields[_METADATA] = Raw(fields[_METADATA].encode())
         tag = Tag(*fields)
         key = tag_key(tag)
         found.append((number, key))

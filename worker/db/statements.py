@@ -74,7 +74,7 @@ LOAD_EXECUTIONS: Final = """
 
 LOAD_TAGS: Final = """
     select number, total, metadata_digest, id, flow_execution_id, task_name, tag_type, tag,
-           case when total - bytes < %(max_bytes)s then tag_metadata end, %(organization_id)s,
+           case when total - bytes < %(max_bytes)s then tag_metadata::text end, %(organization_id)s,
            status, created_at, created_by, updated_at, modified_by
       from (select *, sum(bytes) over (rows unbounded preceding) as total
               from (select k.number, t.*,

@@ -10,14 +10,14 @@ from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
-from producers.contract.encoding import parse_canonical
 from producers.contract.errors import ErrorCode, ErrorInfo, InvalidMessage, describe
-from producers.contract.messages import Message, SetTaskState, TagBatch, digest
+from producers.contract.messages import SetTaskState, digest
 from producers.inbox.protocol import DeadLetter, StreamEntry
 from worker.auth import EXECUTIONS_WRITE, READ, WRITE, Authorizer, InvalidToken
 from worker.log import log_limited
 from worker.rules import error_record
 from worker.snapshot import AuthorizedMessage
+from worker.wire import Batch, Message, read_message
 
 
 class Admitted(NamedTuple):
@@ -63,7 +63,7 @@ def admit(
     message: Message | None = None
     broken: InvalidMessage | None = None
     try:
-        message, canonical = parse_canonical(entry.message or b"")
+        message, canonical = read_message(entry.message or b"")
         batch_id, reply_to = message.batch_id, message.reply_channel_name
     except InvalidMessage as error:
         if error.batch_id is None:
@@ -95,7 +95,7 @@ def admit(
 
 
 def _scopes(message: Message) -> tuple[str, ...]:
-    if isinstance(message, TagBatch):
+    if isinstance(message, Batch):
         return (WRITE,)
     removes_tags = isinstance(message, SetTaskState) and message.clear is not None
     return (EXECUTIONS_WRITE, WRITE) if removes_tags else (EXECUTIONS_WRITE,)
@@ -107,7 +107,7 @@ def fail_admission(
     """Return what becomes of a message at whose admission the worker itself failed."""
     reason = type(error).__name__
     try:  # it may be the reading that fails
-        message, _ = parse_canonical(entry.message or b"")
+        message, _ = read_message(entry.message or b"")
     except Exception:
         return Unreadable(entry, DeadLetter.of(entry, reason, now))
     fault = _error("internal_error", "the worker failed to read this batch")

@@ -94,7 +94,7 @@ def witness(repository: Repository, organization_id: UUID) -> bool:
 
     def run(transaction: Transaction) -> None:
         for messages in rounds:
-            some = [AuthorizedMessage(each, "witness", each.digest()) for each in messages]
+            some = [AuthorizedMessage.of(each, "witness") for each in messages]
             snapshot, now = transaction.load(some), transaction.now
             transaction.save(
                 decide(organization_id, some, snapshot, now=now, new_id=new_id).change_set

@@ -16,6 +16,7 @@ from uuid import UUID
 from redis import Redis
 
 from producers.contract.channels import dead_letters_key
+from producers.contract.encoding import parse_message
 from producers.contract.errors import ErrorInfo
 from producers.contract.results import ResultRecord
 from producers.errors import InboxFull
@@ -132,7 +133,7 @@ class DeadLetterRetrier:
                 message = authorized.message
         self.repository.forget_failure(dead_letter.organization_id, message.batch_id)
         if not self.send([dead_letter.message]):
-            raise InboxFull([message])
+            raise InboxFull([parse_message(dead_letter.message)])
         drop(self.redis, dead_letter)
         return message.batch_id
 

@@ -7,7 +7,6 @@ and run in threads, each with a connection of the pool.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import os
 import secrets
@@ -19,6 +18,7 @@ from uuid import UUID
 
 import anyio.to_thread
 from fastapi import Depends, FastAPI, Header, Request, Response
+from msgspec import Raw
 from sqlalchemy import BigInteger, create_engine, literal_column, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError
@@ -26,9 +26,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.types import JSON, UserDefinedType
 
-from producers.contract.messages import Message, TagBatch
-from producers.contract.results import Tag
-from producers.contract.values import Uuid7
+from producers.contract.values import Uuid7, canonical_json
 from producers.inbox.protocol import StreamEntry
 from producers.redis_client import open_redis
 from tests.bench.contenders import Contender, Item, Setting, python
@@ -49,8 +47,9 @@ from worker.snapshot import (
     TagKey,
     tag_key,
 )
+from worker.wire import Batch, Message, Tag
 
-TAG_FIELDS = dataclasses.fields(Tag)
+TAG_FIELDS = Tag.__struct_fields__
 
 
 def threads() -> int:
@@ -185,7 +184,7 @@ def _lock(
     session: OrmSession, organization_id: UUID, message: Message
 ) -> Sequence[FlowExecutionRow]:
     """Load the executions that are named, for nobody else to change meanwhile."""
-    if isinstance(message, TagBatch):
+    if isinstance(message, Batch):
         ids = {operation.flow_execution_id for operation in message.tags}
     else:
         ids = {message.flow_execution_id}
@@ -203,7 +202,7 @@ def _lock(
 
 def _tags(session: OrmSession, organization_id: UUID, message: Message) -> Sequence[TagRow]:
     """Load the active tags of all names that the batch has, and of names mixed from them."""
-    if not isinstance(message, TagBatch):
+    if not isinstance(message, Batch):
         return []
     tags = message.tags
     query = select(TagRow).where(
@@ -240,7 +239,9 @@ def _execution(row: FlowExecutionRow) -> Execution:
 def _by_key(rows: Iterable[TagRow]) -> dict[TagKey, dict[bytes, Tag]]:
     tags: dict[TagKey, dict[bytes, Tag]] = {}
     for row in rows:
-        fields = {field.name: getattr(row, field.name) for field in TAG_FIELDS}
+        fields = {name: getattr(row, name) for name in TAG_FIELDS}
+        if row.tag_metadata is not None:
+            fields["tag_metadata"] = Raw(canonical_json(row.tag_metadata))
         tag = Tag(**fields)
         tags.setdefault(tag_key(tag), {})[row.metadata_digest] = tag
     return tags
@@ -262,7 +263,7 @@ def _save(
         removed = writes.removed.get(row.id.int)
         if removed is not None:
             row.status, row.updated_at, row.modified_by = "deleted", now, removed.modified_by
-    session.add_all(_tag_row(tag, digest) for tag, _, digest in writes.added.values())
+    session.add_all(_tag_row(*new) for new in writes.added.values())
     session.add_all(
         ChangeRow(
             organization_id=organization_id,
@@ -289,8 +290,9 @@ def _save(
     )
 
 
-def _tag_row(tag: Tag, digest: bytes) -> TagRow:
-    fields = {field.name: getattr(tag, field.name) for field in TAG_FIELDS}
+def _tag_row(tag: Tag, metadata: bytes | None, digest: bytes) -> TagRow:
+    fields = {name: getattr(tag, name) for name in TAG_FIELDS}
+    fields["tag_metadata"] = json.loads(metadata or b"null")
     return TagRow(**fields, metadata_digest=digest)
 
 
