@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import worker.db.rows
 import worker.db.statements
 import worker.drain.path
 from producers.contract.cursors import Cursor
@@ -148,7 +149,7 @@ def _ack_and_release_blindly(self: Inbox, *arguments: Any, **bounds: Any) -> lis
 
 
 def _ignore_batch_ids() -> None:
-    Transaction._find_batches = lambda self, batch_ids: []  # type: ignore[method-assign]
+    worker.db.rows.batches = lambda rows: ({}, None)
     statement = worker.db.statements.SAVE_BATCHES
     worker.db.statements.SAVE_BATCHES = statement + " on conflict do nothing"  # type: ignore[misc]
 

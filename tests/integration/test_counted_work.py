@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
-import psycopg
 import pytest
 from redis import Redis
 
@@ -26,6 +25,7 @@ from worker.api.queries import Reader
 from worker.auth import Authorizer
 from worker.db.connection import DISCARD_PLANS
 from worker.db.migrate import migrate
+from worker.db.pg_pipeline import Pipeline, Sent
 from worker.db.repository import Repository
 
 CONNECTED = """
@@ -86,23 +86,17 @@ def counting(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
     """
     statements: list[str] = []
     calls: list[str] = []
-    execute: Any = psycopg.Cursor.execute
-    fetch_all: Any = psycopg.Cursor.fetchall
-    fetch_one: Any = psycopg.Cursor.fetchone
-    iterate: Any = psycopg.Cursor.__iter__
+    send, rows = Pipeline.send, Pipeline.rows
     call: Any = Redis.execute_command
 
-    def execute_counted(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
-        statements.append(str(query))
-        return execute(self, query, *arguments, **options)
+    def send_counted(self: Pipeline, statement: str, values: Any) -> Sent:
+        statements.append(statement)
+        return send(self, statement, values)
 
-    def waited_for(look: Any) -> Any:
-        def counted(self: Any) -> Any:
-            if self.pgresult is None:
-                statements.append(WAIT)
-            return look(self)
-
-        return counted
+    def rows_counted(self: Pipeline, sent: Sent) -> Any:
+        if not self._is_asked:
+            statements.append(WAIT)
+        return rows(self, sent)
 
     def call_counted(self: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(str(arguments[0]))
@@ -111,10 +105,8 @@ def counting(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
     def drain(messages: list[TagBatch]) -> Work:
         tenant.send(*messages)
         with monkeypatch.context() as patch:
-            patch.setattr(psycopg.Cursor, "execute", execute_counted)
-            patch.setattr(psycopg.Cursor, "fetchall", waited_for(fetch_all))
-            patch.setattr(psycopg.Cursor, "fetchone", waited_for(fetch_one))
-            patch.setattr(psycopg.Cursor, "__iter__", waited_for(iterate))
+            patch.setattr(Pipeline, "send", send_counted)
+            patch.setattr(Pipeline, "rows", rows_counted)
             patch.setattr(Redis, "execute_command", call_counted)
             statements.clear()
             calls.clear()
@@ -126,18 +118,18 @@ def counting(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_drain_is_the_same_work_for_one_operation_and_for_a_thousand(counted: Any) -> None:
-    """For any number: nine statements and the commit, in two pieces, and two Redis calls."""
+    """For any number: eleven statements, with begin and commit, in two pieces; two Redis calls."""
     sizes = [(1, 1), (1, 100), (50, 1), (100, 10)]
     adding = [counted(batches(*size, name=f"{size}")) for size in sizes]
     for statements, calls in adding:
         assert statements == adding[0][0]
         assert calls == ["EVALSHA", "EVALSHA"]
-        assert [each == WAIT for each in statements] == [*[False] * 5, True, *[False] * 5]
+        assert [each == WAIT for each in statements] == [*[False] * 6, True, *[False] * 5]
     removing = [counted(removals(batches(*size, name=f"{size}"))) for size in sizes]
     for statements, calls in removing:
         assert statements == removing[0][0]
         assert calls == ["EVALSHA", "EVALSHA"]
-        assert [each == WAIT for each in statements] == [*[False] * 5, True, *[False] * 5]
+        assert [each == WAIT for each in statements] == [*[False] * 6, True, *[False] * 5]
 
 
 def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:
@@ -146,7 +138,7 @@ def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:
     counted(sent)
     (one, _), (many, _) = counted(sent[:1]), counted(sent)
     assert one == many
-    assert len(one) == 7
+    assert len(one) == 8
 
 
 # --- A database that was just made ----------------------------------------------------------------

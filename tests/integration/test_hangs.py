@@ -30,8 +30,8 @@ from worker.local.stack import WORKER, command
 
 def backend(repository: Repository) -> int:
     """Return the process id of the server process behind a repository's connection."""
-    with repository._connection() as connection:
-        return connection.info.backend_pid
+    with repository._connection() as pipeline:
+        return pipeline.connection.info.backend_pid
 
 
 @contextmanager
@@ -87,8 +87,8 @@ def test_the_statement_is_cancelled_at_the_server(servers: Servers) -> None:
     """Its locks would be held for as long as it runs otherwise."""
     repository = Repository(servers.worker_url, TimeLimit(1.0, lambda: False))
     pid = backend(repository)
-    with pytest.raises(psycopg.Error), repository._connection() as connection:
-        connection.execute("select pg_sleep(20)")
+    with pytest.raises(psycopg.Error):
+        repository._execute(uuid4(), "select pg_sleep(20)")
     active = "select from pg_stat_activity where pid = %s and state = 'active'"
     with servers.owner() as owner:
         eventually(lambda: not owner.execute(active, [pid]).fetchall())
@@ -101,8 +101,8 @@ def test_after_a_signal_no_wait_is_long(servers: Servers) -> None:
     repository = Repository(servers.worker_url, TimeLimit(60.0, signalled.is_set))
     threading.Timer(0.3, signalled.set).start()
     began = time.monotonic()
-    with pytest.raises(psycopg.Error), repository._connection() as connection:
-        connection.execute("select pg_sleep(30)")
+    with pytest.raises(psycopg.Error):
+        repository._execute(uuid4(), "select pg_sleep(30)")
     assert time.monotonic() - began < 10
     repository.close()
 

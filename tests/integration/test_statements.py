@@ -10,16 +10,17 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from psycopg.types.json import Jsonb
 
 from producers.contract.selectors import Selector
 from tests.support.database import own_database
+from tests.support.parameters import register
 from tests.support.servers import Servers
 from worker.api import queries
 from worker.api.page_statements import BEFORE_ALL
 from worker.db import pg_arrays, statements
 from worker.db.connection import scope_statement
 from worker.db.migrate import migrate
+from worker.wire import encode
 
 # Three organizations have the same rows; the second is asked for. Each of 400 executions has 50
 # active tags, ten on each of five tasks; the first 50 have 100 changes each, of a batch each. A
@@ -86,8 +87,8 @@ def texts(pattern: str) -> pg_arrays.Texts:
     return pg_arrays.texts([pattern.format(n) for n in range(5)])
 
 
-def by_id(value: Any, *numbers: int) -> Jsonb:
-    return Jsonb({str(UUID(int=number)): value for number in numbers})
+def by_id(value: Any, *numbers: int) -> pg_arrays.Jsonb:
+    return pg_arrays.jsonb(encode({UUID(int=number): value for number in numbers}))
 
 
 NOW: Final = {"now": datetime.now(timezone.utc)}
@@ -235,7 +236,7 @@ def explain(url: str, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     and come back as types and literals.
     """
     with psycopg.connect(url) as connection:
-        pg_arrays.register(connection)
+        register(connection)
         scope = scope_statement("%(organization_id)s", "public").encode()
         connection.execute(scope, {"organization_id": ORGANIZATION})
         described = [

@@ -1,19 +1,18 @@
-"""One-dimensional PostgreSQL arrays in the binary format.
+"""Parameters of statements in PostgreSQL's binary format: arrays, and single values.
 
-They are made in one step, because psycopg handles each element separately. The format is that of
-array_recv() and array_send() in PostgreSQL's arrayfuncs.c: number of dimensions, whether there are
-nulls, type of the elements, length, lower bound, then each element with its length in front.
+Arrays are made in one step, because psycopg handles each element separately. Their format is that
+of array_recv() and array_send() in PostgreSQL's arrayfuncs.c: number of dimensions (one), whether
+there are nulls, type of the elements, length, lower bound, then each element with its length in
+front.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
-
-import psycopg
-from psycopg.adapt import Dumper
-from psycopg.pq import Format
+from datetime import timedelta
+from typing import ClassVar, Final
+from uuid import UUID
 
 _HEADER: Final = struct.Struct("!iiIii").pack
 _LENGTH: Final = struct.Struct("!i").pack
@@ -23,29 +22,85 @@ _LENGTHS: Final = tuple(map(_LENGTH, range(_SHORT)))
 _NULL: Final = _LENGTH(-1)
 _SIXTEEN: Final = _LENGTH(16)
 _EIGHT: Final = struct.Struct("!iq").pack
+_BIGINT: Final = struct.Struct("!q").pack
+_INTERVAL: Final = struct.Struct("!qii").pack
 
 EPOCH: Final = 946_684_800_000_000
 """Where PostgreSQL's times begin, 2000-01-01, in microseconds since 1970."""
 
 
-class Uuids(bytes):
-    """A uuid[]."""
+class Parameter(bytes):
+    """A value in the binary format; `oid` is its type."""
+
+    oid: ClassVar[int]
 
 
-class Texts(bytes):
-    """A text[]."""
+class Uuids(Parameter):
+    oid = 2951
 
 
-class Byteas(bytes):
-    """A bytea[]."""
+class Texts(Parameter):
+    oid = 1009
 
 
-class Bigints(bytes):
-    """A bigint[]."""
+class Byteas(Parameter):
+    oid = 1001
 
 
-class Timestamps(bytes):
-    """A timestamptz[]."""
+class Bigints(Parameter):
+    oid = 1016
+
+
+class Timestamps(Parameter):
+    oid = 1185
+
+
+class Uuid(Parameter):
+    oid = 2950
+
+
+class Bigint(Parameter):
+    oid = 20
+
+
+class Timestamp(Parameter):
+    oid = 1184
+
+
+class Interval(Parameter):
+    oid = 1186
+
+
+class Jsonb(Parameter):
+    oid = 3802
+
+
+# --- Single values -------------------------------------------------------------------------------
+
+
+def uuid(value: UUID) -> Uuid:
+    return Uuid(value.bytes)
+
+
+def bigint(value: int) -> Bigint:
+    return Bigint(_BIGINT(value))
+
+
+def timestamp(value: int) -> Timestamp:
+    """Make a timestamptz of microseconds since the epoch."""
+    return Timestamp(_BIGINT(value - EPOCH))
+
+
+def interval(value: timedelta) -> Interval:
+    return Interval(_INTERVAL(value // timedelta(microseconds=1), 0, 0))
+
+
+def jsonb(text: bytes) -> Jsonb:
+    """Make a jsonb of JSON; the first byte is the version of its binary format."""
+    return Jsonb(b"\x01" + text)
+
+
+# --- Arrays --------------------------------------------------------------------------------------
 
 
 def uuids(values: Sequence[int]) -> Uuids:
@@ -98,41 +153,3 @@ def length_prefixed(values: Sequence[bytes | None]) -> list[bytes]:
         else (_LENGTHS[len(value)] if len(value) < _SHORT else _LENGTH(len(value))) + value
         for value in values
     ]
-
-
-class _Array(Dumper):
-    """Sends the bytes as they are."""
-
-    format = Format.BINARY
-
-    def dump(self, obj: Any) -> bytes:
-        return bytes(obj)
-
-
-class _Uuids(_Array):
-    oid = 2951
-
-
-class _Texts(_Array):
-    oid = 1009
-
-
-class _Byteas(_Array):
-    oid = 1001
-
-
-class _Bigints(_Array):
-    oid = 1016
-
-
-class _Timestamps(_Array):
-    oid = 1185
-
-
-def register(connection: psycopg.Connection[Any]) -> None:
-    """Make a connection accept these arrays as parameters."""
-    for made, dumper in (
-        *((Uuids, _Uuids), (Texts, _Texts), (Byteas, _Byteas), (Bigints, _Bigints)),
-        (Timestamps, _Timestamps),
-    ):
-        connection.adapters.register_dumper(made, dumper)

@@ -1,21 +1,26 @@
-"""libpq's pipeline mode, driven by the event loop: the protocol alone, no SQL.
+"""libpq's pipeline mode: statements are sent before earlier ones are answered. No SQL.
 
-Many requests share a connection, and none waits for another's answer before it is sent. psycopg's
-own asynchronous connection takes three times as long for a read, in locks and waits that a single
-prepared statement does not need (docs/decisions.md#reads-in-pipeline-mode).
+The endpoint's reads share `PipelinedConnection`, which the event loop drives; a worker's
+transactions follow one another on a `Pipeline`, whose caller waits. psycopg's own pipelines and
+asynchronous connections take several times as long, in locks and waits that prepared statements do
+not need (docs/decisions.md#pipeline-mode-without-psycopgs-api).
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+import select
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import psycopg
 from psycopg import pq
+from psycopg.adapt import Transformer
 
 from worker.db.connection import (
     CONNECT_ARGUMENTS,
@@ -28,6 +33,7 @@ from worker.db.connection import (
     session_statement,
     should_discard_plans,
 )
+from worker.db.pg_arrays import Parameter
 from worker.settings import connect_arguments
 
 Row = tuple[bytes | None, ...]
@@ -47,6 +53,9 @@ class _Awaited(NamedTuple):
 
     organization_id: UUID
     answer: asyncio.Future[Row | None]
+
+
+# --- Reads of many callers at once ---------------------------------------------------------------
 
 
 class PipelinedConnection:
@@ -249,13 +258,110 @@ class PipelinedConnection:
             else:
                 answer.set_result(row)
         elif result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.PIPELINE_ABORTED):
-            self._error = _error(result)
+            self._error = psycopg.errors.error_from_result(result)
 
 
-def _error(result: pq.abc.PGresult) -> psycopg.Error:
-    state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"XX000").decode()
-    message = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode()
-    try:
-        return psycopg.errors.lookup(state)(message)
-    except KeyError:
-        return psycopg.DatabaseError(message)
+# --- Transactions of a caller that waits ---------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """A statement that was sent, and its result once that was read."""
+
+    statement: str
+    result: pq.abc.PGresult | None = None
+
+
+class Pipeline:
+    """A connection for one transaction after the other.
+
+    Each statement is prepared at its first use; parameters and results are binary. After an error
+    of psycopg the connection must be closed. All methods raise `psycopg.Error`.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self.connection = connection
+        self._libpq = connection.pgconn
+        self._libpq.nonblocking = 1
+        self._libpq.enter_pipeline_mode()
+        self._poll = select.poll()
+        self._poll.register(self._libpq.socket, select.POLLIN)
+        self._transformer = Transformer(connection)
+        self._prepared: dict[str, tuple[bytes, list[str]]] = {}
+        self._awaited: deque[Sent] = deque()
+        self._is_asked = True
+        """Whether the server was told to answer all that was sent."""
+
+    @property
+    def unanswered(self) -> str | None:
+        """The first statement without a result: after an error, the one that failed."""
+        return self._awaited[0].statement if self._awaited else None
+
+    def send(self, statement: str, values: Mapping[str, Parameter]) -> Sent:
+        """Send a statement, with psycopg's placeholders by name; do not wait."""
+        name, names = self._prepared.get(statement) or self._prepare(statement, values)
+        parameters = [values[each] for each in names]
+        formats = [pq.Format.BINARY] * len(parameters)
+        self._libpq.send_query_prepared(name, parameters, formats, pq.Format.BINARY)
+        sent = Sent(statement)
+        self._awaited.append(sent)
+        self._is_asked = False
+        return sent
+
+    def _prepare(self, statement: str, values: Mapping[str, Parameter]) -> tuple[bytes, list[str]]:
+        names = list(dict.fromkeys(_PLACEHOLDER.findall(statement)))
+        query = _PLACEHOLDER.sub(lambda found: f"${names.index(found[1]) + 1}", statement)
+        name = b"s%d" % len(self._prepared)
+        self._libpq.send_prepare(name, query.encode(), [values[each].oid for each in names])
+        self._awaited.append(Sent(statement))
+        self._prepared[statement] = name, names
+        return name, names
+
+    def rows(self, sent: Sent) -> list[tuple[Any, ...]]:
+        """Wait for a statement's rows, and for all before it."""
+        if sent.result is None and not self._is_asked:
+            self._libpq.send_flush_request()
+            self._flush()
+            self._is_asked = True
+        while sent.result is None:
+            self._read()
+        self._transformer.set_pgresult(sent.result)
+        return self._transformer.load_rows(0, sent.result.ntuples, tuple)
+
+    def sync(self) -> None:
+        """Wait until all that was sent has succeeded; what was no transaction is committed."""
+        self._libpq.pipeline_sync()
+        self._flush()
+        while self._awaited:
+            self._read()
+        self._next_result()
+        self._is_asked = True
+
+    def _read(self) -> None:
+        result = self._next_result()
+        if result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK):
+            raise psycopg.errors.error_from_result(result)
+        self._awaited.popleft().result = result
+
+    def _next_result(self) -> pq.abc.PGresult:
+        while True:
+            while self._libpq.is_busy():
+                self._poll.poll()
+                self._libpq.consume_input()
+            result = self._libpq.get_result()
+            if result is not None:
+                return result
+            if self._libpq.status == pq.ConnStatus.BAD:
+                raise psycopg.OperationalError("the connection is lost")
+
+    def _flush(self) -> None:
+        """Send all that libpq holds. Results are taken in meanwhile: the server may wait for it."""
+        while self._libpq.flush():
+            self._poll.modify(self._libpq.socket, select.POLLIN | select.POLLOUT)
+            ((_, ready),) = self._poll.poll()
+            self._poll.modify(self._libpq.socket, select.POLLIN)
+            if ready & select.POLLIN:
+                self._libpq.consume_input()
+
+
+_PLACEHOLDER: Final = re.compile(r"%\((\w+)\)s")

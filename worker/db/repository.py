@@ -5,15 +5,13 @@ The statements are in worker/db/statements.py; what the endpoint reads is in wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, LiteralString, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
 
 from producers.contract.cursors import Cursor, microseconds
 from producers.contract.results import Task
@@ -30,8 +28,9 @@ from worker.db.connection import (
     session_statement,
     should_discard_plans,
 )
+from worker.db.pg_pipeline import Pipeline, Sent
 from worker.db.time_limit import DEFAULT_SECONDS, TimeLimit
-from worker.settings import driver_url
+from worker.settings import connect_arguments
 from worker.snapshot import (
     AuthorizedMessage,
     ChangeSet,
@@ -48,22 +47,19 @@ class UnknownOrganization(Exception):
     """The organization has no row yet, and nothing was written: add the row and begin again."""
 
 
+_BEGIN: Final = "begin isolation level read committed read write not deferrable"
+_COMMIT: Final = "commit"
+
+
 class Repository:
     """The worker's database: one connection, opened at the first transaction."""
 
     def __init__(self, database_url: str, time_limit: TimeLimit | None = None) -> None:
-        self._engine: Engine = create_engine(
-            driver_url(database_url),
-            pool_size=1,
-            max_overflow=0,
-            hide_parameters=True,
-            connect_args=CONNECT_ARGUMENTS,
-        )
-        event.listen(self._engine, "connect", self._prepare)
-        self._uses = 0
-        self._scope = b""
         self._database_url = database_url
         self._time_limit = time_limit or TimeLimit(DEFAULT_SECONDS, lambda: False)
+        self._pipeline: Pipeline | None = None
+        self._scope = ""
+        self._uses = 0
         self.failed_statement: str | None = None
         """The statement at which the last transaction failed; None: in its begin or commit."""
 
@@ -73,9 +69,8 @@ class Repository:
 
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
-        with self._connection() as connection:
-            found = connection.execute(ROLE_CHECK, TABLES).fetchall()
-        assert_safe_role(found)
+        with psycopg.connect(**self._arguments) as connection:
+            assert_safe_role(connection.execute(ROLE_CHECK, TABLES).fetchall())
 
     @contextmanager
     def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
@@ -84,18 +79,21 @@ class Repository:
         Its statements are sent in two parts: the lock with all look-ups, and all writes with the
         commit.
         """
-        transaction: Transaction | None = None
-        try:
-            with self._connection() as connection, connection.pipeline() as pipeline:
-                self._uses += 1
-                if should_discard_plans(self._uses):
-                    connection.execute(DISCARD_PLANS)
-                transaction = Transaction(connection, pipeline, organization_id, self._scope)
+        self.failed_statement = None
+        with self._connection() as pipeline:
+            self._uses += 1
+            transaction = Transaction(pipeline, organization_id, self._scope)
+            if should_discard_plans(self._uses):
+                pipeline.send(DISCARD_PLANS, {})
+            frame = {_BEGIN, self._scope, statements.LOCK, DISCARD_PLANS, _COMMIT}
+            try:
                 yield transaction
-                connection.execute("commit")  # not commit(): see _connection
-        except psycopg.Error:
-            self.failed_statement = transaction.failed_statement() if transaction else None
-            raise
+                pipeline.send(_COMMIT, {})
+                pipeline.sync()
+            except psycopg.Error:
+                failed = pipeline.unanswered
+                self.failed_statement = None if failed in frame else failed
+                raise
 
     def transact(self, organization_id: UUID, work: Callable[[Transaction], Result]) -> Result:
         """Do some work in one transaction; the first one of an organization adds its row before."""
@@ -109,27 +107,36 @@ class Repository:
 
     def organizations(self, after: UUID) -> list[UUID]:
         """Return the organizations with the next ids after this one, up to 1,000 of them."""
-        rows = self._execute(after, statements.LIST_ORGANIZATIONS).fetchall()
+        rows = self._execute(after, statements.LIST_ORGANIZATIONS)[0]
         return [organization_id for (organization_id,) in rows]
 
     def purge_results(self, organization_id: UUID, age: timedelta) -> int:
         """Delete up to 1,000 stored results that are older than `age`; return how many."""
-        return self._execute(organization_id, statements.PURGE_RESULTS, age=age).rowcount
+        return self._purge(organization_id, statements.PURGE_RESULTS, age)
 
     def purge_changes(self, organization_id: UUID, age: timedelta) -> int:
         """Delete up to 1,000 stored change events that are older than `age`; return how many."""
-        return self._execute(organization_id, statements.PURGE_CHANGES, age=age).rowcount
+        return self._purge(organization_id, statements.PURGE_CHANGES, age)
+
+    def _purge(self, organization_id: UUID, statement: str, age: timedelta) -> int:
+        return self._execute(organization_id, statement, age=pg_arrays.interval(age))[1]
 
     def _execute(
-        self, organization_id: UUID, statement: LiteralString, **parameters: Any
-    ) -> psycopg.Cursor[Any]:
-        """Run one statement in a transaction of the organization, without its lock."""
-        values = {"organization_id": organization_id, **parameters}
-        with self._connection() as connection, connection.pipeline():
-            connection.execute(self._scope, values)
-            cursor = connection.execute(statement, values)
-            connection.execute("commit")
-        return cursor
+        self, organization_id: UUID, statement: str, **parameters: pg_arrays.Parameter
+    ) -> tuple[list[tuple[Any, ...]], int]:
+        """Run one statement in a transaction of the organization, without its lock.
+
+        Returns its rows, and how many it returned or changed.
+        """
+        values = {"organization_id": pg_arrays.uuid(organization_id), **parameters}
+        with self._connection() as pipeline:
+            pipeline.send(_BEGIN, {})
+            pipeline.send(self._scope, values)
+            sent = pipeline.send(statement, values)
+            pipeline.send(_COMMIT, {})
+            pipeline.sync()
+            assert sent.result is not None
+            return pipeline.rows(sent), sent.result.command_tuples or 0
 
     def forget_failure(self, organization_id: UUID, batch_id: UUID) -> bool:
         """Delete the stored `internal_error` of a batch, so that it can be applied under its id.
@@ -140,62 +147,55 @@ class Repository:
         return self.transact(organization_id, lambda it: it.forget_failure(batch_id))
 
     def close(self) -> None:
-        self._engine.dispose()
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            pipeline.connection.close()
 
-    def _prepare(self, connection: psycopg.Connection, _: Any) -> None:
-        pg_arrays.register(connection)
-        connection.prepare_threshold = 0
-        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-        connection.read_only = connection.deferrable = False
-        found = connection.execute(SCHEMA).fetchone()
-        schema = found[0] if found else "public"
-        connection.execute(session_statement(schema).encode())
-        connection.commit()
-        self._scope = scope_statement("%(organization_id)s", schema).encode()
-        self._uses = 0
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {**connect_arguments(self._database_url), **CONNECT_ARGUMENTS}
 
     @contextmanager
-    def _connection(self) -> Iterator[psycopg.Connection]:
-        """Lend psycopg's connection, for SQLAlchemy has no pipelines; replace a broken one.
-
-        SQLAlchemy asks a server a few questions first. If they fail, it raises errors of its own:
-        they are no batch's fault either, and may pass like psycopg's.
-
-        In a pipeline, `commit()` waits for its answer while part of what was sent may still be in
-        libpq's buffer: for ever, if that is more than the socket takes at once. The end of the
-        pipeline sends everything before it waits.
-        """
+    def _connection(self) -> Iterator[Pipeline]:
+        """Lend the connection, in no transaction, for a limited time; replace a broken one."""
         try:
-            lent = self._engine.raw_connection()
-        except DBAPIError as error:
-            raise psycopg.OperationalError(f"there is no connection: {error}") from error
-        connection = cast(psycopg.Connection, lent.driver_connection)
-        try:
-            with self._time_limit.watch(connection):
-                yield connection
+            pipeline = self._pipeline = self._pipeline or self._connect()
+            with self._time_limit.watch(pipeline.connection):
+                try:
+                    yield pipeline
+                except psycopg.Error:
+                    raise
+                except Exception:
+                    pipeline.send("rollback", {})
+                    pipeline.sync()
+                    raise
         except BaseException as error:
             # After an error of the server's state, the next connection may lead to another server.
-            if connection.closed or isinstance(error, psycopg.Error):
-                lent.invalidate()
+            if isinstance(error, psycopg.Error) or not isinstance(error, Exception):
+                self.close()
             raise
-        finally:
-            lent.close()
+
+    def _connect(self) -> Pipeline:
+        connection = psycopg.connect(autocommit=True, **self._arguments)
+        try:
+            with self._time_limit.watch(connection):
+                found = connection.execute(SCHEMA).fetchone()
+                schema = found[0] if found else "public"
+                connection.execute(session_statement(schema).encode())
+        except BaseException:
+            connection.close()
+            raise
+        self._scope, self._uses = scope_statement("%(organization_id)s", schema), 0
+        return Pipeline(connection)
 
 
 class Transaction:
     """What happens between the lock and the commit."""
 
-    def __init__(
-        self,
-        connection: psycopg.Connection,
-        pipeline: psycopg.Pipeline,
-        organization_id: UUID,
-        scope: bytes,
-    ) -> None:
-        self._connection = connection
+    def __init__(self, pipeline: Pipeline, organization_id: UUID, scope: str) -> None:
         self._pipeline = pipeline
-        self._sent: list[tuple[str | bytes, psycopg.Cursor[Any]]] = []
-        self._organization_id = organization_id
+        self._values: rows.Parameters = {"organization_id": pg_arrays.uuid(organization_id)}
+        self._send(_BEGIN)
         self._send(scope)
         self._locked = self._send(statements.LOCK)
         self._found: tuple[datetime, Cursor] | None = None
@@ -212,10 +212,11 @@ class Transaction:
     def _row(self) -> tuple[datetime, Cursor]:
         """What the lock returned: the time, and the organization's last change event."""
         if self._found is None:
-            found = self._locked.fetchone()
-            if found is None:
+            found = self._pipeline.rows(self._locked)
+            if not found:
                 raise UnknownOrganization
-            now, position, changed_at = found
+            ((now, position, changed_at),) = found
+            self._values["now"] = pg_arrays.timestamp(microseconds(now))
             at = None if changed_at is None else microseconds(changed_at)
             self._found = now, Cursor(position, at)
         return self._found
@@ -223,41 +224,36 @@ class Transaction:
     def load(self, messages: Sequence[AuthorizedMessage]) -> Snapshot:
         """Return the state of all that the messages name."""
         names = rows.named(messages)
-        found_batches = self._find_batches([each.message.batch_id for each in messages])
-        found_executions = self._send(
-            statements.LOAD_EXECUTIONS, flow_execution_ids=pg_arrays.uuids(list(names.executions))
-        )
-        found_tags: Iterable[Any] = []
+        bounds: rows.Parameters = {
+            "max_rows": pg_arrays.bigint(rows.MAX_LOADED_TAGS),
+            "max_bytes": pg_arrays.bigint(rows.MAX_LOADED_BYTES),
+            "max_of_type": pg_arrays.bigint(MAX_OF_TYPE + 1),
+        }
+        sent_batches = self._find_batches([each.message.batch_id for each in messages])
+        executions = pg_arrays.uuids(list(names.executions))
+        sent_executions = self._send(statements.LOAD_EXECUTIONS, flow_execution_ids=executions)
+        sent_tags = sent_types = sent_tasks = None
         if names.tags:
-            found_tags = self._send(
-                statements.LOAD_TAGS,
-                max_rows=rows.MAX_LOADED_TAGS,
-                max_bytes=rows.MAX_LOADED_BYTES,
-                **rows.key_columns(list(names.tags)),
-            )
-        found_types: Iterable[Any] = []
+            keys = rows.key_columns(list(names.tags))
+            sent_tags = self._send(statements.LOAD_TAGS, **bounds, **keys)
         if names.types:
-            found_types = self._send(
-                statements.LOAD_TYPES,
-                max_of_type=MAX_OF_TYPE + 1,
-                max_rows=rows.MAX_LOADED_TAGS,
-                max_bytes=rows.MAX_LOADED_BYTES,
-                **rows.type_columns(list(names.types)),
-            )
-        found_tasks: Iterable[Any] = []
+            types = rows.type_columns(list(names.types))
+            sent_types = self._send(statements.LOAD_TYPES, **bounds, **types)
         if names.tasks:
-            found_tasks = self._send(statements.LOAD_TASKS, **rows.task_columns(list(names.tasks)))
-        batches, seen = rows.batches(found_batches)
+            sent_tasks = self._send(statements.LOAD_TASKS, **rows.task_columns(list(names.tasks)))
+        head = self._row[1]
+        batches, seen = rows.batches(self._rows(sent_batches))
         tags: dict[TagKey, dict[bytes, Tag]] = {}
-        _, last_tag = rows.tags(found_tags, tags)
-        types, last_type = rows.types(found_types, tags, names)
+        executions_by_key = dict(map(rows.execution, self._rows(sent_executions)))
+        _, last_tag = rows.tags(self._rows(sent_tags), tags)
+        of_types, last_type = rows.types(self._rows(sent_types), tags, names)
         return Snapshot(
             batches=batches,
-            executions=dict(map(rows.execution, found_executions)),
+            executions=executions_by_key,
             tags=tags,
-            types=types,
-            tasks={row[:2]: Task(*row) for row in found_tasks},
-            head=self._row[1],
+            types=of_types,
+            tasks={row[:2]: Task(*row) for row in self._rows(sent_tasks)},
+            head=head,
             complete=rows.complete(messages, names, seen, last_tag, last_type),
         )
 
@@ -281,32 +277,25 @@ class Transaction:
 
     def batches(self, batch_ids: Sequence[UUID]) -> dict[UUID, StoredResult]:
         """Return what is stored of these batches, with the change events that they made."""
-        return rows.batches(self._find_batches(batch_ids))[0]
+        return rows.batches(self._rows(self._find_batches(batch_ids)))[0]
 
     def wait(self) -> None:
         """Wait until all that was sent has succeeded. Raises the error of what did not."""
         self._pipeline.sync()
 
-    def failed_statement(self) -> str | None:
-        """Return the statement that failed; None if it was the begin or the commit."""
-        for statement, cursor in self._sent[2:]:
-            if cursor.pgresult is None:
-                return str(statement)
-        return None
-
     def forget_failure(self, batch_id: UUID) -> bool:
         _ = self.now  # the lock is held
-        return bool(self._send(statements.FORGET_FAILURE, batch_id=batch_id).fetchall())
+        deleted = self._send(statements.FORGET_FAILURE, batch_id=pg_arrays.uuid(batch_id))
+        return bool(self._rows(deleted))
 
-    def _find_batches(self, batch_ids: Sequence[UUID]) -> Iterable[Any]:
+    def _find_batches(self, batch_ids: Sequence[UUID]) -> Sent:
         ids = pg_arrays.uuids([id.int for id in batch_ids])
-        return self._send(statements.LOAD_BATCHES, batch_ids=ids, max_bytes=MAX_GROUP_BYTES)
+        max_bytes = pg_arrays.bigint(MAX_GROUP_BYTES)
+        return self._send(statements.LOAD_BATCHES, batch_ids=ids, max_bytes=max_bytes)
 
-    def _send(self, statement: LiteralString | bytes, **parameters: Any) -> psycopg.Cursor[Any]:
-        """Queue a statement; its result is waited for when it is read."""
-        values = {"organization_id": self._organization_id, **parameters}
-        if isinstance(statement, str) and "%(now)s" in statement:
-            values["now"] = self.now
-        cursor = self._connection.cursor(binary=True)
-        self._sent.append((statement, cursor))
-        return cursor.execute(statement, values)
+    def _send(self, statement: str, **parameters: pg_arrays.Parameter) -> Sent:
+        """Send a statement; its result is waited for when it is read."""
+        return self._pipeline.send(statement, {**self._values, **parameters})
+
+    def _rows(self, sent: Sent | None) -> list[tuple[Any, ...]]:
+        return [] if sent is None else self._pipeline.rows(sent)

@@ -9,7 +9,6 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from msgspec import Raw
-from psycopg.types.json import Jsonb
 
 from producers.contract.messages import MAX_OPERATIONS, SetTaskState
 from producers.contract.results import Task
@@ -28,7 +27,9 @@ from worker.snapshot import (
     tag_key,
     types_of,
 )
-from worker.wire import Batch, Tag
+from worker.wire import Batch, Tag, encode
+
+Parameters = dict[str, pg_arrays.Parameter]
 
 MAX_LOADED_BYTES: Final = 8 * 1024 * 1024
 """Of tags, in one transaction: 100 for each, and the metadata of those that may be removed.
@@ -160,7 +161,7 @@ def types(
 # --- Objects to columns --------------------------------------------------------------------------
 
 
-def key_columns(keys: Sequence[tuple[TagKey, bool]]) -> dict[str, Any]:
+def key_columns(keys: Sequence[tuple[TagKey, bool]]) -> Parameters:
     executions, task_names, tag_types, tags = zip(*[key for key, _ in keys], strict=True)
     return {
         "whole": pg_arrays.bigints([whole for _, whole in keys]),
@@ -171,7 +172,7 @@ def key_columns(keys: Sequence[tuple[TagKey, bool]]) -> dict[str, Any]:
     }
 
 
-def type_columns(types: Sequence[tuple[TypeKey, bool]]) -> dict[str, Any]:
+def type_columns(types: Sequence[tuple[TypeKey, bool]]) -> Parameters:
     executions, task_names, tag_types = zip(*[key for key, _ in types], strict=True)
     return {
         "whole": pg_arrays.bigints([whole for _, whole in types]),
@@ -181,14 +182,14 @@ def type_columns(types: Sequence[tuple[TypeKey, bool]]) -> dict[str, Any]:
     }
 
 
-def task_columns(tasks: Sequence[TaskKey]) -> dict[str, Any]:
+def task_columns(tasks: Sequence[TaskKey]) -> Parameters:
     return {
         "flow_execution_ids": pg_arrays.uuids([id.int for id, _ in tasks]),
         "task_names": pg_arrays.texts([task_name for _, task_name in tasks]),
     }
 
 
-def state_columns(tasks: dict[TaskKey, Task]) -> dict[str, Any]:
+def state_columns(tasks: dict[TaskKey, Task]) -> Parameters:
     return {
         **task_columns(list(tasks)),
         "states": pg_arrays.texts([task.state for task in tasks.values()]),
@@ -196,7 +197,7 @@ def state_columns(tasks: dict[TaskKey, Task]) -> dict[str, Any]:
     }
 
 
-def registration_columns(registrations: dict[UUID, Execution]) -> dict[str, Any]:
+def registration_columns(registrations: dict[UUID, Execution]) -> Parameters:
     return {
         "flow_execution_ids": pg_arrays.uuids([id.int for id in registrations]),
         "task_names": pg_arrays.texts(
@@ -209,21 +210,23 @@ def registration_columns(registrations: dict[UUID, Execution]) -> dict[str, Any]
     }
 
 
-def revision_columns(revisions: dict[UUID, int]) -> dict[str, Any]:
+def revision_columns(revisions: dict[UUID, int]) -> Parameters:
     return {
         "flow_execution_ids": pg_arrays.uuids([id.int for id in revisions]),
-        "revisions": Jsonb({str(id): revision for id, revision in revisions.items()}),
+        "revisions": pg_arrays.jsonb(encode(revisions)),
     }
 
 
-def removed_columns(removed: dict[int, Tag]) -> dict[str, Any]:
+def removed_columns(removed: dict[int, Tag]) -> Parameters:
     return {
         "ids": pg_arrays.uuids(list(removed)),
-        "modified_by": Jsonb({str(tag.id): tag.modified_by for tag in removed.values()}),
+        "modified_by": pg_arrays.jsonb(
+            encode({tag.id: tag.modified_by for tag in removed.values()})
+        ),
     }
 
 
-def added_columns(added: dict[int, NewTag]) -> dict[str, Any]:
+def added_columns(added: dict[int, NewTag]) -> Parameters:
     tags = [each.tag for each in added.values()]
     return {
         "ids": pg_arrays.uuids([tag.id.int for tag in tags]),
@@ -238,27 +241,22 @@ def added_columns(added: dict[int, NewTag]) -> dict[str, Any]:
     }
 
 
-def change_columns(changes: Sequence[NewChange]) -> dict[str, Any]:
+def change_columns(changes: Sequence[NewChange]) -> Parameters:
     return {
         "flow_execution_ids": pg_arrays.uuids([change.flow_execution_id.int for change in changes]),
         "revisions": pg_arrays.bigints([change.revision for change in changes]),
         "positions": pg_arrays.bigints([change.position for change in changes]),
         "batch_ids": pg_arrays.uuids([change.batch_id.int for change in changes]),
         "events": pg_arrays.encoded_texts([change.event for change in changes]),
-        "position": changes[-1].position,
+        "position": pg_arrays.bigint(changes[-1].position),
     }
 
 
-def batch_columns(batches: Sequence[NewBatch]) -> dict[str, Any]:
+def batch_columns(batches: Sequence[NewBatch]) -> Parameters:
     return {
         "batch_ids": pg_arrays.uuids([batch.batch_id.int for batch in batches]),
         "digests": pg_arrays.byteas([batch.digest for batch in batches]),
         "records": pg_arrays.encoded_texts([batch.record for batch in batches]),
-        "revisions": pg_arrays.texts(
-            [
-                json.dumps({str(id): revision for id, revision in batch.revisions.items()})
-                for batch in batches
-            ]
-        ),
+        "revisions": pg_arrays.encoded_texts([encode(batch.revisions) for batch in batches]),
         "event_bytes": pg_arrays.bigints([batch.event_bytes for batch in batches]),
     }
