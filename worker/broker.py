@@ -13,6 +13,9 @@ import json
 import logging
 import os
 import runpy
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -21,7 +24,7 @@ from celery import Celery
 from celery.app.defaults import NAMESPACES, flatten
 from kombu.transport import TRANSPORT_ALIASES, redis
 from redis import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from producers.inbox.drain_message import DRAIN_TASK, QUEUE, task_message
 from producers.inbox.protocol import repair_keys
@@ -35,6 +38,10 @@ _CELERY_KEYS: Final = frozenset(name for name, _ in flatten(NAMESPACES))
 _NUMBERS_OF_ARGUMENTS: Final = {DRAIN_TASK: (2,), WAKE_TASK: (0,), PURGE_TASK: (0, 1)}
 _MAX_BYTES: Final = 64 * 1024
 """A drain message has about 600."""
+_MIN_SECONDS: Final = 0.001
+"""Of a BRPOP: 0 would wait for ever."""
+_MAX_SECONDS: Final = 1.0
+"""Of a BRPOP: less than the client waits for an answer, which might be a message."""
 _TCP_OPTIONS: Final = ("socket_connect_timeout", "socket_keepalive", "socket_keepalive_options")
 
 
@@ -115,6 +122,27 @@ def _screen_answer(answer: Any, **_: Any) -> Any:
         return answer
     message = screened(answer[1])
     return None if message is None else (answer[0], message)  # None: nothing came in time
+
+
+def next_drain(redis: Redis, deadline: float, stopping: Callable[[], bool]) -> UUID | None:
+    """Take the next drain message from the queue, and return its organization.
+
+    None: none came until the deadline, a monotonic time, or the process is to end, or what comes
+    next is for Celery, and was put back. Whatever fails here, Celery has its own way to wait for
+    Redis.
+    """
+    with suppress(RedisError, OSError):
+        while not stopping() and (left := deadline - time.monotonic()) >= _MIN_SECONDS:
+            answer: Any = redis.brpop([QUEUE], timeout=min(left, _MAX_SECONDS))
+            message = None if answer is None else screened(answer[1])
+            if message is None:
+                continue
+            task, _, arguments = _read(message)
+            if task != DRAIN_TASK:
+                redis.rpush(QUEUE, message)
+                return None
+            return UUID(arguments[0])
+    return None
 
 
 def screened(received: bytes) -> bytes | None:
