@@ -98,11 +98,14 @@ class _WritableUUID(UUID):
     __setattr__ = object.__setattr__  # type: ignore[assignment]
 
 
+_UNKNOWN: Final = SafeUUID.unknown  # looked up once: an enumeration's member takes a call
+
+
 def _uuid(number: int) -> UUID:
     """Return `UUID(int=number)` in a fifth of the time, without its checks of the arguments."""
     id: Any = object.__new__(_WritableUUID)
     id.int = number
-    id.is_safe = SafeUUID.unknown
+    id.is_safe = _UNKNOWN
     id.__class__ = UUID
     return cast(UUID, id)
 

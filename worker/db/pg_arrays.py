@@ -17,7 +17,7 @@ from uuid import UUID
 _HEADER: Final = struct.Struct("!iiIii").pack
 _LENGTH: Final = struct.Struct("!i").pack
 _READ_LENGTH: Final = struct.Struct("!i").unpack_from
-_SHORT: Final = 1024
+_SHORT: Final = 8192
 _LENGTHS: Final = tuple(map(_LENGTH, range(_SHORT)))
 _NULL: Final = _LENGTH(-1)
 _SIXTEEN: Final = _LENGTH(16)
@@ -118,7 +118,8 @@ def timestamps(values: Sequence[int]) -> Timestamps:
 
 
 def texts(values: Sequence[str | None]) -> Texts:
-    return encoded_texts([None if value is None else value.encode() for value in values])
+    encoded = {value: None if value is None else value.encode() for value in set(values)}
+    return encoded_texts([encoded[value] for value in values])
 
 
 def encoded_texts(values: Sequence[bytes | None]) -> Texts:
@@ -147,9 +148,8 @@ def _array(oid: int, length: int, decode: Iterable[bytes], nulls: bool = False) 
 
 
 def length_prefixed(values: Sequence[bytes | None]) -> list[bytes]:
-    return [
-        _NULL
-        if value is None
-        else (_LENGTHS[len(value)] if len(value) < _SHORT else _LENGTH(len(value))) + value
-        for value in values
-    ]
+    """Return each value behind its length."""
+    try:  # most are short, and none is null
+        return [_LENGTHS[len(value)] + value for value in values]  # type: ignore[arg-type,operator]
+    except (IndexError, TypeError):
+        return [_NULL if value is None else _LENGTH(len(value)) + value for value in values]
