@@ -5,23 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Mapping,
+    Sequence,
+)
+from types import MappingProxyType
 from typing import Any, Final
 from uuid import UUID
 
 import httpx
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from producers.contract.results import ChangeEvent
 from producers.errors import ChangesRefused, ConfigurationError, RevisionExpired, Unavailable
 
 logger = logging.getLogger(__name__)
 
-_PAGE_EVENTS: Final = 100
 _RETRY_SECONDS: Final = 1.0
 _SILENCE_SECONDS: Final = 45.0
 """After so long without a ping, which comes every 15 s, a stream is lost."""
-_EVENTS: Final = TypeAdapter(list[ChangeEvent])
 
 
 class TokenAuth(httpx.Auth):
@@ -73,25 +79,6 @@ def client_options(url: str, token: Callable[[], str]) -> dict[str, Any]:
     return options
 
 
-async def fetch_changes(
-    client: httpx.AsyncClient, flow_execution_id: UUID, after: int
-) -> Sequence[ChangeEvent]:
-    """Return stored events of an execution after a revision, in order; none if there are no more.
-
-    Raises what `get` raises.
-    """
-    query: dict[str, Any] = {
-        "flow_execution_id": str(flow_execution_id),
-        "after": after,
-        "limit": _PAGE_EVENTS,
-    }
-    response = await get(client, "/task-tags/changes", query)
-    try:
-        return _EVENTS.validate_json(response.content)
-    except ValidationError:
-        raise Unavailable("the endpoint's answer is not a list of changes") from None
-
-
 async def get(client: httpx.AsyncClient, path: str, query: dict[str, Any]) -> httpx.Response:
     """Send a request; return its answer of status 200.
 
@@ -114,29 +101,40 @@ async def last_cursor(client: httpx.AsyncClient) -> str:
 
 
 async def stream_changes(
-    client: httpx.AsyncClient, after: str, filters: dict[str, Sequence[str]]
+    client: httpx.AsyncClient,
+    after: str,
+    filters: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    flow_execution_id: UUID | None = None,
+    on_open: Callable[[], None] | None = None,
 ) -> AsyncGenerator[tuple[str, ChangeEvent | None]]:
-    """Yield the events of the organization behind a cursor without end, each with its own cursor.
+    """Yield the events behind a cursor without end, each with its own cursor.
 
     None instead of an event says how far the stream has come. A lost connection is opened again, as
     is one that ends with its token.
+
+    Args:
+        flow_execution_id: Of this execution alone, and not of the organization.
+        on_open: Called when the stream begins, for the first time or again.
 
     Raises:
         Unavailable: The endpoint can't be used at the start.
         RevisionExpired, ChangesRefused: Asking again does not help.
     """
+    path, of_execution = "/changes/events", dict[str, str]()
+    if flow_execution_id is not None:
+        path, of_execution = f"/task-tags{path}", {"flow_execution_id": str(flow_execution_id)}
     reached = False
     timeout = httpx.Timeout(10, read=_SILENCE_SECONDS)
     while True:
         try:
-            query = {**filters, "after": after}
-            async with client.stream(
-                "GET", "/changes/events", params=query, timeout=timeout
-            ) as response:
+            query = {**filters, **of_execution, "after": after}
+            async with client.stream("GET", path, params=query, timeout=timeout) as response:
                 if response.status_code != 200:
                     await response.aread()
                 check_answer(response)
                 reached = True
+                if on_open is not None:
+                    on_open()
                 async for kind, id, data in _server_sent(response.aiter_lines()):
                     if kind == "error" and json.loads(data)["error"]["code"] == "gone":
                         raise _expired(json.loads(data))

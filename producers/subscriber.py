@@ -1,8 +1,8 @@
 """Subscribes to results and to changes, across lost connections.
 
 Pub/sub keeps nothing for a subscriber that is away. A lost result is asked for by enqueuing the
-same batch again, which `TagProducer.apply` does; lost changes are read from the endpoint, for a
-subscriber that asks for all of them (`after`).
+same batch again, which `TagProducer.apply` does; who asks for all changes (`after`) gets them from
+the endpoint, which reads what is stored.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from functools import partial
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
@@ -23,9 +21,8 @@ from redis.exceptions import RedisError
 
 from producers.contract.channels import changes_channel, results_channel
 from producers.contract.results import ChangeEvent, ResultRecord, Tag
-from producers.endpoint import client_options, fetch_changes, stream_changes
+from producers.endpoint import client_options, stream_changes
 from producers.errors import Unavailable
-from producers.gap_filler import GapFiller
 from producers.pubsub import EventQueue, ListenEvent, LoopThread, PubSubMultiplexer, flatten
 from producers.redis_client import open_async_redis
 from producers.settings import ProducerSettings, load_settings, token_source
@@ -34,9 +31,6 @@ from producers.waiting import TagWaits
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS: Final = 0.5
-IDLE_SECONDS: Final = 15.0
-"""After this time without an event the endpoint is asked whether there is one."""
-_RETRY_SECONDS: Final = 1.0
 
 Published = TypeVar("Published", ResultRecord, ChangeEvent)
 
@@ -95,12 +89,12 @@ class Subscriber:
 
         Args:
             after: A revision. All events after it are yielded in order, without a gap or a
-                repetition: lost events are read from the endpoint, with the token.
+                repetition: they come from the endpoint, with the token.
             on_subscribed: As in `results`.
 
         Raises:
-            Unavailable: Redis, or the endpoint, can't be reached at the start; later, the
-                iteration waits for them.
+            Unavailable: Redis or, with `after`, the endpoint can't be reached at the start; later,
+                the iteration waits for it.
             ConfigurationError, RevisionExpired, ChangesRefused: Only with `after`.
         """
         return self._thread.iterate(self._changes(flow_execution_id, after, on_subscribed))
@@ -134,7 +128,7 @@ class Subscriber:
             ConfigurationError, ChangesRefused: Retrying does not help.
         """
         filters = {"task_name": task_name, "tag_type": tag_type, "tag": tag, "flow_id": flow_id}
-        return self._thread.iterate(self._organization_changes(after, filters, on_cursor))
+        return self._thread.iterate(self._stream(after, on_cursor, filters=filters))
 
     def aorganization_changes(
         self,
@@ -148,7 +142,7 @@ class Subscriber:
     ) -> AsyncIterator[ChangeEvent]:
         """As `organization_changes`, for asyncio."""
         filters = {"task_name": task_name, "tag_type": tag_type, "tag": tag, "flow_id": flow_id}
-        return flatten(self._organization_changes(after, filters, on_cursor))
+        return flatten(self._stream(after, on_cursor, filters=filters))
 
     def wait_for(
         self,
@@ -240,30 +234,26 @@ class Subscriber:
         after: int | None,
         on_subscribed: Callable[[], None] | None,
     ) -> AsyncGenerator[Sequence[ChangeEvent], None]:
+        if after is not None:
+            stored = self._stream(
+                str(after), flow_execution_id=flow_execution_id, on_open=on_subscribed
+            )
+            async with aclosing(stored):
+                async for events in stored:
+                    yield events
+            return
         channel = changes_channel(self._organization_id, flow_execution_id)
-        async with self._subscription(channel, on_subscribed) as events:
-            if after is None:
-                while not self._closed.is_set():
-                    taken = await events.take(POLL_SECONDS)
-                    yield [change for change, _ in _decoded(taken, ChangeEvent)]
-                return
-            async with self._client() as client:
-                fetch = partial(fetch_changes, client, flow_execution_id)
-                feed = _ExecutionChanges(fetch, after)
-                while not self._closed.is_set():
-                    feed.receive(await events.take(POLL_SECONDS))
-                    while changes := await feed.next():
-                        yield changes
+        async with self._subscription(channel, on_subscribed) as published:
+            while not self._closed.is_set():
+                taken = await published.take(POLL_SECONDS)
+                yield [change for change, _ in _decoded(taken, ChangeEvent)]
 
-    async def _organization_changes(
-        self,
-        after: str,
-        filters: dict[str, Sequence[str]],
-        on_cursor: Callable[[str], None] | None,
+    async def _stream(
+        self, after: str, on_cursor: Callable[[str], None] | None = None, **options: Any
     ) -> AsyncGenerator[Sequence[ChangeEvent], None]:
         async with (
             self._client() as client,
-            aclosing(stream_changes(client, after, filters)) as changes,
+            aclosing(stream_changes(client, after, **options)) as changes,
         ):
             following = asyncio.ensure_future(anext(changes))
             try:
@@ -310,55 +300,6 @@ class Subscriber:
                     yield events
         finally:
             await redis.aclose()
-
-
-class _ExecutionChanges:
-    """All changes of an execution after a revision: published ones, and lost ones fetched."""
-
-    def __init__(
-        self, fetch: Callable[[int], Awaitable[Sequence[ChangeEvent]]], after: int
-    ) -> None:
-        self._fetch = fetch
-        self._after = after
-        self._feed: GapFiller[ChangeEvent] = GapFiller()
-        self._reached = False
-        self._fetch_at = 0.0
-
-    def receive(self, events: Sequence[bytes | ListenEvent]) -> None:
-        """Take in what was published; whatever a lost connection lost is fetched."""
-        for event in events:
-            if event is ListenEvent.SUBSCRIBED:
-                self._fetch_at = 0.0
-        for change, size in _decoded(events, ChangeEvent):
-            self._feed.receive(change.revision, change, size)
-
-    async def next(self) -> Sequence[ChangeEvent]:
-        """Return the next events in order; none if there are no more now."""
-        if buffered := self._feed.buffered_after(self._after):
-            if self._fetch_at:  # not due yet
-                self._fetch_at = time.monotonic() + IDLE_SECONDS
-            return self._pass_on([change for _, change in buffered])
-        if self._feed.last <= self._after and time.monotonic() < self._fetch_at:
-            return ()
-        assumed = self._feed.last
-        try:
-            events = await self._fetch(self._after)
-        except Unavailable as error:
-            if not self._reached:
-                raise
-            logger.warning("changes can't be read now; retrying: %s", error)
-            self._fetch_at = time.monotonic() + _RETRY_SECONDS
-            return ()
-        self._reached = True
-        if not events:
-            self._fetch_at = time.monotonic() + IDLE_SECONDS
-            self._feed.reconcile(self._after, assumed)
-        return self._pass_on(events)
-
-    def _pass_on(self, events: Sequence[ChangeEvent]) -> Sequence[ChangeEvent]:
-        if events:
-            self._after = events[-1].revision
-        return events
 
 
 def _decoded(

@@ -148,7 +148,7 @@ class TagWaits:
         """End waits by the events behind a place; what no event tells is looked at again."""
         while True:
             try:
-                async with aclosing(stream_changes(client, cursor, {})) as changes:
+                async with aclosing(stream_changes(client, cursor)) as changes:
                     async for reached, event in changes:
                         cursor = reached
                         if event is not None:

@@ -45,7 +45,7 @@ async def follow_work_list(
             answer = await _ask(client, {**query, "page": answer["next_page"]})
         yield [_left(task) for key, task in before.items() if key not in listed]
         try:
-            async with aclosing(stream_changes(client, cursor, {})) as changes:
+            async with aclosing(stream_changes(client, cursor)) as changes:
                 async for _, event in changes:
                     for key in _tasks_of(event, query):
                         one = {"flow_execution_id": str(key[0]), "task_name": key[1]}

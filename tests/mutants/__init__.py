@@ -23,14 +23,12 @@ _RULES: Final = "worker/rules.py"
 _ADMISSION: Final = "worker/drain/admission.py"
 _PATH: Final = "worker/drain/path.py"
 _AUTH: Final = "worker/auth.py"
-_FILLER: Final = "producers/gap_filler.py"
 _STATEMENTS: Final = "worker/db/statements.py"
 _SCRIPTS: Final = "producers/inbox/scripts"
 
 _OF_RULES: Final = "tests/unit/test_rules.py::test_"
 _OF_ADMISSION: Final = "tests/unit/test_admission.py::test_"
 _OF_AUTH: Final = "tests/unit/test_auth.py::test_"
-_OF_FILLER: Final = "tests/unit/test_gap_filler.py::test_"
 _OF_DRAIN: Final = "tests/integration/test_drain.py::test_"
 _OF_INBOX: Final = "tests/integration/test_inbox.py::test_"
 _OF_REPOSITORY: Final = "tests/integration/test_repository.py::test_"
@@ -211,37 +209,6 @@ MUTANTS: Final = (
         "issuer=self._settings.jwt_issuer,",
         "issuer=None,",
         f"{_OF_AUTH}audience_and_issuer_are_checked_if_they_are_set",
-    ),
-    # --- Gaps ------------------------------------------------------------------------------------
-    Mutant(  # events around a gap look as if they followed each other
-        _FILLER,
-        "if self._events and self._events[-1][0] != number - 1:",
-        "if self._events and self._events[-1][0] > number - 1:",
-        f"{_OF_FILLER}a_gap_drops_what_was_before_it",
-    ),
-    Mutant(  # an event that comes twice is passed on twice
-        _FILLER,
-        "if number <= self.last:",
-        "if number < self.last:",
-        f"{_OF_FILLER}an_event_that_comes_twice_or_late_is_dropped",
-    ),
-    Mutant(  # an event is skipped
-        _FILLER,
-        "first = number + 1 - self._events[0][0]",
-        "first = max(1, number + 1 - self._events[0][0])",
-        f"{_OF_FILLER}what_is_buffered_follows_the_number_without_a_gap",
-    ),
-    Mutant(  # what was dropped counts for ever
-        _FILLER,
-        "self._bytes -= self._events.popleft()[2]",
-        "self._events.popleft()",
-        f"{_OF_FILLER}the_buffer_is_bounded_in_events_and_in_bytes",
-    ),
-    Mutant(  # what was published while the store was asked is forgotten
-        _FILLER,
-        "if stored < assumed == self.last:",
-        "if stored < self.last:",
-        f"{_OF_FILLER}the_store_is_right",
     ),
     # --- The path of a drain ---------------------------------------------------------------------
     Mutant(  # a result overtakes the changes of its batch
