@@ -6,7 +6,8 @@ saves the change set in one transaction (worker/db/repository.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -76,7 +77,24 @@ def decide(
     now: datetime,
     new_id: Callable[[], UUID],
 ) -> Decision:
+    """Apply messages as `decide_in_parts` does, as one part."""
+    (decision,) = decide_in_parts(organization_id, messages, snapshot, now=now, new_id=new_id)
+    return decision
+
+
+def decide_in_parts(
+    organization_id: UUID,
+    messages: Iterable[AuthorizedMessage],
+    snapshot: Snapshot,
+    *,
+    now: datetime,
+    new_id: Callable[[], UUID],
+    size: int = sys.maxsize,
+) -> Iterator[Decision]:
     """Apply messages to `snapshot` one after the other; each sees the effects of those before it.
+
+    Yields what was decided in parts of `size` messages, each to be stored before the next one, in
+    the same transaction.
 
     At least the first one is applied. The group ends, and the others wait for the next transaction,
     at one of which not all was loaded, and where what is to be published reaches its bound: so what
@@ -90,16 +108,19 @@ def decide(
     outcomes: list[Outcome] = []
     to_publish = 0
     answered: set[UUID] = set()
-    for each in messages:
-        if outcomes and (len(outcomes) >= snapshot.complete or to_publish >= MAX_GROUP_BYTES):
+    for place, each in enumerate(messages):
+        if place and (place >= snapshot.complete or to_publish >= MAX_GROUP_BYTES):
             break
+        if len(outcomes) == size:
+            yield Decision(outcomes, processor.change_set, snapshot.head)
+            outcomes, processor.change_set = [], ChangeSet()
         outcome = processor.process(each)
         if each.message.batch_id not in answered:  # events are published once for all its copies
             to_publish += sum(len(event) for _, event in outcome.events)
         answered.add(each.message.batch_id)
         to_publish += len(outcome.record)
         outcomes.append(outcome)
-    return Decision(outcomes, processor.change_set, snapshot.head)
+    yield Decision(outcomes, processor.change_set, snapshot.head)
 
 
 def error_record(organization_id: UUID, batch_id: UUID, error: ErrorInfo) -> ResultRecord:

@@ -87,9 +87,9 @@ def _apply(tools: Tools, organization_id: UUID, authorized: AuthorizedMessage) -
     """Apply a request; what may pass (a lost connection) is tried again, as a drain does it."""
     while True:
         try:
-            (outcome,) = apply_in_transaction(
+            (outcome,), _ = apply_in_transaction(
                 tools.repository, organization_id, [authorized], tools.new_id
-            ).outcomes
+            )
         except Exception as error:
             if not is_server_fault(error):
                 raise

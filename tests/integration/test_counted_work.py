@@ -119,7 +119,7 @@ def counting(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_drain_is_the_same_work_for_one_operation_and_for_a_thousand(counted: Any) -> None:
     """For any number: eleven statements, with begin and commit, in two pieces; two Redis calls."""
-    sizes = [(1, 1), (1, 100), (50, 1), (100, 10)]
+    sizes = [(1, 1), (1, 100), (50, 1), (50, 20)]
     adding = [counted(batches(*size, name=f"{size}")) for size in sizes]
     for statements, calls in adding:
         assert statements == adding[0][0]
@@ -130,6 +130,13 @@ def test_a_drain_is_the_same_work_for_one_operation_and_for_a_thousand(counted: 
         assert statements == removing[0][0]
         assert calls == ["EVALSHA", "EVALSHA"]
         assert [each == WAIT for each in statements] == [*[False] * 6, True, *[False] * 5]
+
+
+def test_a_large_group_is_saved_in_parts(counted: Any) -> None:
+    """The last statements are sent once more for each 50 batches, in the one transaction."""
+    (one, _), (many, calls) = counted(batches(1, 1, "one")), counted(batches(120, 1, "many"))
+    assert many == [*one[:-1], *one[-5:-1], *one[-5:-1], one[-1]]
+    assert calls == ["EVALSHA", "EVALSHA"]
 
 
 def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:

@@ -358,7 +358,7 @@ def test_look_ups_see_what_the_lock_waited_for(
             )
             with servers.owner() as connection:
                 eventually(lambda: connection.execute(WAITING).fetchall())
-        (outcome,) = behind.result().outcomes
+        (outcome,), _ = behind.result()
     assert ResultRecord.decode(outcome.record).statuses == ["already_exists"]
     other.close()
 

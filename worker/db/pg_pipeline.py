@@ -328,6 +328,10 @@ class Pipeline:
         self._transformer.set_pgresult(sent.result)
         return self._transformer.load_rows(0, sent.result.ntuples, tuple)
 
+    def push(self) -> None:
+        """Send as much as the server takes now."""
+        self._libpq.flush()
+
     def sync(self) -> None:
         """Wait until all that was sent has succeeded; what was no transaction is committed."""
         self._libpq.pipeline_sync()

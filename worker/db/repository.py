@@ -271,6 +271,7 @@ class Transaction:
         ):
             if found:
                 self._send(statement, **cast(Any, columns)(found))
+        self._pipeline.push()
         if change_set.changes:
             position = change_set.changes[-1].position
             self._found = self.now, Cursor(position, microseconds(self.now))

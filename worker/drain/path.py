@@ -31,13 +31,15 @@ from worker.db.repository import Repository, Transaction
 from worker.drain.admission import Admission, Admitted, Refused, Unreadable, admit, fail_admission
 from worker.drain.blame import attempts_to_blame, decide_failure, is_server_fault, log_wait
 from worker.jwk_set import JwksUnavailable
-from worker.rules import decide
-from worker.snapshot import AuthorizedMessage, Decision, Outcome
+from worker.rules import decide_in_parts
+from worker.snapshot import AuthorizedMessage, Outcome
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS: Final = 0.05
 MAX_BACKOFF_SECONDS: Final = 1.0
+PART_SIZE: Final = 50
+"""Messages of a group that are saved while the next ones are decided."""
 
 
 def _utc_now() -> datetime:
@@ -241,7 +243,7 @@ class Drain:
         if not admitted:
             return (), BEGINNING
         try:
-            decision = self._transact([each.message for each in admitted])
+            return self._transact([each.message for each in admitted])
         except Exception as error:
             if not alone:
                 raise
@@ -251,9 +253,8 @@ class Drain:
             if not attempts:
                 raise
             return [self._fail(admitted[0], error, attempts)], BEGINNING
-        return decision.outcomes, decision.head
 
-    def _transact(self, messages: Sequence[AuthorizedMessage]) -> Decision:
+    def _transact(self, messages: Sequence[AuthorizedMessage]) -> tuple[Sequence[Outcome], Cursor]:
         return apply_in_transaction(self.repository, self.organization_id, messages, self.new_id)
 
     def _fail(self, admitted: Admitted, error: Exception, attempts: int) -> Outcome:
@@ -285,17 +286,27 @@ def apply_in_transaction(
     organization_id: UUID,
     messages: Sequence[AuthorizedMessage],
     new_id: Uuid7,
-) -> Decision:
-    """Load, decide and save in one transaction; return what was decided."""
+) -> tuple[Sequence[Outcome], Cursor]:
+    """Load, decide and save in one transaction; return outcomes, of the first messages.
 
-    def apply(transaction: Transaction) -> Decision:
+    The second value is the place of the organization's last change event. PostgreSQL saves one part
+    while the next one is decided.
+    """
+
+    def apply(transaction: Transaction) -> tuple[Sequence[Outcome], Cursor]:
         snapshot = transaction.load(messages)  # before `now`, so that it is sent with the lock
-        now = transaction.now
-        decision = decide(
-            organization_id, messages, snapshot, now=now, new_id=partial(new_id, microseconds(now))
-        )
-        transaction.save(decision.change_set)
-        return decision
+        now, outcomes = transaction.now, list[Outcome]()
+        for part in decide_in_parts(
+            organization_id,
+            messages,
+            snapshot,
+            now=now,
+            new_id=partial(new_id, microseconds(now)),
+            size=PART_SIZE,
+        ):
+            outcomes += part.outcomes
+            transaction.save(part.change_set)
+        return outcomes, snapshot.head
 
     return repository.transact(organization_id, apply)
 
