@@ -16,7 +16,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from producers.contract.cursors import Cursor, microseconds
-from producers.contract.errors import CONDITIONS, ErrorDetail, ErrorInfo, FoundTag
+from producers.contract.errors import ErrorDetail, ErrorInfo
 from producers.contract.messages import RegisterExecution, SetTaskState
 from producers.contract.results import (
     OperationStatus,
@@ -29,16 +29,14 @@ from worker.bounds import (
     EVENT_FRAME_BYTES,
     EVENTS_TOO_LARGE,
     MAX_EVENT_BYTES,
-    MAX_FOUND,
     MAX_GROUP_BYTES,
-    MAX_OF_TYPE,
-    MAX_OF_TYPES,
     MAX_VARIANTS,
     ExecutionChanges,
     Refusal,
     TooLarge,
     check_size,
 )
+from worker.checks import check_conditions, check_known, check_types, tags_of
 from worker.snapshot import (
     AuthorizedMessage,
     ChangeSet,
@@ -50,17 +48,14 @@ from worker.snapshot import (
     Outcome,
     Snapshot,
     StoredResult,
-    TypeKey,
     stored_metadata,
     tag_key,
     type_key,
-    types_of,
 )
 from worker.wire import (
     Batch,
     Change,
     ChangeEvent,
-    Condition,
     Message,
     Operation,
     StateChange,
@@ -175,13 +170,13 @@ class BatchProcessor:
         """Apply a message, and return its result record. Raises `Refusal`."""
         if isinstance(message, RegisterExecution):
             return self._record(message, flow_execution={"status": self._register(message)})
-        self._check_known(message)
-        self._check_types(message)
+        check_known(self.snapshot, message)
+        check_types(self.snapshot, message)
         if isinstance(message, SetTaskState):
             recorded = self._set_state(message, authorized.actor, changes)
             return self._record(message, task_execution=recorded)
         if message.conditions:
-            self._check_conditions(message, may_read=authorized.may_read)
+            check_conditions(self.snapshot, message, may_read=authorized.may_read)
         statuses = self._apply(message, authorized.actor, changes)
         return self._record(message, tags=[{"status": each} for each in statuses])
 
@@ -219,37 +214,6 @@ class BatchProcessor:
         self.snapshot.executions[execution.id.int] = execution
         self.change_set.registrations[execution.id] = execution
 
-    def _check_known(self, message: Batch | SetTaskState) -> None:
-        """Raise `Refusal` with each use of an unknown execution or task.
-
-        The rule is docs/concepts/contract.md#rule-5.
-        """
-        if isinstance(message, SetTaskState):
-            named: Iterable[tuple[int | None, Operation | SetTaskState]] = [(None, message)]
-        else:
-            named = enumerate(message.tags)
-        details = []
-        for index, each in named:
-            if found := self._unknown(each):
-                details.append(ErrorDetail(index=index, field=found[0], message=found[1]))
-        if isinstance(message, Batch) and message.conditions:
-            for index, condition in enumerate(message.conditions):
-                if found := self._unknown(condition):
-                    text = " ".join(found)
-                    details.append(ErrorDetail(index=index, field=CONDITIONS, message=text))
-        if details:
-            text = "an execution or task is unknown"
-            raise Refusal(ErrorInfo(code="not_found", message=text, details=details))
-
-    def _unknown(self, named: Operation | SetTaskState | Condition) -> tuple[str, str] | None:
-        """Return the field that is unknown, and what it is."""
-        execution = self.snapshot.executions.get(named.flow_execution_id.int)
-        if execution is None:
-            return "flow_execution_id", "is unknown"
-        if execution.task_names is not None and named.task_name not in execution.task_names:
-            return "task_name", "is not registered"
-        return None
-
     def _set_state(
         self, message: SetTaskState, actor: str, changes: ExecutionChanges
     ) -> dict[str, Any]:
@@ -260,7 +224,7 @@ class BatchProcessor:
         execution = message.flow_execution_id.int
         cleared = 0
         for tag_type in dict.fromkeys(message.clear or ()):
-            for tag, digest in self._tags_of((execution, message.task_name, tag_type)):
+            for tag, digest in tags_of(self.snapshot, (execution, message.task_name, tag_type)):
                 self._delete(tag, digest, actor, changes)
                 cleared += 1
         size = sum(len(encode(each)) + 1 for each in changes.get(execution, ()))
@@ -275,73 +239,6 @@ class BatchProcessor:
         status: RecordingStatus = "recorded" if changes else "unchanged"
         of_tags = {} if message.clear is None else {"cleared": cleared}
         return {"status": status, **of_tags}
-
-    def _check_types(self, message: Batch | SetTaskState) -> None:
-        """Raise `TooLarge` if the types that the message depends on have too many tags.
-
-        What was not loaded of a type is not seen here, so a type counts 1,001 tags at most.
-        """
-        if not self.snapshot.types:
-            return
-        tags, counted, total = self.snapshot.tags, set[tuple[TypeKey, bool]](), 0
-        for index, field, key, whole in types_of(message):
-            if (key, whole) in counted:
-                continue
-            counted.add((key, whole))
-            of_type = sum(len(tags[each]) for each in self.snapshot.types[key])
-            total += min(of_type, MAX_OF_TYPE + 1)
-            if total > MAX_OF_TYPES:
-                raise TooLarge(index, f"it depends on more than {MAX_OF_TYPES} tags", field)
-            if of_type > MAX_OF_TYPE:
-                text = f"more than {MAX_OF_TYPE} active tags of the type are on the task"
-                raise TooLarge(index, text, field)
-
-    def _check_conditions(self, batch: Batch, *, may_read: bool) -> None:
-        """Raise `Refusal` with each condition that fails (docs/concepts/contract.md#rule-18)."""
-        details = []
-        of_types: dict[TypeKey, list[Tag]] = {}  # sorted once, because there may be many conditions
-        for index, condition in enumerate(batch.conditions):
-            key = type_key(condition)
-            if key not in of_types:
-                of_types[key] = [tag for tag, _ in self._tags_of(key)]
-            of_type = of_types[key]
-            meant = of_type if condition.tag is None else self._named_by(condition)
-            if bool(meant) == condition.exists:
-                continue
-            text = "no such tag is active" if condition.exists else "such a tag is active"
-            fields: dict[str, Any] = {"index": index, "field": CONDITIONS, "message": text}
-            if may_read:
-                fields["found"] = [
-                    FoundTag(
-                        tag_type=tag.tag_type,
-                        tag=tag.tag,
-                        created_by=tag.created_by,
-                        created_at=tag.created_at,
-                    )
-                    for tag in (of_type if condition.exists else meant)[:MAX_FOUND]
-                ]
-            details.append(ErrorDetail(**fields))
-        if details:
-            text = "a condition of the batch does not hold"
-            raise Refusal(ErrorInfo(code="precondition_failed", message=text, details=details))
-
-    def _named_by(self, condition: Condition) -> list[Tag]:
-        """Return the active tags of the name that a condition has, the oldest first."""
-        assert condition.tag is not None
-        key = *type_key(condition), condition.tag
-        active = self.snapshot.tags.get(key, {})
-        if condition.any_metadata:
-            return sorted(active.values(), key=_age)
-        _, digest = stored_metadata(condition.tag_metadata)
-        return [active[digest]] if digest in active else []
-
-    def _tags_of(self, key: TypeKey) -> list[tuple[Tag, bytes]]:
-        """Return the active tags of a type on a task with their digests, the oldest first."""
-        tags = self.snapshot.tags
-        found = [
-            (tag, digest) for each in self.snapshot.types[key] for digest, tag in tags[each].items()
-        ]
-        return sorted(found, key=lambda it: _age(it[0]))
 
     def _apply(self, batch: Batch, actor: str, changes: ExecutionChanges) -> list[OperationStatus]:
         statuses: list[OperationStatus] = []
@@ -413,7 +310,7 @@ class BatchProcessor:
         """Make a tag the only one of its type on the task (docs/concepts/contract.md#rule-19)."""
         _, digest = stored_metadata(operation.tag_metadata)
         wanted = self.snapshot.tags.get(tag_key(operation), {}).get(digest)
-        others = [it for it in self._tags_of(type_key(operation)) if it[0] is not wanted]
+        others = [it for it in tags_of(self.snapshot, type_key(operation)) if it[0] is not wanted]
         for tag, other in others:
             self._delete(tag, other, actor, changes)
         if wanted is None:
@@ -501,7 +398,3 @@ class BatchProcessor:
                 **outcome,
             }
         )
-
-
-def _age(tag: Tag) -> tuple[datetime, int]:
-    return tag.created_at, tag.id.int

@@ -31,7 +31,7 @@ from producers.contract.results import Change, ResultRecord
 from tests.support.memory import max_resident
 from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, listening
-from worker import bounds, rules
+from worker import bounds, checks, rules
 from worker.db import repository, rows
 from worker.snapshot import AuthorizedMessage
 
@@ -247,9 +247,9 @@ def test_a_worker_needs_less_than_400_mb(servers: Servers, producer: TagProducer
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds that batches of a few operations meet often."""
     monkeypatch.setattr(rules, "MAX_VARIANTS", 6)
-    for module in (rules, repository, rows):
+    for module in (checks, repository, rows):
         monkeypatch.setattr(module, "MAX_OF_TYPE", 8)
-    monkeypatch.setattr(rules, "MAX_OF_TYPES", 24)
+    monkeypatch.setattr(checks, "MAX_OF_TYPES", 24)
     for module in (rules, bounds):
         monkeypatch.setattr(module, "MAX_EVENT_BYTES", 3_000)
     for module in (rules, repository, rows):

@@ -20,6 +20,7 @@ class Mutant(NamedTuple):
 
 
 _RULES: Final = "worker/rules.py"
+_CHECKS: Final = "worker/checks.py"
 _ADMISSION: Final = "worker/drain/admission.py"
 _PATH: Final = "worker/drain/path.py"
 _AUTH: Final = "worker/auth.py"
@@ -60,7 +61,7 @@ MUTANTS: Final = (
         f"{_OF_RULES}a_tag_that_comes_and_goes_in_one_transaction_leaves_a_deleted_row",
     ),
     Mutant(  # an empty list of task names allows every name
-        _RULES,
+        _CHECKS,
         "if execution.task_names is not None and named.task_name not in execution.task_names:",
         "if execution.task_names and named.task_name not in execution.task_names:",
         f"{_OF_RULES}an_execution_without_task_names_has_no_tasks",
@@ -108,7 +109,7 @@ MUTANTS: Final = (
         f"{_OF_RULES}a_state_is_recorded_once_and_any_state_may_follow",
     ),
     Mutant(  # conditions are not looked at
-        _RULES,
+        _CHECKS,
         "if bool(meant) == condition.exists:",
         "if meant or not condition.exists:",
         f"{_OF_RULES}a_batch_takes_effect_only_if_its_conditions_hold",
