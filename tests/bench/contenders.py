@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from uuid import UUID
 
 from producers.contract.messages import TagBatch
-from tests.bench.names import CELERY, OURS
+from tests.bench.names import CELERY, OURS, RIVAL
 
 Setting = dict[str, int | str]
 """One choice of concurrency. A worker reads it from the environment, as in BENCH_THREADS."""
@@ -61,11 +61,14 @@ class Contender:
     """Whether it has connections to PostgreSQL that are not the job's, and must not be cut."""
     answers: bool = False
     """Whether `send_one` returns only when it has the result."""
+    groups: bool = False
+    """Whether it applies many messages in one transaction, as the product does."""
     ours: bool = False
 
 
 _MODULES: Final = {
     OURS: "tests.bench.task_tags",
+    RIVAL: "tests.bench.peers.grouping_stream",
     CELERY: "tests.bench.peers.plain_celery",
     "Dramatiq": "tests.bench.peers.dramatiq_redis",
     "RQ": "tests.bench.peers.rq_simple",

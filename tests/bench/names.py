@@ -6,6 +6,7 @@ from typing import Final
 
 OURS: Final = "task tags"
 CELERY: Final = "Celery"
+RIVAL: Final = "grouping stream"
 NAIVE: Final = "FastAPI + ORM"
 PGBENCH: Final = "pgbench"
 LIMIT: Final = "COPY (limit)"

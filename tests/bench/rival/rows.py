@@ -1,0 +1,216 @@
+"""Between rows and objects: frozen, see tests/bench/rival/__init__.py."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+from psycopg.types.json import Jsonb
+
+from tests.bench.rival import arrays
+from tests.bench.rival.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_OF_TYPES
+from tests.bench.rival.results import Tag
+from tests.bench.rival.snapshot import (
+    AuthorizedMessage,
+    Execution,
+    NewBatch,
+    NewChange,
+    NewTag,
+    StoredResult,
+    TagKey,
+    TypeKey,
+    tag_key,
+    types_of,
+)
+
+MAX_LOADED_BYTES: Final = 8 * 1024 * 1024
+"""Of tags, in one transaction: 100 for each, and the metadata of those that may be removed."""
+MAX_LOADED_TAGS: Final = MAX_OF_TYPES + 1
+
+
+# --- Rows to objects -----------------------------------------------------------------------------
+
+
+class Names(NamedTuple):
+    """What messages name, each once and in their order."""
+
+    tags: dict[tuple[TagKey, bool], int]
+    """Names of tags, and whether all of their metadata are needed, with the message's place."""
+    executions: dict[int, None]
+    types: dict[tuple[TypeKey, bool], int]
+    """Types of tags, as `tags`."""
+
+
+def named(messages: Sequence[AuthorizedMessage]) -> Names:
+    names = Names({}, {}, {})
+    for place, message in enumerate(each.message for each in messages):
+        for _, _, key, whole in types_of(message):
+            names.types.setdefault((key, whole), place)
+        for condition in message.conditions:
+            names.executions[condition.flow_execution_id.int] = None
+        for operation in message.tags:
+            names.tags.setdefault((tag_key(operation), operation.any_metadata), place)
+            names.executions[operation.flow_execution_id.int] = None
+    return names
+
+
+def complete(
+    messages: Sequence[AuthorizedMessage],
+    names: Names,
+    last_batch: UUID | None,
+    last_tag: int,
+    last_type: int,
+) -> int:
+    """Return of how many messages, the first ones, all that they name was loaded.
+
+    Args:
+        last_batch: The stored batch at which a look-up was cut; None: it was not.
+        last_tag: The place of the name at which a look-up was cut, from 1; 0: it was not.
+        last_type: The place of the first type that was cut, likewise.
+    """
+    complete = len(messages)
+    if last_batch is not None:
+        ids = [each.message.batch_id for each in messages]
+        complete = ids.index(last_batch) + 1
+    if last_tag:
+        complete = min(complete, list(names.tags.values())[last_tag - 1])
+    if last_type:
+        complete = min(complete, list(names.types.values())[last_type - 1])
+    return complete
+
+
+def batches(rows: Iterable[Any]) -> tuple[dict[UUID, StoredResult], UUID | None]:
+    """Return stored batches, and the one that brought their bytes to the bound, if one did."""
+    batches: dict[UUID, StoredResult] = {}
+    last: Any = None
+    for last in rows:
+        _, batch_id, digest, record, executions, events = last
+        stored = tuple((id, event.encode()) for id, event in zip(executions, events, strict=True))
+        batches[batch_id] = StoredResult(digest, record.encode(), stored)
+    return batches, last[1] if last and last[0] >= MAX_GROUP_BYTES else None
+
+
+def execution(row: Any) -> tuple[int, Execution]:
+    flow_execution_id, task_names, revision, flow_id = row
+    names = None if task_names is None else dict.fromkeys(task_names)
+    return flow_execution_id.int, Execution(flow_execution_id, names, revision, flow_id)
+
+
+def tags(
+    rows: Iterable[Any], tags: dict[TagKey, dict[bytes, Tag]]
+) -> tuple[list[tuple[int, TagKey]], int]:
+    """Add active tags to `tags`; return numbers and keys, and the number of the first name cut.
+
+    That is the one at which a bound of all is reached; 0: none is. A tag that was asked for both
+    ways comes with its metadata, and without.
+    """
+    found: list[tuple[int, TagKey]] = []
+    number, total, cut = 0, 0, 0
+    for number, total, digest, *fields in rows:
+        tag = Tag(*fields)
+        key = tag_key(tag)
+        found.append((number, key))
+        active = tags.setdefault(key, {})
+        if tag.tag_metadata is not None or digest not in active:
+            active[digest] = tag
+        if total >= MAX_LOADED_BYTES and not cut:
+            cut = number
+    return found, cut or (number if len(found) >= MAX_LOADED_TAGS else 0)
+
+
+def types(
+    rows: Iterable[Any], tags_by_key: dict[TagKey, dict[bytes, Tag]], names: Names
+) -> tuple[dict[TypeKey, dict[TagKey, None]], int]:
+    """Add active tags of types, as `tags` does; return their keys by type, and the first cut type.
+
+    A type is also cut by its own bound.
+    """
+    types: dict[TypeKey, dict[TagKey, None]] = {key: {} for key, _ in names.types}
+    found, last = tags(rows, tags_by_key)
+    for _, key in found:
+        types[key[:3]][key] = None
+    counts = Counter(number for number, _ in found)
+    cut = [number for number, count in counts.items() if count > MAX_OF_TYPE]
+    return types, min([*cut, last] if last else cut, default=0)
+
+
+# --- Objects to columns --------------------------------------------------------------------------
+
+
+def key_columns(keys: Sequence[tuple[TagKey, bool]]) -> dict[str, Any]:
+    executions, task_names, tag_types, tags = zip(*[key for key, _ in keys], strict=True)
+    return {
+        "whole": arrays.bigints([whole for _, whole in keys]),
+        "flow_execution_ids": arrays.uuids(executions),
+        "task_names": arrays.texts(task_names),
+        "tag_types": arrays.texts(tag_types),
+        "tags": arrays.texts(tags),
+    }
+
+
+def type_columns(types: Sequence[tuple[TypeKey, bool]]) -> dict[str, Any]:
+    executions, task_names, tag_types = zip(*[key for key, _ in types], strict=True)
+    return {
+        "whole": arrays.bigints([whole for _, whole in types]),
+        "flow_execution_ids": arrays.uuids(executions),
+        "task_names": arrays.texts(task_names),
+        "tag_types": arrays.texts(tag_types),
+    }
+
+
+def revision_columns(revisions: dict[UUID, int]) -> dict[str, Any]:
+    return {
+        "flow_execution_ids": arrays.uuids([id.int for id in revisions]),
+        "revisions": Jsonb({str(id): revision for id, revision in revisions.items()}),
+    }
+
+
+def removed_columns(removed: dict[int, Tag]) -> dict[str, Any]:
+    return {
+        "ids": arrays.uuids(list(removed)),
+        "modified_by": Jsonb({str(tag.id): tag.modified_by for tag in removed.values()}),
+    }
+
+
+def added_columns(added: dict[int, NewTag]) -> dict[str, Any]:
+    tags = [each.tag for each in added.values()]
+    return {
+        "ids": arrays.uuids([tag.id.int for tag in tags]),
+        "flow_execution_ids": arrays.uuids([tag.flow_execution_id.int for tag in tags]),
+        "task_names": arrays.texts([tag.task_name for tag in tags]),
+        "tag_types": arrays.texts([tag.tag_type for tag in tags]),
+        "tags": arrays.texts([tag.tag for tag in tags]),
+        "tag_metadata": arrays.encoded_texts([each.metadata for each in added.values()]),
+        "metadata_digests": arrays.byteas([each.metadata_digest for each in added.values()]),
+        "created_by": arrays.texts([tag.created_by for tag in tags]),
+        "modified_by": arrays.texts([tag.modified_by for tag in tags]),
+    }
+
+
+def change_columns(changes: Sequence[NewChange]) -> dict[str, Any]:
+    return {
+        "flow_execution_ids": arrays.uuids([change.flow_execution_id.int for change in changes]),
+        "revisions": arrays.bigints([change.revision for change in changes]),
+        "positions": arrays.bigints([change.position for change in changes]),
+        "batch_ids": arrays.uuids([change.batch_id.int for change in changes]),
+        "events": arrays.encoded_texts([change.event for change in changes]),
+        "position": changes[-1].position,
+    }
+
+
+def batch_columns(batches: Sequence[NewBatch]) -> dict[str, Any]:
+    return {
+        "batch_ids": arrays.uuids([batch.batch_id.int for batch in batches]),
+        "digests": arrays.byteas([batch.digest for batch in batches]),
+        "records": arrays.encoded_texts([batch.record for batch in batches]),
+        "revisions": arrays.texts(
+            [
+                json.dumps({str(id): revision for id, revision in batch.revisions.items()})
+                for batch in batches
+            ]
+        ),
+        "event_bytes": arrays.bigints([batch.event_bytes for batch in batches]),
+    }
