@@ -76,6 +76,7 @@ _MODULES: Final = {
     "taskiq": "tests.bench.peers.taskiq_stream",
     "streaq": "tests.bench.peers.streaq_threads",
     "Procrastinate": "tests.bench.peers.procrastinate_threads",
+    "DBOS": "tests.bench.peers.dbos_partitioned",
     "direct (FastAPI, ORM)": "tests.bench.peers.direct",
 }
 NAMES: Final = tuple(_MODULES)
