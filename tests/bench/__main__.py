@@ -64,7 +64,7 @@ def measure(opened: BenchServers, rounds: int, smoke: bool) -> dict[str, Any]:
     return {
         **write.run(opened, rounds, plan=plan, say=say, first=written.round),
         **written.result(),
-        **read.run(opened, rounds, say),
+        **read.run(opened, rounds, say, pages=smoke),
     }
 
 

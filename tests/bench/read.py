@@ -1,4 +1,4 @@
-"""The read side: GET /task-tags of this endpoint and a naive one, and pgbench's transaction.
+"""The read side: reads of this endpoint and of two others, and pgbench's transaction.
 
 What is measured is closed-loop: each connection sends its next request when it has its answer.
 """
@@ -14,10 +14,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 from uuid import UUID, uuid4
 
 import httpx
@@ -26,10 +26,11 @@ from pydantic import TypeAdapter
 
 from producers.contract.cursors import Cursor, microseconds
 from producers.contract.results import Tag
-from tests.bench.names import NAIVE, OURS, PGBENCH
+from tests.bench.names import NAIVE, OURS, PGBENCH, PLAIN
 from tests.bench.servers import ENDPOINT as ENDPOINT_ROLE
 from tests.bench.servers import RUN, BenchServers
 from tests.support.etag import revision_of
+from worker.api.page_statements import PAGES
 from worker.api.queries import READ_TAGS
 from worker.db.connection import scope_statement
 from worker.local.servers import Postgres
@@ -41,12 +42,16 @@ USUAL: Final = 50
 """The number of tags that connections are tuned with, and that the ratios are of."""
 OTHERS: Final = 200
 """Organizations whose tags are in the tables too."""
+PAGE: Final = 100
+"""The tags of a page of the execution that has most."""
+WAITING: Final = 500
+"""Executions that have a tag which the work list is of."""
+TASKS: Final = 50
+"""The tasks of a page of the work list."""
 CONNECTIONS: Final = (1, 2, 4, 8, 16)
 PGBENCH_CLIENTS: Final = (1, 2, 4, 8)
 
 Say = Callable[[str], None]
-
-_SCOPE: Final = scope_statement("$1", "public")
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,12 @@ class Case:
 
     tags: int
     not_modified: bool = False
+    kind: Literal["tags", "page", "work list"] = "tags"
 
 
 CASES: Final = (*(Case(tags) for tags in TAGS), Case(USUAL, not_modified=True))
+PAGES_OF: Final = (Case(max(TAGS), kind="page"), Case(5, kind="work list"))
+"""Further ones, that only the product and pgbench run."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +88,13 @@ FULL: Final = Durations(round=0.5, tuning=0.25, warm_up=0.1)
 SMOKE: Final = Durations(round=0.3, tuning=0.0, warm_up=0.05)
 
 
-def run(servers: BenchServers, rounds: int, say: Say) -> dict[str, Any]:
+def run(servers: BenchServers, rounds: int, say: Say, *, pages: bool) -> dict[str, Any]:
     """Measure everything in turn, `rounds` times. With one round, nothing is tuned (smoke run)."""
     durations = SMOKE if rounds == 1 else FULL
     servers.fresh()
     data = _fill(servers)
-    with _contenders(servers, data) as contenders:
-        _compare(contenders, data)
+    with _contenders(servers, data, (*CASES, *PAGES_OF) if pages else CASES) as contenders:
+        _compare(contenders)
         if rounds > 1:
             for contender in contenders:
                 contender.tune(durations, say)
@@ -104,7 +112,7 @@ def _measure(
     samples: dict[tuple[Contender, Case], list[Sample]] = {}
     for number in range(rounds):
         first = number % len(contenders)
-        for case in CASES:
+        for case in (*CASES, *PAGES_OF):
             for contender in (*contenders[first:], *contenders[:first]):
                 if case in contender.cases:
                     sample = contender.measure(case, durations.round, durations.warm_up)
@@ -121,8 +129,7 @@ def _measure(
 def _row(contender: Contender, case: Case, taken: list[Sample]) -> dict[str, Any]:
     return {
         "contender": contender.name,
-        "tags": case.tags,
-        "not_modified": case.not_modified,
+        **asdict(case),
         "connections": contender.connections(case),
         **{
             figure: spread([getattr(sample, figure) for sample in taken])
@@ -153,7 +160,10 @@ class Data:
     executions: dict[int, UUID]
 
     def path(self, case: Case) -> str:
-        return f"/task-tags?flow_execution_id={self.executions[case.tags]}"
+        if case.kind == "work list":
+            return f"/task-executions?with=review_status:reviewed_1&limit={TASKS}"
+        limit = f"&limit={PAGE}" if case.kind == "page" else ""
+        return f"/task-tags?flow_execution_id={self.executions[case.tags]}{limit}"
 
     def headers(self, case: Case) -> dict[str, str]:
         ours = Cursor(case.tags, microseconds(datetime(2026, 1, 1, 12, tzinfo=timezone.utc)))
@@ -191,6 +201,7 @@ def _fill(servers: BenchServers) -> Data:
     data = Data(organization, servers.token(organization), {tags: uuid4() for tags in TAGS})
     executions = [(organization, execution, tags) for tags, execution in data.executions.items()]
     executions += [(uuid4(), uuid4(), USUAL) for _ in range(OTHERS)]
+    executions += [(organization, uuid4(), min(TAGS)) for _ in range(WAITING)]
     with servers.owner() as connection:
         for of, execution, tags in executions:
             row = {"organization": of, "execution": execution, "tags": tags}
@@ -215,9 +226,11 @@ class Contender(Protocol):
 
 
 @contextmanager
-def _contenders(servers: BenchServers, data: Data) -> Iterator[list[Contender]]:
+def _contenders(
+    servers: BenchServers, data: Data, cases: tuple[Case, ...]
+) -> Iterator[list[Contender]]:
     """Start two processes of each endpoint. The first serves alone, too."""
-    ports = {name: [free_port(0), free_port(0)] for name in (OURS, NAIVE)}
+    ports = {name: [free_port(0), free_port(0)] for name in _ARGV}
     both = (Case(USUAL), Case(USUAL, not_modified=True))
     with Supervisor(servers.directory / "logs") as supervisor:
         environment = servers.environment(ENDPOINT_ROLE)
@@ -228,25 +241,30 @@ def _contenders(servers: BenchServers, data: Data) -> Iterator[list[Contender]]:
                 for port in ports[name]
             )
         )
-        one = [Http(name, data, ports[name][:1], CASES) for name in (OURS, NAIVE)]
-        two = [Http(f"{name}, 2 processes", data, ports[name], both) for name in (OURS, NAIVE)]
-        yield [one[0], Pgbench(servers, data), one[1], *two]
+        ours = Http(OURS, data, ports[OURS][:1], cases)
+        others = [Http(name, data, ports[name][:1], CASES) for name in (PLAIN, NAIVE)]
+        two = [Http(f"{name}, 2 processes", data, ports[name], both) for name in _ARGV]
+        yield [ours, Pgbench(servers, data, cases=cases), *others, *two]
+
+
+def _uvicorn(app: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "uvicorn", app, "--app-dir", str(Path(__file__).parents[2])),
+        *("--loop", "uvloop", "--http", "httptools", "--ws", "none"),
+        *("--no-access-log", "--no-server-header", "--log-level", "warning"),
+    ]
 
 
 _ARGV: Final = {
     OURS: command(ENDPOINT),
-    NAIVE: [
-        *(sys.executable, "-m", "uvicorn", "tests.bench.naive:app"),
-        *("--app-dir", str(Path(__file__).parents[2])),
-        *("--loop", "uvloop", "--http", "httptools", "--ws", "none"),
-        *("--no-access-log", "--no-server-header", "--log-level", "warning"),
-    ],
+    PLAIN: _uvicorn("tests.bench.plain:app"),
+    NAIVE: _uvicorn("tests.bench.naive:app"),
 }
 
 
 def _endpoint(name: str, argv: list[str], port: int, environment: dict[str, str]) -> ProcessSpec:
     return ProcessSpec(
-        name=f"read-{name.split()[0].lower()}-{port}",
+        name=f"read-{port}",
         argv=[*argv, "--host", "127.0.0.1", "--port", str(port)],
         ready=lambda: _answers(port),
         environment=environment,
@@ -261,15 +279,18 @@ def _answers(port: int) -> bool:
     return True
 
 
-def _compare(contenders: Sequence[Contender], data: Data) -> None:
+def _compare(contenders: Sequence[Contender]) -> None:
     """Check that endpoints give the same tags in the same order, and pgbench the same text."""
-    for case in CASES:
+    for case in contenders[0].cases:
         bodies = {
             contender.name: contender.body(case)
             for contender in contenders
             if isinstance(contender, Http) and case in contender.cases
         }
-        if not case.not_modified:
+        if case.kind != "tags":
+            name, length = ("tags", PAGE) if case.kind == "page" else ("task_executions", TASKS)
+            assert len(json.loads(bodies[OURS])[name]) == length
+        elif not case.not_modified:
             answers = {name: _TAGS.validate_json(body) for name, body in bodies.items()}
             for name, tags in answers.items():
                 assert tags == answers[OURS], f"{name} answers differently: {case}"
@@ -331,16 +352,16 @@ class Http:
             url = f"http://127.0.0.1:{port}{self.data.path(case)}"
             answer = httpx.get(url, headers=self.data.headers(case), trust_env=False)
             assert answer.status_code == (304 if case.not_modified else 200), answer.text
-            assert revision_of(answer) == case.tags
+            assert case.kind == "work list" or revision_of(answer) == case.tags
         return answer.content
 
 
 # --- The limit -----------------------------------------------------------------------------------
 
 
-def transaction(pipeline: bool) -> str:
+def transaction(case: Case, pipeline: bool) -> str:
     """Return the endpoint's transaction as a script of pgbench, alone in its pipeline."""
-    lines = [f"{_script(scope_statement('$1', 'public'))};", f"{_script(READ_TAGS)};"]
+    lines = [f"{_SCOPE};", f"{_read(case)};"]
     if pipeline:
         lines = ["\\startpipeline", *lines, "\\endpipeline"]
     else:
@@ -348,7 +369,7 @@ def transaction(pipeline: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _script(statement: str) -> str:
+def _script(statement: str, *values: str) -> str:
     """Make SQL pgbench's: colons in literals would be parameters, and a parameter can't be null."""
 
     def hide_colons(literal: re.Match[str]) -> str:
@@ -358,19 +379,33 @@ def _script(statement: str) -> str:
 
     words = " ".join(statement.split())
     words = re.sub(r"'[^']*'", hide_colons, words)
-    for number, value in enumerate(_VALUES, 1):
-        words = words.replace(f"${number}", value)
-    return words
+    return re.sub(r"\$(\d+)", lambda found: values[int(found[1]) - 1], words)
 
 
-_VALUES: Final = (
-    ":organization_id",
-    ":flow_execution_id",
-    "null",
-    ":known::bigint[]",
-    ":times::timestamptz[]",
-)
-"""What pgbench puts in the place of $1, $2, …; a variable can't be null."""
+_SCOPE: Final = _script(scope_statement("$1", "public"), ":organization_id")
+_BEGINNING: Final = ("'-infinity'", f"'{UUID(int=0)}'")
+
+
+def _read(case: Case) -> str:
+    """Return the endpoint's statement. pgbench puts the variables in; one of them can't be null."""
+    organization, execution = ":organization_id", ":flow_execution_id"
+    if case.kind == "tags":
+        known = ":known::bigint[]", ":times::timestamptz[]"
+        return _script(READ_TAGS, organization, execution, "null", *known)
+    if case.kind == "page":
+        any_tag = "null", "null::text[]", "null::text[]"
+        return _script(_named("page"), organization, execution, *any_tag, *_BEGINNING, str(PAGE))
+    any_execution = "null::uuid", "null::text"
+    wanted = "array['review_status']", "array['reviewed_1']", "1"
+    any_task = "null::text[]", "null::text"
+    return _script(
+        _named("work"), organization, *any_execution, *wanted, *any_task, *_BEGINNING, str(TASKS)
+    )
+
+
+def _named(name: str) -> str:
+    """Return the statement of a page that the endpoint prepares under this name."""
+    return next(sql for key, sql in PAGES.items() if key.startswith(f"{name} "))
 
 
 @dataclass(eq=False)
@@ -388,12 +423,12 @@ class Pgbench:
         return self._best(case)[0]
 
     def settings(self) -> dict[str, Any]:
-        chosen = [self._way(case) for case in CASES]
+        chosen = [self._way(case) for case in self.cases]
         return {"mode": "prepared", "chosen": chosen, "tried": self.tried}
 
     def tune(self, durations: Durations, say: Say) -> None:
         """Choose the connections for each case, and whether to send statements in one pipeline."""
-        for case in CASES:
+        for case in self.cases:
             rates = {(clients, True): self._try(case, clients, True) for clients in PGBENCH_CLIENTS}
             fastest, _ = max(rates, key=lambda way: rates[way])
             rates[fastest, False] = self._try(case, fastest, False)
@@ -409,8 +444,7 @@ class Pgbench:
     def _way(self, case: Case) -> dict[str, Any]:
         clients, pipeline = self._best(case)
         return {
-            "tags": case.tags,
-            "not_modified": case.not_modified,
+            **asdict(case),
             "connections": clients,
             "pipeline": pipeline,
         }
@@ -420,7 +454,7 @@ class Pgbench:
         clients, pipeline = self._best(case)
         with tempfile.TemporaryDirectory() as name:
             log = ["--log", "--log-prefix", f"{name}/log", "--sampling-rate", "0.2"]
-            said = self._pgbench(case, transaction(pipeline), clients, "-T", "1", *log)
+            said = self._pgbench(case, transaction(case, pipeline), clients, "-T", "1", *log)
             lines = [
                 line for path in Path(name).glob("log*") for line in path.read_text().splitlines()
             ]
@@ -431,14 +465,13 @@ class Pgbench:
         return Sample(float(rate[1]), p50, p95)
 
     def check(self, case: Case, length: int) -> None:
-        """Fail unless the statement gives one row with a text of this length."""
-        found = "null" if case.not_modified else str(length)
-        read = _script(READ_TAGS)
-        test = (
-            f"select 1 / count(*) from ({read}) as r (revision, changed_at, tags) "
-            f"where length(tags) is not distinct from {found};"
-        )
-        script = f"begin;\n{_script(scope_statement('$1', 'public'))};\n{test}\ncommit;\n"
+        """Fail unless the statement gives one row, whose tags are a text of this length."""
+        columns, condition = "revision, changed_at, tags", "true"
+        if case.kind == "tags":
+            found = "null" if case.not_modified else str(length)
+            condition = f"length(tags) is not distinct from {found}"
+        test = f"select 1 / count(*) from ({_read(case)}) as r ({columns}) where {condition};"
+        script = f"begin;\n{_SCOPE};\n{test}\ncommit;\n"
         self._pgbench(case, script, 1, "-t", "1")
 
     def _best(self, case: Case) -> tuple[int, bool]:
