@@ -54,8 +54,8 @@ waiters: .venv/ready  ## Measure WAITERS=10000 waits for approvals on one endpoi
 	$(BIN)/python -m tests.load.waiters --waiters $(or $(WAITERS),10000) \
 		--restarts $(or $(RESTARTS),0)
 
-bench: .venv/bench  ## Compare with other queues and the limits of this machine; writes docs/bench.md; SMOKE=1
-	$(BIN)/python -m tests.bench $(if $(SMOKE),--smoke)
+bench: .venv/bench  ## Compare with other queues and this machine's limits; SMOKE=1; FULL=1 writes docs/bench.md
+	$(BIN)/python -m tests.bench $(if $(SMOKE),--smoke) $(if $(FULL),--full)
 
 ab: .venv/ready  ## Compare the speed of HEAD with that of BASE=<commit>; BAR=0.95 is what passes; FULL=1
 	@$(BIN)/python -m tests.bench.ab --base $(or $(BASE),$(error BASE=<commit> is missing)) \

@@ -1,7 +1,8 @@
 """make bench: the product beside what else could do the job, on the same servers, in one run.
 
-Writes build/bench.json, docs/bench.md and docs/bench.svg. A smoke run is short and writes all of it
-to build/smoke/: it shows that the benchmark works, not how fast anything is.
+Writes bench.json, bench.md and bench.svg to build/. A full run has more loads and longer ones, and
+writes the last two to docs/. A smoke run is short and writes to build/smoke/: it shows that the
+benchmark works, not how fast anything is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from tests.bench.servers import BenchServers, servers
 
 PACKAGES: Final = (
     *("celery", "kombu", "redis", "sqlalchemy", "psycopg", "pydantic", "fastapi", "uvicorn"),
-    *("dramatiq", "rq", "arq", "taskiq", "taskiq-redis", "streaq", "procrastinate", "asyncpg"),
+    *("dramatiq", "rq", "arq", "taskiq", "taskiq-redis", "streaq", "procrastinate", "dbos"),
+    *("asyncpg", "psycopg-pool"),
 )
 LIMIT_BATCHES: Final = 8_000
 REPOSITORY: Final = Path(__file__).parents[2]
@@ -30,17 +32,19 @@ REPOSITORY: Final = Path(__file__).parents[2]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="one short round of everything")
-    parser.add_argument("--rounds", type=int, default=5)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--smoke", action="store_true", help="one short round of everything")
+    kind.add_argument("--full", action="store_true", help="what is published")
+    parser.add_argument("--rounds", type=int, help="3 by default, 5 of a full run")
     arguments = parser.parse_args()
-    rounds = 1 if arguments.smoke else arguments.rounds
+    mode = "smoke" if arguments.smoke else "full" if arguments.full else "normal"
+    rounds = arguments.rounds or {"smoke": 1, "normal": 3, "full": 5}[mode]
     begin = time.monotonic()
     with servers() as opened:
-        results = {**circumstances(opened), **measure(opened, rounds, arguments.smoke)}
-    results |= {"rounds": rounds, "seconds": round(time.monotonic() - begin)}
-    build, docs = REPOSITORY / "build", REPOSITORY / "docs"
-    if arguments.smoke:
-        build = docs = build / "smoke"
+        results = {**circumstances(opened), **measure(opened, rounds, mode)}
+    results |= {"mode": mode, "rounds": rounds, "seconds": round(time.monotonic() - begin)}
+    build = REPOSITORY / "build" / ("smoke" if arguments.smoke else "")
+    docs = REPOSITORY / "docs" if arguments.full else build
     build.mkdir(parents=True, exist_ok=True)
     found = report.ratios(results)
     (build / "bench.json").write_text(json.dumps({**found, **results}, indent=1) + "\n")
@@ -53,18 +57,19 @@ def main() -> int:
     return 1 if arguments.smoke and results["absent"] else 0
 
 
-def measure(opened: BenchServers, rounds: int, smoke: bool) -> dict[str, Any]:
+def measure(opened: BenchServers, rounds: int, mode: str) -> dict[str, Any]:
     begin = time.monotonic()
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
 
-    written = copy_baseline.Limit(opened, 200 if smoke else LIMIT_BATCHES, operations=10, say=say)
-    plan = write.SMOKE if smoke else write.FULL
+    batches = 200 if mode == "smoke" else LIMIT_BATCHES
+    written = copy_baseline.Limit(opened, batches, operations=10, say=say)
+    plan = {"smoke": write.SMOKE, "normal": write.NORMAL, "full": write.FULL}[mode]
     return {
         **write.run(opened, rounds, plan=plan, say=say, first=written.round),
         **written.result(),
-        **read.run(opened, rounds, say, pages=smoke),
+        **read.run(opened, rounds, say, pages=mode != "normal"),
     }
 
 

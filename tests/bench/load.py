@@ -1,4 +1,4 @@
-"""What is sent, and to what: batches, their executions, and the database of a million tags."""
+"""What is sent, and to what: batches, their executions, and databases that have tags already."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from tests.bench.contenders import Item
 from tests.bench.servers import EMPTY, BenchServers
 from worker.snapshot import stored_metadata
 
-MILLION: Final = "million"
-PREFILLED: Final = 1_000_000
 REPLY_TO: Final = "bench"
 ORGANIZATIONS: Final = 200
+"""So many have executions, unless a load has more of them."""
 EXECUTIONS: Final = 5
 """Flow executions of each organization."""
 METADATA: Final = {"reviewer": "ada"}
@@ -32,14 +31,23 @@ class Load:
 
     operations: int
     organizations: int
-    batches: int
+    batches: int = 0
     prefilled: int = 0
+    by_organization: bool = False
+    """Whether all batches of an organization are enqueued before those of the next one. Otherwise,
+    organizations take turns."""
 
     def __str__(self) -> str:
+        order = ", by organization" if self.by_organization else ""
         return (
-            f"{self.operations} operations, {self.organizations} organizations, "
+            f"{self.operations} operations, {self.organizations} organizations{order}, "
             f"{self.prefilled} tags"
         )
+
+    @property
+    def template(self) -> str:
+        """The name of the database that a run's is a copy of."""
+        return f"tags_{self.prefilled}" if self.prefilled else EMPTY
 
 
 @cache
@@ -61,12 +69,15 @@ class Batches:
     _tokens: dict[int, str] = field(default_factory=dict)
 
     def take(self, load: Load, prefix: str = "t") -> list[Item]:
-        """Return the first batches of a load. `prefix` begins the names of its tags."""
+        """Return the batches of a load. `prefix` begins the names of its tags."""
         made = self._made.setdefault((prefix, load.operations, load.organizations), [])
         if len(made) < load.batches:
             made += [self._make(load, prefix, number) for number in range(len(made), load.batches)]
             collector.freeze()
-        return made[: load.batches]
+        taken = made[: load.batches]
+        if load.by_organization:
+            taken.sort(key=lambda item: item.organization_id.int)
+        return taken
 
     def _make(self, load: Load, prefix: str, number: int) -> Item:
         turn, of = divmod(number, load.organizations)
@@ -84,9 +95,10 @@ class Batches:
         return self._tokens[of]
 
 
-def register(connection: psycopg.Connection) -> None:
-    """Store the flow executions of all organizations, as their registration would have."""
-    rows = [(organization(of), execution(n, of)) for of, n in _all()]
+def register(connection: psycopg.Connection, organizations: int = 0) -> None:
+    """Store the flow executions of organizations, as their registration would have."""
+    numbers = range(max(ORGANIZATIONS, organizations))
+    rows = [(organization(of), execution(n, of)) for of in numbers for n in range(EXECUTIONS)]
     connection.execute(
         """
         insert into flow_executions
@@ -100,12 +112,12 @@ def register(connection: psycopg.Connection) -> None:
     )
 
 
-def prefill(servers: BenchServers) -> None:
-    """Make the database of a million active tags, spread evenly over all executions."""
-    servers.copy(EMPTY, MILLION)
-    each = PREFILLED // (ORGANIZATIONS * EXECUTIONS)
+def prefill(servers: BenchServers, load: Load) -> None:
+    """Make the database of a load with active tags, spread evenly over all executions."""
+    servers.copy(EMPTY, load.template)
+    each = load.prefilled // (ORGANIZATIONS * EXECUTIONS)
     text, digest = stored_metadata(Raw(canonical_json(METADATA)))
-    with servers.owner(MILLION) as connection:
+    with servers.owner(load.template) as connection:
         register(connection)
         connection.execute(
             """
@@ -119,7 +131,3 @@ def prefill(servers: BenchServers) -> None:
         )
         connection.execute("vacuum (analyze)")
         connection.execute("checkpoint")
-
-
-def _all() -> list[tuple[int, int]]:
-    return [(of, number) for of in range(ORGANIZATIONS) for number in range(EXECUTIONS)]

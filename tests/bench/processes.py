@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tests.support.memory import max_resident
+from tests.support.memory import max_resident, resident
 from worker.local.supervisor import ProcessSpec, Supervisor
 
 STOP_SECONDS = 6.0
-SETTLE_SECONDS = 8.0
+SETTLE_SECONDS = 3.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -67,6 +67,10 @@ class Workers:
     def peak_memory_mb(self) -> float:
         """Return the sum of the peaks; memory that processes share is in each of them."""
         return sum(_peak(pid) for pid in tree(p.pid for p in self.running))
+
+    def memory_mb(self) -> float:
+        """Return the memory of the process that has most now."""
+        return max(resident(process.pid) for process in self.running)
 
     def stop(self) -> None:
         entries = [each for each in self._supervisor.running if each[0] in self._children]

@@ -80,7 +80,8 @@ class BenchServers:
         with self.owner("postgres") as connection:
             name, source = sql.Identifier(database), sql.Identifier(template)
             connection.execute(sql.SQL("drop database if exists {} with (force)").format(name))
-            connection.execute(sql.SQL("create database {} template {}").format(name, source))
+            create = sql.SQL("create database {} template {} strategy file_copy")
+            connection.execute(create.format(name, source))
             connection.execute("checkpoint")  # what was before is not to be paid for in the run
 
     def owner(self, database: str = RUN) -> psycopg.Connection:
