@@ -48,7 +48,7 @@ _CHANGES: Final = f"""
 
 CHANGES_OF_ORGANIZATION: Final = _CHANGES.format(
     number="position",
-    key="organization_id = $1 and position",
+    key="organization_id = $1 and position > 0 and position",
     head="select position as number, changed_at, null::timestamptz as created_at "
     "from organizations where organization_id = $1",
 )

@@ -217,6 +217,7 @@ PURGE_RESULTS: Final = """
        and batch_id = any(array(
            select batch_id from tag_batches
             where organization_id = %(organization_id)s
+              and applied_at > '-infinity'
               and applied_at < (select clock_timestamp() - %(age)s::interval)
             order by applied_at limit 1000))
 """
@@ -224,14 +225,14 @@ PURGE_RESULTS: Final = """
 
 PURGE_CHANGES: Final = """
     delete from tag_changes
-     where organization_id = %(organization_id)s
+     where organization_id = %(organization_id)s and position > 0
        and position = any(array(
            select position
              from (select position,
                           bool_and(changed_at < (select clock_timestamp() - %(age)s::interval))
                           over (order by position) as is_old
                      from (select position, changed_at from tag_changes
-                            where organization_id = %(organization_id)s
+                            where organization_id = %(organization_id)s and position > 0
                             order by position limit 1000) as first) as c
             where is_old and position < (
                   select position from organizations
