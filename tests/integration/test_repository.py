@@ -188,6 +188,19 @@ def test_the_last_state_of_a_task_is_kept(repository: Repository, organization: 
     assert again.change_set.tasks == load(repository, organization, asked[-1]).tasks
 
 
+def test_events_of_the_same_batch_again_come_in_the_order_in_which_they_were_made(
+    repository: Repository, organization: UUID
+) -> None:
+    """Whether the batch is answered again in its own transaction or in a later one."""
+    executions = sorted((uuid4() for _ in range(5)), reverse=True)
+    batch = TagBatch(tags=[add(execution, "a", "t", "x") for execution in executions])
+    registrations = map(register_execution, executions)
+    *_, first, same = applied(repository, organization, *registrations, batch, batch).outcomes
+    (later,) = applied(repository, organization, batch).outcomes
+    assert [id for id, _ in first.events] == executions
+    assert later == same == first
+
+
 @pytest.mark.parametrize("unset", [None, ""])
 @pytest.mark.parametrize("table", sorted(set(TABLES) - {"organizations"}))
 def test_without_an_organization_there_are_no_rows(

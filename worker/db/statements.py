@@ -47,11 +47,11 @@ LOAD_BATCHES: Final = """
                     where organization_id = %(organization_id)s and batch_id = k.batch_id
                    offset 0) b) b
      cross join lateral (
-           select coalesce(array_agg(flow_execution_id), '{}') as executions,
-                  coalesce(array_agg(event), '{}') as events
+           select coalesce(array_agg(flow_execution_id order by position), '{}') as executions,
+                  coalesce(array_agg(event order by position), '{}') as events
              from jsonb_each_text(b.revisions) as r (id, number)
             cross join lateral (
-                  select flow_execution_id, event::text
+                  select flow_execution_id, event::text, position
                     from tag_changes
                    where organization_id = %(organization_id)s
                      and flow_execution_id = r.id::uuid and revision = r.number::bigint
