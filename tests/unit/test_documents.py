@@ -221,6 +221,14 @@ def test_schemas_are_those_that_the_models_have() -> None:
     assert schemas == rewritten
 
 
+def test_both_documents_say_that_clear_needs_a_second_scope() -> None:
+    """Or a flow runner learns it from the refusal."""
+    described = openapi["components"]["schemas"]["StateBody"]["properties"]["clear"]["description"]
+    assert "task-tags:write" in described
+    message = document["components"]["messages"]["task_execution"]
+    assert "`clear` also `task-tags:write`" in message["description"]
+
+
 def test_both_documents_say_the_same_of_the_endpoint() -> None:
     """The AsyncAPI document has its own copy of a watcher's query string and errors."""
     assert document["info"]["version"] == openapi["info"]["version"]

@@ -306,8 +306,13 @@ class StateBody(BaseModel):
     flow_execution_id: UUID
     task_name: TaskName
     state: TaskState
-    clear: Annotated[list[TagType], Field(min_length=1, max_length=MAX_CLEARED_TYPES)] | None = None
-    """Types of tags to remove from the task; this needs the scope task-tags:write as well."""
+    clear: Annotated[list[TagType], Field(min_length=1, max_length=MAX_CLEARED_TYPES)] | None = (
+        Field(
+            None,
+            description="Types of tags to remove from the task. It needs the scope "
+            "task-tags:write, too.",
+        )
+    )
 
 
 BODIES: Final = (TagsBody, RegistrationBody, StateBody)
