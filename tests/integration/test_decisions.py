@@ -95,8 +95,8 @@ def test_a_condition_over_http_is_412_and_says_what_is_there(
     (found,) = detail["found"]
     assert (found["tag_type"], found["tag"], found["created_by"]) == ("status", "approved", "ada")
     assert found["created_at"].endswith("Z")
-    stored = http.get(answer.headers["Location"]) if "Location" in answer.headers else None
-    assert stored is None or stored.json()["error"]["details"] == error["details"]
+    stored = http.get(answer.headers["Location"]).json()
+    assert stored["error"]["details"] == error["details"]
     writer = {"Authorization": f"Bearer {servers.token(organization, WRITE)}"}
     (detail,) = error_of(http.patch("/task-tags", json=body, headers=writer))["details"]
     assert "found" not in detail

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import httpx
@@ -24,6 +24,7 @@ from jsonschema import Draft202012Validator
 from pydantic import SecretStr
 
 from producers.contract.encoding import MAX_DETAILS
+from producers.contract.errors import ErrorInfo
 from producers.contract.messages import MAX_MESSAGE_BYTES, register_execution
 from producers.contract.results import ResultRecord
 from producers.redis_client import open_redis
@@ -32,6 +33,8 @@ from tests.support.etag import revision_of
 from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually
+from worker.api.errors import ApiError
+from worker.api.writes import _answer
 from worker.auth import EXECUTIONS_WRITE, READ, WRITE, Authorizer, sign_token
 from worker.db.repository import Repository
 from worker.local.stack import ENDPOINT, command, free_port
@@ -149,6 +152,15 @@ def test_the_location_leads_to_the_stored_record(http: httpx.Client, execution: 
     response = patch(http, adding(execution, "a"), removing(execution, "b"))
     record = stored(http, response)
     assert record.statuses == statuses(response) == ["added", "not_found"]
+
+
+def test_an_error_of_a_later_worker_is_no_fault_of_the_endpoint() -> None:
+    """Workers are upgraded before endpoints: a code that is not known is passed on."""
+    error = ErrorInfo(code=cast(Any, "quota_exceeded"), message="too many", details=[])
+    record = ResultRecord(batch_id=uuid4(), organization_id=uuid4(), error=error)
+    with pytest.raises(ApiError) as raised:
+        _answer("tag_batch", record.batch_id, record, is_kept=False)
+    assert (raised.value.status, raised.value.code) == (422, "quota_exceeded")
 
 
 def test_operations_on_several_executions_are_one_batch(http: httpx.Client, execution: str) -> None:

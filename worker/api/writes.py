@@ -269,10 +269,11 @@ def _answer(kind: str, batch_id: UUID, record: ResultRecord | None, *, is_kept: 
         return Response(to_json({"batch_id": batch_id}), 202, headers, "application/json")
     if record.error is not None:
         refused = record.error
-        text = refused.message
-        if is_kept and refused.code in _STORED:
+        text, is_stored = refused.message, refused.code in _STORED
+        if is_kept and is_stored:
             text += "; this answer is stored for the Idempotency-Key: use another key for a retry"
-        raise ApiError(_STATUS_OF[refused.code], refused.code, text, refused.details)
+        status = _STATUS_OF.get(refused.code, 422)  # a later worker may have other codes
+        raise ApiError(status, refused.code, text, refused.details, headers if is_stored else None)
     body: Any = record.model_dump(include={"tags", "flow_execution", "task_execution"})
     body = {"tags": body["tags"]} if kind == "tag_batch" else body[kind]
     status = 201 if record.statuses == ["registered"] else 200
