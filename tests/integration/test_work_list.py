@@ -509,6 +509,12 @@ def test_a_page_is_of_one_query_and_organization(
         refused(http.get("/task-executions", params=params), "page")
 
 
+def test_a_token_is_made_without_a_warning(organization: UUID) -> None:
+    """Else the endpoint would log, and remember, the text of each selector; here it is an error."""
+    query = WorkQuery.model_validate({"with": [PENDING], "without": ["x"]})
+    assert page_token("place", organization, "/task-executions", query)
+
+
 def test_an_unknown_execution_is_404_and_a_foreign_one_too(
     servers: Servers, http: httpx.Client, apply: Apply
 ) -> None:
