@@ -6,8 +6,8 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo unit test faults mutants prove fairness soak decisions watchers waiters bench ab
-.PHONY: count docs check format lock clean
+.PHONY: help run demo unit test faults mutants prove fairness soak decisions followers watchers
+.PHONY: waiters bench ab count docs check format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,10 @@ soak: .venv/ready  ## Run BATCHES=1000000 through one worker; its memory must no
 
 decisions: .venv/ready  ## Claim tasks by many clients while workers are killed; CLAIMS=100000 SEED=
 	$(BIN)/python -m tests.load.decisions --claims $(or $(CLAIMS),100000) $(if $(SEED),--seed $(SEED))
+
+followers: .venv/ready  ## Follow work lists by HTTP while writers go on, compare with SQL; CHANGES=100000 CLIENTS=50
+	$(BIN)/python -m tests.load.followers --changes $(or $(CHANGES),100000) \
+		--clients $(or $(CLIENTS),50) $(if $(SEED),--seed $(SEED))
 
 watchers: .venv/ready  ## Measure CLIENTS=1000 WebSockets on one endpoint; nothing may stay behind when they leave
 	$(BIN)/python -m tests.load.watchers --clients $(or $(CLIENTS),1000)

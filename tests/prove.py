@@ -1,9 +1,10 @@
 """make prove [SECONDS=600] [SEED=n]: the long proofs, one after the other, with one seed.
 
 Random faults; each planted bug, which the fault harness must find; claims and decisions while
-workers are killed; random messages, read both ways; planted mistakes, which tests must notice. The
-last line is `prove: seed=… faults=0 decisions=0 reading=0 bugs_missed=0 mistakes_missed=0`; the
-exit code is 1 if any of these is not 0.
+workers are killed; work lists that are followed while writers go on; random messages, read both
+ways; planted mistakes, which tests must notice. The last line is `prove: seed=… faults=0
+decisions=0 followers=0 reading=0 bugs_missed=0 mistakes_missed=0`; the exit code is 1 if any of
+these is not 0.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ def main() -> int:
         found = run("tests.faults", *words, of=kind)
         counts["bugs_missed"] += found == 0
     counts["decisions"] = run("tests.load.decisions", *seed)
+    counts["followers"] = run("tests.load.followers", *seed)
     counts["reading"] = run("tests.load.reading", *seed)
     counts["mistakes_missed"] = int(run("tests.mutants") != 0)
-    kinds = ("faults", "decisions", "reading", "bugs_missed", "mistakes_missed")
+    kinds = ("faults", "decisions", "followers", "reading", "bugs_missed", "mistakes_missed")
     print(
         f"prove: seed={arguments.seed} {' '.join(f'{kind}={counts[kind]}' for kind in kinds)}",
         flush=True,
