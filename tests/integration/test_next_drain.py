@@ -68,8 +68,10 @@ def test_a_queue_that_stays_empty_is_left_at_the_deadline(quiet_redis: Redis) ->
     assert next_drain(quiet_redis, time.monotonic() + 0.05, never) is None
     organization_id = uuid4()
     message = drain_message(organization_id, str(uuid4()))
-    threading.Timer(0.1, lambda: quiet_redis.lpush(QUEUE, message)).start()
+    timer = threading.Timer(0.1, lambda: quiet_redis.lpush(QUEUE, message))
+    timer.start()
     assert next_drain(quiet_redis, time.monotonic() + 20, never) == organization_id
+    timer.join()  # it reads its answer before the connection is closed
 
 
 # --- With a worker -------------------------------------------------------------------------------
