@@ -13,7 +13,6 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from types import MappingProxyType
 from typing import Any, Final
 from uuid import UUID
 
@@ -103,7 +102,7 @@ async def last_cursor(client: httpx.AsyncClient) -> str:
 async def stream_changes(
     client: httpx.AsyncClient,
     after: str,
-    filters: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    filters: Mapping[str, Sequence[str]] | None = None,
     flow_execution_id: UUID | None = None,
     on_open: Callable[[], None] | None = None,
 ) -> AsyncGenerator[tuple[str, ChangeEvent | None]]:
@@ -120,14 +119,14 @@ async def stream_changes(
         Unavailable: The endpoint can't be used at the start.
         RevisionExpired, ChangesRefused: Asking again does not help.
     """
-    path, of_execution = "/changes/events", dict[str, str]()
+    path, query = "/changes/events", dict[str, Any](filters or {})
     if flow_execution_id is not None:
-        path, of_execution = f"/task-tags{path}", {"flow_execution_id": str(flow_execution_id)}
+        path, query["flow_execution_id"] = f"/task-tags{path}", str(flow_execution_id)
     reached = False
     timeout = httpx.Timeout(10, read=_SILENCE_SECONDS)
     while True:
         try:
-            query = {**filters, **of_execution, "after": after}
+            query["after"] = after
             async with client.stream("GET", path, params=query, timeout=timeout) as response:
                 if response.status_code != 200:
                     await response.aread()

@@ -218,38 +218,33 @@ class Subscriber:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
 
-    async def _results(
+    def _results(
         self, reply_to: str, on_subscribed: Callable[[], None] | None
     ) -> AsyncGenerator[Sequence[ResultRecord], None]:
         channel = results_channel(self._organization_id, reply_to)
-        async with self._subscription(channel, on_subscribed) as events:
-            while not self._closed.is_set():
-                yield [
-                    record for record, _ in _decoded(await events.take(POLL_SECONDS), ResultRecord)
-                ]
+        return self._published(channel, ResultRecord, on_subscribed)
 
-    async def _changes(
+    def _changes(
         self,
         flow_execution_id: UUID,
         after: int | None,
         on_subscribed: Callable[[], None] | None,
     ) -> AsyncGenerator[Sequence[ChangeEvent], None]:
-        if after is not None:
-            stored = self._stream(
-                str(after), flow_execution_id=flow_execution_id, on_open=on_subscribed
-            )
-            async with aclosing(stored):
-                async for events in stored:
-                    yield events
-            return
-        channel = changes_channel(self._organization_id, flow_execution_id)
-        async with self._subscription(channel, on_subscribed) as published:
+        if after is None:
+            channel = changes_channel(self._organization_id, flow_execution_id)
+            return self._published(channel, ChangeEvent, on_subscribed)
+        options = {"flow_execution_id": flow_execution_id, "on_open": on_subscribed}
+        return self._stream(str(after), None, **options)
+
+    async def _published(
+        self, channel: str, model: type[Published], on_subscribed: Callable[[], None] | None
+    ) -> AsyncGenerator[Sequence[Published], None]:
+        async with self._subscription(channel, on_subscribed) as events:
             while not self._closed.is_set():
-                taken = await published.take(POLL_SECONDS)
-                yield [change for change, _ in _decoded(taken, ChangeEvent)]
+                yield list(_decoded(await events.take(POLL_SECONDS), model))
 
     async def _stream(
-        self, after: str, on_cursor: Callable[[str], None] | None = None, **options: Any
+        self, after: str, on_cursor: Callable[[str], None] | None, **options: Any
     ) -> AsyncGenerator[Sequence[ChangeEvent], None]:
         async with (
             self._client() as client,
@@ -302,13 +297,11 @@ class Subscriber:
             await redis.aclose()
 
 
-def _decoded(
-    events: Sequence[bytes | ListenEvent], model: type[Published]
-) -> Iterator[tuple[Published, int]]:
-    """Yield what was published, each with its size in bytes."""
+def _decoded(events: Sequence[bytes | ListenEvent], model: type[Published]) -> Iterator[Published]:
+    """Yield what was published."""
     for event in events:
         if isinstance(event, bytes):
             try:
-                yield model.decode(event), len(event)
+                yield model.decode(event)
             except ValidationError:
                 logger.warning("skipped a publication that is not a %s", model.__name__)
