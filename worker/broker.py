@@ -134,12 +134,12 @@ def next_drain(redis: Redis, deadline: float, stopping: Callable[[], bool]) -> U
     with suppress(RedisError, OSError):
         while not stopping() and (left := deadline - time.monotonic()) >= _MIN_SECONDS:
             answer: Any = redis.brpop([QUEUE], timeout=min(left, _MAX_SECONDS))
-            message = None if answer is None else screened(answer[1])
+            message = None if answer is None else _read_or_drop(answer[1])
             if message is None:
                 continue
-            task, _, arguments = _read(message)
+            task, _, arguments = message
             if task != DRAIN_TASK:
-                redis.rpush(QUEUE, message)
+                redis.rpush(QUEUE, task_message(*message))
                 return None
             return UUID(arguments[0])
     return None
@@ -147,8 +147,14 @@ def next_drain(redis: Redis, deadline: float, stopping: Callable[[], bool]) -> U
 
 def screened(received: bytes) -> bytes | None:
     """Return a task message as Celery sends it; None, with a line in the log, for anything else."""
+    message = _read_or_drop(received)
+    return None if message is None else task_message(*message)
+
+
+def _read_or_drop(received: bytes) -> tuple[str, str, list[str]] | None:
+    """Return the Celery task's name, id and arguments; None, with a line in the log, if wrong."""
     try:
-        return task_message(*_read(received))
+        return _read(received)
     except Exception as error:  # it may be wrong in any way
         reason = f"{type(error).__name__}: {error}"[:200]
         logger.warning("dropped a malformed Celery message", extra={"reason": reason})
