@@ -69,8 +69,12 @@ class Repository:
 
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
-        with psycopg.connect(**self._arguments) as connection:
-            assert_safe_role(connection.execute(ROLE_CHECK, TABLES).fetchall())
+        with (
+            psycopg.connect(**self._arguments) as connection,
+            self._time_limit.watch(connection),
+        ):
+            found = connection.execute(ROLE_CHECK, TABLES).fetchall()
+        assert_safe_role(found)
 
     @contextmanager
     def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
@@ -85,12 +89,12 @@ class Repository:
             transaction = Transaction(pipeline, organization_id, self._scope)
             if should_discard_plans(self._uses):
                 pipeline.send(DISCARD_PLANS, {})
-            frame = {_BEGIN, self._scope, statements.LOCK, DISCARD_PLANS, _COMMIT}
             try:
                 yield transaction
                 pipeline.send(_COMMIT, {})
                 pipeline.sync()
             except psycopg.Error:
+                frame = _BEGIN, self._scope, statements.LOCK, DISCARD_PLANS, _COMMIT
                 failed = pipeline.unanswered
                 self.failed_statement = None if failed in frame else failed
                 raise
