@@ -28,6 +28,8 @@ from producers.contract.messages import (
 )
 from producers.contract.results import TagStatus, Task
 from producers.contract.values import (
+    MAX_NAME_LENGTH,
+    MAX_TYPE_LENGTH,
     REPLY_TO_PATTERN,
     canonical_json,
     normal_metadata,
@@ -38,9 +40,8 @@ encode: Final = msgspec.json.Encoder().encode
 
 Metadata = Raw | UnsetType
 """Canonical JSON; unset where any metadata is meant."""
-_TaskName = Annotated[str, Meta(min_length=1, max_length=200)]
-_TagType = Annotated[str, Meta(min_length=1, max_length=100)]
-_TagName = Annotated[str, Meta(min_length=1, max_length=200)]
+_Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH)]
+_TagType = Annotated[str, Meta(min_length=1, max_length=MAX_TYPE_LENGTH)]
 
 
 # --- Tag batches ---------------------------------------------------------------------------------
@@ -51,9 +52,9 @@ class Operation(Struct, forbid_unknown_fields=True, gc=False):
 
     operation: OperationName
     flow_execution_id: UUID
-    task_name: _TaskName
+    task_name: _Name
     tag_type: _TagType
-    tag: _TagName
+    tag: _Name
     tag_metadata: Metadata = UNSET
 
     @property
@@ -66,9 +67,9 @@ class Condition(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=
     """A tag, or any tag of a type, that must or must not be active (messages.Condition)."""
 
     flow_execution_id: UUID
-    task_name: _TaskName
+    task_name: _Name
     tag_type: _TagType
-    tag: _TagName | None = None
+    tag: _Name | None = None
     tag_metadata: Metadata = UNSET
     exists: bool
 

@@ -19,14 +19,17 @@ MAX_METADATA_DEPTH: Final = 32
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
 
+MAX_NAME_LENGTH: Final = 200
+MAX_TYPE_LENGTH: Final = 100
+
 _NO_NUL: Final = r"^[^\x00]*$"
 REPLY_TO_PATTERN: Final = r"^[A-Za-z0-9._:-]{1,200}$"
 
 Id = Annotated[UUID, Field(strict=False)]
-TaskName = Annotated[str, Field(min_length=1, max_length=200, pattern=_NO_NUL)]
-TagType = Annotated[str, Field(min_length=1, max_length=100, pattern=_NO_NUL)]
-TagName = Annotated[str, Field(min_length=1, max_length=200, pattern=_NO_NUL)]
-FlowId = Annotated[str, Field(min_length=1, max_length=200, pattern=_NO_NUL)]
+TaskName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH, pattern=_NO_NUL)]
+TagType = Annotated[str, Field(min_length=1, max_length=MAX_TYPE_LENGTH, pattern=_NO_NUL)]
+TagName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH, pattern=_NO_NUL)]
+FlowId = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH, pattern=_NO_NUL)]
 ReplyTo = Annotated[str, Field(pattern=REPLY_TO_PATTERN)]
 
 
