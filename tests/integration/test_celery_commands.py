@@ -15,6 +15,7 @@ from celery.worker.control import Panel
 
 from producers.client import TagProducer
 from producers.contract.messages import register_execution
+from tests.support.processes import settings_of
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.local.stack import command
@@ -25,14 +26,7 @@ INSPECT = sorted({name for name, info in Panel.meta.items() if info.type == "ins
 
 @pytest.fixture
 def environment(servers: Servers) -> dict[str, str]:
-    secret = servers.settings.jwt_secret
-    assert secret is not None
-    return {
-        **os.environ,
-        "TASK_TAGS_REDIS_URL": servers.stack.redis_url,
-        "TASK_TAGS_DATABASE_URL": servers.worker_url,
-        "TASK_TAGS_JWT_SECRET": secret.get_secret_value(),
-    }
+    return {**os.environ, **settings_of(servers)}
 
 
 def run(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:

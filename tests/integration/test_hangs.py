@@ -20,6 +20,7 @@ from redis import Redis
 from producers.contract.channels import inbox_key, lease_key
 from producers.contract.messages import register_execution
 from producers.inbox.protocol import Inbox
+from tests.support.processes import settings_of
 from tests.support.servers import Servers
 from tests.support.tenant import Tenant, tagging
 from tests.support.waiting import eventually
@@ -114,14 +115,7 @@ def test_a_worker_ends_soon_after_sigterm_in_a_drain(
     """The real signal, with a database that hangs, and while messages keep coming."""
     organization, log = uuid4(), tmp_path / "log"
     url = servers.stack.redis_url.replace("?db=0", "?db=1")
-    secret = servers.settings.jwt_secret
-    assert secret is not None
-    environment = {
-        **os.environ,
-        "TASK_TAGS_REDIS_URL": url,
-        "TASK_TAGS_DATABASE_URL": servers.worker_url,
-        "TASK_TAGS_JWT_SECRET": secret.get_secret_value(),
-    }
+    environment = {**os.environ, **settings_of(servers, TASK_TAGS_REDIS_URL=url)}
     inbox, token = Inbox(quiet_redis, organization), servers.token(organization)
     redis: Any = quiet_redis
     with log.open("wb") as output:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import threading
 import time
@@ -19,10 +18,11 @@ from producers.contract.channels import inbox_key
 from producers.contract.messages import register_execution
 from producers.inbox.drain_message import QUEUE, drain_message, task_message
 from producers.inbox.protocol import Inbox
+from tests.support.processes import await_line, settings_of, started
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.broker import PURGE_TASK, create_app, next_drain
-from worker.local.stack import WORKER, command
+from worker.local.stack import WORKER
 
 
 def never() -> bool:
@@ -87,22 +87,9 @@ def enqueue(servers: Servers, redis: Redis, organization_id: UUID, count: int = 
 def worker(servers: Servers, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
     """Run a worker on the other Redis database, with a Celery app to control it."""
     url, log = servers.stack.redis_url.replace("?db=0", "?db=1"), tmp_path / "log"
-    secret = servers.settings.jwt_secret
-    assert secret is not None
-    environment = {
-        **os.environ,
-        "TASK_TAGS_REDIS_URL": url,
-        "TASK_TAGS_DATABASE_URL": servers.worker_url,
-        "TASK_TAGS_JWT_SECRET": secret.get_secret_value(),
-    }
-    with log.open("wb") as output:
-        process = subprocess.Popen(command(WORKER), env=environment, stderr=output, cwd="/")
-    try:
-        eventually(lambda: '"ready"' in log.read_text())
+    with started(WORKER, log, settings_of(servers, TASK_TAGS_REDIS_URL=url)) as process:
+        await_line(log, '"ready"')
         yield process, create_app("control", url).control
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_worker_drains_many_inboxes_for_one_message_of_celery(

@@ -10,22 +10,15 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
+from tests.support.processes import settings_of
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.local.stack import BEAT, ENDPOINT, WORKER, command
 
 
 def environment(servers: Servers, **changes: str) -> dict[str, str]:
-    secret = servers.settings.jwt_secret
-    assert secret is not None
-    return {
-        **os.environ,
-        "TASK_TAGS_REDIS_URL": servers.stack.redis_url.replace("?db=0", "?db=2"),
-        "TASK_TAGS_DATABASE_URL": servers.worker_url,
-        "TASK_TAGS_JWT_SECRET": secret.get_secret_value(),
-        "PYTHONWARNINGS": "ignore",  # Celery has one for root
-        **changes,
-    }
+    url = servers.stack.redis_url.replace("?db=0", "?db=2")
+    return {**os.environ, **settings_of(servers, **{"TASK_TAGS_REDIS_URL": url, **changes})}
 
 
 def wrong_password(servers: Servers) -> dict[str, str]:
