@@ -53,7 +53,7 @@ class _Wait:
             if is_wanted and not self.found.done():
                 self.found.set_result(tag)
 
-    def fail(self, error: TaskTagsError) -> None:
+    def fail(self, error: Exception) -> None:
         """End the wait with an error, unless it has ended."""
         if not self.found.done():
             self.found.set_exception(error)
@@ -113,13 +113,20 @@ class TagWaits:
             return self._client
 
     async def _close_if_idle(self) -> None:
-        async with self._opening:
-            if self._waits or self._client is None or self._following is None:
-                return
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
-            await self._client.aclose()
-            self._client = self._following = None
+        if not self._waits:
+            await self._close()
+
+    async def _close(self) -> None:
+        """End the stream. The next wait begins a new one, even if this is cancelled."""
+        client, following = self._client, self._following
+        self._client = self._following = None
+        if client is None or following is None:
+            return
+        following.cancel()
+        try:
+            await asyncio.gather(following, return_exceptions=True)
+        finally:
+            await client.aclose()
 
     async def _look(self, client: httpx.AsyncClient, wait: _Wait) -> None:
         """End a wait if its tag is active, or can't be; while the endpoint is away, retry."""
@@ -132,7 +139,7 @@ class TagWaits:
             except (Unavailable, ValidationError) as error:
                 logger.warning("tags can't be read now; retrying: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
-            except TaskTagsError as error:
+            except Exception as error:  # also what a token's function raises
                 wait.fail(error)
 
     async def _of_type(self, wait: _Wait) -> list[Tag] | None:
@@ -158,9 +165,11 @@ class TagWaits:
                 await asyncio.gather(*(self._look(client, wait) for wait in self._all()))
             except Unavailable:
                 await asyncio.sleep(_RETRY_SECONDS)
-            except TaskTagsError as error:
+            except Exception as error:  # also what a token's function raises
+                self._client = self._following = None  # the next wait begins a new stream
                 for wait in self._all():
                     wait.fail(error)
+                await client.aclose()
                 return
 
     def _all(self) -> list[_Wait]:

@@ -1,0 +1,100 @@
+"""The waits of the SDK, with an endpoint that is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from producers.endpoint import TokenAuth
+from producers.waiting import TagWaits
+
+WAIT = uuid4(), "task", "review_status", "approved", None
+
+
+class Silent(httpx.AsyncByteStream):
+    """A stream without events, until it is lost."""
+
+    def __init__(self, lost: asyncio.Event) -> None:
+        self._lost = lost
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"retry: 1000\n\n"
+        await self._lost.wait()
+        raise httpx.ReadError("it is lost")
+
+
+class Endpoint:
+    """Has no tags; its streams are silent. Counts the streams."""
+
+    def __init__(self) -> None:
+        self.streams = 0
+        self.lost = asyncio.Event()
+        self.token_error: Exception | None = None
+
+    def client(self) -> httpx.AsyncClient:
+        transport, auth = httpx.MockTransport(self._answer), TokenAuth(self._token)
+        return httpx.AsyncClient(base_url="http://endpoint", transport=transport, auth=auth)
+
+    def _token(self) -> str:
+        if self.token_error is not None:
+            raise self.token_error
+        return "token"
+
+    async def _answer(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/changes":
+            return httpx.Response(200, json={"changes": [], "cursor": "0"})
+        if request.url.path == "/task-tags":
+            return httpx.Response(200, json=[])
+        self.streams += 1
+        return httpx.Response(200, stream=Silent(self.lost))
+
+    async def opened(self, streams: int) -> None:
+        async with asyncio.timeout(5):
+            while self.streams < streams:
+                await asyncio.sleep(0.01)
+
+
+def test_a_token_that_can_not_be_made_ends_the_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would wait for ever, because nobody reads the stream any longer."""
+    monkeypatch.setattr("producers.endpoint._RETRY_SECONDS", 0.01)
+    asyncio.run(_lose_the_token())
+
+
+async def _lose_the_token() -> None:
+    endpoint = Endpoint()
+    waits = TagWaits(endpoint.client)
+    waiting = [asyncio.create_task(waits.wait_for(*WAIT)) for _ in range(2)]
+    await endpoint.opened(1)
+    endpoint.token_error = ConnectionError("no token server")
+    endpoint.lost.set()
+    done, _ = await asyncio.wait(waiting, timeout=5)
+    assert [str(each.exception()) for each in done] == ["no token server"] * 2
+    endpoint.token_error = None
+    endpoint.lost.clear()
+    again = asyncio.create_task(waits.wait_for(*WAIT))
+    await endpoint.opened(2)
+    again.cancel()
+
+
+def test_a_wait_that_is_cancelled_while_it_ends_leaves_the_next_one_a_stream() -> None:
+    """Not a client that is closed already."""
+    asyncio.run(_cancel_twice())
+
+
+async def _cancel_twice() -> None:
+    endpoint = Endpoint()
+    waits = TagWaits(endpoint.client)
+    waiting = asyncio.create_task(waits.wait_for(*WAIT))
+    await endpoint.opened(1)
+    waiting.cancel()
+    await asyncio.sleep(0)  # it waits for the end of the stream
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    again = asyncio.create_task(waits.wait_for(*WAIT))
+    await endpoint.opened(2)
+    again.cancel()
