@@ -13,16 +13,19 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 from uuid import UUID
 
 import httpx
-from pydantic import ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 
 from producers.contract.results import ChangeEvent
+from producers.contract.values import TolerantModel
 from producers.errors import ChangesRefused, ConfigurationError, RevisionExpired, Unavailable
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 _RETRY_SECONDS: Final = 1.0
 _SILENCE_SECONDS: Final = 45.0
@@ -91,6 +94,21 @@ async def get(client: httpx.AsyncClient, path: str, query: dict[str, Any]) -> ht
         raise unreachable(error) from error
     check_answer(response)
     return response
+
+
+class Page(TolerantModel, Generic[Item]):
+    """A page of tags or of tasks."""
+
+    items: list[Item] = Field(validation_alias=AliasChoices("task_executions", "tags"))
+    next_page: str | None
+
+
+def read_page(response: httpx.Response, page: type[Page[Item]]) -> Page[Item]:
+    """Read a page. Raises `Unavailable` if the answer is not one."""
+    try:
+        return page.model_validate_json(response.content)
+    except ValidationError:
+        raise Unavailable("the endpoint's answer is not a page") from None
 
 
 async def last_cursor(client: httpx.AsyncClient) -> str:

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 from uuid import UUID
 
 import httpx
-from pydantic import AliasChoices, Field, ValidationError
 
 from producers.contract.messages import TaskState
 from producers.contract.results import Tag, TaskExecution
 from producers.contract.selectors import Selector
-from producers.contract.values import TolerantModel
-from producers.endpoint import check_answer, client_options, get, unreachable
-from producers.errors import Unavailable
+from producers.endpoint import Item, Page, check_answer, client_options, get, read_page, unreachable
 from producers.pubsub import LoopThread, flatten
 from producers.settings import load_settings, token_source
 from producers.work_list import follow_work_list
 
 Pair = tuple[str, str | None]
-Item = TypeVar("Item")
 
 _TASKS: Final = "/task-executions"
 _TAGS: Final = "/task-tags"
 _PAGE: Final = 100
-
-
-class _Page(TolerantModel, Generic[Item]):
-    items: list[Item] = Field(validation_alias=AliasChoices("task_executions", "tags"))
-    next_page: str | None
 
 
 class TagReader:
@@ -76,7 +67,7 @@ class TagReader:
         query = _work_query(with_, without, task_name, state, flow_id, flow_execution_id)
         if follow:
             return self._thread.iterate(_follow(self._options, query))
-        return self._items(_TASKS, query, _Page[TaskExecution])
+        return self._items(_TASKS, query, Page[TaskExecution])
 
     def list_tags(
         self,
@@ -88,7 +79,7 @@ class TagReader:
     ) -> Iterator[Tag]:
         """Yield the active tags of an execution, the oldest first; only those that match."""
         query = _tags_query(flow_execution_id, task_name, tag_type, tag)
-        return self._items(_TAGS, query, _Page[Tag])
+        return self._items(_TAGS, query, Page[Tag])
 
     def close(self) -> None:
         """Close the connections, and end iterations that follow a list."""
@@ -101,14 +92,14 @@ class TagReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _items(self, path: str, query: dict[str, Any], page: type[_Page[Item]]) -> Iterator[Item]:
+    def _items(self, path: str, query: dict[str, Any], page: type[Page[Item]]) -> Iterator[Item]:
         while True:
             try:
                 response = self._client.get(path, params=query)
             except (httpx.TransportError, httpx.InvalidURL) as error:
                 raise unreachable(error) from error
             check_answer(response)
-            found = _read(response, page)
+            found = read_page(response, page)
             yield from found.items
             if found.next_page is None:
                 return
@@ -138,7 +129,7 @@ class AsyncTagReader:
         query = _work_query(with_, without, task_name, state, flow_id, flow_execution_id)
         if follow:
             return flatten(follow_work_list(self._client, query))
-        return self._items(_TASKS, query, _Page[TaskExecution])
+        return self._items(_TASKS, query, Page[TaskExecution])
 
     def list_tags(
         self,
@@ -150,7 +141,7 @@ class AsyncTagReader:
     ) -> AsyncIterator[Tag]:
         """Yield the active tags of an execution, the oldest first; only those that match."""
         query = _tags_query(flow_execution_id, task_name, tag_type, tag)
-        return self._items(_TAGS, query, _Page[Tag])
+        return self._items(_TAGS, query, Page[Tag])
 
     async def close(self) -> None:
         """Close the connections."""
@@ -163,10 +154,10 @@ class AsyncTagReader:
         await self.close()
 
     async def _items(
-        self, path: str, query: dict[str, Any], page: type[_Page[Item]]
+        self, path: str, query: dict[str, Any], page: type[Page[Item]]
     ) -> AsyncIterator[Item]:
         while True:
-            found = _read(await get(self._client, path, query), page)
+            found = read_page(await get(self._client, path, query), page)
             for item in found.items:
                 yield item
             if found.next_page is None:
@@ -222,10 +213,3 @@ def _query(flow_execution_id: UUID | str | None, **values: Any) -> dict[str, Any
     execution = None if flow_execution_id is None else str(flow_execution_id)
     given = {"flow_execution_id": execution, **values, "limit": _PAGE}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _read(response: httpx.Response, page: type[_Page[Item]]) -> _Page[Item]:
-    try:
-        return page.model_validate_json(response.content)
-    except ValidationError:
-        raise Unavailable("the endpoint's answer is not a page") from None

@@ -11,11 +11,10 @@ from typing import Any, Final, TypeGuard
 from uuid import UUID
 
 import httpx
-from pydantic import TypeAdapter, ValidationError
 
 from producers.contract.results import Change, ChangeEvent, Tag
-from producers.endpoint import get, last_cursor, stream_changes
-from producers.errors import RevisionExpired, TaskTagsError, Unavailable, WaitTimeout
+from producers.endpoint import Page, get, last_cursor, read_page, stream_changes
+from producers.errors import RevisionExpired, Unavailable, WaitTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +22,8 @@ _READS: Final = 50
 """Reads at the same time, when many waits begin."""
 _RETRY_SECONDS: Final = 1.0
 _LAST_LOOK_SECONDS: Final = 2.0
-_TAGS: Final = TypeAdapter(list[Tag])
+_FOUND: Final = 100
+"""Tags that a time-out tells of, at most."""
 
 
 @dataclass(eq=False)
@@ -133,10 +133,9 @@ class TagWaits:
         while not wait.found.done():
             try:
                 async with self._reads:
-                    response = await get(client, "/task-tags", wait.query())
-                wait.end(_TAGS.validate_json(response.content))
+                    wait.end(await _oldest_tags(client, wait.query(), 1))
                 return
-            except (Unavailable, ValidationError) as error:
+            except Unavailable as error:
                 logger.warning("tags can't be read now; retrying: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
             except Exception as error:  # also what a token's function raises
@@ -146,9 +145,8 @@ class TagWaits:
         """Return the active tags of the type on the task, if the endpoint can be asked."""
         try:
             async with asyncio.timeout(_LAST_LOOK_SECONDS), self._open_client() as client:
-                response = await get(client, "/task-tags", wait.query(any_of_type=True))
-            return _TAGS.validate_json(response.content)
-        except (TaskTagsError, ValidationError, TimeoutError):
+                return await _oldest_tags(client, wait.query(any_of_type=True), _FOUND)
+        except Exception:  # the wait ends with its time-out, whatever hinders this look
             return None
 
     async def _follow(self, client: httpx.AsyncClient, cursor: str) -> None:
@@ -185,6 +183,16 @@ class TagWaits:
                 added.pop(each.tag.id, None)
         for wait in waits:
             wait.end(added.values())
+
+
+async def _oldest_tags(client: httpx.AsyncClient, query: dict[str, Any], limit: int) -> list[Tag]:
+    """Return the oldest active tags that match, from the first page that has any."""
+    query = {**query, "limit": limit}
+    while True:
+        page = read_page(await get(client, "/task-tags", query), Page[Tag])
+        if page.items or page.next_page is None:
+            return page.items
+        query["page"] = page.next_page
 
 
 def _is(change: object, kind: str) -> TypeGuard[Change]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from uuid import uuid4
 
 import httpx
 import pytest
+from pydantic_core import to_json
 
+from producers.contract.results import Tag
 from producers.endpoint import TokenAuth
+from producers.errors import WaitTimeout
 from producers.waiting import TagWaits
 
 WAIT = uuid4(), "task", "review_status", "approved", None
@@ -28,12 +32,13 @@ class Silent(httpx.AsyncByteStream):
 
 
 class Endpoint:
-    """Has no tags; its streams are silent. Counts the streams."""
+    """Has one tag, on the second page, or none; its streams are silent. Counts the streams."""
 
     def __init__(self) -> None:
         self.streams = 0
         self.lost = asyncio.Event()
         self.token_error: Exception | None = None
+        self.tag: Tag | None = None
 
     def client(self) -> httpx.AsyncClient:
         transport, auth = httpx.MockTransport(self._answer), TokenAuth(self._token)
@@ -48,7 +53,11 @@ class Endpoint:
         if request.url.path == "/changes":
             return httpx.Response(200, json={"changes": [], "cursor": "0"})
         if request.url.path == "/task-tags":
-            return httpx.Response(200, json=[])
+            assert request.url.params["limit"]  # without, the answer may be too large
+            is_last = self.tag is None or "page" in request.url.params
+            tags = [self.tag] if self.tag and is_last else []
+            page = {"tags": tags, "next_page": None if is_last else "2"}
+            return httpx.Response(200, content=to_json(page))
         self.streams += 1
         return httpx.Response(200, stream=Silent(self.lost))
 
@@ -78,6 +87,28 @@ async def _lose_the_token() -> None:
     again = asyncio.create_task(waits.wait_for(*WAIT))
     await endpoint.opened(2)
     again.cancel()
+
+
+def test_a_tag_on_a_later_page_is_found() -> None:
+    """A page may have no tag and a next page: it looks at some rows only."""
+    asyncio.run(_find_on_the_second_page())
+
+
+async def _find_on_the_second_page() -> None:
+    endpoint = Endpoint()
+    execution, task_name, tag_type, tag, _ = WAIT
+    endpoint.tag = Tag(
+        *(uuid4(), execution, task_name, tag_type, tag, None, uuid4()),
+        status="active",
+        created_at=datetime.now(UTC),
+        created_by="ada",
+        updated_at=None,
+        modified_by=None,
+    )
+    waits = TagWaits(endpoint.client)
+    assert await waits.wait_for(execution, task_name, tag_type, tag, 5) == endpoint.tag
+    with pytest.raises(WaitTimeout, match="approved"):
+        await waits.wait_for(execution, task_name, tag_type, "rejected", 0.1)
 
 
 def test_a_wait_that_is_cancelled_while_it_ends_leaves_the_next_one_a_stream() -> None:
