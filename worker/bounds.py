@@ -38,7 +38,7 @@ class TooLarge(Refusal):
     """The batch would pass a bound; `index` is the operation or condition at which it does."""
 
     def __init__(self, index: int | None, message: str, field: str | None = None) -> None:
-        text = "the batch would change more than a batch may"
+        text = "the message would change more than one message may"
         details = [ErrorDetail(index=index, field=field, message=message)]
         super().__init__(ErrorInfo(code="too_large", message=text, details=details))
 

@@ -46,7 +46,7 @@ def _unknown(
     execution = snapshot.executions.get(named.flow_execution_id.int)
     if execution is None:
         return "flow_execution_id", "is unknown"
-    if execution.task_names is not None and named.task_name not in execution.task_names:
+    if not execution.any_task_name and named.task_name not in execution.task_names:
         return "task_name", "is not registered"
     return None
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from producers.contract.cursors import Cursor, microseconds
 from producers.contract.errors import ErrorDetail, ErrorInfo
-from producers.contract.messages import RegisterExecution, SetTaskState
+from producers.contract.messages import MAX_TASK_NAMES, RegisterExecution, SetTaskState
 from producers.contract.results import (
     OperationStatus,
     RecordingStatus,
@@ -190,24 +190,24 @@ class BatchProcessor:
         return Outcome(self._error(batch_id, error))
 
     def _register(self, message: RegisterExecution) -> RegistrationStatus:
-        """Register an execution, or add task names (docs/concepts/contract.md#rule-15).
-
-        Null allows every name, so it stays null.
-        """
-        names = None if message.task_names is None else dict.fromkeys(message.task_names)
-        execution = self.snapshot.executions.get(message.flow_execution_id.int)
-        if execution is None:
-            self._save_execution(Execution(message.flow_execution_id, names, 0, message.flow_id))
+        """Register an execution, or add task names (docs/concepts/contract.md#rule-15)."""
+        id, names = message.flow_execution_id, dict.fromkeys(message.task_names or ())
+        is_open = message.task_names is None
+        known = self.snapshot.executions.get(id.int)
+        if known is None:
+            self._save_execution(Execution(id, names, is_open, 0, message.flow_id))
             return "registered"
-        if message.flow_id not in (None, execution.flow_id):
+        if message.flow_id not in (None, known.flow_id):
             text = "the execution was registered with another flow_id, or none"
             details = [ErrorDetail(field="flow_id", message="is not that of the execution")]
             raise Refusal(ErrorInfo(code="conflict", message=text, details=details))
-        if execution.task_names is not None and (
-            names is None or not names.keys() <= execution.task_names.keys()
-        ):
-            execution.task_names = None if names is None else execution.task_names | names
-            self._save_execution(execution)
+        if not names.keys() <= known.task_names.keys() or is_open > known.any_task_name:
+            all_names = known.task_names | names
+            if len(all_names) > max(MAX_TASK_NAMES, len(known.task_names)):
+                text = f"an execution has at most {MAX_TASK_NAMES} registered names"
+                raise TooLarge(None, text, "task_names")
+            known.task_names, known.any_task_name = all_names, is_open or known.any_task_name
+            self._save_execution(known)
         return "already_exists"
 
     def _save_execution(self, execution: Execution) -> None:

@@ -96,11 +96,13 @@ class AuthorizedMessage(NamedTuple):
 
 @dataclass(slots=True)
 class Execution:
-    """A registered flow execution; `task_names` None allows every task name."""
+    """A registered flow execution."""
 
     id: UUID
-    task_names: dict[str, None] | None
-    """In the order in which they were first given."""
+    task_names: dict[str, None]
+    """The registered ones, in the order in which they were first given."""
+    any_task_name: bool
+    """Every task name is allowed, also one that is not registered."""
     revision: int
     flow_id: str | None = None
 

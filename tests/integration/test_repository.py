@@ -114,8 +114,8 @@ def test_what_is_saved_is_what_is_loaded(repository: Repository, organization: U
     assert known.record == decision.outcomes[2].record
     assert set(known.events) == set(decision.outcomes[2].events)
     assert state.executions == {
-        one.int: Execution(one, None, revision=1),
-        two.int: Execution(two, {"other": None, "b": None}, revision=1),
+        one.int: Execution(one, {}, any_task_name=True, revision=1),
+        two.int: Execution(two, {"other": None, "b": None}, any_task_name=False, revision=1),
     }
     loaded = {tag.id: (tag, digest) for tags in state.tags.values() for digest, tag in tags.items()}
     expected = {
@@ -130,14 +130,22 @@ def test_what_is_saved_is_what_is_loaded(repository: Repository, organization: U
 
 
 def test_registering_again_keeps_the_revision(repository: Repository, organization: UUID) -> None:
-    """Task names are added to the row of the execution, and nothing else of it changes."""
+    """Task names are added to the row of the execution, and nothing else of it changes.
+
+    They are kept in their order, also when every name is allowed.
+    """
     execution = uuid4()
     applied(repository, organization, register_execution(execution, ["a"]))
     applied(repository, organization, TagBatch(tags=[add(execution, "a", "t", "x")]))
     again = register_execution(execution, ["b"])
     applied(repository, organization, again)
     found = load(repository, organization, register_execution(execution)).executions
-    assert found == {execution.int: Execution(execution, {"a": None, "b": None}, revision=1)}
+    names = {"a": None, "b": None}
+    assert found == {execution.int: Execution(execution, names, any_task_name=False, revision=1)}
+    for more in (None, ["c", "a"], None):
+        applied(repository, organization, register_execution(execution, more))
+    (known,) = load(repository, organization, register_execution(execution)).executions.values()
+    assert (list(known.task_names), known.any_task_name) == (["a", "b", "c"], True)
 
 
 def test_removed_tags_keep_their_rows(

@@ -140,7 +140,12 @@ OF_WORKER: Final = {
     "LOAD_TASKS": case(5, **TASKS),
     "SAVE_BATCHES": case(5, **NEW_RESULTS, **NOW),
     "SAVE_REGISTRATIONS": case(
-        5, **EXECUTIONS, task_names=texts('["task-{}"]'), flow_ids=texts("flow"), **NOW
+        5,
+        **EXECUTIONS,
+        task_names=texts('["task-{}"]'),
+        given_task_names=pg_arrays.texts([None] * 5),
+        flow_ids=texts("flow"),
+        **NOW,
     ),
     "SAVE_REVISIONS": case(5, **EXECUTIONS, revisions=by_id(101, *range(5)), **NOW),
     "SAVE_REMOVED": case(5, ids=uuids(*TAG_IDS), modified_by=by_id("ada", *TAG_IDS), **NOW),

@@ -217,12 +217,22 @@ def test_registered_names_are_read_page_by_page(http: httpx.Client, apply: Apply
         if number == 1:
             apply(RegisterExecution(flow_execution_id=execution, task_names=names_of))
     assert found == names_of
-    # Once every name is allowed, those that have a tag or a state are left, by name.
-    token = page_of(http, None, flow_execution_id=str(execution), limit=4)["next_page"]
+    # Once every name is allowed, others that have a tag or a state follow, by name.
+    tagged = ["z", "a", "04", "late"]
     apply(register_execution(execution), state(execution, "b", "queued"))
-    apply(tagging(add(execution, "a", "review_status", "pending")))
-    rest = page_of(http, None, flow_execution_id=str(execution), limit=4, page=token)
-    assert (names(rest["task_executions"]), rest["next_page"]) == (["a", "b"], None)
+    apply(tagging(*(add(execution, name, "review_status", "pending") for name in tagged)))
+    apply(RegisterExecution(flow_execution_id=execution, task_names=["late", "00"]))
+    expected = [*names_of, "late", "a", "b", "z"]
+    for limit in (1, 7, 1000):
+        found = []
+        for page in pages(http, None, flow_execution_id=str(execution), limit=limit):
+            found += names(page)
+        assert found == expected
+    for name in ("04", "01", "a", "b", "late"):
+        query = {"flow_execution_id": str(execution), "task_name": name}
+        assert names(page_of(http, None, **query)["task_executions"]) == [name]
+    query["task_name"] = "unknown"
+    assert page_of(http, None, **query)["task_executions"] == []
 
 
 def test_a_page_looks_at_10000_tags_at_most(

@@ -62,14 +62,14 @@ MUTANTS: Final = (
     ),
     Mutant(  # an empty list of task names allows every name
         _CHECKS,
-        "if execution.task_names is not None and named.task_name not in execution.task_names:",
+        "if not execution.any_task_name and named.task_name not in execution.task_names:",
         "if execution.task_names and named.task_name not in execution.task_names:",
         f"{_OF_RULES}an_execution_without_task_names_has_no_tasks",
     ),
     Mutant(  # a second registration replaces the names of the first
         _RULES,
-        "None if names is None else execution.task_names | names",
-        "names",
+        "all_names = known.task_names | names",
+        "all_names = names",
         f"{_OF_RULES}task_names_only_ever_grow",
     ),
     Mutant(  # revisions count changes, not batches
@@ -330,8 +330,8 @@ MUTANTS: Final = (
     ),
     Mutant(  # registering again begins with revision 1 again
         _STATEMENTS,
-        "       set task_names = excluded.task_names\n",
-        "       set task_names = excluded.task_names, revision = excluded.revision\n",
+        "set task_names = excluded.task_names,",
+        "set task_names = excluded.task_names, revision = excluded.revision,",
         f"{_OF_REPOSITORY}registering_again_keeps_the_revision",
     ),
     Mutant(  # results that are younger than the retention are deleted

@@ -230,6 +230,20 @@ def test_task_names_only_ever_grow(
         assert (outcome.error is None) == (name in allowed)
 
 
+def test_an_execution_has_10000_registered_names_at_most() -> None:
+    """What would exceed it has no effect; a repetition of known names does not."""
+    names = [f"{number}" for number in range(10_000)]
+    state = registered(ONE, names=names[:9_999])
+    for more in (["x", "y"], names):
+        outcome = record(settle(state, register_execution(ONE, more)))
+        assert (outcome.error is None) == (more is names)
+        if outcome.error:
+            assert outcome.error.code == "too_large"
+            assert [each.field for each in outcome.error.details] == ["task_names"]
+    assert list(state.executions[ONE.int].task_names) == names
+    assert record(settle(state, register_execution(ONE, None))).error is None
+
+
 def test_an_execution_without_task_names_has_no_tasks() -> None:
     """An empty list allows no name; only null allows every name."""
     error = record(settle(registered(ONE, names=[]), batch(plus("x")))).error

@@ -129,17 +129,25 @@ _TAGGED: Final = f"""
                   and (created_at, id) > ($9::timestamptz, $10::uuid)
                 order by created_at, id"""
 
+_UNREGISTERED_NUMBER: Final = 999_999_999
+"""Stands for the number of a name that is not registered: behind those that are."""
+_GIVEN: Final = f"""select jsonb_array_elements_text(given_task_names)
+                      from flow_executions where {_EXECUTION}"""
+
 _NAMED: Final = f"""
                select flow_execution_id, name as task_name, null::timestamptz as created_at, number
                  from flow_executions
-                cross join jsonb_array_elements_text(task_names) with ordinality as r (name, number)
+                cross join jsonb_array_elements_text(coalesce(task_names, given_task_names))
+                           with ordinality as r (name, number)
                 where {_EXECUTION} and number > $9::bigint and ($3 is null or name = $3)
                 union all
-               select $2, name, null, 0 from unregistered where number > 0
+               select $2, name, null, {_UNREGISTERED_NUMBER}
+                 from unregistered
+                where number > 0 and name not in ({_GIVEN})
                 union all
-               select $2, $3, null, 0
+               select $2, $3, null, {_UNREGISTERED_NUMBER}
                  from flow_executions
-                where {_EXECUTION} and task_names is null
+                where {_EXECUTION} and task_names is null and $3 not in ({_GIVEN})
                   and (exists (select from task_tags
                                 where {_EXECUTION} and task_name = $3 and status = 'active'
                                offset 0)
@@ -150,7 +158,7 @@ _PLACE_OF_NAME: Final = "number || ' ' || task_name"
 
 _UNREGISTERED: Final = f"""
          unregistered (number, name) as (
-               select 0, case $9 when '0' then $10 else '' end collate "C"
+               select 0, case $9 when '{_UNREGISTERED_NUMBER}' then $10 else '' end collate "C"
                  from flow_executions
                 where {_EXECUTION} and task_names is null and $3 is null
                 union all

@@ -25,7 +25,7 @@ OF_TAGS: Final = re.compile(
 )
 """A place among tags: the time of creation and the id of the last one before it."""
 OF_NAMES: Final = re.compile(r"([0-9]{1,9}) [^\x00]{1,200}")
-"""A place among tasks: the number of the last registered name before it, or 0, and the name."""
+"""A place among tasks: the number of the last name before it, and the name."""
 
 
 def page_token(place: str, organization_id: UUID, path: str, query: BaseModel) -> str:

@@ -113,9 +113,8 @@ def batches(rows: Iterable[Any]) -> tuple[dict[UUID, StoredResult], UUID | None]
 
 
 def execution(row: Any) -> tuple[int, Execution]:
-    flow_execution_id, task_names, revision, flow_id = row
-    names = None if task_names is None else dict.fromkeys(task_names)
-    return flow_execution_id.int, Execution(flow_execution_id, names, revision, flow_id)
+    id, names, any_name, *rest = row
+    return id.int, Execution(id, dict.fromkeys(names or ()), any_name, *rest)
 
 
 def tags(
@@ -198,13 +197,14 @@ def state_columns(tasks: dict[TaskKey, Task]) -> Parameters:
 
 
 def registration_columns(registrations: dict[UUID, Execution]) -> Parameters:
+    named = [(each, json.dumps(list(each.task_names))) for each in registrations.values()]
     return {
         "flow_execution_ids": pg_arrays.uuids([id.int for id in registrations]),
         "task_names": pg_arrays.texts(
-            [
-                None if execution.task_names is None else json.dumps(list(execution.task_names))
-                for execution in registrations.values()
-            ]
+            [None if each.any_task_name else names for each, names in named]
+        ),
+        "given_task_names": pg_arrays.texts(
+            [names if each.any_task_name else None for each, names in named]
         ),
         "flow_ids": pg_arrays.texts([each.flow_id for each in registrations.values()]),
     }

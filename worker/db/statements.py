@@ -65,7 +65,8 @@ the bound.
 """
 
 LOAD_EXECUTIONS: Final = """
-    select flow_execution_id, task_names, revision, flow_id
+    select flow_execution_id, coalesce(task_names, given_task_names), task_names is null, revision,
+           flow_id
       from flow_executions
      where organization_id = %(organization_id)s
        and flow_execution_id = any(%(flow_execution_ids)s)
@@ -141,13 +142,16 @@ SAVE_BATCHES: Final = """
 """Stores the results of batches."""
 
 SAVE_REGISTRATIONS: Final = """
-    insert into flow_executions (organization_id, flow_execution_id, task_names, revision,
-                                 created_at, flow_id, changed_at)
-    select %(organization_id)s, flow_execution_id, task_names::jsonb, 0, %(now)s, flow_id, %(now)s
+    insert into flow_executions (organization_id, flow_execution_id, task_names, given_task_names,
+                                 revision, created_at, flow_id, changed_at)
+    select %(organization_id)s, flow_execution_id, task_names::jsonb, given_task_names::jsonb, 0,
+           %(now)s, flow_id, %(now)s
       from (select unnest(%(flow_execution_ids)s) as flow_execution_id,
-                   unnest(%(task_names)s) as task_names, unnest(%(flow_ids)s) as flow_id) as e
+                   unnest(%(task_names)s) as task_names,
+                   unnest(%(given_task_names)s) as given_task_names,
+                   unnest(%(flow_ids)s) as flow_id) as e
         on conflict (organization_id, flow_execution_id) do update
-       set task_names = excluded.task_names
+       set task_names = excluded.task_names, given_task_names = excluded.given_task_names
 """
 """Stores new executions, and new task names of known ones, by primary key."""
 

@@ -101,6 +101,7 @@ flow_executions = _table(
     _required("created_at", _TIME),
     Column("flow_id", _CODE_POINTS),  # of the first registration
     _required("changed_at", _TIME),  # of the last change event; before, of the registration
+    Column("given_task_names", JSONB(none_as_null=True)),  # where task_names is null, if any
     worker_may="select, insert, update",
     fillfactor=70,
 )

@@ -78,6 +78,7 @@ class FlowExecutionRow(Base):
     organization_id: Mapped[UUID] = mapped_column(primary_key=True)
     flow_execution_id: Mapped[UUID] = mapped_column(primary_key=True)
     task_names: Mapped[Any] = mapped_column(JSONB)
+    given_task_names: Mapped[Any] = mapped_column(JSONB)
     revision: Mapped[int]
     created_at: Mapped[datetime]
 
@@ -232,8 +233,9 @@ def _encoded(value: Any) -> bytes:
 
 
 def _execution(row: FlowExecutionRow) -> Execution:
-    names = None if row.task_names is None else dict.fromkeys(row.task_names)
-    return Execution(row.flow_execution_id, names, row.revision)
+    names = row.task_names or row.given_task_names or ()
+    any_name = row.task_names is None
+    return Execution(row.flow_execution_id, dict.fromkeys(names), any_name, row.revision)
 
 
 def _by_key(rows: Iterable[TagRow]) -> dict[TagKey, dict[bytes, Tag]]:
