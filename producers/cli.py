@@ -8,7 +8,6 @@ time; 6 standard output can't be written; 130 interrupted.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections import deque
@@ -34,6 +33,7 @@ from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.contract.selectors import Selector
 from producers.endpoint import client_options, error_summary
 from producers.errors import (
+    ChangesRefused,
     ConfigurationError,
     InboxFull,
     ResultTimeout,
@@ -85,6 +85,8 @@ def main() -> None:
         console.fail(UNAVAILABLE, error)
     except ResultTimeout as error:
         console.fail(NO_RESULT, error)
+    except ChangesRefused as error:
+        console.fail(WRONG if error.status == 400 else REFUSED, error)
     except TaskTagsError as error:
         console.fail(REFUSED, error)
     except console.OutputFailed as error:
@@ -217,13 +219,10 @@ def find(
 
     In TYPE, a backslash is before : and \\.
     """
-    try:
-        pairs = [[Selector.parse(each) for each in some or ()] for some in (with_, without)]
-    except ValueError as error:
-        console.fail(WRONG, f"--with or --without: {error}")
     with TagReader() as reader:
         found = reader.work_list(
-            *pairs,
+            _selectors("--with", with_),
+            _selectors("--without", without),
             task_name=task_name,
             state=cast(Sequence[TaskState], state or ()),
             flow_id=flow_id,
@@ -234,6 +233,13 @@ def find(
     console.show(table, (to_json(task).decode() for task in tasks[:limit]), as_json)
     if len(tasks) > limit:
         console.err.print(f"the first {limit} tasks; use --limit for more")
+
+
+def _selectors(option: str, values: list[str] | None) -> list[Selector]:
+    try:
+        return [Selector.parse(value) for value in values or ()]
+    except ValueError as error:
+        raise WrongInput(f"{option}: {error}") from None
 
 
 @app.command()
@@ -261,18 +267,12 @@ def watch(
         if execution is None:
             events = subscriber.organization_changes(after or "latest")
         else:
-            events = subscriber.changes(execution, _revision(after))
+            events = subscriber.changes(execution, after)
             if after is None:
                 _tell_if_unknown(execution)
         for event in events:
             line = json.dumps(json.loads(event.encode()), ensure_ascii=False)
             console.show(console.change_lines(event), [line], as_json)
-
-
-def _revision(after: str | None) -> int | None:
-    if after is None or re.fullmatch("[0-9]{1,18}", after):
-        return None if after is None else int(after)
-    raise WrongInput("--after must be a revision")
 
 
 def _tell_if_unknown(execution: UUID) -> None:

@@ -188,7 +188,7 @@ def check_answer(response: httpx.Response) -> None:
     if response.status_code >= 500:
         raise Unavailable(f"the endpoint can't be used: {error_summary(response)}")
     if response.status_code != 200:
-        raise ChangesRefused(error_summary(response))
+        raise ChangesRefused(error_summary(response), response.status_code)
 
 
 def _expired(answer: dict[str, Any]) -> RevisionExpired:

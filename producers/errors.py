@@ -90,7 +90,14 @@ class WaitTimeout(TaskTagsError):
 
 
 class ChangesRefused(TaskTagsError):
-    """The endpoint refused the token, the execution or the revision: the message says which."""
+    """The endpoint refused the token, the execution or a parameter: the message says which.
+
+    `status` is that of HTTP: 400 for a parameter, 401 or 403 for the token, 404 for the execution.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 LeaseState = Literal["queued", "running", "missing"]

@@ -81,15 +81,16 @@ class Subscriber:
     def changes(
         self,
         flow_execution_id: UUID,
-        after: int | None = None,
+        after: int | str | None = None,
         *,
         on_subscribed: Callable[[], None] | None = None,
     ) -> Iterator[ChangeEvent]:
         """Yield the change events of an execution, without end; a gap in `revision` is a loss.
 
         Args:
-            after: A revision. All events after it are yielded in order, without a gap or a
-                repetition: they come from the endpoint, with the token.
+            after: A revision, or `<revision>-<t>` as an ETag has it, which is checked. All events
+                after it are yielded in order, without a gap or a repetition: they come from the
+                endpoint, with the token.
             on_subscribed: As in `results`.
 
         Raises:
@@ -194,7 +195,7 @@ class Subscriber:
     def achanges(
         self,
         flow_execution_id: UUID,
-        after: int | None = None,
+        after: int | str | None = None,
         *,
         on_subscribed: Callable[[], None] | None = None,
     ) -> AsyncIterator[ChangeEvent]:
@@ -227,7 +228,7 @@ class Subscriber:
     def _changes(
         self,
         flow_execution_id: UUID,
-        after: int | None,
+        after: int | str | None,
         on_subscribed: Callable[[], None] | None,
     ) -> AsyncGenerator[Sequence[ChangeEvent], None]:
         if after is None:

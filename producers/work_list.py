@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from producers.contract.results import Change, ChangeEvent, StateChange, TaskExecution
 from producers.endpoint import get, stream_changes
-from producers.errors import RevisionExpired, Unavailable
+from producers.errors import ChangesRefused, RevisionExpired, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +48,25 @@ async def follow_work_list(
             async with aclosing(stream_changes(client, cursor)) as changes:
                 async for _, event in changes:
                     for key in _tasks_of(event, query):
-                        one = {"flow_execution_id": str(key[0]), "task_name": key[1]}
-                        answer = await _ask(client, {**query, **one})
-                        if tasks := _TASKS.validate_python(answer["task_executions"]):
+                        if tasks := await _task(client, query, key):
                             listed[key] = tasks[0]
                             yield tasks
                         elif task := listed.pop(key, None):
                             yield [_left(task)]
         except (RevisionExpired, Unavailable):  # what no event tells is read again
             answer = await _ask(client, query)
+
+
+async def _task(client: httpx.AsyncClient, query: dict[str, Any], key: _Key) -> list[TaskExecution]:
+    """Return a task if it matches; it does not if a restore has removed its execution."""
+    one = {"flow_execution_id": str(key[0]), "task_name": key[1]}
+    try:
+        answer = await _ask(client, {**query, **one})
+    except ChangesRefused as error:
+        if error.status == 404:
+            return []
+        raise
+    return _TASKS.validate_python(answer["task_executions"])
 
 
 async def _ask(client: httpx.AsyncClient, query: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 _DIGITS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
-_CURSOR: Final = re.compile(r"([0-9]{1,18})(?:-([0-9a-z]{1,12}))?")
+_CURSOR: Final = re.compile(r"(0|[1-9][0-9]{0,17})(?:-(0|[1-9a-z][0-9a-z]{0,11}))?")
 
 
 class Cursor(NamedTuple):

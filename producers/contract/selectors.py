@@ -30,11 +30,11 @@ class Selector(NamedTuple):
         """
         found = _SELECTOR.fullmatch(text)
         if found is None:
-            raise ValueError("it is not a selector")
+            raise ValueError(f"{text!r} is not TYPE or TYPE:TAG")
         try:
             return _CHECKED.validate_python((re.sub(r"\\(.)", r"\1", found[1]), found[2]))
         except ValidationError:
-            raise ValueError("type or tag is empty, too long or has U+0000") from None
+            raise ValueError(f"in {text!r}, type or tag is empty, too long or has U+0000") from None
 
 
 _CHECKED: Final = TypeAdapter(Selector)

@@ -366,14 +366,18 @@ def test_tasks_are_found_by_their_tags(
     assert (len(few.stdout.splitlines()), "the first 2 tasks" in few.stderr) == (3, True)
     none = run(servers, "find", "--with", "review_status:approved", **mine)
     assert none.stdout == "no such tasks\n"
-    for options, code in (
-        ((), 1),
-        (("--with", "review_status"), 1),
-        (("--with", ":"), 2),
-        ((*selected, "--state", "x"), 1),
+    for options, said in (
+        ((), "flow_execution_id"),
+        (("--with", "review_status"), "with: must have a tag"),
+        ((*selected, "--with", ":"), "--with: ':' is not TYPE or TYPE:TAG"),
+        ((*selected, "--without", "a:"), "--without: in 'a:', type or tag is empty"),
+        ((*selected, "--state", "x"), "state"),
     ):
         wrong = run(servers, "find", *options, **mine)
-        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (code, "", 1)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+        assert said in wrong.stderr
+    unknown = run(servers, "find", "--execution", str(uuid4()), **mine)
+    assert (unknown.returncode, unknown.stdout) == (1, "")
 
 
 def test_a_terminal_is_shown_escapes_and_does_not_obey_them() -> None:

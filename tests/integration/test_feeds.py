@@ -221,6 +221,8 @@ def test_a_stream_goes_on_where_it_was(source: ChangeSource, execution: UUID) ->
         (400, "bad_request", "x", {}),
         (400, "bad_request", "-1", {}),
         (400, "bad_request", "9", {}),
+        (400, "bad_request", "01", {}),
+        (400, "bad_request", "latest", {}),
         (410, "gone", "9-abc", {}),
         (410, "gone", "0-abc", {}),
         (400, "bad_request", "", {"after": 9}),

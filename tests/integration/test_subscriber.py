@@ -15,6 +15,7 @@ import pytest
 
 from producers.client import TagProducer
 from producers.contract.channels import changes_channel
+from producers.contract.cursors import Cursor, microseconds
 from producers.contract.messages import TagBatch, add, register_execution
 from producers.contract.results import ChangeEvent, ResultRecord
 from producers.errors import ChangesRefused, RevisionExpired, Unavailable
@@ -169,7 +170,7 @@ def follow(servers: Servers, organization: UUID, token: str) -> Iterator[Any]:
     subscribers: list[Subscriber] = []
     threads: list[threading.Thread] = []
 
-    def begin(execution: UUID, after: int = 0, **changes: Any) -> list[ChangeEvent]:
+    def begin(execution: UUID, after: int | str = 0, **changes: Any) -> list[ChangeEvent]:
         events: list[ChangeEvent] = []
         arguments: dict[str, Any] = {
             "redis_url": servers.stack.redis_url,
@@ -209,6 +210,10 @@ def test_a_watcher_gets_what_was_before_and_what_comes(
         producer.enqueue(batch(changed, f"live {number}"))
     eventually(lambda: len(events) == 23)
     assert revisions_of(events) == list(range(3, 26))
+    with_time = Cursor(20, microseconds(events[17].changed_at))
+    again = follow(changed, after=str(with_time))
+    eventually(lambda: len(again) == 5)
+    assert again == events[18:]
 
 
 def test_what_was_not_published_is_repaired_by_the_next_event(

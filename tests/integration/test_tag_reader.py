@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
+from producers import work_list
 from producers.client import TagProducer
 from producers.contract.messages import (
     RegisterExecution,
@@ -159,6 +160,17 @@ def test_answers_of_later_versions_are_read() -> None:
         answer = [task]
         with pytest.raises(Unavailable, match="not a page"):
             next(reader.work_list([PENDING]))
+
+
+def test_a_task_whose_execution_is_gone_has_left(servers: Servers, token: str) -> None:
+    """After a restore, an event may name an execution that is unknown again."""
+
+    async def main() -> object:
+        async with AsyncTagReader(endpoint_url=servers.stack.endpoint_url, token=token) as reader:
+            query = {"with": ["review_status:pending"]}
+            return await work_list._task(reader._client, query, (uuid4(), "task"))
+
+    assert asyncio.run(main()) == []
 
 
 def test_a_work_list_is_followed(

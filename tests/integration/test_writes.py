@@ -861,7 +861,10 @@ def test_what_is_answered_and_what_is_taken_is_in_the_document(
 
 def test_a_caller_need_not_wait(http: httpx.Client, execution: str) -> None:
     """202 with the batch's id, and the record is soon at Location."""
-    for prefer in ("respond-async", "wait=0", "Respond-Async, return=minimal"):
+    for prefer in (
+        *("respond-async", "wait=0", "Respond-Async, return=minimal"),
+        *('Wait = "0"', "wait=0; unit=s", "return=minimal, respond-async; x"),
+    ):
         response = patch(http, adding(execution, prefer), Prefer=prefer)
         assert response.status_code == 202
         batch_id = response.json()["batch_id"]

@@ -68,7 +68,7 @@ UNAVAILABLE: Final = ApiError(503, "unavailable", "the database does not answer;
 
 
 def gone(head: Cursor) -> ApiError:
-    text = "the changes behind this place are not stored; read the tags and continue from `cursor`"
+    text = "these changes are not stored; read the tags or tasks again and continue from `cursor`"
     return ApiError(410, "gone", text, cursor=head)
 
 

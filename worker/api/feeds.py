@@ -16,7 +16,6 @@ from typing import Annotated, Final, Literal, NamedTuple
 from uuid import UUID, uuid4
 
 from fastapi import APIRouter, Depends, Header, Request, Response, WebSocket
-from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
@@ -35,7 +34,7 @@ from worker.api.errors import (
     problem_of,
     wrong_parameter,
 )
-from worker.api.params import AllFeedQuery, FeedQuery, parse_query, query
+from worker.api.params import LATEST, AllFeedQuery, FeedQuery, parse_query, query
 from worker.api.queries import READ_ERRORS, Reader
 from worker.api.responses import READ_PROBLEMS
 from worker.auth import LEEWAY_SECONDS, READ, Principal
@@ -358,8 +357,10 @@ async def _stream(
     if last_event_id:
         after = {"after": last_event_id}
         try:
+            if last_event_id == LATEST:
+                raise ValueError
             query = query.model_validate({**query.model_dump(by_alias=True), **after})
-        except ValidationError:
+        except ValueError:
             detail = ErrorDetail(field="Last-Event-ID", message="must be the id of an event")
             raise wrong_parameter([detail]) from None
     cursor = ChangeCursor(request, query, caller)

@@ -88,8 +88,9 @@ def wait_preference(prefer: list[str]) -> tuple[int | None, bool]:
     Returns how many seconds to wait, at most 60, or None, and whether `respond-async` is preferred,
     over which `wait` takes precedence.
     """
-    wanted = [each.strip().lower() for each in ",".join(prefer).split(",")]
-    waits = [found[1] for each in wanted if (found := re.fullmatch(r"wait\s*=\s*(\d{1,9})", each))]
+    wanted = [each.partition(";")[0].strip().lower() for each in ",".join(prefer).split(",")]
+    form = re.compile(r'wait\s*=\s*("?)([0-9]{1,9})\1')
+    waits = [found[2] for each in wanted if (found := form.fullmatch(each))]
     return min(int(waits[0]), MAX_WAIT_SECONDS) if waits else None, "respond-async" in wanted
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import suppress
 from typing import Annotated, Any, Final
 from uuid import UUID
 
@@ -92,13 +93,15 @@ async def read_tags(
         ),
     ],
     if_none_match: Annotated[
-        str | None,
+        list[str],
+        WithJsonSchema({"type": "string"}),
         Header(
             alias="If-None-Match",
+            default_factory=list,
             description="The ETag of an earlier answer.",
             examples=['"42-hdpk3x2nz5s"'],
         ),
-    ] = None,
+    ],
 ) -> Response:
     """With `Prefer: wait` and `If-None-Match`, wait for the next revision; 304 if none comes."""
     answer = await _read_tags(caller, query, reader, if_none_match)
@@ -122,7 +125,7 @@ async def read_tags(
 
 
 async def _read_tags(
-    caller: Principal, query: TagsQuery, reader: Reader, if_none_match: str | None
+    caller: Principal, query: TagsQuery, reader: Reader, if_none_match: list[str]
 ) -> Response:
     known = _known_revisions(if_none_match)
     if query.tag_type or query.tag or query.limit or query.page is not None:
@@ -148,16 +151,17 @@ async def read_tags_directly(request: Request) -> Response:
         parse_query(request, TagsQuery),
         await reader_of(request),
         request.headers.getlist("prefer"),
-        request.headers.get("if-none-match"),
+        request.headers.getlist("if-none-match"),
     )
 
 
-def _known_revisions(header: str | None) -> list[Cursor]:
+def _known_revisions(headers: list[str]) -> list[Cursor]:
     """Return the revisions that If-None-Match names; entity tags of other kinds match nothing."""
-    if header is None:
-        return []
-    tags = re.findall(r'(?:W/)?"([0-9]{1,18}-[0-9a-z]{1,12})"', header[:4096])
-    return [Cursor.parse(tag) for tag in tags[:100]]
+    revisions: list[Cursor] = []
+    for tag in re.findall(r'(?:W/)?"([^"]*)"', ",".join(headers)[:4096])[:100]:
+        with suppress(ValueError):
+            revisions.append(Cursor.parse(tag))
+    return [each for each in revisions if each.time is not None]
 
 
 async def _read_page(
