@@ -387,16 +387,32 @@ CLAIM: Final = "claim"
 """The tag type of claims: its one tag names who works on the task."""
 
 
-def claim(flow_execution_id: UUID | str, task_name: str, claimant: str) -> TagBatch:
-    """Build the batch that claims a task, unless it is claimed. Raises `InvalidMessage`."""
+def claim(
+    flow_execution_id: UUID | str,
+    task_name: str,
+    claimant: str,
+    *,
+    batch_id: UUID | None = None,
+) -> TagBatch:
+    """Build the batch that claims a task, unless it is claimed. Raises `InvalidMessage`.
+
+    Args:
+        batch_id: For a step that may run again (`batch_id_for`); None makes a new one.
+    """
     task = flow_execution_id, task_name
-    return _decision(unless(*task, CLAIM), set_tag(*task, CLAIM, claimant))
+    return _decision(batch_id, unless(*task, CLAIM), set_tag(*task, CLAIM, claimant))
 
 
-def release(flow_execution_id: UUID | str, task_name: str, claimant: str) -> TagBatch:
+def release(
+    flow_execution_id: UUID | str,
+    task_name: str,
+    claimant: str,
+    *,
+    batch_id: UUID | None = None,
+) -> TagBatch:
     """Build the batch that ends a claim, if it is this claimant's. Raises `InvalidMessage`."""
     named = flow_execution_id, task_name, CLAIM, claimant
-    return _decision(when(*named), remove(*named))
+    return _decision(batch_id, when(*named), remove(*named))
 
 
 def decide(
@@ -407,6 +423,7 @@ def decide(
     tag_metadata: Any = None,
     *,
     pending: str = "pending",
+    batch_id: UUID | None = None,
 ) -> TagBatch:
     """Build the batch that sets a tag in place of the pending one, if that is still there.
 
@@ -414,8 +431,8 @@ def decide(
     `InvalidMessage`.
     """
     named = flow_execution_id, task_name, tag_type
-    return _decision(when(*named, pending), set_tag(*named, tag, tag_metadata))
+    return _decision(batch_id, when(*named, pending), set_tag(*named, tag, tag_metadata))
 
 
-def _decision(condition: Condition, operation: TagOperation) -> TagBatch:
-    return TagBatch(tags=[operation], conditions=[condition])
+def _decision(batch_id: UUID | None, condition: Condition, operation: TagOperation) -> TagBatch:
+    return TagBatch(batch_id=batch_id or uuid7(), tags=[operation], conditions=[condition])

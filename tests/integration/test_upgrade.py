@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from redis import Redis
 
@@ -35,7 +36,9 @@ from producers.errors import BadRequest
 from tests.support.database import own_database
 from tests.support.processes import await_line, settings_of, started
 from tests.support.servers import Servers
+from tests.support.waiting import eventually
 from worker.db.migrate import migrate
+from worker.local.stack import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 BEFORE = "4969d9292b92ccc262062f0a3b5c38374f277faa"
@@ -146,6 +149,73 @@ with TagProducer() as producer:
 newer = ResultRecord.decode(sys.stdin.buffer.read())
 print(json.dumps([one.statuses, two.statuses, newer.statuses]))
 """
+
+
+def test_an_older_endpoint_works_with_a_newer_worker_and_then_a_newer_one_takes_over(
+    servers: Servers, redis_url: str, organization: UUID, token: str, older: Path, tmp_path: Path
+) -> None:
+    """Writes and reads go on; only the newer endpoint knows conditions, `set` and `clear`."""
+    execution, headers = str(uuid4()), {"Authorization": f"Bearer {token}"}
+    named = {"flow_execution_id": execution, "task_name": "task", "tag_type": "status"}
+    plain = {"tags": [{"operation": "add", **named, "tag": "pending"}]}
+    decision = {
+        "conditions": [{**named, "tag": "pending", "exists": True}],
+        "tags": [{"operation": "set", **named, "tag": "approved"}],
+    }
+    again = {"flow_execution_id": execution, "task_name": "task", "state": "running"}
+    again["clear"] = ["status"]  # type: ignore[assignment]
+    with own_database(servers, "endpoints") as own:
+        migrate_with(older, own.owner_url)
+        migrate(own.owner_url, {})
+        with worker(own, redis_url, tmp_path / "worker.log"):
+            with endpoint(own, redis_url, headers, tmp_path / "older.log", older) as http:
+                assert http.put(f"/flow-executions/{execution}", json={}).status_code == 201
+                assert http.patch("/task-tags", json=plain).status_code == 200
+                assert tags_of(http, execution) == ["pending"]
+                assert http.patch("/task-tags", json=decision).status_code == 400
+                assert http.put("/task-executions", json=again).status_code == 400
+                assert tags_of(http, execution) == ["pending"]
+            with endpoint(own, redis_url, headers, tmp_path / "newer.log") as http:
+                assert tags_of(http, execution) == ["pending"]
+                assert http.patch("/task-tags", json=decision).status_code == 200
+                assert http.patch("/task-tags", json=decision).status_code == 412
+                assert tags_of(http, execution) == ["approved"]
+                assert http.put("/task-executions", json=again).json()["cleared"] == 1
+                assert tags_of(http, execution) == []
+
+
+def tags_of(http: httpx.Client, execution: str) -> list[str]:
+    response = http.get("/task-tags", params={"flow_execution_id": execution})
+    return [tag["tag"] for tag in response.json()]
+
+
+@contextmanager
+def endpoint(
+    servers: Servers,
+    redis_url: str,
+    headers: dict[str, str],
+    log: Path,
+    code: Path | None = None,
+) -> Iterator[httpx.Client]:
+    """Run an endpoint of this version, or of other code; yield a client of it."""
+    environment = settings_of(servers, TASK_TAGS_REDIS_URL=redis_url)
+    environment["TASK_TAGS_DATABASE_URL"] = servers.endpoint_url
+    if code is not None:
+        environment["PYTHONPATH"] = str(code)
+    port = free_port(0)
+    with (
+        started(["task-tags-admin", "endpoint", "--port", str(port)], log, environment),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=30) as http,
+    ):
+        eventually(lambda: is_ready(http), 60)
+        yield http
+
+
+def is_ready(http: httpx.Client) -> bool:
+    try:
+        return http.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_an_older_producer_works_with_a_newer_worker(

@@ -21,6 +21,10 @@ class ReferenceModel:
     positions: list[UUID] = field(default_factory=list)
     """The executions of the organization's change events, in their order."""
     states: dict[tuple[UUID, str], str] = field(default_factory=dict)
+    cleared: dict[str, int] = field(default_factory=dict)
+    """How many tags were removed with a state, by batch id."""
+    failed: dict[str, list[tuple[int, list[tuple[str, str]]]]] = field(default_factory=dict)
+    """By batch id, each condition that failed, with what is there instead, as type and tag."""
     added: int = 0
     """How often a row was added."""
 
@@ -60,10 +64,11 @@ class ReferenceModel:
         execution = UUID(asked["flow_execution_id"])
         cleared = [
             row
-            for tag_type in asked.get("clear", [])
+            for tag_type in dict.fromkeys(asked.get("clear", []))
             for row in self.of_type({**asked, "tag_type": tag_type})
         ]
         self.take(cleared)
+        self.cleared[asked["batch_id"]] = len(cleared)
         if self.states.get((execution, asked["task_name"])) == asked["state"] and not cleared:
             return ["unchanged"]
         self.states[execution, asked["task_name"]] = asked["state"]
@@ -74,7 +79,10 @@ class ReferenceModel:
         conditions = asked.get("conditions", [])
         if not all(map(self.knows, asked["tags"] + conditions)):
             return "not_found"
-        if not all(map(self.holds, conditions)):
+        failed = [index for index, each in enumerate(conditions) if not self.holds(each)]
+        if failed:
+            found = [(index, self.instead(conditions[index])) for index in failed]
+            self.failed[asked["batch_id"]] = found
             return "precondition_failed"
         changed: dict[UUID, None] = {}
         answer = []
@@ -125,11 +133,19 @@ class ReferenceModel:
         return "replaced" if others else "already_exists" if same else "added"
 
     def holds(self, condition: dict[str, Any]) -> bool:
+        return bool(self.meant(condition)) is condition["exists"]
+
+    def instead(self, condition: dict[str, Any]) -> list[tuple[str, str]]:
+        """Return the five oldest tags that made a condition fail."""
+        found = self.of_type(condition) if condition["exists"] else self.meant(condition)
+        return [(row["tag_type"], row["tag"]) for row in found[:5]]
+
+    def meant(self, condition: dict[str, Any]) -> list[dict[str, Any]]:
         meant = self.matching(condition) if "tag" in condition else self.of_type(condition)
         if "tag_metadata" in condition:
             wanted = condition["tag_metadata"]
             meant = [row for row in meant if json_equal(row["tag_metadata"], wanted)]
-        return bool(meant) is condition["exists"]
+        return meant
 
     def of_type(self, named: dict[str, Any]) -> list[dict[str, Any]]:
         parts = ("flow_execution_id", "task_name", "tag_type")

@@ -39,6 +39,7 @@ from worker.snapshot import AuthorizedMessage, Decision, Snapshot, types_of
 ORGANIZATION = UUID(int=1)
 ONE, TWO, UNKNOWN = UUID(int=11), UUID(int=12), UUID(int=13)
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+NEW_ID = Uuid7()
 
 
 def settle(state: Snapshot, *messages: Message, actor: str = "ada", **options: Any) -> Decision:
@@ -46,7 +47,7 @@ def settle(state: Snapshot, *messages: Message, actor: str = "ada", **options: A
     for request in requests:
         for _, _, key, _ in types_of(request.message):
             state.types.setdefault(key, {each: None for each in state.tags if each[:3] == key})
-    return decide(ORGANIZATION, requests, state, now=NOW, new_id=Uuid7())
+    return decide(ORGANIZATION, requests, state, now=NOW, new_id=NEW_ID)
 
 
 def registered(*executions: UUID, names: list[str] | None = None) -> Snapshot:
@@ -454,7 +455,7 @@ def test_a_claim_has_one_winner_and_a_decision_counts_once() -> None:
     state = registered(ONE)
     first, second = claim(ONE, "task", "ada"), claim(ONE, "task", "grace")
     decision = settle(state, first, second, may_read=True)
-    assert statuses(decision, 1 - 1) == ["added"]
+    assert statuses(decision, 0) == ["added"]
     error = record(decision, 1).error
     assert error is not None
     assert error.details[0].found is not None
@@ -466,6 +467,11 @@ def test_a_claim_has_one_winner_and_a_decision_counts_once() -> None:
     decision = settle(state, yes, no)
     assert statuses(decision, 0) == ["replaced"]
     assert record(decision, 1).error is not None
+    step = UUID(int=7)
+    again = claim(ONE, "task", "ada", batch_id=step)
+    assert (again.batch_id, again.digest() == first.digest()) == (step, True)
+    assert release(ONE, "task", "ada", batch_id=step).batch_id == step
+    assert decide_as(ONE, "task", "review", "approved", batch_id=step).batch_id == step
 
 
 def test_a_new_state_clears_approvals_in_one_event() -> None:
@@ -580,6 +586,13 @@ groups = st.lists(
 )
 
 
+def failures(got: ResultRecord) -> list[tuple[int | None, list[tuple[str, str]]]]:
+    """Return each condition that failed, with the types and tags that are there instead."""
+    assert got.error is not None
+    details = got.error.details
+    return [(each.index, [(it.tag_type, it.tag) for it in each.found or ()]) for each in details]
+
+
 @settings(max_examples=300, deadline=None)
 @given(groups)
 def test_any_sequence_of_messages_agrees_with_the_reference_model(
@@ -590,7 +603,7 @@ def test_any_sequence_of_messages_agrees_with_the_reference_model(
     seen: dict[UUID, list[ChangeEvent]] = {}
     known: set[bytes] = set()
     for group in groups:
-        decision = settle(state, *group)
+        decision = settle(state, *group, may_read=True)
         for place, message in enumerate(group):
             answer = model.send(message)
             got = record(decision, place)
@@ -598,6 +611,11 @@ def test_any_sequence_of_messages_agrees_with_the_reference_model(
                 assert got.error.code == answer
             else:
                 assert got.statuses == answer
+            if answer == "precondition_failed":
+                assert failures(got) == model.failed[str(message.batch_id)]
+            elif got.task_execution is not None:
+                cleared = model.cleared[str(message.batch_id)]
+                assert (got.task_execution.cleared or 0) == cleared
             for execution, event in decision.outcomes[place].events:
                 if event not in known:
                     known.add(event)
