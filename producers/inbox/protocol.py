@@ -22,13 +22,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from importlib.resources import files
 from itertools import chain
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 from uuid import UUID
 
 from redis import Redis
@@ -131,6 +131,25 @@ class DeadLetter:
         return fields if self.batch_id is None else {**fields, "batch_id": str(self.batch_id)}
 
 
+class Acknowledged:
+    """Entries that are on their way out of the inbox (`Inbox.ack_and_publish`)."""
+
+    def __init__(self, inbox: Inbox, sent: SentScript) -> None:
+        self._inbox, self._sent = inbox, sent
+
+    def following(self) -> list[StreamEntry] | None:
+        """Wait until it is done; return what comes next, or None if the lease is another's.
+
+        If there is nothing left in the run's hands and in the inbox, the run is over.
+        """
+        found = self._inbox.repairing(self._sent.result)
+        return None if found is None else _entries(found)
+
+    def drop(self) -> None:
+        """Do not wait: it may be done or not."""
+        self._sent.drop()
+
+
 class Inbox:
     """The inbox of one organization.
 
@@ -195,7 +214,7 @@ class Inbox:
             [self._inbox, self._lease],
             [run_id, self._lease_ms, max_messages, max_bytes],
         )
-        return Acquired(self._entries(entries[0] if entries else ()), bool(rescue))
+        return Acquired(_entries(entries[0] if entries else ()), bool(rescue))
 
     def ack_and_publish(
         self,
@@ -207,18 +226,20 @@ class Inbox:
         position: str | None = None,
         max_messages: int,
         max_bytes: int = MAX_READABLE_BYTES,
-    ) -> list[StreamEntry]:
-        """Publish what became of entries, remove them from the inbox, and return what comes next.
+        after: bytes = b"",
+    ) -> Acknowledged:
+        """Publish what became of entries, remove them from the inbox, and read what comes next.
 
-        It is one step: a result is published if and only if its entry is gone. If nothing is
-        returned, the run is over: as for `acquire`.
+        It is one step: a result is published if and only if its entry is gone. This sends it; the
+        returned object waits for the answer.
 
         Args:
             publications: Pairs of channel and payload, in order.
             position: The cursor of the organization's last change event, if there are new ones.
+            after: The id of the last entry that the run has read, if there are more than these.
         """
-        arguments: list[Any] = [run_id, self._lease_ms, max_messages, max_bytes, DEAD_LETTER_LIMIT]
-        arguments.append(position or "")
+        arguments: list[Any] = [run_id, self._lease_ms, max_messages, max_bytes, after]
+        arguments += [DEAD_LETTER_LIMIT, position or ""]
         arguments.append(len(entries))
         arguments.extend([entry.id for entry in entries])
         arguments.append(len(publications))
@@ -228,7 +249,7 @@ class Inbox:
             fields = list(chain.from_iterable(dead_letter.fields().items()))
             arguments += [len(fields), *fields]
         keys = [self._inbox, self._lease, self._dead_letters, self._failing, self._position]
-        return self._entries(self._run("ack_and_publish", keys, arguments))
+        return Acknowledged(self, SentScript(self._redis, "ack_and_publish", keys, arguments))
 
     def add_dead_letter(self, dead_letter: DeadLetter) -> None:
         """Keep a message for an operator; its entry stays in the inbox until it is acknowledged."""
@@ -265,17 +286,17 @@ class Inbox:
         drain = drain_message(self._organization_id, lease_id)
         return [self._inbox, self._lease], [lease_id, self._lease_ms, drain]
 
-    @staticmethod
-    def _entries(found: Any) -> list[StreamEntry]:
-        return [_entry(id, fields) for id, fields in found or ()]
-
     def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
+        return self.repairing(lambda: run_script(self._redis, name, keys, args))
+
+    def repairing(self, run: Callable[[], Any]) -> Any:
+        """Run a script; if a key has a wrong type, repair it, and run it again."""
         try:
-            return run_script(self._redis, name, keys, args)
+            return run()
         except ResponseError as error:
             if "WRONGTYPE" not in str(error) or not self.repair():
                 raise
-            return run_script(self._redis, name, keys, args)
+            return run()
 
     def repair(self) -> bool:
         """Move keys of a wrong type out of the way, or delete them; return whether one was wrong.
@@ -315,6 +336,49 @@ def run_script(redis: Redis, name: str, keys: Sequence[str], arguments: Sequence
         return redis.eval(script_source(name), len(keys), *keys, *arguments)
 
 
+class SentScript:
+    """A call of one of the scripts that was sent. All methods raise what redis-py raises."""
+
+    def __init__(
+        self, redis: Redis, name: str, keys: Sequence[str], arguments: Sequence[Any]
+    ) -> None:
+        self._redis, self._call = redis, (name, keys, arguments)
+        self._connection = cast(Any, redis.connection_pool.get_connection())
+        words: tuple[Any, ...] = (_sha(name), len(keys), *keys, *arguments)
+        try:
+            self._connection.send_command("EVALSHA", *words)
+        except BaseException:
+            self.drop()
+            raise
+
+    def result(self) -> Any:
+        """Wait for the answer. After an error of the server, call it again to repeat the call."""
+        if self._connection is None:
+            return run_script(self._redis, *self._call)
+        try:
+            answer = self._connection.read_response()
+        except ResponseError as error:
+            self._release()
+            if isinstance(error, NoScriptError):
+                return self.result()
+            raise
+        except BaseException:
+            self.drop()
+            raise
+        self._release()
+        return answer
+
+    def drop(self) -> None:
+        """Close the connection, unless there is an answer: the script may have run or not."""
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._release()
+
+    def _release(self) -> None:
+        connection, self._connection = self._connection, None
+        self._redis.connection_pool.release(connection)
+
+
 def chunks(messages: Iterable[bytes]) -> Iterator[list[bytes]]:
     """Yield messages in chunks for one script call, which blocks the server for well under 1 ms."""
     chunk: list[bytes] = []
@@ -327,6 +391,10 @@ def chunks(messages: Iterable[bytes]) -> Iterator[list[bytes]]:
         size += len(message)
     if chunk:
         yield chunk
+
+
+def _entries(found: Any) -> list[StreamEntry]:
+    return [_entry(id, fields) for id, fields in found or ()]
 
 
 def _entry(id: bytes, fields: list[bytes]) -> StreamEntry:

@@ -10,9 +10,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -21,14 +20,16 @@ import worker.db.rows
 import worker.db.statements
 import worker.drain.path
 from producers.contract.cursors import Cursor
-from producers.inbox.protocol import Acquired, Inbox, StreamEntry
+from producers.inbox.protocol import Acknowledged, Acquired, Inbox, StreamEntry
 from worker.celery import app
-from worker.db.repository import Repository, Transaction
-from worker.drain.admission import Admitted
-from worker.drain.path import Drain, publications
-from worker.rules import BatchProcessor, decide
+from worker.db.repository import Repository, Transaction, UnknownOrganization
+from worker.drain.path import Application, Drain, Steps, Turn
+from worker.rules import BatchProcessor
 
-FAILPOINTS = ("after_read", "after_lock", "before_commit", "before_publish", "amid_publish")
+FAILPOINTS = (
+    *("after_read", "after_lock", "before_commit", "commit_sent"),
+    *("before_publish", "amid_publish", "answers_sent"),
+)
 PLANTS = {
     "remove_before_commit": ("lost", "die|kill worker"),
     "publish_before_commit": ("lost", "die before commit|kill worker"),
@@ -56,8 +57,9 @@ def reach(failpoint: str) -> None:
 
 
 _acquire, _ack_and_publish = Inbox.acquire, Inbox.ack_and_publish
-_transaction, _save = Repository.transaction, Transaction.save
-_process = Drain._process
+_begin, _save, _commit = Repository.begin, Transaction.save, Transaction.commit
+_take, _process, _next_group = Turn.take, Drain._process, Drain._next_group
+_following = Acknowledged.following
 _advance = BatchProcessor._advance
 
 
@@ -68,13 +70,13 @@ def acquire(self: Inbox, run_id: str, **bounds: Any) -> Acquired:
     return acquired
 
 
-@contextmanager
-def transaction(self: Repository, organization_id: UUID) -> Iterator[Transaction]:
-    with _transaction(self, organization_id) as opened:
-        if _armed.exists():
+def begin(self: Repository, organization_id: UUID) -> Transaction:
+    opened = _begin(self, organization_id)
+    if _armed.exists():
+        with suppress(UnknownOrganization):
             assert opened.now  # it is known once the lock is held
             reach("after_lock")
-        yield opened
+    return opened
 
 
 def save(self: Transaction, change_set: Any) -> None:
@@ -82,9 +84,14 @@ def save(self: Transaction, change_set: Any) -> None:
     reach("before_commit")
 
 
+def commit(self: Transaction) -> None:
+    _commit(self)
+    reach("commit_sent")
+
+
 def ack_and_publish(
     self: Inbox, run_id: str, entries: Any, publications: Any, *rest: Any, **bounds: Any
-) -> list[StreamEntry]:
+) -> Acknowledged:
     reach("before_publish")
     if _armed.exists() and publications:
         connection: Any = self._redis.connection_pool.get_connection()
@@ -93,59 +100,56 @@ def ack_and_publish(
         reach("amid_publish")
         connection.disconnect()
         self._redis.connection_pool.release(connection)
-    return _ack_and_publish(self, run_id, entries, publications, *rest, **bounds)
+    sent = _ack_and_publish(self, run_id, entries, publications, *rest, **bounds)
+    reach("answers_sent")
+    return sent
 
 
 Inbox.acquire, Inbox.ack_and_publish = acquire, ack_and_publish  # type: ignore[method-assign]
-Repository.transaction, Transaction.save = transaction, save  # type: ignore[method-assign]
+Repository.begin, Transaction.save = begin, save  # type: ignore[method-assign]
+Transaction.commit = commit  # type: ignore[method-assign]
 
 
 # --- Planted bugs --------------------------------------------------------------------------------
 
 
-def _ack_before_commit(
-    self: Drain, entries: Sequence[StreamEntry], **_: bool
-) -> tuple[int, list[StreamEntry]]:
-    self.inbox.ack_and_publish(self.run_id, entries, [], max_messages=self.group_size)
-    return _process(self, entries)
+def _ack_before_commit(self: Drain, turn: Turn) -> Steps:
+    group = turn.waiting[: 1 if turn.alone else turn.size]
+    self.inbox._redis.xdel(self.inbox._inbox, *[entry.id for entry in group])
+    yield from _process(self, turn)
 
 
-def _publish_before_commit(
-    self: Drain, entries: Sequence[StreamEntry], **_: bool
-) -> tuple[int, list[StreamEntry]]:
-    admitted = [each for each in map(self._admit, entries) if isinstance(each, Admitted)]
-    messages = [each.message for each in admitted]
-    following: list[StreamEntry] = []
+def _publish_before_commit() -> None:
+    """The commit is sent when the publication has been answered."""
+    waiting: list[Transaction] = []
 
-    def apply(transaction: Transaction) -> None:
-        snapshot = transaction.load(messages)
-        new_id = partial(self.new_id, int(transaction.now.timestamp() * 1_000_000))
-        decision = decide(
-            self.organization_id, messages, snapshot, now=transaction.now, new_id=new_id
-        )
-        to_publish = [
-            publication
-            for each, outcome in zip(admitted, decision.outcomes, strict=False)
-            for publication in publications(self.organization_id, each.reply_to, outcome)
-        ]
-        following[:] = self.inbox.ack_and_publish(
-            self.run_id, entries, to_publish, max_messages=self.group_size
-        )
+    def commit_at_last(self: Acknowledged) -> list[StreamEntry] | None:
+        found = _following(self)
         time.sleep(0.01)
-        transaction.save(decision.change_set)
+        reach("before_commit")
+        while waiting:
+            transaction = waiting.pop()
+            _commit(transaction)
+            transaction.wait()
+        return found
 
-    self.repository.transact(self.organization_id, apply)
-    return len(entries), following
+    def one_by_one(self: Drain, turn: Turn, before: Steps | None) -> Steps | None:
+        return None if before else _next_group(self, turn, before)
+
+    Transaction.commit = lambda self: waiting.append(self)  # type: ignore[method-assign]
+    Application.wait = lambda self: None  # type: ignore[method-assign]
+    Acknowledged.following = commit_at_last  # type: ignore[method-assign]
+    Drain._next_group = one_by_one  # type: ignore[method-assign]
 
 
-def _ack_and_release_blindly(self: Inbox, *arguments: Any, **bounds: Any) -> list[StreamEntry]:
+def _release_blindly(self: Acknowledged) -> list[StreamEntry] | None:
     """As if the read of the next entries and the release of the lease were two steps."""
-    following = ack_and_publish(self, *arguments, **bounds)
-    if len(following) < 2:
+    found = _following(self)
+    if found is not None and len(found) < 2:
         time.sleep(0.02)
-        self._redis.delete(self._lease)
+        self._inbox._redis.delete(self._inbox._lease)
         return []
-    return following
+    return found
 
 
 def _ignore_batch_ids() -> None:
@@ -158,10 +162,8 @@ def _end_on_errors() -> None:
     Drain._ends_turn = lambda self, turn, error: os._exit(3)  # type: ignore[method-assign]
 
 
-def _apply_backwards(
-    self: Drain, entries: Sequence[StreamEntry], **alone: bool
-) -> tuple[int, list[StreamEntry]]:
-    return _process(self, entries[::-1], **alone)
+def _apply_backwards(self: Turn) -> list[StreamEntry]:
+    return _take(self)[::-1]
 
 
 def _skip_revisions(self: BatchProcessor, *arguments: Any) -> dict[UUID, int]:
@@ -180,7 +182,7 @@ def _skip_positions(self: BatchProcessor, *arguments: Any) -> dict[UUID, int]:
 
 def _publish_no_result(
     self: Inbox, run_id: str, entries: Any, publications: Any, *rest: Any, **bounds: Any
-) -> list[StreamEntry]:
+) -> Acknowledged:
     """Publish no result of a tag batch whose id ends with an f."""
     lost = re.compile(rb'.{13}[-0-9a-f]{35}f".*"tags":')
     kept = [each for each in publications if not lost.match(each[1])]
@@ -188,13 +190,13 @@ def _publish_no_result(
 
 
 _plants: dict[str, Callable[[], Any]] = {
-    "apply_backwards": lambda: setattr(Drain, "_process", _apply_backwards),
+    "apply_backwards": lambda: setattr(Turn, "take", _apply_backwards),
     "skip_positions": lambda: setattr(BatchProcessor, "_advance", _skip_positions),
     "skip_revisions": lambda: setattr(BatchProcessor, "_advance", _skip_revisions),
     "publish_no_result": lambda: setattr(Inbox, "ack_and_publish", _publish_no_result),
     "remove_before_commit": lambda: setattr(Drain, "_process", _ack_before_commit),
-    "publish_before_commit": lambda: setattr(Drain, "_process", _publish_before_commit),
-    "release_blindly": lambda: setattr(Inbox, "ack_and_publish", _ack_and_release_blindly),
+    "publish_before_commit": _publish_before_commit,
+    "release_blindly": lambda: setattr(Acknowledged, "following", _release_blindly),
     "no_batch_id_check": _ignore_batch_ids,
     "blame_at_once": lambda: setattr(worker.drain.path, "attempts_to_blame", lambda *_: 1),
     "end_on_errors": _end_on_errors,

@@ -28,7 +28,7 @@ from worker.drain.dead_letters import (
     find,
     server_time,
 )
-from worker.drain.path import Drain
+from worker.drain.path import Application
 from worker.wire import read_message
 
 
@@ -154,7 +154,7 @@ def test_what_another_drain_has_answered_is_no_failure(
         applied(tenant.repository, tenant.organization, batch)
         return 1
 
-    monkeypatch.setattr(Drain, "_transact", fail)
+    monkeypatch.setattr(Application, "decide", fail)
     monkeypatch.setattr("worker.drain.path.attempts_to_blame", blame)
     tenant.send(batch)
     tenant.drain(budget_seconds=0.0)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -15,7 +14,7 @@ from redis.exceptions import ConnectionError
 
 from producers.contract.channels import dead_letters_key, inbox_key, lease_key, position_key
 from producers.contract.messages import TagBatch, add, register_execution, remove
-from producers.inbox.protocol import Acquired, Inbox, StreamEntry
+from producers.inbox.protocol import Acknowledged, Acquired, Inbox
 from tests.support.malformed import stream_entries
 from tests.support.tenant import EXECUTION, Tenant, broken_for, killed, tagging
 from worker.auth import EXECUTIONS_WRITE, WRITE
@@ -226,19 +225,17 @@ def test_a_lost_database_connection_is_waited_out_in_place(
 ) -> None:
     """The round is run again, with its messages in their order; nobody gets an error."""
     cut_once = threading.Event()
-    original = Repository.transaction
+    original = Transaction.commit
 
-    @contextmanager
-    def cut(self: Repository, organization: UUID) -> Iterator[Any]:
-        with original(self, organization) as transaction:
-            yield transaction
-            if not cut_once.is_set():
-                cut_once.set()
-                pid = transaction._pipeline.connection.info.backend_pid
-                with tenant.servers.owner() as connection:
-                    connection.execute("select pg_terminate_backend(%s)", [pid])
+    def cut(self: Transaction) -> None:
+        if not cut_once.is_set():
+            cut_once.set()
+            pid = self._pipeline.connection.info.backend_pid
+            with tenant.servers.owner() as connection:
+                connection.execute("select pg_terminate_backend(%s)", [pid])
+        original(self)
 
-    monkeypatch.setattr(Repository, "transaction", cut)
+    monkeypatch.setattr(Transaction, "commit", cut)
     tenant.send(tagging("a"), tagging("b"))
     assert tenant.drain() == 2
     assert cut_once.is_set()
@@ -277,7 +274,7 @@ def test_a_lost_redis_connection_is_waited_out_in_place(
     failures = iter([True, False])
     original = Inbox.ack_and_publish
 
-    def fail_once(self: Inbox, *arguments: Any, **bounds: Any) -> list[StreamEntry]:
+    def fail_once(self: Inbox, *arguments: Any, **bounds: Any) -> Acknowledged:
         if next(failures, False):
             raise ConnectionError("cut")
         return original(self, *arguments, **bounds)
@@ -335,7 +332,7 @@ def test_two_drains_at_once_apply_each_batch_once(tenant: Tenant) -> None:
             tenant.redis.delete(lease_key(tenant.organization))
             return super().acquire(run_id, **bounds)
 
-        def ack_and_publish(self, run_id: str, *arguments: Any, **bounds: Any) -> list[StreamEntry]:
+        def ack_and_publish(self, run_id: str, *arguments: Any, **bounds: Any) -> Acknowledged:
             tenant.redis.delete(lease_key(tenant.organization))
             return super().ack_and_publish(run_id, *arguments, **bounds)
 

@@ -44,7 +44,7 @@ def acquire(inbox: Inbox, run_id: str, max_messages: int = 10, **bounds: int) ->
 def ack_and_publish(
     inbox: Inbox, run_id: str, entries: list[StreamEntry], max_messages: int = 10
 ) -> list[StreamEntry]:
-    return inbox.ack_and_publish(run_id, entries, [], max_messages=max_messages)
+    return inbox.ack_and_publish(run_id, entries, [], max_messages=max_messages).following() or []
 
 
 def messages(entries: list[StreamEntry]) -> list[bytes | None]:
@@ -177,10 +177,9 @@ def test_an_inbox_is_drained_also_while_redis_has_no_memory_left(
         inbox.requeue("run")
         assert acquire(inbox, "run") == [entry]
         rejection = DeadLetter(b"1", "no id", datetime(2026, 1, 2, tzinfo=timezone.utc))
-        assert (
-            inbox.ack_and_publish("run", [entry], [("channel", b"x")], [rejection], max_messages=1)
-            == []
-        )
+        published = [("channel", b"x")]
+        last = inbox.ack_and_publish("run", [entry], published, [rejection], max_messages=1)
+        assert last.following() == []
     finally:
         quiet_redis.config_set("maxmemory", 0)
 
@@ -295,9 +294,8 @@ def test_removing_publishes_in_the_same_step(
         eventually(lambda: pubsub.get_message(timeout=1))
         publications = [("channel", b"a"), ("channel", b"b")]
         rejection = DeadLetter(b"2", "no id", now)
-        assert (
-            inbox.ack_and_publish("run", entries, publications, [rejection], max_messages=2) == []
-        )
+        last = inbox.ack_and_publish("run", entries, publications, [rejection], max_messages=2)
+        assert last.following() == []
         received = [eventually(lambda: pubsub.get_message(timeout=1))["data"] for _ in range(2)]
     assert received == [b"a", b"b"]
     assert quiet_redis.xlen(inbox_key(organization)) == 0

@@ -19,7 +19,7 @@ from producers.contract.channels import inbox_key, lease_key
 from producers.inbox import protocol
 from producers.inbox.drain_message import QUEUE, drain_message
 from producers.inbox.protocol import WAITING, Inbox, StreamEntry, run_script
-from tests.support.inbox_model import GROUP, NEW, NO_BUGS, Faults, Run, State, Step, steps
+from tests.support.inbox_model import HAND, NEW, NO_BUGS, Faults, State, Step, steps
 
 STEPS: Final = 10_000
 MANY_FAULTS: Final = Faults(*[3] * len(Faults._fields))
@@ -94,22 +94,35 @@ class Path:
             self.ids[int(fields[b"message"])] = id
 
     def acquire(self, run_id: int) -> None:
-        acquired = self.inbox.acquire(str(run_id), max_messages=GROUP)
-        self.expect_held(run_id, acquired.entries)
+        acquired = self.inbox.acquire(str(run_id), max_messages=HAND)
+        self.expect_read(run_id, (), acquired.entries)
 
     def ack_and_publish(self, before: State, run_id: int) -> None:
         (run,) = (run for run in before.runs if run.id == run_id)
-        entries = [StreamEntry(self.ids[each], b"", b"") for each in run.held]
-        publications = [(f"path:{self.organization}", b"%d" % each) for each in run.held]
+        group, held = run.committed[0], run.held
+        entries = [StreamEntry(self.ids[each], b"", b"") for each in group]
+        publications = [(f"path:{self.organization}", b"%d" % each) for each in group]
         self.published += [payload for _, payload in publications]
+        left = len(held) - len(group)
         following = self.inbox.ack_and_publish(
-            str(run_id), entries, publications, max_messages=GROUP
-        )
-        self.expect_held(run_id, following)
+            str(run_id),
+            entries,
+            publications,
+            max_messages=HAND - left,
+            after=self.ids[held[-1]] if left else b"",
+        ).following()
+        self.expect_read(run_id, held[len(group) :], following)
 
-    def expect_held(self, run_id: int, entries: list[StreamEntry]) -> None:
-        held = next((run.held for run in self.state.runs if run.id == run_id), ())
-        assert tuple(int(entry.message or b"") for entry in entries) == held, self.taken
+    def expect_read(
+        self, run_id: int, held: tuple[int, ...], following: list[StreamEntry] | None
+    ) -> None:
+        """Assert that the run has in its hands what it had, and what it has read now."""
+        now = next((run for run in self.state.runs if run.id == run_id), None)
+        if following is None:  # it ends what is on its way
+            assert now is None or now.read == (), self.taken
+            return
+        read = tuple(int(entry.message or b"") for entry in following)
+        assert (held + read) == (() if now is None else now.held), self.taken
 
     def message(self, lease_id: int) -> bytes:
         """Return a drain message in the queue that was sent with this lease."""
@@ -147,7 +160,7 @@ def renamed(state: State, id: int) -> State:
     return state._replace(
         lease=state.lease and (state.lease[0], name(state.lease[1])),
         queue=tuple(map(name, state.queue)),
-        runs=tuple(Run(name(run.id), run.at, run.held) for run in state.runs),
+        runs=tuple(run._replace(id=name(run.id)) for run in state.runs),
     )
 
 

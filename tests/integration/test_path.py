@@ -268,7 +268,7 @@ class Quiet:
             time.sleep(pause)
             if entries := self.inbox.acquire("run", max_messages=2).entries:
                 self.seen.extend(entry.message for entry in entries)
-                self.inbox.ack_and_publish("run", entries, [], max_messages=1)
+                self.inbox.ack_and_publish("run", entries, [], max_messages=1).following()
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_what_works_on_an_inbox_adds_it(tenant: Tenant) -> None:
     entries = inbox.acquire("run", max_messages=1).entries
     assert waiting(redis) == {name}
     redis.delete(WAITING)
-    assert inbox.ack_and_publish("run", entries, [], max_messages=1)
+    assert inbox.ack_and_publish("run", entries, [], max_messages=1).following()
     assert waiting(redis) == {name}
     redis.delete(WAITING)
     inbox.requeue("run")

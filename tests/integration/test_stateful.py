@@ -8,8 +8,8 @@ end, answers, tags, revisions and change events must be the model's.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
@@ -42,7 +42,7 @@ from producers.contract.messages import (
     when,
 )
 from producers.contract.results import Change, ChangeEvent, ResultRecord
-from producers.inbox.protocol import Acquired, Inbox, StreamEntry
+from producers.inbox.protocol import Acknowledged, Acquired, Inbox, StreamEntry
 from tests.support.reference_model import ReferenceModel
 from tests.support.servers import Servers
 from worker.auth import Authorizer
@@ -100,14 +100,28 @@ class WatchedInbox(Inbox):
 
     def ack_and_publish(
         self, run_id: str, entries: Any, publications: Any, dead_letters: Any = (), **bounds: Any
-    ) -> list[StreamEntry]:
+    ) -> Acknowledged:
         self.failpoints.before_remove()
-        following = super().ack_and_publish(run_id, entries, publications, dead_letters, **bounds)
+        sent = super().ack_and_publish(run_id, entries, publications, dead_letters, **bounds)
+        following = sent.following()  # now, so that what was published is known
         self.published.messages.extend(publications)
         self.published.dead_letters.extend(each.message for each in dead_letters)
-        if following:
+        return Answered(following, self.failpoints)
+
+
+class Answered(Acknowledged):
+    """The answer that is there already."""
+
+    def __init__(self, found: list[StreamEntry] | None, failpoints: Failpoints) -> None:
+        self.found, self.failpoints = found, failpoints
+
+    def following(self) -> list[StreamEntry] | None:
+        if self.found:
             self.failpoints.after_read()
-        return following
+        return self.found
+
+    def drop(self) -> None:
+        pass
 
 
 class WatchedRepository(Repository):
@@ -115,11 +129,16 @@ class WatchedRepository(Repository):
 
     failpoints = Failpoints()
 
-    @contextmanager
-    def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
-        with super().transaction(organization_id) as transaction:
-            yield transaction
+    def begin(self, organization_id: UUID) -> Transaction:
+        transaction = super().begin(organization_id)
+        commit = transaction.commit
+
+        def watched() -> None:
             self.failpoints.before_commit()
+            commit()
+
+        transaction.commit = watched  # type: ignore[method-assign]
+        return transaction
 
 
 names = st.sampled_from(["t1", "t2"])

@@ -224,8 +224,8 @@ MUTANTS: Final = (
     ),
     Mutant(  # a worker that ends holds its inbox up until the lease runs out
         _PATH,
-        "(time.monotonic() > turn.deadline or self.stopping())",
-        "(time.monotonic() > turn.deadline)",
+        "if time.monotonic() > turn.deadline or self.stopping():\n            return None",
+        "if time.monotonic() > turn.deadline:\n            return None",
         f"{_OF_DRAIN}a_drain_hands_over_when_the_process_is_to_end",
     ),
     Mutant(  # the events of a batch are published once for each of its copies
@@ -236,8 +236,8 @@ MUTANTS: Final = (
     ),
     Mutant(  # messages behind the end of a group are acknowledged with it
         _PATH,
-        "entries = entries[:place]",
-        "entries = entries[:]",
+        "            answers.count += 1",
+        "            answers.count = len(admissions)",
         "tests/integration/test_sizes.py::test_a_group_ends_where_its_events_reach_16_mib",
     ),
     Mutant(  # a message that another drain has answered gets a failure as well

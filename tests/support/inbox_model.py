@@ -12,10 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import chain
 from typing import Final, NamedTuple
 
 MESSAGES: Final = 3
-GROUP: Final = 2
+HAND: Final = 2
+"""How many messages a drain has in its hands, at most; a group is any number of the first ones."""
+WINDOW: Final = 2
+"""How many groups are committed before the first of them is acknowledged, at most."""
 WORKERS: Final = 2
 
 # --- States --------------------------------------------------------------------------------------
@@ -43,14 +47,21 @@ KEY_FAULTS: Final = Faults(crash=1, expire=1, forget=1, junk=1, old=1)
 
 
 class Run(NamedTuple):
-    """A drain at work: its id, where it is, and the messages in its hands, which are never none.
+    """A drain at work: its id, and the messages in its hands, which are never none.
 
-    It has `read` them, or `committed` them; if a step failed, it has to `acquire` them again.
+    It has `read` them, or `committed` them in groups; if a step failed, it has to `acquire` them
+    again.
     """
 
     id: int
-    at: str
-    held: tuple[int, ...]
+    read: tuple[int, ...]
+    committed: tuple[tuple[int, ...], ...] = ()
+    gone: tuple[int, ...] = ()
+    """With a bug: what was removed before its commit."""
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        return (*chain.from_iterable(self.committed), *self.read)
 
 
 class State(NamedTuple):
@@ -78,6 +89,10 @@ class Bugs:
 
     release_blindly: bool = False
     ack_before_commit: bool = False
+    write_before_commit: bool = False
+    """The next group is committed although the one before it was not."""
+    release_in_flight: bool = False
+    """The lease is freed when nothing follows, although a group is still on its way."""
     forget_batch_ids: bool = False
     demand_the_lease_id: bool = False
     acquire_from_the_running: bool = False
@@ -98,7 +113,7 @@ def normal(state: State, bugs: Bugs = NO_BUGS) -> State:
     at the id in a drain message.
     """
     lease_id = state.lease[1] if state.lease and state.lease[0] != "junk" else None
-    runs = sorted(state.runs, key=lambda run: (run.id != lease_id, run.at, run.held, run.id))
+    runs = sorted(state.runs, key=lambda run: (run.id != lease_id, run[1:], run.id))
     ids = ([] if lease_id is None else [lease_id]) + [run.id for run in runs]
     names = {id: name for name, id in enumerate(dict.fromkeys(ids))}
     queue = state.queue if bugs.demand_the_lease_id else [_STALE] * len(state.queue)
@@ -186,7 +201,7 @@ def go_on(state: State, run_id: int) -> tuple[State, Run | None]:
     if not state.inbox:
         return state._replace(lease=None, waiting=False), None
     after = state._replace(lease=("running", run_id), waiting=True)
-    return after, Run(run_id, "read", state.inbox[:GROUP])
+    return after, Run(run_id, state.inbox[:HAND])
 
 
 def may_acquire(state: State, id: int, bugs: Bugs) -> bool:
@@ -213,16 +228,17 @@ def drain(state: State, bugs: Bugs) -> Steps:
 
 
 def turn(state: State, run: Run, bugs: Bugs) -> Turns:
-    if run.at == "looked":
+    if run == Run(run.id, ()):
         yield "release blindly", state._replace(lease=None), None
     elif bugs.ack_before_commit:
         yield from ack_then_commit(state, run)
-    elif run.at == "read":
-        yield "commit", commit(state, run, bugs), run._replace(at="committed")
-        yield from requeue(state, run)
-        yield from acquire_again(state, run)
     else:
-        yield from ack_and_publish(state, run, bugs)
+        if run.read and len(run.committed) < WINDOW:
+            yield from commit_some(state, run, bugs)
+        if run.committed:
+            yield from ack_and_publish(state, run, bugs)
+        else:
+            yield from requeue(state, run)
         yield from acquire_again(state, run)
 
 
@@ -241,39 +257,64 @@ def acquire_again(state: State, run: Run) -> Turns:
         yield ("acquire again", *go_on(after, run.id))
 
 
-def commit(state: State, run: Run, bugs: Bugs = NO_BUGS) -> State:
+def commit_some(state: State, run: Run, bugs: Bugs) -> Turns:
+    """The next group takes effect: any number of messages, as its look-ups and answers allow."""
+    for size in range(1, len(run.read) + 1):
+        group, rest = run.read[:size], run.read[size:]
+        after = run._replace(read=rest, committed=(*run.committed, group))
+        yield "commit", commit(state, group, bugs), after
+        if bugs.write_before_commit and rest:  # as if the commit before it had failed unnoticed
+            yield "commit", commit(state, rest, bugs), after._replace(read=())
+
+
+def commit(state: State, group: tuple[int, ...], bugs: Bugs = NO_BUGS) -> State:
     """Apply a group in one step, as its lock makes it; what is stored has no effect again."""
-    new = [each for each in run.held if bugs.forget_batch_ids or each not in state.effects]
+    new = [each for each in group if bugs.forget_batch_ids or each not in state.effects]
     return state._replace(effects=(*state.effects, *new))
 
 
-def publish(state: State, run: Run) -> State:
-    return state._replace(published=state.published | set(run.held))
-
-
 def ack_and_publish(state: State, run: Run, bugs: Bugs) -> Turns:
-    """Publish and remove in one step, then continue if the lease is still its own, or free."""
-    after = taken_out(publish(state, run), run)._replace(waiting=True)
+    """Publish and remove in one step, then continue if the lease is still its own, or free.
+
+    A drain that has lost the lease ends what is on its way, and begins nothing.
+    """
+    group, *rest = run.committed
+    left = run._replace(committed=tuple(rest))
+    after = taken_out(published(state, group), group)._replace(waiting=True)
     if not is_mine_or_free(after, run):
-        yield "ack_and_publish: lease lost", after, None
+        left = left._replace(read=())
+        yield "ack_and_publish: lease lost", after, left if rest else None
     elif bugs.release_blindly and not after.inbox:
-        yield "ack_and_publish", after, run._replace(at="looked")
+        yield "ack_and_publish", after, Run(run.id, ())
+    elif bugs.release_in_flight and left.held and after.inbox[-1:] == left.held[-1:]:
+        yield "ack_and_publish", after._replace(lease=None), left
+    elif left.held:
+        space = HAND - len(left.held)
+        following = [each for each in after.inbox if each > left.held[-1]][:space]
+        left = left._replace(read=(*left.read, *following))
+        yield "ack_and_publish", after._replace(lease=("running", run.id)), left
     else:
-        following, now = go_on(after, run.id)
-        yield "ack_and_publish" if now else "ack_and_publish: nothing left", following, now
+        following_state, now = go_on(after, run.id)
+        name = "ack_and_publish" if now else "ack_and_publish: nothing left"
+        yield name, following_state, now
 
 
-def taken_out(state: State, run: Run) -> State:
-    return state._replace(inbox=tuple(each for each in state.inbox if each not in run.held))
+def published(state: State, group: tuple[int, ...]) -> State:
+    return state._replace(published=state.published | set(group))
+
+
+def taken_out(state: State, group: tuple[int, ...]) -> State:
+    return state._replace(inbox=tuple(each for each in state.inbox if each not in group))
 
 
 def ack_then_commit(state: State, run: Run) -> Turns:
     """The bug: what a drain that dies in between had in its hands is gone."""
-    if run.at == "read":
-        yield "ack_and_publish", taken_out(state, run), run._replace(at="acknowledged")
+    if run.read:
+        after = run._replace(read=(), gone=run.read)
+        yield "ack_and_publish", taken_out(state, run.read), after
     else:
-        after, now = go_on(publish(commit(state, run), run), run.id)
-        yield "commit", after, now
+        after_commit = published(commit(state, run.gone), run.gone)
+        yield "commit", *go_on(after_commit, run.id)
 
 
 def requeue(state: State, run: Run) -> Turns:

@@ -266,7 +266,7 @@ class PipelinedConnection:
 
 @dataclass(slots=True, eq=False)
 class Sent:
-    """A statement that was sent, and its result once that was read."""
+    """A statement that was sent, or the end of a transaction, and its result once it was read."""
 
     statement: str
     result: pq.abc.PGresult | None = None
@@ -319,12 +319,11 @@ class Pipeline:
 
     def rows(self, sent: Sent) -> list[tuple[Any, ...]]:
         """Wait for a statement's rows, and for all before it."""
-        if sent.result is None and not self._is_asked:
-            self._libpq.send_flush_request()
-            self._flush()
-            self._is_asked = True
-        while sent.result is None:
-            self._read()
+        if sent.result is None:
+            if not self._is_asked:
+                self.ask()
+            self.wait(sent)
+        assert sent.result is not None
         self._transformer.set_pgresult(sent.result)
         return self._transformer.load_rows(0, sent.result.ntuples, tuple)
 
@@ -332,18 +331,37 @@ class Pipeline:
         """Send as much as the server takes now."""
         self._libpq.flush()
 
-    def sync(self) -> None:
-        """Wait until all that was sent has succeeded; what was no transaction is committed."""
-        self._libpq.pipeline_sync()
-        self._flush()
-        while self._awaited:
-            self._read()
-        self._next_result()
+    def ask(self) -> None:
+        """Let the server answer what was sent, which is sent as far as it takes it now."""
+        self._libpq.send_flush_request()
+        self._libpq.flush()
         self._is_asked = True
+
+    def end(self) -> Sent:
+        """Send the end of a transaction, as far as the server takes it now.
+
+        After an error, the server goes on behind it. What was no transaction is committed there.
+        """
+        self._libpq.pipeline_sync()
+        self._libpq.flush()
+        end = Sent(_END)
+        self._awaited.append(end)
+        self._is_asked = True
+        return end
+
+    def wait(self, sent: Sent) -> None:
+        """Wait until a statement, and all before it, has succeeded, or a transaction has ended."""
+        self._flush()
+        while sent.result is None:
+            self._read()
+
+    def sync(self) -> None:
+        """Send the end of a transaction, and wait for it."""
+        self.wait(self.end())
 
     def _read(self) -> None:
         result = self._next_result()
-        if result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK):
+        if result.status not in _SUCCESSES:
             raise psycopg.errors.error_from_result(result)
         self._awaited.popleft().result = result
 
@@ -368,4 +386,10 @@ class Pipeline:
                 self._libpq.consume_input()
 
 
+_END: Final = "end"
+_SUCCESSES: Final = (
+    pq.ExecStatus.COMMAND_OK,
+    pq.ExecStatus.TUPLES_OK,
+    pq.ExecStatus.PIPELINE_SYNC,
+)
 _PLACEHOLDER: Final = re.compile(r"%\((\w+)\)s")

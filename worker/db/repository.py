@@ -60,6 +60,7 @@ class Repository:
         self._pipeline: Pipeline | None = None
         self._scope = ""
         self._uses = 0
+        self._transactions = 0
         self.failed_statement: str | None = None
         """The statement at which the last transaction failed; None: in its begin or commit."""
 
@@ -76,28 +77,61 @@ class Repository:
             found = connection.execute(ROLE_CHECK, TABLES).fetchall()
         assert_safe_role(found)
 
-    @contextmanager
-    def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
-        """Run one transaction in which this process alone may change the organization's tags.
+    def begin(self, organization_id: UUID) -> Transaction:
+        """Begin a transaction in which this process alone may change the organization's tags.
 
         Its statements are sent in two parts: the lock with all look-ups, and all writes with the
-        commit.
+        commit. The first part may be sent while the transaction before commits. Whatever fails
+        between this and the end, also elsewhere, must be followed by `abandon`.
         """
-        self.failed_statement = None
-        with self._connection() as pipeline:
+        try:
+            pipeline = self._pipeline = self._pipeline or self._connect()
+            if not self._transactions:
+                self.failed_statement = None
+                self._time_limit.begin(pipeline.connection)
+            self._transactions += 1
             self._uses += 1
-            transaction = Transaction(pipeline, organization_id, self._scope)
+            transaction = Transaction(self, pipeline, organization_id, self._scope)
             if should_discard_plans(self._uses):
                 pipeline.send(DISCARD_PLANS, {})
-            try:
-                yield transaction
-                pipeline.send(_COMMIT, {})
-                pipeline.sync()
-            except psycopg.Error:
-                frame = _BEGIN, self._scope, statements.LOCK, DISCARD_PLANS, _COMMIT
-                failed = pipeline.unanswered
-                self.failed_statement = None if failed in frame else failed
-                raise
+            return transaction
+        except BaseException:
+            self.abandon()
+            raise
+
+    def end(self) -> None:
+        """Take note that the transaction that began first has ended; the next one has its time."""
+        assert self._pipeline is not None
+        self._transactions -= 1
+        self._time_limit.end()
+        if self._transactions:
+            self._time_limit.begin(self._pipeline.connection)
+
+    def abandon(self) -> None:
+        """Close the connection, if a transaction is under way; nothing of it is stored.
+
+        After an error of the server's state, the next connection may lead to another server.
+        """
+        if not self._transactions:
+            return
+        frame = None, _BEGIN, self._scope, statements.LOCK, DISCARD_PLANS, _COMMIT
+        failed = self._pipeline.unanswered if self._pipeline is not None else None
+        self.failed_statement = None if failed in frame else failed
+        self.close()
+
+    @contextmanager
+    def transaction(self, organization_id: UUID) -> Iterator[Transaction]:
+        """Run one transaction from its beginning to its end."""
+        transaction = self.begin(organization_id)
+        try:
+            yield transaction
+            transaction.commit()
+            transaction.wait()
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, psycopg.Error):
+                transaction.roll_back()
+            self.abandon()
+            raise
 
     def transact(self, organization_id: UUID, work: Callable[[Transaction], Result]) -> Result:
         """Do some work in one transaction; the first one of an organization adds its row before."""
@@ -105,9 +139,13 @@ class Repository:
             with self.transaction(organization_id) as transaction:
                 return work(transaction)
         except UnknownOrganization:
-            self._execute(organization_id, statements.ADD_ORGANIZATION)
+            self.add(organization_id)
             with self.transaction(organization_id) as transaction:
                 return work(transaction)
+
+    def add(self, organization_id: UUID) -> None:
+        """Add an organization's row, in a transaction without its lock."""
+        self._execute(organization_id, statements.ADD_ORGANIZATION)
 
     def organizations(self, after: UUID) -> list[UUID]:
         """Return the organizations with the next ids after this one, up to 1,000 of them."""
@@ -151,7 +189,8 @@ class Repository:
         return self.transact(organization_id, lambda it: it.forget_failure(batch_id))
 
     def close(self) -> None:
-        pipeline, self._pipeline = self._pipeline, None
+        pipeline, self._pipeline, self._transactions = self._pipeline, None, 0
+        self._time_limit.end()
         if pipeline is not None:
             pipeline.connection.close()
 
@@ -196,13 +235,17 @@ class Repository:
 class Transaction:
     """What happens between the lock and the commit."""
 
-    def __init__(self, pipeline: Pipeline, organization_id: UUID, scope: str) -> None:
+    def __init__(
+        self, repository: Repository, pipeline: Pipeline, organization_id: UUID, scope: str
+    ) -> None:
+        self._repository = repository
         self._pipeline = pipeline
         self._values: rows.Parameters = {"organization_id": pg_arrays.uuid(organization_id)}
         self._send(_BEGIN)
         self._send(scope)
         self._locked = self._send(statements.LOCK)
         self._found: tuple[datetime, Cursor] | None = None
+        self._end: Sent | None = None
 
     @property
     def now(self) -> datetime:
@@ -227,6 +270,10 @@ class Transaction:
 
     def load(self, messages: Sequence[AuthorizedMessage]) -> Snapshot:
         """Return the state of all that the messages name."""
+        return self.look_up(messages)()
+
+    def look_up(self, messages: Sequence[AuthorizedMessage]) -> Callable[[], Snapshot]:
+        """Ask for the state of all that the messages name; return a function that waits for it."""
         names = rows.named(messages)
         bounds: rows.Parameters = {
             "max_rows": pg_arrays.bigint(rows.MAX_LOADED_TAGS),
@@ -245,21 +292,26 @@ class Transaction:
             sent_types = self._send(statements.LOAD_TYPES, **bounds, **types)
         if names.tasks:
             sent_tasks = self._send(statements.LOAD_TASKS, **rows.task_columns(list(names.tasks)))
-        head = self._row[1]
-        batches, seen = rows.batches(self._rows(sent_batches))
-        tags: dict[TagKey, dict[bytes, Tag]] = {}
-        executions_by_key = dict(map(rows.execution, self._rows(sent_executions)))
-        _, last_tag = rows.tags(self._rows(sent_tags), tags)
-        of_types, last_type = rows.types(self._rows(sent_types), tags, names)
-        return Snapshot(
-            batches=batches,
-            executions=executions_by_key,
-            tags=tags,
-            types=of_types,
-            tasks={row[:2]: Task(*row) for row in self._rows(sent_tasks)},
-            head=head,
-            complete=rows.complete(messages, names, seen, last_tag, last_type),
-        )
+        self._pipeline.ask()
+
+        def read() -> Snapshot:
+            head = self._row[1]
+            batches, seen = rows.batches(self._rows(sent_batches))
+            tags: dict[TagKey, dict[bytes, Tag]] = {}
+            executions_by_key = dict(map(rows.execution, self._rows(sent_executions)))
+            _, last_tag = rows.tags(self._rows(sent_tags), tags)
+            of_types, last_type = rows.types(self._rows(sent_types), tags, names)
+            return Snapshot(
+                batches=batches,
+                executions=executions_by_key,
+                tags=tags,
+                types=of_types,
+                tasks={row[:2]: Task(*row) for row in self._rows(sent_tasks)},
+                head=head,
+                complete=rows.complete(messages, names, seen, last_tag, last_type),
+            )
+
+        return read
 
     def save(self, change_set: ChangeSet) -> None:
         """Store what was decided. A statement that has nothing to do is left out."""
@@ -284,7 +336,29 @@ class Transaction:
         """Return what is stored of these batches, with the change events that they made."""
         return rows.batches(self._rows(self._find_batches(batch_ids)))[0]
 
+    def commit(self) -> None:
+        """Send the commit; `wait` says whether it succeeded."""
+        self._send(_COMMIT)
+        self._end = self._pipeline.end()
+
     def wait(self) -> None:
+        """Wait until the commit has succeeded. Raises the error of what did not."""
+        assert self._end is not None
+        if self._end.result is None:
+            self._pipeline.wait(self._end)
+            self._repository.end()
+
+    def roll_back(self) -> None:
+        """End the transaction, which is the only one under way, without effect."""
+        try:
+            self._pipeline.send("rollback", {})
+            self._pipeline.sync()
+            self._repository.end()
+        except psycopg.Error:
+            self._repository.abandon()
+            raise
+
+    def check(self) -> None:
         """Wait until all that was sent has succeeded. Raises the error of what did not."""
         self._pipeline.sync()
 

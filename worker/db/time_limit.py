@@ -45,15 +45,22 @@ class TimeLimit:
     @contextmanager
     def watch(self, connection: psycopg.Connection) -> Iterator[None]:
         """Limit what is done on a connection until the block ends."""
+        self.begin(connection)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def begin(self, connection: psycopg.Connection) -> None:
+        """Limit what is done on a connection from now on."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="time-limit", daemon=True)
             self._thread.start()
         self._watched = connection, time.monotonic()
-        try:
-            yield
-        finally:
-            with self._lock:  # the thread may be ending it just now
-                self._watched = None
+
+    def end(self) -> None:
+        with self._lock:  # the thread may be ending it just now
+            self._watched = None
 
     def _run(self) -> None:
         stopped_at: float | None = None

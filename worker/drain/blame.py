@@ -99,7 +99,7 @@ def witness(repository: Repository, organization_id: UUID) -> bool:
             transaction.save(
                 decide(organization_id, some, snapshot, now=now, new_id=new_id).change_set
             )
-        transaction.wait()
+        transaction.check()
         raise _Undo
 
     fresh = repository.clone()

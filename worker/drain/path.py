@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -27,7 +27,7 @@ from producers.contract.results import encode_position
 from producers.contract.values import Uuid7
 from producers.inbox.protocol import DeadLetter, Inbox, StreamEntry
 from worker.auth import Authorizer
-from worker.db.repository import Repository, Transaction
+from worker.db.repository import Repository, Transaction, UnknownOrganization
 from worker.drain.admission import Admission, Admitted, Refused, Unreadable, admit, fail_admission
 from worker.drain.blame import attempts_to_blame, decide_failure, is_server_fault, log_wait
 from worker.jwk_set import JwksUnavailable
@@ -47,7 +47,7 @@ def _utc_now() -> datetime:
 
 
 @dataclass(slots=True)
-class _Turn:
+class Turn:
     """A drain between two waits in the Celery queue."""
 
     deadline: float
@@ -58,6 +58,51 @@ class _Turn:
     """Failures since the last group that succeeded."""
     alone: int = 0
     """How many messages are still to be applied one by one."""
+    waiting: list[StreamEntry] = field(default_factory=list)
+    """What was read from the inbox, and is in no group."""
+    unanswered: int = 0
+    """How many messages were read, and not yet answered."""
+    last: bytes = b""
+    """The id of the last message that was read."""
+
+    def read(self, entries: Sequence[StreamEntry]) -> None:
+        self.waiting += entries
+        self.unanswered += len(entries)
+        self.last = entries[-1].id if entries else self.last
+
+    def take(self) -> list[StreamEntry]:
+        """Return the next group."""
+        size = 1 if self.alone else self.size
+        group, self.waiting = self.waiting[:size], self.waiting[size:]
+        return group
+
+    def drop(self) -> None:
+        """Forget what is in no group."""
+        self.unanswered -= len(self.waiting)
+        self.waiting = []
+
+    def succeed(self, answered: int, most: int) -> None:
+        """Take note of a group that was answered; the next one may be larger."""
+        self.answered += answered
+        self.failures, self.alone = 0, max(0, self.alone - 1)
+        self.size = min(self.size * 2, most)
+
+
+@dataclass(slots=True)
+class Answers:
+    """What becomes of the first messages of a group, and how many these are."""
+
+    count: int = 0
+    publications: list[tuple[str, bytes]] = field(default_factory=list)
+    dead_letters: list[DeadLetter] = field(default_factory=list)
+    position: str | None = None
+
+
+Steps = Generator[None]
+"""A group on its way. It pauses where servers work for it, so that another one may go a step:
+
+1. its look-ups are sent, 2. its commit is sent, 3. its answers are sent; then it is done.
+"""
 
 
 @dataclass(slots=True)
@@ -91,7 +136,7 @@ class Drain:
         servers are waited out in place, so that nothing overtakes the messages at the head, until
         the budget is used up; then the drain goes to the end of the queue: others have a turn.
         """
-        turn = _Turn(time.monotonic() + self.budget_seconds, self.group_size)
+        turn = Turn(time.monotonic() + self.budget_seconds, self.group_size)
         while True:
             try:
                 self._drain(turn)
@@ -100,41 +145,58 @@ class Drain:
                 self.inbox.requeue(self.run_id)
                 return turn.answered
             except Exception as error:
+                if not turn.alone and not is_server_fault(error):
+                    self._go_on_alone(turn, error)
+                    continue
                 if not is_server_fault(error) and not isinstance(error, psycopg.Error):
                     raise
                 if self._ends_turn(turn, error):
                     return turn.answered
 
-    def _drain(self, turn: _Turn) -> None:
-        """Process group after group until the turn is over. Raises what breaks one of them."""
-        acquired = self.inbox.acquire(self.run_id, max_messages=self.group_size)
+    def _drain(self, turn: Turn) -> None:
+        """Process group after group until the turn is over. Raises what breaks one of them.
+
+        A group begins while the one before it commits; it writes nothing before that has succeeded.
+        """
+        acquired = self.inbox.acquire(self.run_id, max_messages=2 * self.group_size)
         if acquired.rescue:
             self.rescue()
-        entries = acquired.entries
-        while entries:
-            group = entries[: 1 if turn.alone else turn.size]
-            try:
-                answered, entries = self._process(group, alone=bool(turn.alone))
-            except Exception as error:
-                if turn.alone or is_server_fault(error):
-                    raise
-                # One message of the group may be to blame: apply them one by one.
-                log_wait(
-                    "a transaction failed: applying its messages one by one",
-                    self.organization_id,
-                    error,
-                )
-                turn.alone = len(entries)
-                time.sleep(FIRST_BACKOFF_SECONDS)
-                continue
-            turn.answered += answered
-            turn.failures, turn.alone = 0, max(0, turn.alone - 1)
-            turn.size = min(turn.size * 2, self.group_size)
-            if entries and (time.monotonic() > turn.deadline or self.stopping()):
-                self.inbox.requeue(self.run_id)
-                return
+        turn.waiting, turn.unanswered = [], 0
+        turn.read(acquired.entries)
+        before: Steps | None = None
+        group = self._process(turn) if turn.waiting else None
+        try:
+            while group or before:
+                _advance(group)  # admitted; its look-ups are sent, behind the commit before
+                _advance(before)  # committed; what became of its messages is sent
+                _advance(group)  # decided; its commit is sent
+                _advance(before)  # published; what comes next is read
+                before, group = group, self._next_group(turn, group)
+        except BaseException:
+            self.repository.abandon()
+            for each in filter(None, (before, group)):
+                each.close()
+            raise
+        if turn.waiting:
+            self.inbox.requeue(self.run_id)
 
-    def _ends_turn(self, turn: _Turn, error: Exception) -> bool:
+    def _next_group(self, turn: Turn, before: Steps | None) -> Steps | None:
+        """Return the next group, unless the turn is over. After a failure it goes alone."""
+        if time.monotonic() > turn.deadline or self.stopping():
+            return None
+        if not turn.waiting or (before and (turn.failures or turn.alone)):
+            return None
+        return self._process(turn)
+
+    def _go_on_alone(self, turn: Turn, error: Exception) -> None:
+        """One message of a group may be to blame for a failure: apply them one by one."""
+        log_wait(
+            "a transaction failed: applying its messages one by one", self.organization_id, error
+        )
+        turn.alone = max(1, turn.unanswered)
+        time.sleep(FIRST_BACKOFF_SECONDS)
+
+    def _ends_turn(self, turn: Turn, error: Exception) -> bool:
         """Log a server's fault, and pause; return whether the turn is over.
 
         The next group is smaller, and has its time: this one may last longer than a transaction
@@ -156,59 +218,84 @@ class Drain:
         time.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (turn.failures - 1), MAX_BACKOFF_SECONDS))
         return False
 
-    def _process(
-        self, entries: Sequence[StreamEntry], *, alone: bool = False
-    ) -> tuple[int, list[StreamEntry]]:
-        """Take a group all the way; return how many were answered, and the group that comes next.
+    def _process(self, turn: Turn) -> Steps:
+        """Take the next group all the way.
 
         A group may end before one whose look-ups or answer would make it too large (rules.decide).
-
-        Args:
-            alone: The group is one message, which failed before: it may be to blame.
         """
+        entries, alone = turn.take(), bool(turn.alone)
         admissions = self._admit_all(entries)
-        admitted = [each for each in admissions if isinstance(each, Admitted)]
-        applied, head = self._apply(admitted, alone=alone)
-        outcomes = iter(applied)
-        touched = {id for each in applied for id, _ in each.events}
-        to_publish: list[tuple[str, bytes]] = []
+        messages = [each.message for each in admissions if isinstance(each, Admitted)]
+        application = None
+        if messages and not alone:
+            application = Application(self.repository, self.organization_id, messages, self.new_id)
+        yield
+        if application is not None:
+            outcomes, head = application.decide()
+        else:
+            outcomes, head = self._apply_alone(admissions)
+        answers = self._answers(admissions, outcomes, head)
+        turn.waiting[:0] = entries[answers.count :]
+        yield
+        if application is not None:
+            application.wait()
+        turn.unanswered -= answers.count
+        acknowledged = self.inbox.ack_and_publish(
+            self.run_id,
+            entries[: answers.count],
+            answers.publications,
+            answers.dead_letters,
+            position=answers.position,
+            max_messages=max(0, 2 * self.group_size - turn.unanswered),
+            after=turn.last if turn.unanswered else b"",
+        )
+        try:
+            yield
+            following = acknowledged.following()
+        finally:
+            acknowledged.drop()
+        turn.succeed(answers.count, self.group_size)
+        if following is None:
+            turn.drop()
+        else:
+            turn.read(following)
+
+    def _answers(
+        self, admissions: Sequence[Admission], outcomes: Sequence[Outcome], head: Cursor
+    ) -> Answers:
+        """Return what is sent for the first messages of a group, until one has no outcome yet."""
+        answers = Answers()
+        touched = {id for each in outcomes for id, _ in each.events}
         if touched:
-            to_publish.append(
-                (positions_channel(self.organization_id), encode_position(head, touched))
-            )
-        dead_letters: list[DeadLetter] = []
+            answers.position = str(head)
+            channel = positions_channel(self.organization_id)
+            answers.publications.append((channel, encode_position(head, touched)))
+        left = iter(outcomes)
         events_of: set[UUID] = set()
-        for place, admission in enumerate(admissions):
+        for admission in admissions:
             match admission:
                 case Admitted():
-                    outcome = next(outcomes, None)
+                    outcome = next(left, None)
                     if outcome is None:
-                        entries = entries[:place]
                         break
                     batch_id = admission.message.message.batch_id
                     if batch_id in events_of:  # a copy: its events are published once
                         outcome = Outcome(outcome.record)
                     events_of.add(batch_id)
-                    to_publish += publications(self.organization_id, admission.reply_to, outcome)
+                    self._publish(answers, admission.reply_to, outcome)
                 case Refused(reply_to=reply_to, record=record):
-                    to_publish += publications(self.organization_id, reply_to, Outcome(record))
+                    self._publish(answers, reply_to, Outcome(record))
                 case Unreadable(dead_letter=dead_letter, answer=answer):
-                    dead_letters.append(dead_letter)
+                    answers.dead_letters.append(dead_letter)
                     if answer is not None:
-                        to_publish += publications(
-                            self.organization_id, answer.reply_to, Outcome(answer.record)
-                        )
+                        self._publish(answers, answer.reply_to, Outcome(answer.record))
                 case _:
                     assert_never(admission)
-        following = self.inbox.ack_and_publish(
-            self.run_id,
-            entries,
-            to_publish,
-            dead_letters,
-            position=str(head) if touched else None,
-            max_messages=self.group_size,
-        )
-        return len(entries), following
+            answers.count += 1
+        return answers
+
+    def _publish(self, answers: Answers, reply_to: str, outcome: Outcome) -> None:
+        answers.publications += publications(self.organization_id, reply_to, outcome)
 
     def _admit_all(self, entries: Sequence[StreamEntry]) -> list[Admission]:
         """Admit messages. Raises `JwksUnavailable` after all of them were seen."""
@@ -233,29 +320,22 @@ class Drain:
             logger.exception("a message could not be read", extra={"entry": entry.id.decode()})
             return fail_admission(entry, self.organization_id, error, now)
 
-    def _apply(
-        self, admitted: Sequence[Admitted], *, alone: bool
-    ) -> tuple[Sequence[Outcome], Cursor]:
-        """Apply messages in one transaction; return outcomes in their order, of the first ones.
-
-        The second value is the place of the organization's last change event.
-        """
-        if not admitted:
+    def _apply_alone(self, admissions: Sequence[Admission]) -> tuple[Sequence[Outcome], Cursor]:
+        """Apply a message that failed before: it may be to blame. There may be none."""
+        admitted = next((each for each in admissions if isinstance(each, Admitted)), None)
+        if admitted is None:
             return (), BEGINNING
         try:
-            return self._transact([each.message for each in admitted])
+            return apply_in_transaction(
+                self.repository, self.organization_id, [admitted.message], self.new_id
+            )
         except Exception as error:
-            if not alone:
-                raise
             attempts = attempts_to_blame(
-                error, admitted[0].entry, self.inbox, self.repository, self.organization_id
+                error, admitted.entry, self.inbox, self.repository, self.organization_id
             )
             if not attempts:
                 raise
-            return [self._fail(admitted[0], error, attempts)], BEGINNING
-
-    def _transact(self, messages: Sequence[AuthorizedMessage]) -> tuple[Sequence[Outcome], Cursor]:
-        return apply_in_transaction(self.repository, self.organization_id, messages, self.new_id)
+            return [self._fail(admitted, error, attempts)], BEGINNING
 
     def _fail(self, admitted: Admitted, error: Exception, attempts: int) -> Outcome:
         """Store `internal_error` as the answer to the message to blame, and keep a dead letter.
@@ -281,34 +361,80 @@ class Drain:
         return self.repository.transact(self.organization_id, store)
 
 
+class Application:
+    """Messages of one organization on their way through one transaction: look up, decide, wait.
+
+    After an error, the transaction is to be abandoned (`Repository.abandon`).
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        organization_id: UUID,
+        messages: Sequence[AuthorizedMessage],
+        new_id: Uuid7,
+    ) -> None:
+        self._repository, self._organization_id = repository, organization_id
+        self._messages, self._new_id = messages, new_id
+        self._begin()
+
+    def _begin(self) -> None:
+        self._transaction = self._repository.begin(self._organization_id)
+        self._load = self._transaction.look_up(self._messages)
+
+    def decide(self) -> tuple[Sequence[Outcome], Cursor]:
+        """Decide and save, and send the commit; return outcomes, of the first messages.
+
+        The second value is the place of the organization's last change event. PostgreSQL saves one
+        part while the next one is decided.
+        """
+        try:
+            snapshot = self._load()
+        except UnknownOrganization:
+            self._transaction.roll_back()
+            self._repository.add(self._organization_id)
+            self._begin()
+            snapshot = self._load()
+        now, outcomes = self._transaction.now, list[Outcome]()
+        for part in decide_in_parts(
+            self._organization_id,
+            self._messages,
+            snapshot,
+            now=now,
+            new_id=partial(self._new_id, microseconds(now)),
+            size=PART_SIZE,
+        ):
+            outcomes += part.outcomes
+            self._transaction.save(part.change_set)
+        self._transaction.commit()
+        return outcomes, snapshot.head
+
+    def wait(self) -> None:
+        """Wait until the commit has succeeded."""
+        self._transaction.wait()
+
+
 def apply_in_transaction(
     repository: Repository,
     organization_id: UUID,
     messages: Sequence[AuthorizedMessage],
     new_id: Uuid7,
 ) -> tuple[Sequence[Outcome], Cursor]:
-    """Load, decide and save in one transaction; return outcomes, of the first messages.
+    """Look up, decide and save in one transaction, without anything else in between."""
+    try:
+        application = Application(repository, organization_id, messages, new_id)
+        decided = application.decide()
+        application.wait()
+        return decided
+    except BaseException:
+        repository.abandon()
+        raise
 
-    The second value is the place of the organization's last change event. PostgreSQL saves one part
-    while the next one is decided.
-    """
 
-    def apply(transaction: Transaction) -> tuple[Sequence[Outcome], Cursor]:
-        snapshot = transaction.load(messages)  # before `now`, so that it is sent with the lock
-        now, outcomes = transaction.now, list[Outcome]()
-        for part in decide_in_parts(
-            organization_id,
-            messages,
-            snapshot,
-            now=now,
-            new_id=partial(new_id, microseconds(now)),
-            size=PART_SIZE,
-        ):
-            outcomes += part.outcomes
-            transaction.save(part.change_set)
-        return outcomes, snapshot.head
-
-    return repository.transact(organization_id, apply)
+def _advance(steps: Steps | None) -> None:
+    """Go one step, if there is one."""
+    if steps is not None:
+        next(steps, None)
 
 
 def publications(

@@ -1,10 +1,14 @@
 -- The end of `acquire` and `ack_and_publish`: this run goes on with what is at the head of the inbox
 -- and renews its lease; if the inbox is empty, the run is over and the lease is freed. Reading and
--- freeing are one step with respect to an append.
--- Returns {{id, {field, value, …}}, …}, at least one message if there is any.
-local function read_head(inbox, lease, run, lease_ms, max_messages, max_bytes)
-  local entries, bytes, from = {}, 0, '-'
+-- freeing are one step with respect to an append. A run that has messages in its hands reads what is
+-- behind the last of them, and keeps its lease.
+-- Returns {{id, {field, value, …}}, …}, from the head at least one message if there is any.
+local function read_head(inbox, lease, run, lease_ms, max_messages, max_bytes, after)
+  local entries, bytes, from = {}, 0, after == '' and '-' or '(' .. after
   for _ = 1, tonumber(max_messages) do
+    if from == '(18446744073709551615-18446744073709551615' then
+      break -- there is no id behind the last one
+    end
     local entry = redis.call('XRANGE', inbox, from, '+', 'COUNT', 1)[1]
     if not entry then
       break
@@ -18,7 +22,7 @@ local function read_head(inbox, lease, run, lease_ms, max_messages, max_bytes)
     entries[#entries + 1] = entry
     from = '(' .. entry[1]
   end
-  if #entries == 0 then
+  if #entries == 0 and after == '' then
     redis.call('SREM', WAITING, organization_of(inbox))
     redis.call('DEL', lease)
   else

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- KEYS: inbox, lease, dead letters, failing, position
--- ARGV: run id, lease in ms, max messages, max bytes, how many dead letters are kept, the cursor of
---       the last change event or nothing;
+-- ARGV: run id, lease in ms, max messages, max bytes, the last message in the run's hands or nothing,
+--       how many dead letters are kept, the cursor of the last change event or nothing;
 --       number of ids, id, id, …; number of publications, channel, payload, …;
 --       number of dead letters, and for each the number of fields and values, field, value, …
 -- Publishes what became of messages and removes them from the inbox. Their batches are committed, so
@@ -10,7 +10,7 @@
 -- and that nobody took is taken again: this drain is the one at work.
 local held = held_lease(KEYS[2])
 redis.call('SADD', WAITING, organization_of(KEYS[1]))
-local at = 7
+local at = 8
 local function next_argument()
   at = at + 1
   return ARGV[at - 1]
@@ -27,14 +27,14 @@ for _ = 1, tonumber(next_argument()) do
   for i = 1, tonumber(next_argument()) do
     fields[i] = next_argument()
   end
-  redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[5], '*', unpack(fields))
+  redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', unpack(fields))
 end
 for first = 1, #ids, 1000 do
   redis.call('XDEL', KEYS[1], unpack(ids, first, math.min(first + 999, #ids)))
 end
 redis.call('DEL', KEYS[4])
-if ARGV[6] ~= '' then
-  redis.call('SET', KEYS[5], ARGV[6])
+if ARGV[7] ~= '' then
+  redis.call('SET', KEYS[5], ARGV[7])
 end
 for _, publication in ipairs(publications) do
   redis.call('PUBLISH', publication[1], publication[2])
@@ -42,4 +42,4 @@ end
 if held and held ~= 'running ' .. ARGV[1] then
   return false
 end
-return read_head(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4])
+return read_head(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5])

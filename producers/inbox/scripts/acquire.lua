@@ -9,4 +9,4 @@ if held and held ~= 'running ' .. ARGV[1] and string.sub(held, 1, 7) ~= 'queued 
   return {rescue}
 end
 redis.call('SADD', WAITING, organization_of(KEYS[1]))
-return {rescue, read_head(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4])}
+return {rescue, read_head(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4], '')}
