@@ -145,6 +145,22 @@ def next_drain(redis: Redis, deadline: float, stopping: Callable[[], bool]) -> U
     return None
 
 
+def drains_among(redis: Redis, messages: list[bytes]) -> list[UUID]:
+    """Return the organizations of the drain messages among some; put the others back."""
+    organizations: dict[UUID, None] = {}
+    for received in messages:
+        message = _read_or_drop(received)
+        if message is None:
+            continue
+        task, _, arguments = message
+        if task == DRAIN_TASK:
+            organizations[UUID(arguments[0])] = None
+        else:
+            with suppress(RedisError, OSError):  # beat sends it again
+                redis.rpush(QUEUE, task_message(*message))
+    return list(organizations)
+
+
 def screened(received: bytes) -> bytes | None:
     """Return a task message as Celery sends it; None, with a line in the log, for anything else."""
     message = _read_or_drop(received)

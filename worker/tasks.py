@@ -21,11 +21,12 @@ from producers.inbox.protocol import Inbox
 from producers.inbox.rescue import claim_rescue, rebuild_waiting, rescue
 from producers.redis_client import open_redis
 from worker.auth import Authorizer
-from worker.broker import PURGE_TASK, WAKE_TASK, next_drain
+from worker.broker import PURGE_TASK, WAKE_TASK, drains_among, next_drain
 from worker.celery import app, settings
 from worker.db.repository import Repository
 from worker.db.time_limit import TimeLimit
 from worker.drain.path import Drain
+from worker.drain.together import drain_all
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +62,21 @@ def drain(organization_id: str, _: str) -> None:
     resources, deadline = _resources(), time.monotonic() + settings.drain_budget_seconds
     organization: UUID | None = UUID(organization_id)
     while organization is not None:
-        _drain(resources, organization, max(0, deadline - time.monotonic()))
+        first = _drain(resources, organization, deadline)
+        drain_all(
+            first,
+            lambda messages: [
+                _drain(resources, other, deadline)
+                for other in drains_among(resources.redis, messages)
+            ],
+        )
         organization = next_drain(resources.redis, deadline, _stopping)
 
 
-def _drain(resources: WorkerResources, organization_id: UUID, budget_seconds: float) -> None:
+def _drain(resources: WorkerResources, organization_id: UUID, deadline: float) -> Drain:
     run = str(uuid4())
     logger.debug("drain", extra={"organization": str(organization_id), "run": run})
-    Drain(
+    return Drain(
         inbox=Inbox(resources.redis, organization_id, lease_ms=settings.lease_ms),
         organization_id=organization_id,
         run_id=run,
@@ -76,10 +84,10 @@ def _drain(resources: WorkerResources, organization_id: UUID, budget_seconds: fl
         authorizer=resources.authorizer,
         rescue=lambda: rescue(resources.redis, settings.lease_ms),
         group_size=settings.group_size,
-        budget_seconds=budget_seconds,
+        budget_seconds=max(0, deadline - time.monotonic()),
         stopping=_stopping,
         new_id=resources.new_id,
-    ).run()
+    )
 
 
 @app.task(name=WAKE_TASK)

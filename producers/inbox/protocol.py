@@ -50,7 +50,11 @@ logger = logging.getLogger(__name__)
 DEFAULT_LIMIT: Final = 10_000
 LEASE_MS: Final = 8_000
 DEAD_LETTER_LIMIT: Final = 10_000
+QUEUE_SHARE: Final = 16
+"""A drain takes one more message from the Celery queue for so many that wait there."""
 _CHUNK_MESSAGES: Final = 200
+_SHARED_BYTES: Final = 256 * 1024
+"""Of each inbox, if several are read at once."""
 _CHUNK_BYTES: Final = 1024 * 1024
 MAX_LEASE_SECONDS: Final = 60
 WAITING: Final = "task-tags:waiting"
@@ -68,10 +72,19 @@ _INCLUDES: Final = {
 
 
 class Acquired(NamedTuple):
-    """The head of an inbox, and whether this run is to look for lost drains (rescue.py)."""
+    """What a drain begins with."""
 
     entries: list[StreamEntry]
+    """The head of the inbox."""
     rescue: bool
+    """This run is to look for lost drains (rescue.py)."""
+    others: list[bytes]
+    """More messages from the Celery queue, which this run must take care of."""
+
+    @staticmethod
+    def read(answer: Any) -> Acquired:
+        rescue, others, entries = answer
+        return Acquired(_entries(entries), bool(rescue), others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +181,7 @@ class Inbox:
         limit: int = DEFAULT_LIMIT,
         lease_ms: int = LEASE_MS,
     ) -> None:
-        self._redis = redis
+        self.redis = redis
         self._organization_id = organization_id
         self._inbox = inbox_key(organization_id)
         self._lease = lease_key(organization_id)
@@ -198,23 +211,34 @@ class Inbox:
 
     def free_capacity(self) -> int:
         """Return how many messages the inbox would accept now."""
-        waiting: int = self._redis.xlen(self._inbox)
+        waiting: int = self.redis.xlen(self._inbox)
         return max(0, self._limit - waiting)
 
     def acquire(
-        self, run_id: str, *, max_messages: int, max_bytes: int = MAX_READABLE_BYTES
+        self,
+        run_id: str,
+        *,
+        max_messages: int,
+        max_bytes: int = MAX_READABLE_BYTES,
+        others: int = 0,
     ) -> Acquired:
         """Begin a drain, or go on after a failure; return what is at the head of the inbox.
 
         If there is no entry, the run is over: the inbox is empty and the lease is free, or another
         drain is running.
+
+        Args:
+            others: How many more messages to take from the Celery queue, at most.
         """
-        rescue, *entries = self._run(
-            "acquire",
-            [self._inbox, self._lease],
-            [run_id, self._lease_ms, max_messages, max_bytes],
-        )
-        return Acquired(_entries(entries[0] if entries else ()), bool(rescue))
+        keys, arguments = self.acquire_arguments(run_id, max_messages, max_bytes, others)
+        return Acquired.read(self._run("acquire", keys, arguments))
+
+    def acquire_arguments(
+        self, run_id: str, max_messages: int, max_bytes: int, others: int
+    ) -> tuple[list[str], list[Any]]:
+        """Return keys and arguments of the script."""
+        arguments = [run_id, self._lease_ms, max_messages, max_bytes, others, QUEUE_SHARE]
+        return [self._inbox, self._lease], arguments
 
     def ack_and_publish(
         self,
@@ -249,7 +273,7 @@ class Inbox:
             fields = list(chain.from_iterable(dead_letter.fields().items()))
             arguments += [len(fields), *fields]
         keys = [self._inbox, self._lease, self._dead_letters, self._failing, self._position]
-        return Acknowledged(self, SentScript(self._redis, "ack_and_publish", keys, arguments))
+        return Acknowledged(self, SentScript(self.redis, "ack_and_publish", keys, arguments))
 
     def add_dead_letter(self, dead_letter: DeadLetter) -> None:
         """Keep a message for an operator; its entry stays in the inbox until it is acknowledged."""
@@ -274,7 +298,7 @@ class Inbox:
 
     def disconnect(self) -> None:
         """Close the connections, so that the next one goes through the URL and its names again."""
-        self._redis.connection_pool.disconnect(inuse_connections=False)
+        self.redis.connection_pool.disconnect(inuse_connections=False)
 
     def requeue(self, run_id: str) -> None:
         """Send the drain to the end of the queue, with the lease, unless that is another's."""
@@ -287,7 +311,7 @@ class Inbox:
         return [self._inbox, self._lease], [lease_id, self._lease_ms, drain]
 
     def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
-        return self.repairing(lambda: run_script(self._redis, name, keys, args))
+        return self.repairing(lambda: run_script(self.redis, name, keys, args))
 
     def repairing(self, run: Callable[[], Any]) -> Any:
         """Run a script; if a key has a wrong type, repair it, and run it again."""
@@ -310,7 +334,7 @@ class Inbox:
             self._inbox: "stream",
             self._dead_letters: "stream",
         }
-        return repair_keys(self._redis, types | SHARED_KEYS)
+        return repair_keys(self.redis, types | SHARED_KEYS)
 
 
 def repair_keys(redis: Redis, types: Mapping[str, str] = SHARED_KEYS) -> bool:
@@ -377,6 +401,23 @@ class SentScript:
     def _release(self) -> None:
         connection, self._connection = self._connection, None
         self._redis.connection_pool.release(connection)
+
+
+def acquire_all(runs: Sequence[tuple[Inbox, str]], max_messages: int) -> list[Acquired]:
+    """Begin several drains in one round trip; the arguments are inboxes and the ids of runs."""
+    pipeline = runs[0][0].redis.pipeline(transaction=False)
+    for inbox, run_id in runs:
+        keys, arguments = inbox.acquire_arguments(run_id, max_messages, _SHARED_BYTES, 0)
+        pipeline.evalsha(_sha("acquire"), len(keys), *keys, *arguments)
+    found: list[Acquired] = []
+    for (inbox, run_id), answer in zip(runs, pipeline.execute(raise_on_error=False), strict=True):
+        if isinstance(answer, ResponseError):  # it may be mended
+            found.append(inbox.acquire(run_id, max_messages=max_messages, max_bytes=_SHARED_BYTES))
+        elif isinstance(answer, Exception):
+            raise answer
+        else:
+            found.append(Acquired.read(answer))
+    return found
 
 
 def chunks(messages: Iterable[bytes]) -> Iterator[list[bytes]]:

@@ -19,12 +19,9 @@ from tests.bench import collector
 from worker.auth import Authorizer
 from worker.db.repository import Repository
 from worker.drain.admission import Admitted, Refused, admit
+from worker.drain.application import apply_in_transaction
 from worker.drain.blame import is_server_fault
-from worker.drain.path import (
-    FIRST_BACKOFF_SECONDS,
-    apply_in_transaction,
-    publications,
-)
+from worker.drain.path import FIRST_BACKOFF_SECONDS, publications
 from worker.settings import Settings, load_settings
 from worker.snapshot import AuthorizedMessage, Outcome
 

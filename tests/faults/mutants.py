@@ -20,10 +20,12 @@ import worker.db.rows
 import worker.db.statements
 import worker.drain.path
 from producers.contract.cursors import Cursor
+from producers.inbox import protocol
 from producers.inbox.protocol import Acknowledged, Acquired, Inbox, StreamEntry
 from worker.celery import app
 from worker.db.repository import Repository, Transaction, UnknownOrganization
-from worker.drain.path import Application, Drain, Steps, Turn
+from worker.drain.application import Application
+from worker.drain.path import Drain, Steps, Turn
 from worker.rules import BatchProcessor
 
 FAILPOINTS = (
@@ -58,7 +60,7 @@ def reach(failpoint: str) -> None:
 
 _acquire, _ack_and_publish = Inbox.acquire, Inbox.ack_and_publish
 _begin, _save, _commit = Repository.begin, Transaction.save, Transaction.commit
-_take, _process, _next_group = Turn.take, Drain._process, Drain._next_group
+_take, _process, _next_group = Turn.take, Drain._process, Drain.next_group
 _following = Acknowledged.following
 _advance = BatchProcessor._advance
 
@@ -94,17 +96,18 @@ def ack_and_publish(
 ) -> Acknowledged:
     reach("before_publish")
     if _armed.exists() and publications:
-        connection: Any = self._redis.connection_pool.get_connection()
+        connection: Any = self.redis.connection_pool.get_connection()
         connection.send_command("MULTI")
         connection.send_command("PUBLISH", *publications[0])
         reach("amid_publish")
         connection.disconnect()
-        self._redis.connection_pool.release(connection)
+        self.redis.connection_pool.release(connection)
     sent = _ack_and_publish(self, run_id, entries, publications, *rest, **bounds)
     reach("answers_sent")
     return sent
 
 
+protocol.QUEUE_SHARE = 2  # type: ignore[misc]  # eight organizations make no long queue
 Inbox.acquire, Inbox.ack_and_publish = acquire, ack_and_publish  # type: ignore[method-assign]
 Repository.begin, Transaction.save = begin, save  # type: ignore[method-assign]
 Transaction.commit = commit  # type: ignore[method-assign]
@@ -115,7 +118,7 @@ Transaction.commit = commit  # type: ignore[method-assign]
 
 def _ack_before_commit(self: Drain, turn: Turn) -> Steps:
     group = turn.waiting[: 1 if turn.alone else turn.size]
-    self.inbox._redis.xdel(self.inbox._inbox, *[entry.id for entry in group])
+    self.inbox.redis.xdel(self.inbox._inbox, *[entry.id for entry in group])
     yield from _process(self, turn)
 
 
@@ -133,13 +136,13 @@ def _publish_before_commit() -> None:
             transaction.wait()
         return found
 
-    def one_by_one(self: Drain, turn: Turn, before: Steps | None) -> Steps | None:
-        return None if before else _next_group(self, turn, before)
+    def one_by_one(self: Drain, before: Steps | None) -> Steps | None:
+        return None if self.turn.under_way else _next_group(self, before)
 
     Transaction.commit = lambda self: waiting.append(self)  # type: ignore[method-assign]
     Application.wait = lambda self: None  # type: ignore[method-assign]
     Acknowledged.following = commit_at_last  # type: ignore[method-assign]
-    Drain._next_group = one_by_one  # type: ignore[method-assign]
+    Drain.next_group = one_by_one  # type: ignore[method-assign]
 
 
 def _release_blindly(self: Acknowledged) -> list[StreamEntry] | None:
@@ -147,7 +150,7 @@ def _release_blindly(self: Acknowledged) -> list[StreamEntry] | None:
     found = _following(self)
     if found is not None and len(found) < 2:
         time.sleep(0.02)
-        self._inbox._redis.delete(self._inbox._lease)
+        self._inbox.redis.delete(self._inbox._lease)
         return []
     return found
 

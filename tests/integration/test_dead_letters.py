@@ -19,6 +19,7 @@ from producers.inbox.protocol import Inbox
 from tests.support.commands import run
 from tests.support.tenant import Tenant, applied, broken_for, killed, tagging
 from worker.auth import READ
+from worker.drain.application import Application
 from worker.drain.dead_letters import (
     DeadLetterEntry,
     DeadLetterNotFound,
@@ -28,7 +29,6 @@ from worker.drain.dead_letters import (
     find,
     server_time,
 )
-from worker.drain.path import Application
 from worker.wire import read_message
 
 

@@ -32,9 +32,9 @@ def inbox(quiet_redis: Any, organization: UUID) -> Inbox:
 
 def append(inbox: Inbox, *messages: bytes, lease_id: str = "lease") -> bool:
     """Append; return whether that sent a drain, which is taken from the queue."""
-    sent = inbox._redis.llen(QUEUE)
+    sent = inbox.redis.llen(QUEUE)
     inbox.append(messages, TOKEN, lease_id)
-    return inbox._redis.llen(QUEUE) > sent
+    return inbox.redis.llen(QUEUE) > sent
 
 
 def acquire(inbox: Inbox, run_id: str, max_messages: int = 10, **bounds: int) -> list[StreamEntry]:

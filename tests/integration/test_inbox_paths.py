@@ -201,6 +201,8 @@ def test_the_scripts_do_what_the_model_says(quiet_redis: Any) -> None:
         ("ack_and_publish", "if held and held ~= 'running ' .. ARGV[1] then", "if false then"),
         ("ack_and_publish", "redis.call('XDEL', KEYS[1]", "redis.call('XLEN', KEYS[1]) -- "),
         ("ack_and_publish", "ipairs(publications)", "ipairs({})"),
+        ("ack_and_publish", "if #entries == 0 and after == '' then", "if #entries == 0 then"),
+        ("ack_and_publish", "after == '' and '-' or '(' .. after", "'-'"),
         ("requeue", "redis.call('LPUSH', QUEUE, message)", ""),
         ("requeue", "if held and held ~= 'running ' .. ARGV[1] then", "if false then"),
         ("rescue", "if held_lease(KEYS[2]) then", "if false then"),

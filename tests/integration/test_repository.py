@@ -33,8 +33,8 @@ from tests.support.waiting import eventually
 from worker.db.connection import UnsafeRole
 from worker.db.migrate import migrate
 from worker.db.repository import Repository
+from worker.drain.application import apply_in_transaction
 from worker.drain.blame import is_server_fault
-from worker.drain.path import apply_in_transaction
 from worker.rules import decide
 from worker.snapshot import Execution, Snapshot
 

@@ -20,7 +20,7 @@ from tests.support.tenant import applied, requests_of
 from worker.api.queries import Reader
 from worker.db.migrate import migrate
 from worker.db.repository import Repository
-from worker.drain.path import apply_in_transaction
+from worker.drain.application import apply_in_transaction
 
 HOSTILE = {
     "client_encoding": "LATIN1",

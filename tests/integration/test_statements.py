@@ -122,6 +122,7 @@ NEW_RESULTS: Final = {
 # The first word is the name; others tell several cases of a statement apart.
 OF_WORKER: Final = {
     "LOCK": case(1),
+    "LOCK_NOW": case(1),
     "LIST_ORGANIZATIONS": case(1),
     "ADD_ORGANIZATION": case(0),
     "LOAD_BATCHES": case(

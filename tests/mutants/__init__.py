@@ -224,8 +224,8 @@ MUTANTS: Final = (
     ),
     Mutant(  # a worker that ends holds its inbox up until the lease runs out
         _PATH,
-        "if time.monotonic() > turn.deadline or self.stopping():\n            return None",
-        "if time.monotonic() > turn.deadline:\n            return None",
+        "(time.monotonic() > turn.deadline or self.stopping())",
+        "(time.monotonic() > turn.deadline)",
         f"{_OF_DRAIN}a_drain_hands_over_when_the_process_is_to_end",
     ),
     Mutant(  # the events of a batch are published once for each of its copies

@@ -12,7 +12,7 @@ import asyncio
 import re
 import select
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -44,6 +44,7 @@ STATEMENT_TIMEOUT: Final = "2s"
 """How long the server works on one statement; the transactions behind it wait for as long."""
 STUCK_SECONDS: Final = 6.0
 """A connection whose server has not answered anything for this time is lost."""
+SLOW_SECONDS: Final = 0.2
 _CANCEL_AFTER_SECONDS: Final = 0.05
 _CANCEL_SECONDS: Final = 3.0
 
@@ -277,10 +278,14 @@ class Pipeline:
 
     Each statement is prepared at its first use; parameters and results are binary. After an error
     of psycopg the connection must be closed. All methods raise `psycopg.Error`.
+
+    Args:
+        on_slow: Called when the server has not answered for `SLOW_SECONDS`, each time again.
     """
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], on_slow: Callable[[], None]) -> None:
         self.connection = connection
+        self._on_slow = on_slow
         self._libpq = connection.pgconn
         self._libpq.nonblocking = 1
         self._libpq.enter_pipeline_mode()
@@ -368,8 +373,10 @@ class Pipeline:
     def _next_result(self) -> pq.abc.PGresult:
         while True:
             while self._libpq.is_busy():
-                self._poll.poll()
-                self._libpq.consume_input()
+                if self._poll.poll(SLOW_SECONDS * 1000):
+                    self._libpq.consume_input()
+                else:
+                    self._on_slow()
             result = self._libpq.get_result()
             if result is not None:
                 return result

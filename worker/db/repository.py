@@ -61,6 +61,9 @@ class Repository:
         self._scope = ""
         self._uses = 0
         self._transactions = 0
+        self.on_slow: Callable[[], None] | None = None
+        """While this is set, transactions do not wait for a lock; it is called when PostgreSQL has
+        not answered for `SLOW_SECONDS`."""
         self.failed_statement: str | None = None
         """The statement at which the last transaction failed; None: in its begin or commit."""
 
@@ -85,13 +88,15 @@ class Repository:
         between this and the end, also elsewhere, must be followed by `abandon`.
         """
         try:
-            pipeline = self._pipeline = self._pipeline or self._connect()
             if not self._transactions:
                 self.failed_statement = None
+            pipeline = self._pipeline = self._pipeline or self._connect()
+            if not self._transactions:
                 self._time_limit.begin(pipeline.connection)
             self._transactions += 1
             self._uses += 1
-            transaction = Transaction(self, pipeline, organization_id, self._scope)
+            lock = statements.LOCK if self.on_slow is None else statements.LOCK_NOW
+            transaction = Transaction(self, pipeline, organization_id, self._scope, lock)
             if should_discard_plans(self._uses):
                 pipeline.send(DISCARD_PLANS, {})
             return transaction
@@ -114,7 +119,8 @@ class Repository:
         """
         if not self._transactions:
             return
-        frame = None, _BEGIN, self._scope, statements.LOCK, DISCARD_PLANS, _COMMIT
+        locks = statements.LOCK, statements.LOCK_NOW
+        frame = None, _BEGIN, self._scope, *locks, DISCARD_PLANS, _COMMIT
         failed = self._pipeline.unanswered if self._pipeline is not None else None
         self.failed_statement = None if failed in frame else failed
         self.close()
@@ -229,21 +235,30 @@ class Repository:
             connection.close()
             raise
         self._scope, self._uses = scope_statement("%(organization_id)s", schema), 0
-        return Pipeline(connection)
+        return Pipeline(connection, self._note_slow)
+
+    def _note_slow(self) -> None:
+        if self.on_slow is not None:
+            self.on_slow()
 
 
 class Transaction:
     """What happens between the lock and the commit."""
 
     def __init__(
-        self, repository: Repository, pipeline: Pipeline, organization_id: UUID, scope: str
+        self,
+        repository: Repository,
+        pipeline: Pipeline,
+        organization_id: UUID,
+        scope: str,
+        lock: str,
     ) -> None:
         self._repository = repository
         self._pipeline = pipeline
         self._values: rows.Parameters = {"organization_id": pg_arrays.uuid(organization_id)}
         self._send(_BEGIN)
         self._send(scope)
-        self._locked = self._send(statements.LOCK)
+        self._locked = self._send(lock)
         self._found: tuple[datetime, Cursor] | None = None
         self._end: Sent | None = None
 

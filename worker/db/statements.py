@@ -36,6 +36,9 @@ ADD_ORGANIZATION: Final = """
 """
 """Adds an organization, in a transaction of its own."""
 
+LOCK_NOW: Final = LOCK.replace("for update", "for update nowait")
+"""The same, without waiting for another transaction, for a worker that has more to do."""
+
 LOAD_BATCHES: Final = """
     select b.total, b.batch_id, b.digest, b.result_record::text, made.executions, made.events
       from (select b.*, sum(b.bytes) over (rows unbounded preceding) as total

@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
 from typing import Final, assert_never
 from uuid import UUID
 
@@ -22,24 +21,22 @@ import psycopg
 from redis.exceptions import RedisError
 
 from producers.contract.channels import changes_channel, positions_channel, results_channel
-from producers.contract.cursors import BEGINNING, Cursor, microseconds
+from producers.contract.cursors import BEGINNING, Cursor
 from producers.contract.results import encode_position
 from producers.contract.values import Uuid7
-from producers.inbox.protocol import DeadLetter, Inbox, StreamEntry
+from producers.inbox.protocol import Acquired, DeadLetter, Inbox, StreamEntry
 from worker.auth import Authorizer
-from worker.db.repository import Repository, Transaction, UnknownOrganization
+from worker.db.repository import Repository, Transaction
 from worker.drain.admission import Admission, Admitted, Refused, Unreadable, admit, fail_admission
+from worker.drain.application import Application, apply_in_transaction
 from worker.drain.blame import attempts_to_blame, decide_failure, is_server_fault, log_wait
 from worker.jwk_set import JwksUnavailable
-from worker.rules import decide_in_parts
-from worker.snapshot import AuthorizedMessage, Outcome
+from worker.snapshot import Outcome
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS: Final = 0.05
 MAX_BACKOFF_SECONDS: Final = 1.0
-PART_SIZE: Final = 50
-"""Messages of a group that are saved while the next ones are decided."""
 
 
 def _utc_now() -> datetime:
@@ -64,6 +61,20 @@ class Turn:
     """How many messages were read, and not yet answered."""
     last: bytes = b""
     """The id of the last message that was read."""
+    has_begun: bool = False
+    """A group was taken since the inbox was acquired."""
+    under_way: int = 0
+    """Groups that were taken and are not done."""
+
+    def begin(self, entries: Sequence[StreamEntry]) -> None:
+        """Go on with what is at the head of the inbox."""
+        self.waiting, self.unanswered, self.under_way, self.has_begun = [], 0, 0, False
+        self.read(entries)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all that was read is done."""
+        return not (self.waiting or self.under_way)
 
     def read(self, entries: Sequence[StreamEntry]) -> None:
         self.waiting += entries
@@ -72,6 +83,8 @@ class Turn:
 
     def take(self) -> list[StreamEntry]:
         """Return the next group."""
+        self.has_begun = True
+        self.under_way += 1
         size = 1 if self.alone else self.size
         group, self.waiting = self.waiting[:size], self.waiting[size:]
         return group
@@ -84,6 +97,7 @@ class Turn:
     def succeed(self, answered: int, most: int) -> None:
         """Take note of a group that was answered; the next one may be larger."""
         self.answered += answered
+        self.under_way -= 1
         self.failures, self.alone = 0, max(0, self.alone - 1)
         self.size = min(self.size * 2, most)
 
@@ -105,7 +119,7 @@ Steps = Generator[None]
 """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Drain:
     """One drain of one organization's inbox.
 
@@ -128,21 +142,45 @@ class Drain:
     stopping: Callable[[], bool]
     new_id: Uuid7 = field(default_factory=Uuid7)
     now: Callable[[], datetime] = _utc_now
+    turn: Turn = field(init=False)
 
-    def run(self) -> int:
+    def __post_init__(self) -> None:
+        self.turn = Turn(time.monotonic() + self.budget_seconds, self.group_size)
+
+    def acquire(self, others: int = 0) -> Acquired:
+        """Take the lease, and begin; see `Inbox.acquire`."""
+        most = 2 * self.group_size
+        return self.begin(self.inbox.acquire(self.run_id, max_messages=most, others=others))
+
+    def begin(self, acquired: Acquired) -> Acquired:
+        """Begin with what is at the head of the inbox."""
+        self.turn.begin(acquired.entries)
+        if acquired.rescue:
+            try:
+                self.rescue()
+            except (RedisError, OSError) as error:  # the next one is due in 5 s
+                log_wait("a rescue failed", self.organization_id, error)
+        return acquired
+
+    def run(self, *, is_acquired: bool = False) -> int:
         """Drain the inbox until it is empty, the lease is lost or the budget is used up.
 
         Returns how many messages were answered. Each turn processes one group at least. Faults of
         servers are waited out in place, so that nothing overtakes the messages at the head, until
         the budget is used up; then the drain goes to the end of the queue: others have a turn.
         """
-        turn = Turn(time.monotonic() + self.budget_seconds, self.group_size)
+        turn = self.turn
         while True:
             try:
-                self._drain(turn)
+                if not is_acquired:
+                    self.acquire()
+                is_acquired = False
+                take_all_the_way(self.next_group, self.repository)
+                if turn.waiting:
+                    self.inbox.requeue(self.run_id)
                 return turn.answered
             except psycopg.errors.LockNotAvailable:  # another worker has the organization
-                self.inbox.requeue(self.run_id)
+                self.hand_back()
                 return turn.answered
             except Exception as error:
                 if not turn.alone and not is_server_fault(error):
@@ -153,38 +191,16 @@ class Drain:
                 if self._ends_turn(turn, error):
                     return turn.answered
 
-    def _drain(self, turn: Turn) -> None:
-        """Process group after group until the turn is over. Raises what breaks one of them.
-
-        A group begins while the one before it commits; it writes nothing before that has succeeded.
-        """
-        acquired = self.inbox.acquire(self.run_id, max_messages=2 * self.group_size)
-        if acquired.rescue:
-            self.rescue()
-        turn.waiting, turn.unanswered = [], 0
-        turn.read(acquired.entries)
-        before: Steps | None = None
-        group = self._process(turn) if turn.waiting else None
-        try:
-            while group or before:
-                _advance(group)  # admitted; its look-ups are sent, behind the commit before
-                _advance(before)  # committed; what became of its messages is sent
-                _advance(group)  # decided; its commit is sent
-                _advance(before)  # published; what comes next is read
-                before, group = group, self._next_group(turn, group)
-        except BaseException:
-            self.repository.abandon()
-            for each in filter(None, (before, group)):
-                each.close()
-            raise
-        if turn.waiting:
+    def hand_back(self) -> None:
+        """Go to the end of the queue. If Redis can't be used, the lease expires."""
+        with suppress(RedisError, OSError):
             self.inbox.requeue(self.run_id)
 
-    def _next_group(self, turn: Turn, before: Steps | None) -> Steps | None:
+    def next_group(self, before: Steps | None) -> Steps | None:
         """Return the next group, unless the turn is over. After a failure it goes alone."""
-        if time.monotonic() > turn.deadline or self.stopping():
-            return None
-        if not turn.waiting or (before and (turn.failures or turn.alone)):
+        turn = self.turn
+        is_over = turn.has_begun and (time.monotonic() > turn.deadline or self.stopping())
+        if not turn.waiting or is_over or (before and (turn.failures or turn.alone)):
             return None
         return self._process(turn)
 
@@ -361,73 +377,29 @@ class Drain:
         return self.repository.transact(self.organization_id, store)
 
 
-class Application:
-    """Messages of one organization on their way through one transaction: look up, decide, wait.
+def take_all_the_way(
+    next_group: Callable[[Steps | None], Steps | None], repository: Repository
+) -> None:
+    """Process group after group until there is none. Raises what breaks one of them.
 
-    After an error, the transaction is to be abandoned (`Repository.abandon`).
+    A group begins while the one before it commits; it writes nothing before that has succeeded.
+
+    Args:
+        next_group: Returns the group behind another one, which is still on its way, or behind none.
     """
-
-    def __init__(
-        self,
-        repository: Repository,
-        organization_id: UUID,
-        messages: Sequence[AuthorizedMessage],
-        new_id: Uuid7,
-    ) -> None:
-        self._repository, self._organization_id = repository, organization_id
-        self._messages, self._new_id = messages, new_id
-        self._begin()
-
-    def _begin(self) -> None:
-        self._transaction = self._repository.begin(self._organization_id)
-        self._load = self._transaction.look_up(self._messages)
-
-    def decide(self) -> tuple[Sequence[Outcome], Cursor]:
-        """Decide and save, and send the commit; return outcomes, of the first messages.
-
-        The second value is the place of the organization's last change event. PostgreSQL saves one
-        part while the next one is decided.
-        """
-        try:
-            snapshot = self._load()
-        except UnknownOrganization:
-            self._transaction.roll_back()
-            self._repository.add(self._organization_id)
-            self._begin()
-            snapshot = self._load()
-        now, outcomes = self._transaction.now, list[Outcome]()
-        for part in decide_in_parts(
-            self._organization_id,
-            self._messages,
-            snapshot,
-            now=now,
-            new_id=partial(self._new_id, microseconds(now)),
-            size=PART_SIZE,
-        ):
-            outcomes += part.outcomes
-            self._transaction.save(part.change_set)
-        self._transaction.commit()
-        return outcomes, snapshot.head
-
-    def wait(self) -> None:
-        """Wait until the commit has succeeded."""
-        self._transaction.wait()
-
-
-def apply_in_transaction(
-    repository: Repository,
-    organization_id: UUID,
-    messages: Sequence[AuthorizedMessage],
-    new_id: Uuid7,
-) -> tuple[Sequence[Outcome], Cursor]:
-    """Look up, decide and save in one transaction, without anything else in between."""
+    before: Steps | None = None
+    group = next_group(None)
     try:
-        application = Application(repository, organization_id, messages, new_id)
-        decided = application.decide()
-        application.wait()
-        return decided
+        while group or before:
+            _advance(group)  # admitted; its look-ups are sent, behind the commit before
+            _advance(before)  # committed; what became of its messages is sent
+            _advance(group)  # decided; its commit is sent
+            _advance(before)  # published; what comes next is read
+            before, group = group, next_group(group)
     except BaseException:
         repository.abandon()
+        for each in filter(None, (before, group)):
+            each.close()
         raise
 
 

@@ -1,0 +1,138 @@
+"""Drains of several inboxes in one turn.
+
+While the Celery queue is long, a worker takes several drain messages at once. Each inbox keeps its
+lease, its transactions and its order; their groups follow one another on the same connections, so
+that none waits for an answer that another one's work could bridge. An inbox whose row is locked, or
+at which anything fails, leaves the turn; while PostgreSQL is slow at one, the others are handed
+back to the queue. So they wait for none of these.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Final
+
+import psycopg
+from redis.exceptions import RedisError
+
+from producers.inbox.protocol import acquire_all
+from worker.drain.blame import is_server_fault
+from worker.drain.path import Drain, Steps, take_all_the_way
+
+MAX_OTHERS: Final = 15
+
+
+def drain_all(first: Drain, others: Callable[[list[bytes]], list[Drain]]) -> None:
+    """Drain an inbox, and those whose drain messages come next in a long queue.
+
+    Args:
+        others: Returns the drains of more messages from the Celery queue.
+    """
+    try:
+        acquired = first.acquire(MAX_OTHERS)
+    except (RedisError, OSError):
+        first.run()  # which waits for Redis
+        return
+    drains = others(acquired.others)
+    if drains:
+        Together(first, drains).run()
+    else:
+        first.run(is_acquired=True)
+
+
+class Together:
+    """One turn of several drains, the first of which has its messages already."""
+
+    def __init__(self, first: Drain, others: Sequence[Drain]) -> None:
+        self._first = self._running = first
+        self._others = others
+        self._repository = first.repository
+        self._drains = deque([first, *others])
+        self._alone: list[Drain] = []
+
+    def run(self) -> None:
+        self._repository.on_slow = lambda: self._hand_back(self._running)
+        try:
+            self._take(list(self._others))
+        finally:
+            self._repository.on_slow = None
+        for drain in self._alone:
+            drain.run()
+
+    def _take(self, new: list[Drain]) -> None:
+        """Process groups of all; set aside what fails."""
+        while True:
+            try:
+                acquire_together(new)
+                take_all_the_way(self._next_group, self._repository)
+            except (RedisError, OSError):
+                self._alone += dict.fromkeys([*self._unfinished(), *new])
+                return
+            except psycopg.errors.LockNotAvailable:  # another worker has the organization
+                self._leave(self._running)
+                self._running.hand_back()
+            except Exception as error:
+                if self._leave(self._running):
+                    self._alone.append(self._running)
+                if is_server_fault(error):
+                    break
+            else:
+                break
+            new = self._unfinished()  # what became of their last groups is not known
+        self._hand_back()
+
+    def _next_group(self, before: Steps | None) -> Steps | None:
+        """Return the next group of the inbox that has waited longest, unless the turn is over."""
+        first = self._first
+        is_over = time.monotonic() > first.turn.deadline or first.stopping()
+        if is_over and any(drain.turn.has_begun for drain in (first, *self._others)):
+            return None
+        for _ in range(len(self._drains)):
+            drain = self._drains[0]
+            self._drains.rotate(-1)
+            if steps := drain.next_group(None):
+                return self._noted(drain, steps)
+        return None
+
+    def _noted(self, drain: Drain, steps: Steps) -> Steps:
+        """Take the same steps, and note whose they are while they are taken."""
+        with closing(steps):
+            while True:
+                self._running = drain
+                try:
+                    next(steps)
+                except StopIteration:
+                    return
+                yield
+
+    def _unfinished(self) -> list[Drain]:
+        return [drain for drain in self._drains if not drain.turn.is_over]
+
+    def _hand_back(self, running: Drain | None = None) -> None:
+        """Send drains to the end of the queue, but for the one that is running.
+
+        What is under way of one is finished: that does no harm (docs/concepts/inbox-protocol.md).
+        """
+        for drain in self._unfinished():
+            if drain is not running:
+                self._leave(drain)
+                drain.hand_back()
+
+    def _leave(self, drain: Drain) -> bool:
+        """Take a drain out of the turn; return whether it was in it."""
+        if drain not in self._drains:
+            return False
+        self._drains.remove(drain)
+        return True
+
+
+def acquire_together(drains: Sequence[Drain]) -> None:
+    """Begin several drains in one round trip."""
+    if drains:
+        runs = [(drain.inbox, drain.run_id) for drain in drains]
+        found = acquire_all(runs, 2 * drains[0].group_size)
+        for drain, acquired in zip(drains, found, strict=True):
+            drain.begin(acquired)
