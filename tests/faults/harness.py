@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from producers.contract.messages import Message, register_execution
 from producers.inbox.drain_message import QUEUE
 from producers.redis_client import open_redis
 from tests.faults.check import Sent, Verdict, check_presence
+from tests.faults.clocks import Clock, find_library
 from tests.faults.moments import PostgresMoments, RedisMoments
 from tests.faults.producer import Journal, call_file
 from tests.faults.proxy import Proxy
@@ -103,6 +104,8 @@ class Harness:
     servers: tuple[Valkey, Postgres]
     large: FaultOrganization
     """One more, whose batches are as large as batches may be. Its content is not compared."""
+    clock: Clock | None
+    """That of Valkey; None if it can't be stepped here."""
     stop: threading.Event = field(default_factory=threading.Event)
     old_drains: list[bytes] = field(default_factory=list)
     faults: list[tuple[float, str]] = field(default_factory=list)
@@ -274,7 +277,10 @@ def run_harness(directory: Path, seed: int, plant: str) -> Iterator[Harness]:
             Valkey(home),
             Postgres(home, load_or_create_secret(directory, "postgres")),
         )
-        supervisor.start(valkey.child(), postgres.child())
+        library = find_library()
+        clock = None if library is None else Clock(library, directory / "valkey.clock")
+        stepped = {} if clock is None else clock.environment
+        supervisor.start(replace(valkey.child(), environment=stepped), postgres.child())
         disk = small_disk(directory, supervisor)
         if disk is not None:
             home.own(disk)
@@ -326,6 +332,7 @@ def run_harness(directory: Path, seed: int, plant: str) -> Iterator[Harness]:
             disk,
             (valkey, postgres),
             _organization(directory, settings, ORGANIZATIONS),
+            clock,
         )
 
         def through(proxy: str, role: str) -> str:

@@ -20,6 +20,7 @@ from producers.contract.channels import failing_key, inbox_key, lease_key
 from producers.contract.messages import TagBatch, add, remove, split_batches
 from producers.errors import TaskTagsError
 from producers.inbox.drain_message import QUEUE, task_message
+from tests.faults.clocks import CACHE_SECONDS
 from tests.faults.harness import LEASE_SECONDS, Harness
 from tests.faults.moments import FAULTS, POSTGRES_MOMENTS, REDIS_CODES, SQL_STATES, Harm
 from tests.faults.mutants import FAILPOINTS
@@ -312,6 +313,15 @@ def _harm(proxy: str, moment: str, fault: str, codes: tuple[str, ...]) -> Inject
     return inject
 
 
+def step_clock(harness: Harness, choose: random.Random) -> None:
+    """Step the clock of Valkey forwards or back, and back again after some seconds."""
+    if harness.clock is None:
+        raise OSError("clocks can't be stepped here")
+    harness.clock.step(choose.choice((-1, 1)) * choose.choice((2, 30, 600, 3600)))
+    time.sleep(2 * CACHE_SECONDS + choose.random() * 4)
+    harness.clock.step(0)
+
+
 def _harms() -> Iterator[tuple[str, Injection]]:
     """Yield faults by party, fault and moment."""
     moments = {
@@ -356,6 +366,7 @@ INJECTIONS: dict[str, Injection] = {
     "cut endpoint-database": _cut("reads"),
     "silence endpoint-redis": _half_open("endpoint"),
     "silence endpoint-database": _half_open("reads"),
+    "step the clock of valkey": step_clock,
     "demote valkey": demote_valkey,
     "demote postgresql": demote_postgresql,
     "session setting": session_setting,
