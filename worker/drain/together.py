@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Final
 
 import psycopg
@@ -59,8 +59,9 @@ class Together:
             self._take(list(self._others))
         finally:
             self._repository.on_slow = None
-        for drain in self._alone:
-            drain.run()
+        with ExitStack() as stack:  # each runs, whatever another one raises
+            for drain in reversed(self._alone):
+                stack.callback(drain.run)
 
     def _take(self, new: list[Drain]) -> None:
         """Process groups of all; set aside what fails."""
