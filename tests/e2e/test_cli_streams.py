@@ -361,6 +361,8 @@ def test_what_an_output_cannot_encode_is_escaped(
     servers: Servers, mine: dict[str, str], producer: TagProducer, values: dict[str, str]
 ) -> None:
     """For people; JSON is the same UTF-8 for every terminal."""
+    if "LC_ALL" in values and not sys.prefix.isascii():
+        pytest.skip("Python can't read the path of a checkout that is not ASCII in such a locale")
     execution, tag = uuid4(), "é→🎉"
     producer.register(execution)
     producer.batch().add(execution, "t", "t", tag).apply()

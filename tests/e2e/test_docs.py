@@ -85,7 +85,7 @@ def test_the_blocks_of_a_page_run(page: Path, variables: dict[str, str], tmp_pat
     for kind, text in blocks(page):
         if kind == "python":
             (tmp_path / "block.py").write_text(text, "utf-8")
-            exported = f"{sys.executable} -W error block.py"
+            exported = f"{shlex.quote(sys.executable)} -W error block.py"
             printed = run(exported, variables, tmp_path)
             for shown in SHOWN.findall(text):
                 assert shown in printed
