@@ -58,7 +58,7 @@ def main() -> int:
                 )
             if harness.clock is None:
                 print("steps of clocks: skipped, libfaketime can't be had here", flush=True)
-            start_runners(harness)
+            start_runners(harness, arguments.seconds)
             run_without_faults(harness, verdict)
             injected = run_with_faults(harness, choose, arguments.seconds)
             stop(harness, "runner")

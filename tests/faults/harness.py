@@ -440,8 +440,12 @@ def _workers(
         )
 
 
-def start_runners(harness: Harness) -> None:
-    """Register the executions, then start the flow runners that tag them."""
+def start_runners(harness: Harness, seconds: float) -> None:
+    """Register the executions, then start the flow runners that tag them.
+
+    The longer they run the more they pause: what they send has to fit on the disk.
+    """
+    pause = max(0.1, seconds / 3000)
     runners = []
     with harness.producer(harness.large) as producer:
         for execution in harness.large.executions:
@@ -468,6 +472,7 @@ def start_runners(harness: Harness) -> None:
                         "TASK_TAGS_TOKEN": organization.token,
                         "TASK_TAGS_LEASE_SECONDS": str(LEASE_SECONDS),
                         "TASK_TAGS_ENDPOINT_URL": harness.endpoint_url,
+                        "FAULTS_PAUSE": f"{pause}",
                         **over_http,
                     },
                 )

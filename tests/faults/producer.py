@@ -227,6 +227,7 @@ def apply(producer: Marked, message: Message) -> None:
 def main() -> None:
     journal_path, seed, *ids = sys.argv[1:]
     executions = [UUID(each) for each in ids]
+    pause = float(os.environ["FAULTS_PAUSE"])
     choose = random.Random(f"{seed}-{time.time_ns()}")
     journal = Journal(Path(journal_path))
     settings, caller = load_settings(), None
@@ -251,7 +252,7 @@ def main() -> None:
             else:
                 insist(producer, fresh)
             journal.accept(fresh)
-            time.sleep(choose.random() * 0.1)
+            time.sleep(choose.random() * pause)
 
 
 if __name__ == "__main__":
