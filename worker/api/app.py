@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import cache
@@ -155,6 +156,13 @@ class DirectRead:
 # --- The server ----------------------------------------------------------------------------------
 
 
+_SWITCH_SECONDS: Final = 0.0001
+"""How long the event loop may keep a thread waiting that enqueues; by default 5 ms.
+
+A thread waits for it some twenty times in a write, while others keep the loop busy.
+"""
+
+
 class Server(uvicorn.Server):
     """Ends the streams of Server-Sent Events at shutdown; otherwise uvicorn waits for them."""
 
@@ -174,6 +182,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     """
     check_servers(settings)
     ADMITTED.set(RESERVED_FILES + settings.endpoint_connections)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     app = create_app(settings)
     config = uvicorn.Config(
         RequestIds(HeadRequests(DeclaredBodyLimit(DirectRead(app)))),  # around faults, too

@@ -124,13 +124,19 @@ class IdleClose:
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._until = self._loop.time() + CLOSE_SECONDS
-        self._timer = self._loop.call_later(IDLE_SECONDS, transport.close)
+        self._has_received = False
+        self._timer = self._loop.call_later(IDLE_SECONDS, self._look)
 
     def received(self) -> None:
-        """Wait a little longer, because there was something to discard."""
-        if self._loop.time() < self._until:
-            self.cancel()
-            self._timer = self._loop.call_later(IDLE_SECONDS, self._transport.close)
+        """Wait a little longer, because there was something to discard: this costs nothing."""
+        self._has_received = True
+
+    def _look(self) -> None:
+        if self._has_received and self._loop.time() < self._until:
+            self._has_received = False
+            self._timer = self._loop.call_later(IDLE_SECONDS, self._look)
+        else:
+            self._transport.close()
 
     def cancel(self) -> None:
         self._timer.cancel()

@@ -96,6 +96,9 @@ class LimitedWebSocket(WebSocketsSansIOProtocol):
             self.handle_parser_exception()
 
     def data_received(self, data: bytes) -> None:
+        if self._closing is not None:
+            self._closing.received()
+            return
         for start in range(0, len(data), _PIECE_BYTES):
             self._receive(data[start : start + _PIECE_BYTES])
 
