@@ -19,20 +19,17 @@ Three facts carry it:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
-from importlib.resources import files
 from itertools import chain
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from redis import Redis
-from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from producers.contract.channels import (
     dead_letters_key,
@@ -44,6 +41,7 @@ from producers.contract.channels import (
 from producers.contract.encoding import MAX_READABLE_BYTES
 from producers.contract.messages import MAX_MESSAGE_BYTES
 from producers.inbox.drain_message import QUEUE, drain_message
+from producers.inbox.script_calls import SentScript, run_script, script_sha
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +59,6 @@ WAITING: Final = "task-tags:waiting"
 """The set of organizations in whose inbox messages wait."""
 SHARED_KEYS: Final = {WAITING: "set", "task-tags:wake": "string", QUEUE: "list"}
 """The keys that all organizations share, with their types."""
-_INCLUDES: Final = {
-    "append": ("_lease", "_shared"),
-    "acquire": ("_lease", "_shared", "_read_head"),
-    "ack_and_publish": ("_lease", "_shared", "_read_head"),
-    "requeue": ("_lease", "_shared"),
-    "rescue": ("_lease", "_shared"),
-    "claim_rescue": ("_shared",),
-}
 
 
 class Acquired(NamedTuple):
@@ -352,63 +342,12 @@ def repair_keys(redis: Redis, types: Mapping[str, str] = SHARED_KEYS) -> bool:
     return bool(wrong)
 
 
-def run_script(redis: Redis, name: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-    """Run one of the scripts. Raises what redis-py raises."""
-    try:
-        return redis.evalsha(_sha(name), len(keys), *keys, *arguments)
-    except NoScriptError:  # the server was restarted, or its scripts were flushed
-        return redis.eval(script_source(name), len(keys), *keys, *arguments)
-
-
-class SentScript:
-    """A call of one of the scripts that was sent. All methods raise what redis-py raises."""
-
-    def __init__(
-        self, redis: Redis, name: str, keys: Sequence[str], arguments: Sequence[Any]
-    ) -> None:
-        self._redis, self._call = redis, (name, keys, arguments)
-        self._connection = cast(Any, redis.connection_pool.get_connection())
-        words: tuple[Any, ...] = (_sha(name), len(keys), *keys, *arguments)
-        try:
-            self._connection.send_command("EVALSHA", *words)
-        except BaseException:
-            self.drop()
-            raise
-
-    def result(self) -> Any:
-        """Wait for the answer. After an error of the server, call it again to repeat the call."""
-        if self._connection is None:
-            return run_script(self._redis, *self._call)
-        try:
-            answer = self._connection.read_response()
-        except ResponseError as error:
-            self._release()
-            if isinstance(error, NoScriptError):
-                return self.result()
-            raise
-        except BaseException:
-            self.drop()
-            raise
-        self._release()
-        return answer
-
-    def drop(self) -> None:
-        """Close the connection, unless there is an answer: the script may have run or not."""
-        if self._connection is not None:
-            self._connection.disconnect()
-            self._release()
-
-    def _release(self) -> None:
-        connection, self._connection = self._connection, None
-        self._redis.connection_pool.release(connection)
-
-
 def acquire_all(runs: Sequence[tuple[Inbox, str]], max_messages: int) -> list[Acquired]:
     """Begin several drains in one round trip; the arguments are inboxes and the ids of runs."""
     pipeline = runs[0][0].redis.pipeline(transaction=False)
     for inbox, run_id in runs:
         keys, arguments = inbox.acquire_arguments(run_id, max_messages, _SHARED_BYTES, 0)
-        pipeline.evalsha(_sha("acquire"), len(keys), *keys, *arguments)
+        pipeline.evalsha(script_sha("acquire"), len(keys), *keys, *arguments)
     found: list[Acquired] = []
     for (inbox, run_id), answer in zip(runs, pipeline.execute(raise_on_error=False), strict=True):
         if isinstance(answer, ResponseError):  # it may be mended
@@ -441,21 +380,3 @@ def _entries(found: Any) -> list[StreamEntry]:
 def _entry(id: bytes, fields: list[bytes]) -> StreamEntry:
     values = dict(zip(fields[::2], fields[1::2], strict=True))
     return StreamEntry(id, values.get(b"message"), values.get(b"token"), values.get(b"accepted_at"))
-
-
-@cache
-def script_source(name: str) -> str:
-    """Return a script, with the functions that it shares with others behind its first line."""
-    scripts = files("producers.inbox").joinpath("scripts")
-    own, *included = (
-        scripts.joinpath(f"{each}.lua").read_text() for each in (name, *_INCLUDES.get(name, ()))
-    )
-    flags, newline, rest = own.partition("\n")
-    if not flags.startswith("#!"):
-        return "".join([*included, own])
-    return "".join([flags, newline, *included, rest])
-
-
-@cache
-def _sha(name: str) -> str:
-    return hashlib.sha1(script_source(name).encode(), usedforsecurity=False).hexdigest()

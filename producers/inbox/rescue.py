@@ -19,7 +19,8 @@ from redis.commands.core import Script
 from redis.exceptions import RedisError
 
 from producers.contract.channels import inbox_key
-from producers.inbox.protocol import WAITING, Inbox, run_script, script_source
+from producers.inbox.protocol import WAITING, Inbox
+from producers.inbox.script_calls import run_script, script_source
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from producers.inbox import protocol
+from producers.inbox.script_calls import script_sha
 
 FAULTS: Final = ("error", "hang", "lose", "answer lost")
 POSTGRES_MOMENTS: Final = ("begin", "lock", "look-up", "write", "commit")
@@ -52,10 +52,10 @@ class RedisMoments:
     """Commands, as arrays of bulk strings."""
 
     _of_script: Final = {
-        protocol._sha("acquire").encode(): "acquire",
-        protocol._sha("ack_and_publish").encode(): "publish",
-        protocol._sha("requeue").encode(): "hand over",
-        protocol._sha("append").encode(): "append",
+        script_sha("acquire").encode(): "acquire",
+        script_sha("ack_and_publish").encode(): "publish",
+        script_sha("requeue").encode(): "hand over",
+        script_sha("append").encode(): "append",
     }
     _of_command: Final = {
         **dict.fromkeys((b"HELLO", b"AUTH", b"CLIENT", b"SELECT", b"PING"), "connect"),

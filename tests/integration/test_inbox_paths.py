@@ -16,9 +16,10 @@ from uuid import UUID
 import pytest
 
 from producers.contract.channels import inbox_key, lease_key
-from producers.inbox import protocol
+from producers.inbox import script_calls
 from producers.inbox.drain_message import QUEUE, drain_message
-from producers.inbox.protocol import WAITING, Inbox, StreamEntry, run_script
+from producers.inbox.protocol import WAITING, Inbox, StreamEntry
+from producers.inbox.script_calls import run_script
 from tests.support.inbox_model import HAND, NEW, NO_BUGS, Faults, State, Step, steps
 
 STEPS: Final = 10_000
@@ -214,16 +215,16 @@ def test_a_bug_in_a_script_is_found(
     quiet_redis: Any, monkeypatch: pytest.MonkeyPatch, script: str, right: str, wrong: str
 ) -> None:
     """The comparison can fail: each of these leads to another state than the model's."""
-    sources = protocol.script_source
+    sources = script_calls.script_source
     assert right in sources(script)
 
     def script_source(name: str) -> str:
         source = sources(name)
         return source.replace(right, wrong) if name == script else source
 
-    protocol._sha.cache_clear()
+    script_calls.script_sha.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setattr(protocol, "script_source", script_source)
+        patched.setattr(script_calls, "script_source", script_source)
         with pytest.raises(AssertionError):
             walk(quiet_redis, random.Random(20261126), STEPS)
-    protocol._sha.cache_clear()
+    script_calls.script_sha.cache_clear()
