@@ -221,11 +221,19 @@ class TagProducer:
             if self._closed.is_set():
                 raise ProducerClosed("the producer was closed")
             # Ask first: an append that is refused would have sent its messages for nothing.
-            if self._enqueuer.free_capacity(self._organization_id):
+            if self._free_capacity():
                 accepted, pause = accepted + self._append(encoded[accepted:]), _MIN_PAUSE_SECONDS
             else:
                 pause = min(pause * 2, _MAX_PAUSE_SECONDS)
         return accepted
+
+    def _free_capacity(self) -> int:
+        try:
+            return self._enqueuer.free_capacity(self._organization_id)
+        except Unavailable:
+            if self._closed.is_set():  # under this call, which has sent nothing
+                raise ProducerClosed("the producer was closed") from None
+            raise
 
     def _append(self, encoded: Sequence[bytes]) -> int:
         if self._closed.is_set():
