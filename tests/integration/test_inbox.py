@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 from redis.exceptions import OutOfMemoryError
 
-from producers.contract.channels import dead_letters_key, inbox_key, lease_key
+from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
 from producers.inbox.drain_message import QUEUE
 from producers.inbox.protocol import (
     DeadLetter,
@@ -317,6 +317,21 @@ def test_failures_are_counted_for_each_message(inbox: Inbox, organization: UUID)
     assert inbox.count_failure(second, "error")[0] == 2
     ack_and_publish(inbox, "run", [first])
     assert inbox.count_failure(second, "error")[0] == 1  # the count ends with what is acknowledged
+
+
+def test_a_failure_that_was_counted_by_a_clock_ahead_counts_from_now(
+    inbox: Inbox, quiet_redis: Any, organization: UUID
+) -> None:
+    """Else the message would hold its organization up until the clock is there again."""
+    append(inbox, b"1")
+    (entry,) = acquire(inbox, "run")
+    inbox.count_failure(entry, "error")
+    key = failing_key(organization)
+    quiet_redis.hincrby(key, "first", 3600)
+    assert inbox.count_failure(entry, "error") == (2, 0)
+    quiet_redis.hincrby(key, "first", -20)
+    attempts, seconds = inbox.count_failure(entry, "error")
+    assert (attempts, 20 <= seconds < 60) == (3, True)
 
 
 def test_ids_never_come_again(inbox: Inbox, quiet_redis: Any) -> None:
