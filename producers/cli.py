@@ -31,7 +31,7 @@ from producers.contract.messages import TaskState
 from producers.contract.results import ResultRecord
 from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.contract.selectors import Selector
-from producers.endpoint import client_options, error_summary
+from producers.endpoint import client_options, error_summary, unreachable
 from producers.errors import (
     ChangesRefused,
     ConfigurationError,
@@ -79,8 +79,7 @@ def main() -> None:
     except UnicodeEncodeError:
         console.fail(WRONG, "an argument is not UTF-8")
     except httpx.RequestError as error:
-        said = str(error) or type(error).__name__
-        console.fail(UNAVAILABLE, f"the endpoint can't be used: {said}")
+        console.fail(UNAVAILABLE, unreachable(error))
     except Unavailable as error:
         console.fail(UNAVAILABLE, error)
     except ResultTimeout as error:
@@ -341,8 +340,8 @@ class _Run:
         except (TaskTagsError, console.OutputFailed, KeyboardInterrupt) as error:
             of = "" if self._total is None else f" of {self._total}"
             until = f", up to line {self._last_line}" if self.sent else ""
-            perhaps = ", perhaps more" if isinstance(error, Unavailable) else ""
-            report = f"{self.sent}{of} batches were enqueued{until}{perhaps}"
+            least = "at least " if isinstance(error, Unavailable) else ""  # an answer may be lost
+            report = f"{least}{self.sent}{of} batches were enqueued{until}"
             if isinstance(error, KeyboardInterrupt):
                 console.fail(INTERRUPTED, f"interrupted: {report}")
             if isinstance(error, InboxFull):

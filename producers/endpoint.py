@@ -81,6 +81,14 @@ def client_options(url: str, token: Callable[[], str]) -> dict[str, Any]:
     return options
 
 
+def execution_id(flow_execution_id: UUID | str) -> UUID:
+    """Return the id; it is compared with those of events. Raises `ChangesRefused`."""
+    try:
+        return UUID(str(flow_execution_id))
+    except ValueError:
+        raise ChangesRefused("flow_execution_id: must be a UUID", 400) from None
+
+
 async def get(client: httpx.AsyncClient, path: str, query: dict[str, Any]) -> httpx.Response:
     """Send a request; return its answer of status 200.
 
@@ -160,7 +168,7 @@ async def stream_changes(
                         yield after, ChangeEvent.decode(data) if kind == "change" else None
         except (httpx.TransportError, Unavailable, ValidationError) as error:
             if not reached:
-                raise Unavailable(f"the endpoint can't be used: {error}") from error
+                raise unreachable(error) from error
             logger.warning("the stream of changes is lost; reconnecting: %s", type(error).__name__)
             await asyncio.sleep(_RETRY_SECONDS)
 
@@ -178,7 +186,13 @@ async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, st
 
 
 def unreachable(error: Exception) -> Unavailable:
-    return Unavailable(f"the endpoint can't be used: {type(error).__name__}")
+    """Return what a failed request raises; it names the endpoint and the setting that chose it."""
+    if isinstance(error, Unavailable):
+        return error
+    request = error.request if isinstance(error, httpx.RequestError) else None
+    at = "" if request is None else f" at {request.url.scheme}://{request.url.netloc.decode()}"
+    why = str(error) or type(error).__name__
+    return Unavailable(f"the endpoint{at} can't be used (TASK_TAGS_ENDPOINT_URL): {why}")
 
 
 def check_answer(response: httpx.Response) -> None:

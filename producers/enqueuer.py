@@ -12,7 +12,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 
 from producers.errors import RedisOutOfMemory, Unavailable
 from producers.inbox.protocol import DEFAULT_LIMIT, LEASE_MS, Inbox, chunks
-from producers.redis_client import open_redis
+from producers.redis_client import open_redis, redis_unavailable
 
 
 class Enqueuer:
@@ -71,7 +71,7 @@ class Enqueuer:
             if "last possible ID" in str(error):
                 remedy = "an operator has to run `task-tags-admin inbox rebuild`"
                 raise Unavailable(f"the inbox has reached its last stream id: {remedy}") from error
-            raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
+            raise redis_unavailable(error) from error
 
     def close(self) -> None:
         self.redis.close()

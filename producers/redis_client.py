@@ -12,6 +12,8 @@ from redis.asyncio.connection import DefaultParser as AsyncParser
 from redis.connection import DefaultParser, parse_url
 from redis.exceptions import ResponseError
 
+from producers.errors import Unavailable
+
 _TIMEOUTS: Final[dict[str, Any]] = {
     "socket_timeout": 10,  # seconds, like the other two
     "socket_connect_timeout": 2,
@@ -107,3 +109,9 @@ def url_options(url: str) -> dict[str, Any]:
 def _options(url: str, options: dict[str, Any], parser: type) -> dict[str, Any]:
     keepalive = {} if url.startswith("unix://") else {"socket_keepalive": True}
     return {"protocol": 2, "parser_class": parser, **options, **keepalive}
+
+
+def redis_unavailable(error: Exception) -> Unavailable:
+    """Return what a failed command raises; it names the setting that chose the server."""
+    why = f"{type(error).__name__}: {error}"
+    return Unavailable(f"Redis can't be used (TASK_TAGS_REDIS_URL): {why}")

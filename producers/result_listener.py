@@ -159,7 +159,7 @@ class ResultListener(Listener):
             if self._running is None or self._running.done():
                 self._running = self._thread.submit(self._run())
         if not self._subscribed.wait(max(0, seconds)):
-            raise Unavailable("Redis can't be reached")
+            raise Unavailable("Redis can't be reached (TASK_TAGS_REDIS_URL)")
 
     async def _run(self) -> None:
         self._lost = asyncio.Event()

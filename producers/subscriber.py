@@ -21,10 +21,9 @@ from redis.exceptions import RedisError
 
 from producers.contract.channels import changes_channel, results_channel
 from producers.contract.results import ChangeEvent, ResultRecord, Tag
-from producers.endpoint import client_options, stream_changes
-from producers.errors import Unavailable
+from producers.endpoint import client_options, execution_id, stream_changes
 from producers.pubsub import EventQueue, ListenEvent, LoopThread, PubSubMultiplexer, flatten
-from producers.redis_client import open_async_redis
+from producers.redis_client import open_async_redis, redis_unavailable
 from producers.settings import ProducerSettings, load_settings, token_source
 from producers.waiting import TagWaits
 
@@ -80,7 +79,7 @@ class Subscriber:
 
     def changes(
         self,
-        flow_execution_id: UUID,
+        flow_execution_id: UUID | str,
         after: int | str | None = None,
         *,
         on_subscribed: Callable[[], None] | None = None,
@@ -147,7 +146,7 @@ class Subscriber:
 
     def wait_for(
         self,
-        flow_execution_id: UUID,
+        flow_execution_id: UUID | str,
         task_name: str,
         tag_type: str,
         tag: str | None = None,
@@ -176,7 +175,7 @@ class Subscriber:
 
     async def await_for(
         self,
-        flow_execution_id: UUID,
+        flow_execution_id: UUID | str,
         task_name: str,
         tag_type: str,
         tag: str | None = None,
@@ -194,7 +193,7 @@ class Subscriber:
 
     def achanges(
         self,
-        flow_execution_id: UUID,
+        flow_execution_id: UUID | str,
         after: int | str | None = None,
         *,
         on_subscribed: Callable[[], None] | None = None,
@@ -227,14 +226,15 @@ class Subscriber:
 
     def _changes(
         self,
-        flow_execution_id: UUID,
+        flow_execution_id: UUID | str,
         after: int | str | None,
         on_subscribed: Callable[[], None] | None,
     ) -> AsyncGenerator[Sequence[ChangeEvent], None]:
+        execution = execution_id(flow_execution_id)
         if after is None:
-            channel = changes_channel(self._organization_id, flow_execution_id)
+            channel = changes_channel(self._organization_id, execution)
             return self._published(channel, ChangeEvent, on_subscribed)
-        options = {"flow_execution_id": flow_execution_id, "on_open": on_subscribed}
+        options = {"flow_execution_id": execution, "on_open": on_subscribed}
         return self._stream(str(after), None, **options)
 
     async def _published(
@@ -267,11 +267,17 @@ class Subscriber:
                 await asyncio.gather(following, return_exceptions=True)
 
     async def _wait_for(
-        self, flow_execution_id: UUID, task_name: str, tag_type: str, tag: str | None, *rest: Any
+        self,
+        flow_execution_id: UUID | str,
+        task_name: str,
+        tag_type: str,
+        tag: str | None,
+        timeout: float | None,
     ) -> Tag:
         if self._waits is None:
             self._waits = TagWaits(self._client)
-        return await self._waits.wait_for(flow_execution_id, task_name, tag_type, tag, *rest)
+        execution = execution_id(flow_execution_id)
+        return await self._waits.wait_for(execution, task_name, tag_type, tag, timeout)
 
     def _client(self) -> httpx.AsyncClient:
         """Return a client of the endpoint. Raises `ConfigurationError`."""
@@ -288,7 +294,7 @@ class Subscriber:
             await redis.ping()
         except (RedisError, OSError) as error:
             await redis.aclose()
-            raise Unavailable(f"Redis can't be used: {type(error).__name__}: {error}") from error
+            raise redis_unavailable(error) from error
         pubsub, events = PubSubMultiplexer(redis), EventQueue(on_subscribed)
         try:
             with pubsub.listening(channel, events):

@@ -12,7 +12,16 @@ import httpx
 from producers.contract.messages import TaskState
 from producers.contract.results import Tag, TaskExecution
 from producers.contract.selectors import Selector
-from producers.endpoint import Item, Page, check_answer, client_options, get, read_page, unreachable
+from producers.endpoint import (
+    Item,
+    Page,
+    check_answer,
+    client_options,
+    execution_id,
+    get,
+    read_page,
+    unreachable,
+)
 from producers.pubsub import LoopThread, flatten
 from producers.settings import load_settings, token_source
 from producers.work_list import follow_work_list
@@ -210,6 +219,6 @@ def _tags_query(
 
 
 def _query(flow_execution_id: UUID | str | None, **values: Any) -> dict[str, Any]:
-    execution = None if flow_execution_id is None else str(flow_execution_id)
+    execution = None if flow_execution_id is None else str(execution_id(flow_execution_id))
     given = {"flow_execution_id": execution, **values, "limit": _PAGE}
     return {name: value for name, value in given.items() if value is not None}

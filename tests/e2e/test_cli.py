@@ -205,18 +205,24 @@ def test_a_full_inbox_is_waited_for_as_long_as_one_says(
     assert "the inbox is full" in full.stderr
 
 
+NO_REDIS = "Redis can't be used (TASK_TAGS_REDIS_URL)"
+NO_ENDPOINT = "the endpoint at http://127.0.0.1:1 can't be used (TASK_TAGS_ENDPOINT_URL)"
+
+
 @pytest.mark.parametrize(
     ("arguments", "values", "code", "said"),
     [
         (("enqueue", "-"), {"TASK_TAGS_TOKEN": ""}, 2, "TASK_TAGS_TOKEN is not set"),
         (("enqueue", "-"), {"TASK_TAGS_ORGANIZATION_ID": "x"}, 2, "TASK_TAGS_ORGANIZATION_ID"),
-        (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
-        (("list", "{id}"), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, "refused"),
+        (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, NO_REDIS),
+        (("list", "{id}"), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, NO_ENDPOINT),
+        (("watch", "--all"), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, NO_ENDPOINT),
+        (("find",), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, NO_ENDPOINT),
         (("list", "{id}"), {"TASK_TAGS_TOKEN": "garbage"}, 1, "the token is not valid"),
         (("list", "{id}"), {}, 1, "the flow execution is unknown"),
         (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "garbage"}, 2, "TASK_TAGS_REDIS_URL"),
-        (("watch", "{id}"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
-        (("results", "r"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, "Redis can't be used"),
+        (("watch", "{id}"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, NO_REDIS),
+        (("results", "r"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, NO_REDIS),
         (("list", "not-a-uuid"), {}, 2, "Invalid value for 'execution'"),
         (
             ("enqueue", "-", "--wait", "--timeout", "0.2"),

@@ -97,6 +97,33 @@ def test_a_wait_ends_with_the_tag_that_it_is_for(
     eventually(lambda: subscriber._waits._client is None)  # type: ignore[union-attr]
 
 
+def test_an_execution_is_named_by_a_text_too(
+    subscriber: Subscriber, producer: TagProducer, execution: UUID
+) -> None:
+    """As everywhere in the SDK: in any spelling of a UUID; another text is a clear error."""
+    text, found = str(execution).upper(), Future[ChangeEvent]()
+    subscribed = threading.Event()
+
+    def receive() -> None:
+        for event in subscriber.changes(text, on_subscribed=subscribed.set):
+            found.set_result(event)
+            break
+
+    threading.Thread(target=receive, daemon=True).start()
+    assert subscribed.wait(10)
+    waiting = waiting_for(subscriber, text, "task", "review_status", "approved")
+    producer.apply(reviewed(execution, "approved"))
+    assert waiting.result(10).flow_execution_id == execution
+    assert found.result(10).flow_execution_id == execution
+    for call in (
+        lambda: subscriber.wait_for("x", "task", "review_status"),
+        lambda: next(subscriber.changes("x")),
+        lambda: next(subscriber.changes("x", after=0)),
+    ):
+        with pytest.raises(ChangesRefused, match="flow_execution_id: must be a UUID"):
+            call()
+
+
 def test_a_time_out_says_what_was_there(
     subscriber: Subscriber, producer: TagProducer, execution: UUID
 ) -> None:
