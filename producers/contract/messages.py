@@ -410,7 +410,10 @@ def release(
     *,
     batch_id: UUID | None = None,
 ) -> TagBatch:
-    """Build the batch that ends a claim, if it is this claimant's. Raises `InvalidMessage`."""
+    """Build the batch that ends a claim, if it is this claimant's. Raises `InvalidMessage`.
+
+    The name is no secret: who knows it may end the claim. The token's actor is not compared.
+    """
     named = flow_execution_id, task_name, CLAIM, claimant
     return _decision(batch_id, when(*named), remove(*named))
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -80,8 +79,12 @@ def variables(servers: Servers, organization: UUID, token: str, tmp_path: Path) 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.stem)
-def test_the_blocks_of_a_page_run(page: Path, variables: dict[str, str], tmp_path: Path) -> None:
-    """One after the other, as a reader pastes them; comments show what is printed."""
+def test_the_blocks_of_a_page_run(
+    page: Path, servers: Servers, organization: UUID, variables: dict[str, str], tmp_path: Path
+) -> None:
+    """One after the other, as a reader pastes them; comments and texts show what is printed."""
+    variables |= {"TASK_TAGS_TOKEN": servers.token(organization, sub="developer")}
+    printed = ""
     for kind, text in blocks(page):
         if kind == "python":
             (tmp_path / "block.py").write_text(text, "utf-8")
@@ -90,9 +93,18 @@ def test_the_blocks_of_a_page_run(page: Path, variables: dict[str, str], tmp_pat
             for shown in SHOWN.findall(text):
                 assert shown in printed
         elif kind == "sh" and text.rstrip().endswith("# until Ctrl-C"):
-            run_until_interrupted(text, variables, tmp_path)
+            printed = run_until_interrupted(text, variables, tmp_path)
         elif kind == "sh":
-            run(text, variables, tmp_path)
+            printed = run(text, variables, tmp_path)
+        elif kind == "text" and printed:
+            for part in masked(text).split("…"):
+                assert part in masked(printed)
+
+
+def masked(text: str) -> str:
+    """Return a text without white space, and with each id and time the same."""
+    text = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "ID", text)
+    return re.sub(r"\s", "", re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|\+00:00)", "TIME", text))
 
 
 def script(text: str, directory: Path) -> str:
@@ -105,15 +117,16 @@ def run(text: str, variables: dict[str, str], directory: Path) -> str:
         ["bash", "-c", script(text, directory)],
         env=variables,
         cwd=REPOSITORY if text.startswith("make ") else directory,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=60,
     )
-    assert ended.returncode == 0, f"{text}\n{ended.stdout}{ended.stderr}"
+    assert ended.returncode == 0, f"{text}\n{ended.stdout}"
     return ended.stdout
 
 
-def run_until_interrupted(text: str, variables: dict[str, str], directory: Path) -> None:
+def run_until_interrupted(text: str, variables: dict[str, str], directory: Path) -> str:
     """Run what goes on until Ctrl-C; press that when it is ready, or has printed something."""
     sign = re.compile(rb"ready" if re.search("worker worker|endpoint --", text) else rb".")
     command = ["bash", "-c", script(text, directory)]
@@ -126,12 +139,17 @@ def run_until_interrupted(text: str, variables: dict[str, str], directory: Path)
         start_new_session=True,
     ) as process:
         assert process.stdout is not None
-        before = list(takewhile(lambda line: not sign.search(line), process.stdout))
+        before = []
+        for line in process.stdout:
+            before.append(line)
+            if sign.search(line):
+                break
         os.killpg(process.pid, signal.SIGINT)
         rest, _ = process.communicate(timeout=60)
     printed = b"".join([*before, rest]).decode()
     codes = {0, 130, -signal.SIGINT, *([1] if "celery" in text else [])}  # a Celery worker has 1
     assert process.returncode in codes, printed
+    return printed
 
 
 def test_python_blocks_pass_the_strict_type_checker(tmp_path: Path) -> None:
