@@ -31,7 +31,7 @@ from producers.contract.messages import TaskState
 from producers.contract.results import ResultRecord
 from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.contract.selectors import Selector
-from producers.endpoint import client_options, error_summary, unreachable
+from producers.endpoint import client_options, error_summary, not_sent
 from producers.errors import (
     ChangesRefused,
     ConfigurationError,
@@ -79,7 +79,7 @@ def main() -> None:
     except UnicodeEncodeError:
         console.fail(WRONG, "an argument is not UTF-8")
     except httpx.RequestError as error:
-        console.fail(UNAVAILABLE, unreachable(error))
+        console.fail(UNAVAILABLE, not_sent(error))
     except Unavailable as error:
         console.fail(UNAVAILABLE, error)
     except ResultTimeout as error:
@@ -288,7 +288,11 @@ def results(
 ) -> None:
     """Print results as they are published, until interrupted."""
     with Subscriber() as subscriber:
-        for record in subscriber.results(reply_to):
+        try:
+            records = subscriber.results(reply_to)
+        except ValueError as error:
+            console.fail(WRONG, error)
+        for record in records:
             _print_record(record, as_json)
 
 

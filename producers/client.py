@@ -124,7 +124,7 @@ class TagProducer:
             RedisOutOfMemory, Unavailable: Redis refused, or can't be reached.
             ProducerClosed: The producer was closed in the meantime.
         """
-        batches = list(messages)
+        batches = _checked(messages)
         accepted = self.send([batch.encode() for batch in batches], block)
         return _ids(batches, accepted)
 
@@ -150,6 +150,7 @@ class TagProducer:
         def enqueue(each: Message) -> None:
             self.enqueue_many([each], block)
 
+        _checked([message])
         return self._listener.register(message, enqueue, min(seconds, _SUBSCRIBE_SECONDS))
 
     def apply(
@@ -317,7 +318,7 @@ class AsyncTagProducer:
         self, messages: Iterable[Message], block: float | None = None
     ) -> list[UUID]:
         """Like `TagProducer.enqueue_many`. Only round trips use a thread; waiting does not."""
-        batches = list(messages)
+        batches = _checked(messages)
         sending = self._producer._sending([batch.encode() for batch in batches], block)
 
         def step() -> float | int:
@@ -378,6 +379,15 @@ class AsyncTagProducer:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _checked(messages: Iterable[Message]) -> list[Message]:
+    """Return messages as a list. Raises `TypeError` if there is something else among them."""
+    found = list(messages)
+    for each in found:
+        if not isinstance(each, Message):
+            raise TypeError(f"a message is expected, such as a TagBatch, not {type(each).__name__}")
+    return found
 
 
 def _ids(batches: Sequence[Message], accepted: int) -> list[UUID]:

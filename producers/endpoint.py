@@ -98,8 +98,8 @@ async def get(client: httpx.AsyncClient, path: str, query: dict[str, Any]) -> ht
     """
     try:
         response = await client.get(path, params=query)
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise unreachable(error) from error
+    except NOT_SENT as error:
+        raise not_sent(error) from error
     check_answer(response)
     return response
 
@@ -166,9 +166,9 @@ async def stream_changes(
                     if id:
                         after = id
                         yield after, ChangeEvent.decode(data) if kind == "change" else None
-        except (httpx.TransportError, Unavailable, ValidationError) as error:
+        except (*NOT_SENT, Unavailable, ValidationError) as error:
             if not reached:
-                raise unreachable(error) from error
+                raise not_sent(error) from error
             logger.warning("the stream of changes is lost; reconnecting: %s", type(error).__name__)
             await asyncio.sleep(_RETRY_SECONDS)
 
@@ -185,10 +185,16 @@ async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, st
             fields = {}
 
 
-def unreachable(error: Exception) -> Unavailable:
+NOT_SENT: Final = (httpx.TransportError, httpx.InvalidURL, UnicodeEncodeError)
+"""What httpx raises if it can't send a request."""
+
+
+def not_sent(error: Exception) -> Unavailable | ChangesRefused:
     """Return what a failed request raises; it names the endpoint and the setting that chose it."""
     if isinstance(error, Unavailable):
         return error
+    if isinstance(error, (httpx.InvalidURL, UnicodeEncodeError)):
+        return ChangesRefused(f"a parameter is too long, or not UTF-8: {error}", 400)
     request = error.request if isinstance(error, httpx.RequestError) else None
     at = "" if request is None else f" at {request.url.scheme}://{request.url.netloc.decode()}"
     why = str(error) or type(error).__name__

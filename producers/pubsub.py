@@ -246,6 +246,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._is_closed = False
         self._begin()
 
     def _begin(self) -> None:
@@ -255,7 +256,13 @@ class LoopThread:
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Start a coroutine in the loop, and return its future."""
+        """Start a coroutine in the loop, and return its future.
+
+        Raises `RuntimeError` after `close`.
+        """
+        if self._is_closed:
+            job.close()
+            raise RuntimeError(f"{self._name} was closed")
         if self._pid != os.getpid():  # a fork has no thread, and a lock that it may have held
             self._begin()
         with self._lock:
@@ -298,6 +305,7 @@ class LoopThread:
 
     def close(self, seconds: float = 2.0) -> None:
         """Cancel all that runs in the loop, and wait for its end, so many seconds at most."""
+        self._is_closed = True
         with self._lock:
             loop, thread = self._loop, self._thread
         if loop is None or thread is None or not thread.is_alive():

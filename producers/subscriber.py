@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -21,6 +22,7 @@ from redis.exceptions import RedisError
 
 from producers.contract.channels import changes_channel, results_channel
 from producers.contract.results import ChangeEvent, ResultRecord, Tag
+from producers.contract.values import REPLY_TO_PATTERN
 from producers.endpoint import client_options, execution_id, stream_changes
 from producers.pubsub import EventQueue, ListenEvent, LoopThread, PubSubMultiplexer, flatten
 from producers.redis_client import open_async_redis, redis_unavailable
@@ -73,6 +75,7 @@ class Subscriber:
                 it must not block.
 
         Raises:
+            ValueError: The contract does not allow this `reply_to`.
             Unavailable: Redis can't be reached at the start; later, the iteration waits for it.
         """
         return self._thread.iterate(self._results(reply_to, on_subscribed))
@@ -159,9 +162,10 @@ class Subscriber:
 
         Args:
             tag: Without it, any tag of the type.
-            timeout: Seconds to wait; None is without end.
+            timeout: Seconds to wait; None is without end, 0 only looks whether it is active.
 
         Raises:
+            ValueError: The time-out is negative or no number.
             WaitTimeout: With the tags of the type that are active instead.
             Unavailable: The endpoint can't be reached at the start.
             ConfigurationError, ChangesRefused: Retrying does not help.
@@ -221,6 +225,8 @@ class Subscriber:
     def _results(
         self, reply_to: str, on_subscribed: Callable[[], None] | None
     ) -> AsyncGenerator[Sequence[ResultRecord], None]:
+        if not re.fullmatch(REPLY_TO_PATTERN, str(reply_to)):
+            raise ValueError("reply_to: must be 1 to 200 of the characters A-Z a-z 0-9 . _ : -")
         channel = results_channel(self._organization_id, reply_to)
         return self._published(channel, ResultRecord, on_subscribed)
 
@@ -274,6 +280,11 @@ class Subscriber:
         tag: str | None,
         timeout: float | None,
     ) -> Tag:
+        for text in (task_name, tag_type, "" if tag is None else tag):
+            if not isinstance(text, str):
+                raise TypeError(f"a name must be a string, not {type(text).__name__}")
+        if timeout is not None and not timeout >= 0:
+            raise ValueError("timeout must be a number of seconds, 0 or more, or None")
         if self._waits is None:
             self._waits = TagWaits(self._client)
         execution = execution_id(flow_execution_id)

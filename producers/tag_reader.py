@@ -13,14 +13,15 @@ from producers.contract.messages import TaskState
 from producers.contract.results import Tag, TaskExecution
 from producers.contract.selectors import Selector
 from producers.endpoint import (
+    NOT_SENT,
     Item,
     Page,
     check_answer,
     client_options,
     execution_id,
     get,
+    not_sent,
     read_page,
-    unreachable,
 )
 from producers.pubsub import LoopThread, flatten
 from producers.settings import load_settings, token_source
@@ -105,8 +106,8 @@ class TagReader:
         while True:
             try:
                 response = self._client.get(path, params=query)
-            except (httpx.TransportError, httpx.InvalidURL) as error:
-                raise unreachable(error) from error
+            except NOT_SENT as error:
+                raise not_sent(error) from error
             check_answer(response)
             found = read_page(response, page)
             yield from found.items
@@ -201,12 +202,19 @@ def _work_query(
 ) -> dict[str, Any]:
     return _query(
         flow_execution_id,
-        **{"with": [str(Selector(*pair)) for pair in with_]},
-        without=[str(Selector(*pair)) for pair in without],
+        **{"with": _selectors(with_)},
+        without=_selectors(without),
         task_name=task_name,
         state=state,
         flow_id=flow_id,
     )
+
+
+def _selectors(pairs: Iterable[Pair]) -> list[str]:
+    found = list(pairs)
+    if any(isinstance(pair, str) for pair in (pairs, *found)):
+        raise TypeError('selectors are pairs of type and tag, like [("review_status", "pending")]')
+    return [str(Selector(*pair)) for pair in found]
 
 
 def _tags_query(

@@ -88,10 +88,14 @@ class TagWaits:
             async with asyncio.timeout(timeout):
                 client = await self._open()
                 await self._look(client, wait)
-                return await wait.found
+                return await asyncio.shield(wait.found)  # cancelled, it could not be looked at
         except TimeoutError:
             assert timeout is not None
-            raise WaitTimeout(timeout, await self._of_type(wait)) from None
+            there = await self._of_type(wait)
+            wait.end(there or [])  # it may have come at the last moment
+            if wait.found.done():
+                return wait.found.result()
+            raise WaitTimeout(timeout, there) from None
         finally:
             self._waits[flow_execution_id].remove(wait)
             if not self._waits[flow_execution_id]:

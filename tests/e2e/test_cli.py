@@ -237,7 +237,8 @@ NO_ENDPOINT = "the endpoint at http://127.0.0.1:1 can't be used (TASK_TAGS_ENDPO
         (("enqueue", "-", "--ids-from", "\udcff"), {}, 2, "must be printable text"),
         (("enqueue", "-", "--ids-from", "x", "--unchecked"), {}, 2, "can't be combined"),
         (("list", "{id}", "--task", "\udcff"), {}, 2, "an argument is not UTF-8"),
-        (("results", "\udcff"), {}, 2, "an argument is not UTF-8"),
+        (("results", "\udcff"), {}, 2, "reply_to: must be 1 to 200 of the characters"),
+        (("results", "a b"), {}, 2, "reply_to: must be 1 to 200 of the characters"),
     ],
 )
 def test_an_error_is_one_clear_line(

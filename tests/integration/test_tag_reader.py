@@ -123,6 +123,9 @@ def test_errors_say_whether_to_try_again(
         (lambda: reader.list_tags("x"), "must be a UUID"),
         (lambda: reader.list_tags(execution, tag=""), "must not be empty"),
     ]
+    for texts in ("review_status:pending", ["review_status:pending"], ("review_status", "pending")):
+        with pytest.raises(TypeError, match="pairs of type and tag"):
+            reader.work_list(texts)  # type: ignore[arg-type]
     for ask, words in refused:
         with pytest.raises(ChangesRefused, match=words):
             next(ask())

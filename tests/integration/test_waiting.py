@@ -138,13 +138,36 @@ def test_a_time_out_says_what_was_there(
         subscriber.wait_for(execution, "none", "review_status", timeout=0.3)
 
 
+def test_a_wait_of_no_time_is_a_look(
+    subscriber: Subscriber, producer: TagProducer, execution: UUID
+) -> None:
+    """It returns a tag that is active, and what is there instead otherwise."""
+    producer.apply(reviewed(execution, "pending"))
+    assert subscriber.wait_for(execution, "task", "review_status", timeout=0).tag == "pending"
+    with pytest.raises(WaitTimeout, match="pending"):
+        subscriber.wait_for(execution, "task", "review_status", "approved", timeout=0)
+
+
 def test_what_can_not_be_waited_for_is_a_clear_error(
     arguments: dict[str, Any], servers: Servers, execution: UUID
 ) -> None:
     """An unknown execution, a token that may not read, an endpoint that is away."""
     named = execution, "task", "review_status"
-    with Subscriber(**arguments) as subscriber, pytest.raises(ChangesRefused, match="unknown"):
-        subscriber.wait_for(uuid4(), "task", "review_status")
+    with Subscriber(**arguments) as subscriber:
+        with pytest.raises(ChangesRefused, match="unknown"):
+            subscriber.wait_for(uuid4(), "task", "review_status")
+        for tag, words in (("x" * 300_000, "too long"), ("\udcff", "UTF-8"), ("", "not be empty")):
+            with pytest.raises(ChangesRefused, match=words):
+                subscriber.wait_for(*named, tag)
+        for timeout in (-1, float("nan")):
+            with pytest.raises(ValueError, match="0 or more"):
+                subscriber.wait_for(*named, timeout=timeout)
+        with pytest.raises(TypeError, match="must be a string, not int"):
+            subscriber.wait_for(*named, 5)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="reply_to"):
+            next(subscriber.results("a b"))
+    with pytest.raises(RuntimeError, match="was closed"):
+        subscriber.wait_for(*named)
     token = servers.token(arguments["organization_id"], "task-tags:write")
     with Subscriber(**arguments | {"token": token}) as subscriber:
         with pytest.raises(ChangesRefused, match="scope"):

@@ -47,6 +47,18 @@ def test_a_time_out_that_is_none_is_refused_before_anything_is_sent(
         asyncio.run(apply())
 
 
+@pytest.mark.parametrize("other", [{"tags": []}, None, "text", b"{}", add(uuid4(), "t", "y", "x")])
+def test_what_is_no_message_is_refused_before_anything_is_sent(
+    producer: TagProducer, other: Any
+) -> None:
+    """A text could be encoded, too."""
+    for use in (producer.enqueue, producer.submit, producer.apply):
+        with pytest.raises(TypeError, match="a message is expected"):
+            use(other)
+    with pytest.raises(TypeError, match="a message is expected"):
+        producer.enqueue_many([MESSAGE, other])
+
+
 def test_apply_gives_up_at_its_time_out_while_redis_is_away(producer: TagProducer) -> None:
     """It took 5 s before, whatever the time-out."""
     began = time.monotonic()
