@@ -110,7 +110,11 @@ def run_with_faults(harness: Harness, choose: random.Random, seconds: float) -> 
 
 
 def possible(harness: Harness) -> list[str]:
-    return [name for name in INJECTIONS if harness.disk is not None or name != "fill the disk"]
+    return [
+        name
+        for name in INJECTIONS
+        if (harness.disk or name != "fill the disk") and (harness.clock or "step" not in name)
+    ]
 
 
 def compare(harness: Harness, verdict: Verdict) -> int:

@@ -156,7 +156,14 @@ def _release_blindly(self: Acknowledged) -> list[StreamEntry] | None:
 
 
 def _ignore_batch_ids() -> None:
-    worker.db.rows.batches = lambda rows: ({}, None)
+    """Only of what took effect: a message that fails would delay its organization each time."""
+    find = worker.db.rows.batches
+
+    def batches(rows: Any) -> Any:
+        known, seen = find(rows)
+        return {id: it for id, it in known.items() if b'"internal_error"' in it.record}, seen
+
+    worker.db.rows.batches = batches
     statement = worker.db.statements.SAVE_BATCHES
     worker.db.statements.SAVE_BATCHES = statement + " on conflict do nothing"  # type: ignore[misc]
 
