@@ -218,6 +218,8 @@ def find(
 
     In TYPE, a backslash is before : and \\.
     """
+    if not with_ and execution is None:
+        console.fail(WRONG, "give --with TYPE:TAG, or --execution ID")
     with TagReader() as reader:
         found = reader.work_list(
             _selectors("--with", with_),

@@ -212,7 +212,8 @@ def check_answer(response: httpx.Response) -> None:
 
 
 def _expired(answer: dict[str, Any]) -> RevisionExpired:
-    return RevisionExpired(answer["error"]["message"], answer["error"].get("cursor"))
+    text, cursor = answer["error"]["message"], answer["error"].get("cursor")
+    return RevisionExpired(text if cursor is None else f"{text} {cursor}", cursor)
 
 
 def error_summary(response: httpx.Response) -> str:

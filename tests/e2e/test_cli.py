@@ -217,7 +217,8 @@ NO_ENDPOINT = "the endpoint at http://127.0.0.1:1 can't be used (TASK_TAGS_ENDPO
         (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "unix:///nowhere"}, 3, NO_REDIS),
         (("list", "{id}"), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, NO_ENDPOINT),
         (("watch", "--all"), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, NO_ENDPOINT),
-        (("find",), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, NO_ENDPOINT),
+        (("find", "--with", "t"), {"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, 3, NO_ENDPOINT),
+        (("watch", "--all", "--after", "9-abc"), {}, 1, "continue from `cursor` 0"),
         (("list", "{id}"), {"TASK_TAGS_TOKEN": "garbage"}, 1, "the token is not valid"),
         (("list", "{id}"), {}, 1, "the flow execution is unknown"),
         (("enqueue", "-"), {"TASK_TAGS_REDIS_URL": "garbage"}, 2, "TASK_TAGS_REDIS_URL"),
@@ -374,7 +375,7 @@ def test_tasks_are_found_by_their_tags(
     none = run(servers, "find", "--with", "review_status:approved", **mine)
     assert none.stdout == "no such tasks\n"
     for options, said in (
-        ((), "flow_execution_id"),
+        ((), "give --with TYPE:TAG, or --execution ID"),
         (("--with", "review_status"), "with: must have a tag"),
         ((*selected, "--with", ":"), "--with: ':' is not TYPE or TYPE:TAG"),
         ((*selected, "--without", "a:"), "--without: in 'a:', type or tag is empty"),
