@@ -340,7 +340,7 @@ def test_the_time_of_a_transaction_is_that_at_which_it_has_the_lock(
     applied(repository, organization, register_execution(uuid4()))
     other = Repository(servers.worker_url)
     with other.transaction(organization):
-        other._scope = repository._scope.replace("'lock_timeout', '100ms'", "'lock_timeout', '20s'")
+        other._scope = repository._scope.replace("'100ms'", "'20s'")
 
     def now_behind() -> datetime:
         with other.transaction(organization) as transaction:
@@ -366,7 +366,7 @@ def test_look_ups_see_what_the_lock_waited_for(
     first, second = (TagBatch(tags=[add(execution, "task", "type", "x")]) for _ in range(2))
     other._scope = repository._scope  # it connects, and then waits for longer than a drain does
     with other.transaction(organization):
-        other._scope = repository._scope.replace("'lock_timeout', '100ms'", "'lock_timeout', '20s'")
+        other._scope = repository._scope.replace("'100ms'", "'20s'")
     with ThreadPoolExecutor() as threads:
         with repository.transaction(organization) as transaction:
             requests = requests_of(first)
