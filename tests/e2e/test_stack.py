@@ -27,7 +27,13 @@ from producers.contract.messages import TagBatch, add, register_execution
 from tests.support.servers import Servers
 from tests.support.terminal import in_terminal
 from tests.support.waiting import eventually
-from worker.local.servers import Postgres, find_server_paths, load_or_create_secret, wait_for_orphan
+from worker.local.servers import (
+    Postgres,
+    find_server_paths,
+    load_or_create_secret,
+    lock_directory,
+    wait_for_orphan,
+)
 from worker.local.stack import free_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -353,3 +359,16 @@ def test_a_stale_pid_file_does_not_stop_a_start(space: Path) -> None:
         pid_file.write_text(content)
         wait_for_orphan(pid_file, space, seconds=0.1)
         assert not pid_file.exists()
+
+
+def test_sockets_outside_the_state_directory_leave_nothing_behind() -> None:
+    """They are there if their path would be too long for a socket."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        directory = Path(name) / ("x" * 100)
+        with lock_directory(directory):
+            directory.chmod(0o755)
+            sockets = find_server_paths(directory).sockets
+            assert sockets.is_dir()
+            assert directory not in sockets.parents
+        assert not sockets.exists()

@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +55,11 @@ def lock_directory(directory: Path) -> Iterator[TextIO]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield lock
+        try:
+            yield lock
+        finally:
+            with suppress(OSError):  # there is none, or a server is still using it
+                _short_sockets(directory).rmdir()
 
 
 def load_or_create_secret(directory: Path, name: str) -> str:
@@ -137,10 +141,9 @@ def find_server_paths(directory: Path) -> ServerPaths:
         StartupError: The directory of the sockets belongs to another user.
     """
     user = pwd.getpwnam(_UNPRIVILEGED) if os.geteuid() == 0 else None
-    name = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
     data = directory
     if user is not None and not _reachable(directory):
-        data = Path("/var/lib/task-tags") / name
+        data = Path("/var/lib/task-tags") / _digest(directory)
         for part in (data.parent, data):
             part.mkdir(exist_ok=True)
             part.chmod(0o755)  # whatever the umask is: the servers' user needs access
@@ -149,13 +152,22 @@ def find_server_paths(directory: Path) -> ServerPaths:
             link.symlink_to(data)
     sockets = data / "run"
     if len(str(sockets)) > _LONGEST_SOCKET_PATH - len("/.s.PGSQL.5432.lock"):
-        sockets = Path(tempfile.gettempdir()) / f"task-tags-{os.geteuid()}-{name}"
+        sockets = _short_sockets(directory)
     sockets.mkdir(mode=0o700, exist_ok=True)
     if sockets.stat().st_uid not in (os.geteuid(), user.pw_uid if user else None):
         raise StartupError(f"{sockets} belongs to another user")
     home = ServerPaths(data, sockets, user)
     home.own(sockets)
     return home
+
+
+def _digest(directory: Path) -> str:
+    return hashlib.sha256(str(directory).encode()).hexdigest()[:12]
+
+
+def _short_sockets(directory: Path) -> Path:
+    """Return the directory of the sockets if its path in the state directory would be too long."""
+    return Path(tempfile.gettempdir()) / f"task-tags-{os.geteuid()}-{_digest(directory)}"
 
 
 def _reachable(path: Path) -> bool:
