@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -63,6 +64,7 @@ class Subscriber:
         self._thread = LoopThread("task-tags-subscriber")
         self._closed = threading.Event()
         self._waits: TagWaits | None = None
+        self._pid = os.getpid()
 
     def results(
         self, reply_to: str, *, on_subscribed: Callable[[], None] | None = None
@@ -285,8 +287,8 @@ class Subscriber:
                 raise TypeError(f"a name must be a string, not {type(text).__name__}")
         if timeout is not None and not timeout >= 0:
             raise ValueError("timeout must be a number of seconds, 0 or more, or None")
-        if self._waits is None:
-            self._waits = TagWaits(self._client)
+        if self._waits is None or self._pid != os.getpid():  # a fork has waits of its own
+            self._waits, self._pid = TagWaits(self._client), os.getpid()
         execution = execution_id(flow_execution_id)
         return await self._waits.wait_for(execution, task_name, tag_type, tag, timeout)
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID, uuid4
@@ -21,6 +22,7 @@ from producers.contract.channels import changes_channel
 from producers.contract.messages import TagBatch, add, register_execution
 from producers.contract.values import Uuid7, uuid7
 from producers.subscriber import Subscriber
+from producers.tag_reader import TagReader
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 
@@ -134,3 +136,48 @@ def test_forks_use_the_producer_and_subscriber_that_they_inherit(
     assert all(applied == received for applied, received in pairs)
     assert len({applied for applied, _ in pairs}) == 5
     assert producer.apply(register_execution(execution)).statuses == ["already_exists"]
+
+
+def test_forks_use_the_waits_and_the_reader_that_they_inherit(
+    servers: Servers, producer: TagProducer, organization: UUID, token: str
+) -> None:
+    """They share no connection with the parent, which waits and reads at the same time."""
+    execution = uuid4()
+    producer.apply(register_execution(execution))
+    tag = "t", "t", "x"
+    producer.apply(TagBatch(tags=[add(execution, *tag)]))
+    endpoint = {"endpoint_url": servers.stack.endpoint_url, "token": token}
+    stopping, faults, reads = threading.Event(), list[Exception](), itertools.count()
+
+    def read(reader: TagReader) -> None:
+        try:
+            while not stopping.is_set():
+                assert [each.tag for each in reader.list_tags(execution)] == ["x"]
+                next(reads)
+        except Exception as error:
+            faults.append(error)
+
+    with (
+        TagReader(**endpoint) as reader,
+        Subscriber(
+            redis_url=servers.stack.redis_url, organization_id=organization, **endpoint
+        ) as subscriber,
+        ThreadPoolExecutor() as threads,
+    ):
+        waiting = threads.submit(subscriber.wait_for, execution, "t", "t", "y", 60)
+        eventually(lambda: subscriber._waits is not None and subscriber._waits._client is not None)
+        reading = [threads.submit(read, reader) for _ in range(2)]
+
+        def work() -> str:
+            found = subscriber.wait_for(execution, *tag, timeout=SECONDS / 2)
+            return f"{found.id} {next(reader.list_tags(execution)).id}"
+
+        try:
+            found = [forked(work) for _ in range(10)]
+        finally:
+            stopping.set()
+        assert len({id for pair in found for id in pair}) == 1
+        producer.apply(TagBatch(tags=[add(execution, "t", "t", "y")]))
+        assert waiting.result(SECONDS).tag == "y"
+        assert [each.result(SECONDS) for each in reading] == [None, None]
+        assert (faults, next(reads) > 10) == ([], True)
