@@ -302,12 +302,18 @@ def purge(harness: Harness, choose: random.Random) -> None:
     time.sleep(choose.random())
 
 
+BEAT_SECONDS = 5.0
+"""Beat sends something once in this time."""
+
+
 def _harm(proxy: str, moment: str, fault: str, codes: tuple[str, ...]) -> Injection:
     """Harm the requests of a moment for a while, with any code of its class."""
 
     def inject(harness: Harness, choose: random.Random) -> None:
-        harm = Harm(moment, fault, choose.choice(codes))
-        if not harness.proxies[proxy].harm(harm, 0.3 + choose.random() * 2):
+        harm, seconds = Harm(moment, fault, choose.choice(codes)), 0.3 + choose.random() * 2
+        if proxy == "beat":
+            seconds += BEAT_SECONDS
+        if not harness.proxies[proxy].harm(harm, seconds):
             raise OSError("there was no such request")
 
     return inject

@@ -56,9 +56,14 @@ class Proxy:
         self.cut()
 
     def harm(self, harm: Harm, seconds: float) -> bool:
-        """Harm all requests of a moment for a while; return whether there was one."""
+        """Harm all requests of a moment for a while; return whether there was one.
+
+        For those of a new connection, the others are cut.
+        """
         before = self.harmed
         with self.harming(harm):
+            if harm.moment == "connect":
+                self.cut()
             time.sleep(seconds)
         return self.harmed > before
 
