@@ -17,7 +17,7 @@ from typing import Any, Final, Generic, TypeVar
 from uuid import UUID
 
 import httpx
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from producers.contract.results import ChangeEvent
 from producers.contract.values import TolerantModel
@@ -26,10 +26,16 @@ from producers.errors import ChangesRefused, ConfigurationError, RevisionExpired
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+Answer = TypeVar("Answer", bound=BaseModel)
 
 _RETRY_SECONDS: Final = 1.0
+_PAUSE_SECONDS: Final = 0.1
+"""Before a stream that has ended, as with its token, is opened again."""
 _SILENCE_SECONDS: Final = 45.0
 """After so long without a ping, which comes every 15 s, a stream is lost."""
+
+
+_ANOTHER_SERVER: Final = "what answers at {} is not the endpoint (TASK_TAGS_ENDPOINT_URL)"
 
 
 class TokenAuth(httpx.Auth):
@@ -111,18 +117,22 @@ class Page(TolerantModel, Generic[Item]):
     next_page: str | None
 
 
-def read_page(response: httpx.Response, page: type[Page[Item]]) -> Page[Item]:
-    """Read a page. Raises `Unavailable` if the answer is not one."""
+class _Place(TolerantModel):
+    cursor: str
+
+
+def read_answer(response: httpx.Response, model: type[Answer]) -> Answer:
+    """Read the body. Raises `Unavailable` if it is something else, as of another server."""
     try:
-        return page.model_validate_json(response.content)
+        return model.model_validate_json(response.content)
     except ValidationError:
-        raise Unavailable("the endpoint's answer is not a page") from None
+        raise Unavailable(_ANOTHER_SERVER.format(response.url.host)) from None
 
 
 async def last_cursor(client: httpx.AsyncClient) -> str:
     """Return the place behind the organization's last event. Raises what `get` raises."""
     response = await get(client, "/changes", {"after": "latest"})
-    return str(response.json()["cursor"])
+    return read_answer(response, _Place).cursor
 
 
 async def stream_changes(
@@ -154,23 +164,32 @@ async def stream_changes(
         try:
             query["after"] = after
             async with client.stream("GET", path, params=query, timeout=timeout) as response:
-                if response.status_code != 200:
-                    await response.aread()
-                check_answer(response)
+                await _check_stream(response)
                 reached = True
                 if on_open is not None:
                     on_open()
                 async for kind, id, data in _server_sent(response.aiter_lines()):
                     if kind == "error" and json.loads(data)["error"]["code"] == "gone":
-                        raise _expired(json.loads(data))
+                        raise _expired(data)
                     if id:
+                        event = ChangeEvent.decode(data) if kind == "change" else None
                         after = id
-                        yield after, ChangeEvent.decode(data) if kind == "change" else None
+                        yield after, event
+            await asyncio.sleep(_PAUSE_SECONDS)
         except (*NOT_SENT, Unavailable, ValidationError) as error:
             if not reached:
                 raise not_sent(error) from error
             logger.warning("the stream of changes is lost; reconnecting: %s", type(error).__name__)
             await asyncio.sleep(_RETRY_SECONDS)
+
+
+async def _check_stream(response: httpx.Response) -> None:
+    """Raise what `get` raises, unless a stream of events begins."""
+    if response.status_code != 200:
+        await response.aread()
+    check_answer(response)
+    if not response.headers.get("content-type", "").startswith("text/event-stream"):
+        raise Unavailable(_ANOTHER_SERVER.format(response.url.host))
 
 
 async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, str, str]]:
@@ -204,15 +223,19 @@ def not_sent(error: Exception) -> Unavailable | ChangesRefused:
 def check_answer(response: httpx.Response) -> None:
     """Raise what `get` raises, unless the status is 200."""
     if response.status_code == 410:
-        raise _expired(response.json())
-    if response.status_code >= 500:
+        raise _expired(response.text)
+    if response.status_code >= 500 or response.status_code in (408, 429):  # or of a proxy
         raise Unavailable(f"the endpoint can't be used: {error_summary(response)}")
     if response.status_code != 200:
         raise ChangesRefused(error_summary(response), response.status_code)
 
 
-def _expired(answer: dict[str, Any]) -> RevisionExpired:
-    text, cursor = answer["error"]["message"], answer["error"].get("cursor")
+def _expired(body: str) -> RevisionExpired:
+    try:
+        error = json.loads(body)["error"]
+        text, cursor = error["message"], error.get("cursor")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return RevisionExpired("the endpoint answered 410")
     return RevisionExpired(text if cursor is None else f"{text} {cursor}", cursor)
 
 

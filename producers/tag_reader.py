@@ -22,7 +22,7 @@ from producers.endpoint import (
     execution_id,
     get,
     not_sent,
-    read_page,
+    read_answer,
 )
 from producers.pubsub import LoopThread, flatten
 from producers.settings import load_settings, token_source
@@ -117,7 +117,7 @@ class TagReader:
             except NOT_SENT as error:
                 raise not_sent(error) from error
             check_answer(response)
-            found = read_page(response, page)
+            found = read_answer(response, page)
             yield from found.items
             if found.next_page is None:
                 return
@@ -175,7 +175,7 @@ class AsyncTagReader:
         self, path: str, query: dict[str, Any], page: type[Page[Item]]
     ) -> AsyncIterator[Item]:
         while True:
-            found = read_page(await get(self._client, path, query), page)
+            found = read_answer(await get(self._client, path, query), page)
             for item in found.items:
                 yield item
             if found.next_page is None:

@@ -13,7 +13,7 @@ from uuid import UUID
 import httpx
 
 from producers.contract.results import Change, ChangeEvent, Tag
-from producers.endpoint import Page, get, last_cursor, read_page, stream_changes
+from producers.endpoint import Page, get, last_cursor, read_answer, stream_changes
 from producers.errors import RevisionExpired, Unavailable, WaitTimeout
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ async def _oldest_tags(client: httpx.AsyncClient, query: dict[str, Any], limit: 
     """Return the oldest active tags that match, from the first page that has any."""
     query = {**query, "limit": limit}
     while True:
-        page = read_page(await get(client, "/task-tags", query), Page[Tag])
+        page = read_answer(await get(client, "/task-tags", query), Page[Tag])
         if page.items or page.next_page is None:
             return page.items
         query["page"] = page.next_page

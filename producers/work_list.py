@@ -10,10 +10,9 @@ from typing import Any, Final
 from uuid import UUID
 
 import httpx
-from pydantic import TypeAdapter
 
 from producers.contract.results import Change, ChangeEvent, StateChange, TaskExecution
-from producers.endpoint import get, stream_changes
+from producers.endpoint import Page, get, read_answer, stream_changes
 from producers.errors import ChangesRefused, RevisionExpired, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -21,7 +20,10 @@ logger = logging.getLogger(__name__)
 _PATH: Final = "/task-executions"
 _RETRY_SECONDS: Final = 1.0
 _Key = tuple[UUID, str]
-_TASKS: Final = TypeAdapter(list[TaskExecution])
+
+
+class _WorkPage(Page[TaskExecution]):
+    cursor: str
 
 
 async def follow_work_list(
@@ -33,16 +35,15 @@ async def follow_work_list(
     what `endpoint.get` raises at the start; later, it waits for the endpoint.
     """
     listed: dict[_Key, TaskExecution] = {}
-    answer = (await get(client, _PATH, query)).json()
+    page = read_answer(await get(client, _PATH, query), _WorkPage)
     while True:
-        before, listed, cursor = listed, {}, answer["cursor"]
+        before, listed, cursor = listed, {}, page.cursor
         while True:
-            tasks = _TASKS.validate_python(answer["task_executions"])
-            listed |= {(task.flow_execution_id, task.task_name): task for task in tasks}
-            yield tasks
-            if answer["next_page"] is None:
+            listed |= {(task.flow_execution_id, task.task_name): task for task in page.items}
+            yield page.items
+            if page.next_page is None:
                 break
-            answer = await _ask(client, {**query, "page": answer["next_page"]})
+            page = await _ask(client, {**query, "page": page.next_page})
         yield [_left(task) for key, task in before.items() if key not in listed]
         try:
             async with aclosing(stream_changes(client, cursor)) as changes:
@@ -53,27 +54,29 @@ async def follow_work_list(
                             yield tasks
                         elif task := listed.pop(key, None):
                             yield [_left(task)]
-        except (RevisionExpired, Unavailable):  # what no event tells is read again
-            answer = await _ask(client, query)
+        except RevisionExpired:
+            pass
+        except Unavailable:
+            await asyncio.sleep(_RETRY_SECONDS)
+        page = await _ask(client, query)  # what no event tells is read again
 
 
 async def _task(client: httpx.AsyncClient, query: dict[str, Any], key: _Key) -> list[TaskExecution]:
     """Return a task if it matches; it does not if a restore has removed its execution."""
     one = {"flow_execution_id": str(key[0]), "task_name": key[1]}
     try:
-        answer = await _ask(client, {**query, **one})
+        return (await _ask(client, {**query, **one})).items
     except ChangesRefused as error:
         if error.status == 404:
             return []
         raise
-    return _TASKS.validate_python(answer["task_executions"])
 
 
-async def _ask(client: httpx.AsyncClient, query: dict[str, Any]) -> Any:
+async def _ask(client: httpx.AsyncClient, query: dict[str, Any]) -> _WorkPage:
     """Read a page; while the endpoint can't be used, retry."""
     while True:
         try:
-            return (await get(client, _PATH, query)).json()
+            return read_answer(await get(client, _PATH, query), _WorkPage)
         except Unavailable as error:
             logger.warning("the work list can't be read now; retrying: %s", error)
             await asyncio.sleep(_RETRY_SECONDS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -20,7 +22,8 @@ from producers.contract.messages import (
     register_execution,
     set_task_state,
 )
-from producers.errors import ChangesRefused, ConfigurationError, Unavailable
+from producers.errors import ChangesRefused, ConfigurationError, RevisionExpired, Unavailable
+from producers.subscriber import Subscriber
 from producers.tag_reader import AsyncTagReader, TagReader
 from tests.support.servers import Servers
 from tests.support.tenant import applied
@@ -162,7 +165,7 @@ def test_answers_of_later_versions_are_read() -> None:
         (found,) = reader.work_list([PENDING])
         assert str(found.state) == "paused"
         answer = [task]
-        with pytest.raises(Unavailable, match="not a page"):
+        with pytest.raises(Unavailable, match="is not the endpoint"):
             next(reader.work_list([PENDING]))
 
 
@@ -214,3 +217,50 @@ def test_a_work_list_is_followed(
             return names
 
     assert asyncio.run(main()) == ["second", "first", "third"]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        (200, Unavailable, "what answers at 127.0.0.1 is not the endpoint"),
+        (429, Unavailable, "the endpoint answered 429"),
+        (503, Unavailable, "the endpoint answered 503"),
+        (404, ChangesRefused, "the endpoint answered 404"),
+        (410, RevisionExpired, "the endpoint answered 410"),
+    ],
+)
+def test_what_another_server_or_a_proxy_answers_is_a_clear_error(
+    status: int, error: type[Exception], said: str, organization: UUID
+) -> None:
+    """A page in HTML, for whatever is asked; nobody waits for it to become something else."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>\n\nid: 1\n\n</html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "token": "t"}
+        execution = uuid4()
+        with (
+            TagReader(**place) as reader,
+            Subscriber(redis_url="redis://x", organization_id=organization, **place) as subscriber,
+        ):
+            asks: list[Callable[[], object]] = [
+                lambda: next(reader.list_tags(execution)),
+                lambda: next(reader.work_list([PENDING])),
+                lambda: next(reader.work_list([PENDING], follow=True)),
+                lambda: next(subscriber.changes(execution, after=0)),
+                lambda: next(subscriber.organization_changes()),
+                lambda: subscriber.wait_for(execution, "task", "type"),
+            ]
+            for ask in asks:
+                with pytest.raises(error, match=said):
+                    ask()
+        server.shutdown()
