@@ -32,7 +32,7 @@ AHEAD_US = time.time_ns() // 1000 + 3_600_000_000
 """A moment in an hour: where the parent's clock was, for its last id."""
 
 
-def forked(work: Callable[[], str]) -> list[UUID]:
+def forked(work: Callable[[], str], meanwhile: Callable[[], object] = lambda: None) -> list[UUID]:
     """Run some work in a fork; return the ids that it gives, or fail if it takes too long."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -42,6 +42,7 @@ def forked(work: Callable[[], str]) -> list[UUID]:
         finally:
             os._exit(0)
     os.close(writing)
+    meanwhile()
     ended, _, _ = select.select([reading], [], [], SECONDS)
     if not ended:
         os.kill(pid, signal.SIGKILL)
@@ -147,16 +148,6 @@ def test_forks_use_the_waits_and_the_reader_that_they_inherit(
     tag = "t", "t", "x"
     producer.apply(TagBatch(tags=[add(execution, *tag)]))
     endpoint = {"endpoint_url": servers.stack.endpoint_url, "token": token}
-    stopping, faults, reads = threading.Event(), list[Exception](), itertools.count()
-
-    def read(reader: TagReader) -> None:
-        try:
-            while not stopping.is_set():
-                assert [each.tag for each in reader.list_tags(execution)] == ["x"]
-                next(reads)
-        except Exception as error:
-            faults.append(error)
-
     with (
         TagReader(**endpoint) as reader,
         Subscriber(
@@ -166,18 +157,17 @@ def test_forks_use_the_waits_and_the_reader_that_they_inherit(
     ):
         waiting = threads.submit(subscriber.wait_for, execution, "t", "t", "y", 60)
         eventually(lambda: subscriber._waits is not None and subscriber._waits._client is not None)
-        reading = [threads.submit(read, reader) for _ in range(2)]
+
+        def read() -> str:
+            found = [each.id for _ in range(100) for each in reader.list_tags(execution)]
+            assert len(found) == 100
+            return str(found[0])
 
         def work() -> str:
-            found = subscriber.wait_for(execution, *tag, timeout=SECONDS / 2)
-            return f"{found.id} {next(reader.list_tags(execution)).id}"
+            return f"{read()} {subscriber.wait_for(execution, *tag, timeout=SECONDS / 2).id}"
 
-        try:
-            found = [forked(work) for _ in range(10)]
-        finally:
-            stopping.set()
+        read()  # which opens the connection
+        found = [forked(work, meanwhile=read) for _ in range(5)]
         assert len({id for pair in found for id in pair}) == 1
         producer.apply(TagBatch(tags=[add(execution, "t", "t", "y")]))
         assert waiting.result(SECONDS).tag == "y"
-        assert [each.result(SECONDS) for each in reading] == [None, None]
-        assert (faults, next(reads) > 10) == ([], True)
