@@ -35,7 +35,7 @@ from producers.errors import (
     refusal,
 )
 from producers.result_listener import ResultListener
-from producers.settings import load_settings, token_source
+from producers.settings import check_timeout, load_settings, token_source
 
 logger = logging.getLogger(__name__)
 
@@ -399,11 +399,8 @@ def _ids(batches: Sequence[Message], accepted: int) -> list[UUID]:
 
 def _seconds(timeout: float | None) -> float:
     """Return a time-out that every wait takes: a week instead of none. Raises `ValueError`."""
-    if timeout is None:
-        return MAX_TIMEOUT_SECONDS
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
-        raise ValueError("timeout must be a number of seconds, 0 or more, or None")
-    return min(timeout, MAX_TIMEOUT_SECONDS)
+    check_timeout(timeout)
+    return MAX_TIMEOUT_SECONDS if timeout is None else min(timeout, MAX_TIMEOUT_SECONDS)
 
 
 def _is_expired(token: str) -> bool:

@@ -33,9 +33,9 @@ _PAUSE_SECONDS: Final = 0.1
 """Before a stream that has ended, as with its token, is opened again."""
 _SILENCE_SECONDS: Final = 45.0
 """After so long without a ping, which comes every 15 s, a stream is lost."""
-
-
 _ANOTHER_SERVER: Final = "what answers at {} is not the endpoint (TASK_TAGS_ENDPOINT_URL)"
+NOT_SENT: Final = (httpx.TransportError, httpx.InvalidURL, UnicodeEncodeError)
+"""What httpx raises if it can't send a request."""
 
 
 class TokenAuth(httpx.Auth):
@@ -202,10 +202,6 @@ async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, st
         elif fields:
             yield fields.get("event", ""), fields.get("id", ""), fields.get("data", "")
             fields = {}
-
-
-NOT_SENT: Final = (httpx.TransportError, httpx.InvalidURL, UnicodeEncodeError)
-"""What httpx raises if it can't send a request."""
 
 
 def not_sent(error: Exception) -> Unavailable | ChangesRefused:

@@ -101,7 +101,8 @@ class PubSubMultiplexer:
         while True:
             if not self._listeners:
                 await self._changed.wait()
-            connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+            pool: Any = self._redis.connection_pool
+            connection = pool.make_connection()
             try:
                 await connection.connect()
                 self._received_at = _now()

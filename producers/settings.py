@@ -139,6 +139,13 @@ def _stripped_token(token: object) -> str | None:
     return stripped if known else None
 
 
+def check_timeout(timeout: object) -> None:
+    """Raise `ValueError` unless it is a number of seconds, 0 or more, or None."""
+    is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if timeout is not None and not (is_number and timeout >= 0):  # type: ignore[operator]
+        raise ValueError("timeout must be a number of seconds, 0 or more, or None")
+
+
 def is_http_url(text: str) -> bool:
     """Return whether a text is the URL of an HTTP server."""
     try:

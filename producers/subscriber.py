@@ -27,7 +27,7 @@ from producers.contract.values import REPLY_TO_PATTERN
 from producers.endpoint import client_options, execution_id, stream_changes
 from producers.pubsub import EventQueue, ListenEvent, LoopThread, PubSubMultiplexer, flatten
 from producers.redis_client import open_async_redis, redis_unavailable
-from producers.settings import ProducerSettings, load_settings, token_source
+from producers.settings import ProducerSettings, check_timeout, load_settings, token_source
 from producers.waiting import TagWaits
 
 logger = logging.getLogger(__name__)
@@ -285,8 +285,7 @@ class Subscriber:
         for text in (task_name, tag_type, "" if tag is None else tag):
             if not isinstance(text, str):
                 raise TypeError(f"a name must be a string, not {type(text).__name__}")
-        if timeout is not None and not timeout >= 0:
-            raise ValueError("timeout must be a number of seconds, 0 or more, or None")
+        check_timeout(timeout)
         if self._waits is None or self._pid != os.getpid():  # a fork has waits of its own
             self._waits, self._pid = TagWaits(self._client), os.getpid()
         execution = execution_id(flow_execution_id)

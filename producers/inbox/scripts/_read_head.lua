@@ -1,7 +1,7 @@
--- The end of `acquire` and `ack_and_publish`: this run goes on with what is at the head of the inbox
--- and renews its lease; if the inbox is empty, the run is over and the lease is freed. Reading and
--- freeing are one step with respect to an append. A run that has messages in its hands reads what is
--- behind the last of them, and keeps its lease.
+-- The end of `acquire` and `ack_and_publish`: this run goes on with what is at the head of the
+-- inbox and renews its lease; if the inbox is empty, the run is over and the lease is freed.
+-- Reading and freeing are one step with respect to an append. A run that has messages in its hands
+-- reads what is behind the last of them, and keeps its lease.
 -- Returns {{id, {field, value, …}}, …}, from the head at least one message if there is any.
 local function read_head(inbox, lease, run, lease_ms, max_messages, max_bytes, after)
   local entries, bytes, from = {}, 0, after == '' and '-' or '(' .. after

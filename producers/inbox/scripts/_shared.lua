@@ -12,8 +12,8 @@ local function send_drain(lease, lease_id, lease_ms, message)
   redis.call('SET', lease, 'queued ' .. lease_id, 'PX', lease_ms)
 end
 
--- Returns 1 if the caller is to look for inboxes whose drain was lost: once in five seconds, by this
--- server's clock alone, and not while the queue has a message for each inbox that waits.
+-- Returns 1 if the caller is to look for inboxes whose drain was lost: once in five seconds, by
+-- this server's clock alone, and not while the queue has a message for each inbox that waits.
 local function claim_rescue(id)
   local left = redis.call('PTTL', WAKE)
   if left >= 0 and left <= 5000 then

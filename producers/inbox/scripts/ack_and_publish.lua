@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
 -- KEYS: inbox, lease, dead letters, failing, position
--- ARGV: run id, lease in ms, max messages, max bytes, the last message in the run's hands or nothing,
---       how many dead letters are kept, the cursor of the last change event or nothing;
---       number of ids, id, id, …; number of publications, channel, payload, …;
---       number of dead letters, and for each the number of fields and values, field, value, …
--- Publishes what became of messages and removes them from the inbox. Their batches are committed, so
--- this needs no lease. What can fail (a key of a wrong type) comes before what can't be undone.
--- Returns what comes next (_read_head.lua), or false if the lease is another's. A lease that expired
--- and that nobody took is taken again: this drain is the one at work.
+-- ARGV: run id, lease in ms, max messages, max bytes, the last message in the run's hands or
+--       nothing, how many dead letters are kept, the cursor of the last change event or nothing;
+--       number of ids, id, id, …; number of publications, channel, payload, …; number of dead
+--       letters, and for each the number of fields and values, field, value, …
+-- Publishes what became of messages and removes them from the inbox. Their batches are committed,
+-- so this needs no lease. What can fail (a key of a wrong type) comes before what can't be undone.
+-- Returns what comes next (_read_head.lua), or false if the lease is another's. A lease that
+-- expired and that nobody took is taken again: this drain is the one at work.
 local held = held_lease(KEYS[2])
 redis.call('SADD', WAITING, organization_of(KEYS[1]))
 local at = 8

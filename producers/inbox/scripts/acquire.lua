@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- KEYS: inbox, lease
--- ARGV: run id, lease in ms, max messages, max bytes, how many more messages of the Celery queue are
---       wanted, one of how many that wait there
+-- ARGV: run id, lease in ms, max messages, max bytes, how many more messages of the Celery queue
+--       are wanted, one of how many that wait there
 -- A drain begins, or goes on after a failure: it takes the lease unless another drain is running.
 -- It takes more messages from a long queue only: so each of many workers finds some.
 -- Returns {1 if this run is to look for lost drains, these messages, the head of the inbox

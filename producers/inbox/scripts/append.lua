@@ -1,8 +1,9 @@
 -- KEYS: inbox, lease
 -- ARGV: limit, lease id, lease in ms, token, drain message, message, message, …
--- Appends messages up to the limit, in order. If the lease is free, the drain message is sent in the
--- same step. The time of acceptance is a field, in ms since the epoch: ids give the order alone, and
--- never run back. What can fail comes before the messages: a drain that finds nothing does no harm.
+-- Appends messages up to the limit, in order. If the lease is free, the drain message is sent in
+-- the same step. The time of acceptance is a field, in ms since the epoch: ids give the order
+-- alone, and never run back. What can fail comes before the messages: a drain that finds nothing
+-- does no harm.
 -- Returns how many were appended.
 local held, waiting = held_lease(KEYS[2]), redis.call('XLEN', KEYS[1])
 local appended = math.max(0, math.min(#ARGV - 5, tonumber(ARGV[1]) - waiting))
