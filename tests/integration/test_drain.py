@@ -20,6 +20,7 @@ from tests.support.tenant import EXECUTION, Tenant, broken_for, killed, tagging
 from worker.auth import EXECUTIONS_WRITE, WRITE
 from worker.db.connection import SCHEMA
 from worker.db.repository import Repository, Transaction
+from worker.drain.path import MAX_GROUP_MESSAGE_BYTES
 from worker.snapshot import ChangeSet
 
 
@@ -53,6 +54,23 @@ def test_a_drain_takes_an_inbox_in_groups(tenant: Tenant) -> None:
     assert tenant.drain(group_size=10) == 25
     assert tenant.tags() == [f"{number}" for number in range(25)]
     assert [event.revision for event in tenant.events()] == list(range(1, 26))
+
+
+def test_a_group_of_large_messages_has_fewer(tenant: Tenant) -> None:
+    """It ends with the message at which it reaches its size, so that a worker stays small."""
+    size = MAX_GROUP_MESSAGE_BYTES // 5
+    batches = [
+        TagBatch(
+            tags=[
+                add(EXECUTION, "task", "type", f"{number}-{k}", {"text": "x" * 8_000})
+                for k in range(size // 8_000 + 1)
+            ]
+        )
+        for number in range(7)
+    ]
+    tenant.send(*batches)
+    assert tenant.drain(budget_seconds=0.0) == 5
+    assert tenant.drain() == 2
 
 
 def test_a_drain_hands_over_when_its_time_is_used_up(tenant: Tenant) -> None:

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS: Final = 0.05
 MAX_BACKOFF_SECONDS: Final = 1.0
+MAX_GROUP_MESSAGE_BYTES: Final = 256 * 1024
+"""The size of the messages at which a group ends: 1,700 operations, at about 150 bytes each."""
 
 
 def _utc_now() -> datetime:
@@ -82,10 +84,15 @@ class Turn:
         self.last = entries[-1].id if entries else self.last
 
     def take(self) -> list[StreamEntry]:
-        """Return the next group."""
+        """Return the next group. It ends with the message at which it reaches its size."""
         self.has_begun = True
         self.under_way += 1
-        size = 1 if self.alone else self.size
+        size = total_bytes = 0
+        for entry in self.waiting[: 1 if self.alone else self.size]:
+            size += 1
+            total_bytes += len(entry.message or b"")
+            if total_bytes >= MAX_GROUP_MESSAGE_BYTES:
+                break
         group, self.waiting = self.waiting[:size], self.waiting[size:]
         return group
 
