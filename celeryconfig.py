@@ -1,6 +1,7 @@
 """Celery settings only, shared by workers and beat. The broker's URL is a setting of the process.
 
-A drain message is disposable: the inbox is the truth. So nothing is acknowledged, kept or restored.
+A drain message may be lost, because messages are kept in the inbox: so nothing is acknowledged,
+kept or restored.
 """
 
 from celery.schedules import crontab

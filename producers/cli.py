@@ -216,7 +216,7 @@ def find(
 ) -> None:
     """Read the tasks of all executions that have a tag, or those of one execution.
 
-    In TYPE, a backslash is before : and \\.
+    In TYPE, write a backslash before : and \\.
     """
     if not with_ and execution is None:
         console.fail(WRONG, "give --with TYPE:TAG, or --execution ID")

@@ -91,7 +91,7 @@ class TagProducer:
         Returns the batch id. The inbox is ordered, so batches for the execution may follow at once.
 
         Args:
-            flow_id: The flow that is executed; it is given in the first registration or never.
+            flow_id: The flow that is executed; only the first registration can set it.
         """
         return self.enqueue(register_execution(flow_execution_id, task_names, flow_id))
 
@@ -398,13 +398,13 @@ def _ids(batches: Sequence[Message], accepted: int) -> list[UUID]:
 
 
 def _seconds(timeout: float | None) -> float:
-    """Return a time-out that every wait takes: a week instead of none. Raises `ValueError`."""
+    """Return a time-out of at most a week, which None means as well. Raises `ValueError`."""
     check_timeout(timeout)
     return MAX_TIMEOUT_SECONDS if timeout is None else min(timeout, MAX_TIMEOUT_SECONDS)
 
 
 def _is_expired(token: str) -> bool:
-    """Whether a JWT expired more than a minute ago. What is no JWT is left to the worker."""
+    """Whether a JWT expired more than a minute ago. False if it is not a JWT."""
     try:
         payload = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))

@@ -155,7 +155,7 @@ def progress(items: Iterable[Item], total: int | None) -> Iterable[Item]:
 
 
 def within(least: float, most: float) -> Callable[[float | None], float | None]:
-    """Return the callback of an option that takes numbers between two bounds alone."""
+    """Return the callback of an option that takes numbers in a range."""
 
     def check(value: float | None) -> float | None:
         if value is not None and not least <= value <= most:  # NaN is not, either

@@ -33,7 +33,7 @@ _PAUSE_SECONDS: Final = 0.1
 """Before a stream that has ended, as with its token, is opened again."""
 _SILENCE_SECONDS: Final = 45.0
 """After so long without a ping, which comes every 15 s, a stream is lost."""
-_ANOTHER_SERVER: Final = "what answers at {} is not the endpoint (TASK_TAGS_ENDPOINT_URL)"
+_ANOTHER_SERVER: Final = "{} is not a task tags endpoint (TASK_TAGS_ENDPOINT_URL)"
 NOT_SENT: Final = (httpx.TransportError, httpx.InvalidURL, UnicodeEncodeError)
 """What httpx raises if it can't send a request."""
 

@@ -28,6 +28,7 @@ __all__ = [
     "RevisionExpired",
     "TaskTagsError",
     "TokenExpired",
+    "TooLarge",
     "Unauthorized",
     "Unavailable",
     "WaitTimeout",

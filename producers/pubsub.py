@@ -48,7 +48,7 @@ class Listener:
         """The subscription has begun, or begun again: what was published before may be lost."""
 
     def on_event(self, payload: bytes) -> None:
-        """This was published."""
+        """A payload was published."""
 
 
 class PubSubMultiplexer:
@@ -203,7 +203,7 @@ class EventQueue(Listener):
     """Queues what is published on a channel. A reader 32 MiB behind loses what is queued.
 
     Args:
-        also: Is called when the subscription begins, and begins again.
+        also: Is called each time the subscription begins.
     """
 
     def __init__(self, also: Callable[[], None] | None = None) -> None:

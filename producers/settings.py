@@ -126,7 +126,7 @@ def token_source(
     def checked() -> str:
         stripped = _stripped_token(token())
         if stripped is None:
-            raise ConfigurationError(f"what the function for the token returns {_FORM}")
+            raise ConfigurationError(f"the result of the function for the token {_FORM}")
         return stripped
 
     return checked

@@ -133,7 +133,7 @@ class TagWaits:
             await client.aclose()
 
     async def _look(self, client: httpx.AsyncClient, wait: _Wait) -> None:
-        """End a wait if its tag is active, or can't be; while the endpoint is away, retry."""
+        """End a wait if its tag is active, or its query refused; retry if there is no answer."""
         while not wait.found.done():
             try:
                 async with self._reads:

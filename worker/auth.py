@@ -141,7 +141,7 @@ class Authorizer:
         used_at = now if at > now + _MAX_AHEAD_SECONDS else at
         if used_at > grant.expires_at + LEEWAY_SECONDS:
             raise InvalidToken("the token has expired")
-        # By both clocks issued in the future: one of them alone may be behind.
+        # Refused only if `iat` is in the future by both clocks: one of them may be behind.
         is_early = max(now, at) < grant.issued_at - LEEWAY_SECONDS
         if is_early or now < grant.not_before - LEEWAY_SECONDS:
             raise InvalidToken("the token is not valid yet")
@@ -218,7 +218,8 @@ class Authorizer:
         """Return the keys that may have signed a token; none if its key is unknown.
 
         The key of a message may have been published since the set was fetched: it waits until the
-        set is fetched again. Not even a clock that is wrong makes that set look newer.
+        set is fetched again. The age of the set is measured by
+        a clock that is never set.
         """
         if self._jwks is None:
             return self._keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, assert_never
 from uuid import UUID
 
 from producers.contract.errors import ErrorDetail, ErrorInfo
@@ -24,7 +24,7 @@ MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
 EVENT_FRAME_BYTES: Final = 8 * 1024
 """Of an event without its removals, at most: its own fields, and the change of a state."""
 MAX_GROUP_BYTES: Final = 16 * 1024 * 1024
-"""At which a group ends: of what it publishes, and of the stored events that it loads."""
+"""A group ends when what it publishes, or the stored events that it loads, reach this size."""
 
 
 class Refusal(Exception):
@@ -38,7 +38,7 @@ class TooLarge(Refusal):
     """The batch would pass a bound; `index` is the operation or condition at which it does."""
 
     def __init__(self, index: int | None, message: str, field: str | None = None) -> None:
-        text = "the message would change more than one message may"
+        text = "the message exceeds what one message may change"
         details = [ErrorDetail(index=index, field=field, message=message)]
         super().__init__(ErrorInfo(code="too_large", message=text, details=details))
 
@@ -79,11 +79,17 @@ def _changes_of(
     def is_one(change: Change) -> bool:
         same_tag = tag_key(change.tag) == tag_key(operation)
         is_exact = same_tag and stored_metadata(change.tag.tag_metadata) == wanted
-        if operation.operation == "set":  # first what it removes, then what it adds
-            of_type = type_key(change.tag) == type_key(operation)
-            return is_exact if change.change == "added" else of_type and not is_exact
-        kind = "added" if operation.operation == "add" else "removed"
-        return change.change == kind and (same_tag if operation.any_metadata else is_exact)
+        match operation.operation:
+            case "add":
+                return change.change == "added" and is_exact
+            case "remove":
+                is_wanted = same_tag if operation.any_metadata else is_exact
+                return change.change == "removed" and is_wanted
+            case "set":  # first what it removes, then what it adds
+                of_type = type_key(change.tag) == type_key(operation)
+                return is_exact if change.change == "added" else of_type and not is_exact
+            case _:
+                assert_never(operation.operation)
 
     while left and isinstance(first := left[0], Change) and is_one(first):
         yield left.popleft()

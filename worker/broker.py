@@ -1,6 +1,6 @@
 """The Celery app's broker: how it connects, and what may come from the Celery queue.
 
-Producers may write to that queue, and half of the ways to get a message wrong end a Celery worker.
+Producers may write to that queue, and many malformed messages would end a Celery worker.
 So everything from a queue is screened before Celery parses it: only the Celery task's name, its id
 and its arguments are kept, and Celery gets a message that is made from them, without callbacks,
 chains, compression, arrival time, expiry or time limits.
@@ -39,9 +39,9 @@ _NUMBERS_OF_ARGUMENTS: Final = {DRAIN_TASK: (2,), WAKE_TASK: (0,), PURGE_TASK: (
 _MAX_BYTES: Final = 64 * 1024
 """A drain message has about 600."""
 _MIN_SECONDS: Final = 0.001
-"""Of a BRPOP: 0 would wait for ever."""
+"""The least time-out of a BRPOP: 0 would wait for ever."""
 _MAX_SECONDS: Final = 1.0
-"""Of a BRPOP: less than the client waits for an answer, which might be a message."""
+"""The largest time-out of a BRPOP: less than the time-out of the client."""
 _TCP_OPTIONS: Final = ("socket_connect_timeout", "socket_keepalive", "socket_keepalive_options")
 
 

@@ -22,13 +22,13 @@ from worker.startup import check_database, ping, wait_for
 
 logger = logging.getLogger(__name__)
 
-# It is refused where writes are, but not for want of memory: draining frees some.
-_NEEDS_WRITES: Final = "#!lua flags=allow-oom\nreturn 1"
+# Refused by servers that can't be written to, but not if memory is used up: drains free some.
+_NEEDS_PRIMARY: Final = "#!lua flags=allow-oom\nreturn 1"
 
 try:
     settings = load_settings()
 except ConfigurationError as error:
-    from producers.console import fail, open_streams  # workers go without what it imports
+    from producers.console import fail, open_streams  # here: workers don't need it
 
     open_streams()
     fail(2, error)
@@ -46,7 +46,7 @@ class NoAckRequest(Request):  # type: ignore[misc]
 
 
 class NoAckTask(Task):  # type: ignore[misc]
-    """A Celery task whose message is gone once it is received: the inbox is the truth."""
+    """A Celery task whose message is not acknowledged: what is to be done is in the inbox."""
 
     Request = NoAckRequest
 
@@ -74,7 +74,7 @@ def _check_worker(**_: Any) -> None:
 
 
 def _use_redis(redis: Any) -> None:
-    redis.eval(_NEEDS_WRITES, 0)
+    redis.eval(_NEEDS_PRIMARY, 0)
     rebuild_waiting(redis, settings.lease_ms)
 
 

@@ -1,4 +1,4 @@
-"""What must hold before a message takes effect: pure looks at the snapshot, which raise refusals.
+"""What must hold before a message takes effect: checks of the snapshot that raise `Refusal`.
 
 What the message then does is in worker/rules.py.
 """

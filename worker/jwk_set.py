@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 REFRESH_SECONDS: Final = 30.0
 """The least time between two requests for a set that was fetched once."""
 RETRY_SECONDS: Final = 5.0
-"""The least time between two requests until then."""
+"""The least time between two requests before the first success."""
 _FRESH_SECONDS: Final = 270.0
 _USABLE_SECONDS: Final = 600.0
 _REQUEST_SECONDS: Final = 5

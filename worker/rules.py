@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, assert_never
 from uuid import UUID
 
 from msgspec import UNSET
@@ -243,12 +243,16 @@ class BatchProcessor:
     def _apply(self, batch: Batch, actor: str, changes: ExecutionChanges) -> list[OperationStatus]:
         statuses: list[OperationStatus] = []
         for index, operation in enumerate(batch.tags):
-            if operation.operation == "add":
-                status = self._add(operation, actor, changes)
-            elif operation.operation == "remove":
-                status = self._remove(operation, actor, changes)
-            else:
-                status = self._set(operation, actor, changes)
+            status: OperationStatus | None
+            match operation.operation:
+                case "add":
+                    status = self._add(operation, actor, changes)
+                case "remove":
+                    status = self._remove(operation, actor, changes)
+                case "set":
+                    status = self._set(operation, actor, changes)
+                case _:
+                    assert_never(operation.operation)
             if status is None:
                 raise TooLarge(index, f"{MAX_VARIANTS} active tags differ in their metadata alone")
             statuses.append(status)

@@ -131,7 +131,7 @@ class Snapshot:
     head: Cursor = BEGINNING
     """The organization's last change event."""
     complete: int = sys.maxsize
-    """Of how many messages, the first ones, all that they name was loaded."""
+    """For how many messages, counted from the first, everything was loaded."""
 
 
 class NewTag(NamedTuple):

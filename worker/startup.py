@@ -1,4 +1,4 @@
-"""What a process checks as it starts: wrong settings end it; a server that is away may come."""
+"""What a process checks as it starts: wrong settings end it; it waits for servers."""
 
 from __future__ import annotations
 

@@ -354,7 +354,7 @@ def register_execution(
     Raises `InvalidMessage`, also if `task_names` is a single string.
 
     Args:
-        flow_id: The flow that is executed; it is given in the first registration or never.
+        flow_id: The flow that is executed; only the first registration can set it.
     """
     names = task_names if task_names is None or isinstance(task_names, str) else list(task_names)
     fields = {"flow_execution_id": flow_execution_id, "task_names": names, "flow_id": flow_id}

@@ -49,10 +49,10 @@ DEFAULT_LIMIT: Final = 10_000
 LEASE_MS: Final = 8_000
 DEAD_LETTER_LIMIT: Final = 10_000
 QUEUE_SHARE: Final = 16
-"""A drain takes one more message from the Celery queue for so many that wait there."""
+"""For each so many messages in the Celery queue, a drain takes one more of them."""
 _CHUNK_MESSAGES: Final = 200
 _SHARED_BYTES: Final = 256 * 1024
-"""Of each inbox, if several are read at once."""
+"""What is read of each inbox, if several are read at once."""
 _CHUNK_BYTES: Final = 1024 * 1024
 MAX_LEASE_SECONDS: Final = 60
 WAITING: Final = "task-tags:waiting"

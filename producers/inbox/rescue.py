@@ -25,7 +25,7 @@ from producers.inbox.script_calls import run_script, script_source
 logger = logging.getLogger(__name__)
 
 _MAX_INBOXES: Final = 10_000
-"""More are a random part in each turn, so that no turn takes long."""
+"""Of more inboxes, each turn checks a random sample, so that no turn takes long."""
 
 
 def claim_rescue(redis: Redis) -> bool:
@@ -43,7 +43,7 @@ def rescue(redis: Redis, lease_ms: int) -> None:
         redis.srem(WAITING, *strange)
     sent = rescue_some(redis, [found for found in names.values() if found], lease_ms)
     if sent:
-        logger.info("sent drains that were missing", extra={"inboxes": len(sent)})
+        logger.info("sent lost drain messages again", extra={"inboxes": len(sent)})
 
 
 def rescue_some(redis: Redis, organization_ids: Iterable[UUID], lease_ms: int) -> list[UUID]:

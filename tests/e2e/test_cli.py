@@ -376,7 +376,7 @@ def test_tasks_are_found_by_their_tags(
     assert none.stdout == "no such tasks\n"
     for options, said in (
         ((), "give --with TYPE:TAG, or --execution ID"),
-        (("--with", "review_status"), "with: must have a tag"),
+        (("--with", "review_status"), "with: the first must be type:tag"),
         ((*selected, "--with", ":"), "--with: ':' is not TYPE or TYPE:TAG"),
         ((*selected, "--without", "a:"), "--without: in 'a:', type or tag is empty"),
         ((*selected, "--state", "x"), "state"),

@@ -153,7 +153,7 @@ class Harness:
 
     def woken(self) -> int:
         """How often beat had to help."""
-        return sum(text.count("sent drains that were missing") for _, text in self.worker_logs())
+        return sum(text.count("sent lost drain messages again") for _, text in self.worker_logs())
 
     def worker_logs(self) -> Iterator[tuple[str, str]]:
         """Yield what each worker has said so far, after its name."""
@@ -200,7 +200,7 @@ class Harness:
         return f"{inboxes}; {queue} messages in Celery's queue"
 
     def listen(self) -> None:
-        """Collect every published result, for as long as the world lives."""
+        """Collect every published result, until the harness stops."""
         by_id = {str(each.id): each for each in self.organizations}
         while not self.stop.is_set():
             try:
@@ -219,7 +219,7 @@ class Harness:
                 time.sleep(0.1)
 
     def watch(self, organization: FaultOrganization) -> None:
-        """Follow an execution by Server-Sent Events, for as long as the world lives."""
+        """Follow an execution by Server-Sent Events, until the harness stops."""
         execution = organization.executions[0]
         revisions = organization.watched.setdefault(execution, [])
         headers = {"Authorization": f"Bearer {organization.token}"}
@@ -237,7 +237,7 @@ class Harness:
             time.sleep(0.2)
 
     def follow(self, organization: FaultOrganization, tag: str) -> None:
-        """Read the organization's feed by Server-Sent Events, for as long as the world lives."""
+        """Read the organization's feed by Server-Sent Events, until the harness stops."""
         events = organization.followed.setdefault(tag, [])
         headers = {"Authorization": f"Bearer {organization.token}"}
         query, after, id = {"tag": tag} if tag else {}, "0", "0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -17,12 +18,14 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
+from pydantic import SecretStr
 
 from producers.client import TagProducer
 from producers.contract.messages import TagBatch, add, register_execution, remove
 from tests.support.api_errors import error_of
 from tests.support.etag import revision_of
 from tests.support.servers import Servers
+from worker.api.app import create_app
 from worker.api.limits import REQUEST_SECONDS
 
 
@@ -48,6 +51,30 @@ def read(http: httpx.Client, execution: UUID | str, **more: Any) -> httpx.Respon
     headers = more.pop("headers", {})
     query = {"flow_execution_id": str(execution), **more}
     return http.get("/task-tags", params=query, headers=headers)
+
+
+def test_the_application_runs_without_its_server(
+    servers: Servers, token: str, execution: UUID
+) -> None:
+    """As FastAPI users test and mount applications: what only the server adds is not needed."""
+    urls = {"redis_url": servers.stack.redis_url, "database_url": servers.endpoint_url}
+    secrets = {name: SecretStr(url) for name, url in urls.items()}
+    query = {"flow_execution_id": str(execution)}
+    app = create_app(servers.settings.model_copy(update=secrets))
+
+    async def use() -> None:
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client,
+        ):
+            refused = await client.get("/task-tags", params=query)
+            assert error_of(refused)["code"] == "unauthorized"
+            client.headers["Authorization"] = f"Bearer {token}"
+            assert len((await client.get("/task-tags", params=query)).json()) == 2
+            assert error_of(await client.get("/nothing"))["code"] == "not_found"
+
+    asyncio.run(use())
 
 
 def test_the_active_tags_of_an_execution_are_read(

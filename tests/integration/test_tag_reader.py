@@ -120,7 +120,7 @@ def test_errors_say_whether_to_try_again(
 ) -> None:
     """Refused for good, unavailable, or a setting that is missing."""
     refused: list[tuple[Callable[[], Iterator[object]], str]] = [
-        (lambda: reader.work_list([("review_status", None)]), "must have a tag"),
+        (lambda: reader.work_list([("review_status", None)]), "the first must be type:tag"),
         (lambda: reader.work_list(), "flow_execution_id"),
         (lambda: reader.work_list(flow_execution_id=uuid4()), "unknown"),
         (lambda: reader.list_tags("x"), "must be a UUID"),
@@ -165,7 +165,7 @@ def test_answers_of_later_versions_are_read() -> None:
         (found,) = reader.work_list([PENDING])
         assert str(found.state) == "paused"
         answer = [task]
-        with pytest.raises(Unavailable, match="is not the endpoint"):
+        with pytest.raises(Unavailable, match="is not a task tags endpoint"):
             next(reader.work_list([PENDING]))
 
 
@@ -222,7 +222,7 @@ def test_a_work_list_is_followed(
 @pytest.mark.parametrize(
     ("status", "error", "said"),
     [
-        (200, Unavailable, "what answers at 127.0.0.1 is not the endpoint"),
+        (200, Unavailable, "127.0.0.1 is not a task tags endpoint"),
         (429, Unavailable, "the endpoint answered 429"),
         (503, Unavailable, "the endpoint answered 503"),
         (404, ChangesRefused, "the endpoint answered 404"),

@@ -72,7 +72,7 @@ def test_what_a_function_for_the_token_returns_is_checked_and_never_quoted(retur
     """As the setting is: it is no token, so nothing is sent."""
     with TagProducer(**AWAY | {"token": lambda: returned}) as producer:
         with pytest.raises(
-            ConfigurationError, match="the function for the token returns"
+            ConfigurationError, match="the result of the function for the token"
         ) as caught:
             producer.enqueue(MESSAGE)
     assert not returned or str(returned) not in str(caught.value)

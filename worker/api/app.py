@@ -157,9 +157,9 @@ class DirectRead:
 
 
 _SWITCH_SECONDS: Final = 0.0001
-"""How long the event loop may keep a thread waiting that enqueues; by default 5 ms.
+"""The switch interval of the interpreter, for the threads that enqueue; Python's default is 5 ms.
 
-A thread waits for it some twenty times in a write, while others keep the loop busy.
+A thread waits for the event loop about twenty times in a write, while the loop is busy with others.
 """
 
 

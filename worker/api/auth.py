@@ -40,8 +40,9 @@ async def authenticate(connection: HTTPConnection, token: str, scope: str) -> Pr
     except InvalidToken as error:
         raise ApiError(401, "unauthorized", str(error)) from None
     except JwksUnavailable:
-        raise ApiError(503, "unavailable", "the keys of tokens can't be fetched") from None
-    connection.state.on_authenticated()
+        raise ApiError(503, "unavailable", "the signing keys are not available") from None
+    if on_authenticated := getattr(connection.state, "on_authenticated", None):
+        on_authenticated()  # for the limit of connections without a token (worker/api/limits.py)
     if not principal.allows(scope):
         raise forbidden(scope)
     return principal
@@ -53,7 +54,7 @@ async def require_scope(connection: HTTPConnection, scope: str) -> Principal:
 
 
 _BEARER: Final = HTTPBearer(scheme_name="bearer", bearerFormat="JWT", auto_error=False)
-"""Describes the token in the OpenAPI document. It would read more headers than `bearer_token`."""
+"""For the OpenAPI document only: `bearer_token` reads the header, and is stricter."""
 
 
 async def authorized(

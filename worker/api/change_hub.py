@@ -71,7 +71,7 @@ class Feed:
         self._end: Cursor | None = None
         """The places before and behind the events that are kept."""
         self._read_at = -1
-        """What `news` was before the last read that found nothing behind the end."""
+        """`news` at the last read that found no newer event."""
 
     def wake(self) -> None:
         self.news += 1

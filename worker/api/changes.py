@@ -82,7 +82,7 @@ async def stored_changes(
 
 
 def change_filter(wanted: FeedQuery | AllFeedQuery) -> Callable[[bytes], bytes | None]:
-    """Return a function that keeps the wanted changes of an event, or returns None without any."""
+    """Return a function that filters the changes of an event; it returns None if none match."""
     names, types, tags = wanted.task_names, wanted.tag_type, wanted.tag
     flows = wanted.flow_id if isinstance(wanted, AllFeedQuery) else []
     if not (names or types or tags or flows):

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
+from uuid import uuid4
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -91,10 +92,16 @@ async def answer(request: Request, error: Exception) -> Response:
     if problem is UNAVAILABLE:
         logger.warning("the database can't be used", extra={"error": type(error).__name__})
     elif problem is FAULT:
-        about = {"request_id": request.state.request_id, "path": request.url.path[:200]}
+        about = {"request_id": request_id_of(request), "path": request.url.path[:200]}
         logger.error("a request failed", exc_info=error, extra=about)
-    body = problem.body(request.state.request_id)
+    body = problem.body(request_id_of(request))
     return Response(body, problem.status, problem.headers, "application/json")
+
+
+def request_id_of(request: Request) -> str:
+    """Return the id of a request; give it one, if no `RequestIds` is around the application."""
+    state: dict[str, Any] = request.scope.setdefault("state", {})
+    return str(state.setdefault("request_id", str(uuid4())))
 
 
 def _methods(request: Request) -> list[str]:
@@ -156,8 +163,8 @@ _PARAMETER_TEXTS: Final = {
     "revision": "must be a revision, or `<revision>-<t>`",
     "position": "must be a cursor, 0 or latest",
     "selector": "must be like type:tag or type, with a backslash before : and \\ in the type",
-    "too_long": "is given too often",
-    "literal_error": "is not a known word",
+    "too_long": "has too many values",
+    "literal_error": "is not an allowed value",
     "number": "must be a whole number",
     "greater_than_equal": "is too small",
     "less_than_equal": "is too large",

@@ -32,6 +32,7 @@ from worker.api.errors import (
     ApiError,
     documented,
     problem_of,
+    request_id_of,
     wrong_parameter,
 )
 from worker.api.params import LATEST, AllFeedQuery, FeedQuery, parse_query, query
@@ -317,7 +318,7 @@ LastEventId = Annotated[
 @router.get(
     "/task-tags/changes/events",
     summary="Watch the change events of a flow execution as Server-Sent Events",
-    response_class=Response,  # of no media type: that of errors is another
+    response_class=Response,  # without a media type: errors are JSON
     response_description="The stored events after a revision, then each new one. "
     "`id` is the revision with its time.",
     responses={200: {"content": {"text/event-stream": {}}}, **documented(GONE)},
@@ -365,4 +366,4 @@ async def _stream(
             raise wrong_parameter([detail]) from None
     cursor = ChangeCursor(request, query, caller)
     await cursor.check()
-    return EventStream(cursor, caller, request.state.request_id, request.app.state.ending)
+    return EventStream(cursor, caller, request_id_of(request), request.app.state.ending)

@@ -128,7 +128,7 @@ class IdleClose:
         self._timer = self._loop.call_later(IDLE_SECONDS, self._look)
 
     def received(self) -> None:
-        """Wait a little longer, because there was something to discard: this costs nothing."""
+        """Wait a little longer: data was received, and discarded."""
         self._has_received = True
 
     def _look(self) -> None:
@@ -143,7 +143,7 @@ class IdleClose:
 
 
 class HeldFlow(FlowControl):
-    """Does not read on while requests of the connection wait, whatever else asks for it."""
+    """Flow control that does not resume reading while requests of the connection are queued."""
 
     held = False
 
@@ -153,7 +153,7 @@ class HeldFlow(FlowControl):
 
 
 class ClosingTransport:
-    """What a request's answer is written to. If its body is not read yet, it closes gently."""
+    """The transport of one answer. If the body of its request is not read yet, it closes gently."""
 
     def __init__(self, protocol: LimitedProtocol, is_read: Callable[[], bool]) -> None:
         self._protocol = protocol

@@ -20,10 +20,10 @@ from worker.db.pg_arrays import decode, texts
 MAX_ANSWER_BYTES: Final = 8 * 1024 * 1024
 """The most bytes of an answer that is no page."""
 _MAX_TAGS: Final = MAX_ANSWER_BYTES // 333
-"""So many are surely more: a tag has at least 333 bytes."""
+"""More tags than this always exceed `MAX_ANSWER_BYTES`: a tag has at least 333 bytes."""
 
 MAX_CANDIDATES: Final = 10_000
-"""So many rows a page looks at; if few of them fit, it is short."""
+"""How many rows a page examines. If few of them match, the page is short."""
 MAX_TAGS: Final = 100
 """The most tags that are shown with a task."""
 _PAGE_BYTES: Final = 1024 * 1024

@@ -1,4 +1,4 @@
-"""Tokens of pages: where the next page of an answer begins. A token is of one query alone."""
+"""Tokens of pages: where the next page of an answer begins. A token is valid for one query only."""
 
 from __future__ import annotations
 

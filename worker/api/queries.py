@@ -37,7 +37,7 @@ CHECK_SECONDS: Final = 2.0
 READ_SECONDS: Final = 10.0
 """A read that takes longer, with those before it on its connection, ends with `TimeoutError`."""
 MAX_DIRECT_TAGS: Final = 1000
-"""So many tags are little more than that: each has at most 8 KiB of metadata and 1 KiB of rest."""
+"""Larger answers are read page by page. So many tags have at most 9 MiB."""
 
 logger = logging.getLogger(__name__)
 

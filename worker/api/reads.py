@@ -39,7 +39,10 @@ from worker.api.queries import Reader
 from worker.api.responses import READ_PROBLEMS, Database, json_response, reader_of
 from worker.auth import READ, Principal
 
-TOO_MUCH: Final = ApiError(400, "too_large", "the answer has more than 8 MiB: use limit")
+ANSWER_TOO_LARGE: Final = ApiError(400, "too_large", "the answer has more than 8 MiB: use limit")
+
+_OF_ALL_TAGS: Final = {"flow_execution_id", "task_name"}
+"""With other parameters, tags are read page by page."""
 
 router = APIRouter(responses=READ_PROBLEMS)
 
@@ -128,7 +131,7 @@ async def _read_tags(
     caller: Principal, query: TagsQuery, reader: Reader, if_none_match: list[str]
 ) -> Response:
     known = _known_revisions(if_none_match)
-    if query.tag_type or query.tag or query.limit or query.page is not None:
+    if query.model_fields_set - _OF_ALL_TAGS:
         return await _read_page(caller.organization_id, query, reader, known)
     found = await reader.tags(
         caller.organization_id, query.flow_execution_id, query.task_name, known
@@ -183,7 +186,7 @@ async def _read_page(
     if found.revision in known:
         return Response(status_code=304, headers=_headers(found.revision))
     if found.tags is None:
-        raise TOO_MUCH
+        raise ANSWER_TOO_LARGE
     if limit is None:
         return json_response(found.tags, _headers(found.revision))
     next_page = None if found.after is None else page_token(found.after, *about)

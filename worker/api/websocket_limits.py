@@ -18,7 +18,7 @@ MAX_FRAME_BYTES: Final = 64 * 1024
 TOO_SLOW: Final = 1013
 _PIECE_BYTES: Final = 1024
 _MAX_FRAMES: Final = 20
-"""That may come at once; then as many as are allowed in a second."""
+"""How many may come at once; then `_FRAMES_A_SECOND` apply."""
 _FRAMES_A_SECOND: Final = 10
 _SMALL_BYTES: Final = 1024
 """Larger frames are not counted: the size of a message and the reading of the next are limited."""

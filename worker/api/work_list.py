@@ -74,9 +74,9 @@ def _check(query: WorkQuery) -> None:
     """Raise `ApiError` for what is wrong with several parameters together."""
     detail = None
     if len(query.with_) + len(query.without) > MAX_SELECTORS:
-        detail = ErrorDetail(field="with", message="is given too often, together with without")
+        detail = ErrorDetail(field="with", message="has too many values, together with without")
     elif query.with_ and query.with_[0].tag is None:  # type: ignore[attr-defined]
-        detail = ErrorDetail(field="with", message="must have a tag, like type:tag, at first")
+        detail = ErrorDetail(field="with", message="the first must be type:tag")
     elif not query.with_ and query.flow_execution_id is None:
         detail = ErrorDetail(field="flow_execution_id", message="is required without with")
     if detail is not None:

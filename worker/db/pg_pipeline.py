@@ -189,7 +189,7 @@ class PipelinedConnection:
                 each.answer.set_exception(error)
 
     def _cancel_soon(self) -> None:
-        """Cancel the statement at which the server works, if nobody waits for it soon."""
+        """Cancel the running statement soon, if its caller was cancelled."""
         if self._awaited and self._awaited[0].answer.cancelled():
             loop = asyncio.get_running_loop()
             loop.call_later(_CANCEL_AFTER_SECONDS, self._cancel, self._awaited[0])
@@ -337,15 +337,15 @@ class Pipeline:
         self._libpq.flush()
 
     def ask(self) -> None:
-        """Let the server answer what was sent, which is sent as far as it takes it now."""
+        """Request the results of what was sent, without waiting for them."""
         self._libpq.send_flush_request()
         self._libpq.flush()
         self._is_asked = True
 
     def end(self) -> Sent:
-        """Send the end of a transaction, as far as the server takes it now.
+        """Send the end of a transaction, without waiting for it.
 
-        After an error, the server goes on behind it. What was no transaction is committed there.
+        After an error, the server continues behind it. What is in no transaction commits here.
         """
         self._libpq.pipeline_sync()
         self._libpq.flush()

@@ -206,7 +206,7 @@ class Repository:
 
     @contextmanager
     def _connection(self) -> Iterator[Pipeline]:
-        """Lend the connection, in no transaction, for a limited time; replace a broken one."""
+        """Yield the connection, idle and with a time limit; replace a broken one."""
         try:
             pipeline = self._pipeline = self._pipeline or self._connect()
             with self._time_limit.watch(pipeline.connection):

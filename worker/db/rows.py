@@ -32,7 +32,7 @@ from worker.wire import Batch, Tag, encode
 Parameters = dict[str, pg_arrays.Parameter]
 
 MAX_LOADED_BYTES: Final = 8 * 1024 * 1024
-"""Of tags, in one transaction: 100 for each, and the metadata of those that may be removed.
+"""Of tags, for one transaction: 100 bytes each, and the metadata of those that may be removed.
 
 Behind it, tags are loaded without their metadata. A message that reaches it alone is `too_large`,
 whatever is missing: of the 25,000 tags that it may name, those whose metadata is not asked for have
@@ -83,7 +83,7 @@ def complete(
     last_tag: int,
     last_type: int,
 ) -> int:
-    """Return of how many messages, the first ones, all that they name was loaded.
+    """Return for how many messages, counted from the first, everything was loaded.
 
     Args:
         last_batch: The stored batch at which a look-up was cut; None: it was not.

@@ -1,4 +1,4 @@
-"""Whose fault is a failed transaction: the message's, or the server's?
+"""Decides whether a message or a server caused a transaction to fail.
 
 A message is to blame for what our own code finds in it, and for a statement that keeps failing
 while a witness succeeds: a transaction of the same organization, on a new connection and rolled
@@ -108,7 +108,7 @@ def witness(repository: Repository, organization_id: UUID) -> bool:
     except _Undo:
         return True
     except Exception as error:
-        log_wait("a witness failed as well", organization_id, error)
+        log_wait("a probe of the database failed as well", organization_id, error)
     finally:
         fresh.close()
     return False

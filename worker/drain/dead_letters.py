@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Final, cast
+from typing import Any, Final, assert_never, cast
 from uuid import UUID
 
 from redis import Redis
@@ -131,6 +131,8 @@ class DeadLetterRetrier:
                 raise RetryRefused(_refusal(record))
             case Admitted(message=authorized):
                 message = authorized.message
+            case other:
+                assert_never(other)
         self.repository.forget_failure(dead_letter.organization_id, message.batch_id)
         if not self.send([dead_letter.message]):
             raise InboxFull([parse_message(dead_letter.message)])

@@ -111,7 +111,7 @@ class Turn:
 
 @dataclass(slots=True)
 class Answers:
-    """What becomes of the first messages of a group, and how many these are."""
+    """The answers to the first messages of a group, and how many messages these are."""
 
     count: int = 0
     publications: list[tuple[str, bytes]] = field(default_factory=list)
@@ -120,7 +120,7 @@ class Answers:
 
 
 Steps = Generator[None]
-"""A group on its way. It pauses where servers work for it, so that another one may go a step:
+"""A group in progress: it yields while a server works, so that groups can be interleaved:
 
 1. its look-ups are sent, 2. its commit is sent, 3. its answers are sent; then it is done.
 """
@@ -182,12 +182,12 @@ class Drain:
                 if not is_acquired:
                     self.acquire()
                 is_acquired = False
-                take_all_the_way(self.next_group, self.repository)
+                run_groups(self.next_group, self.repository)
                 if turn.waiting:
                     self.inbox.requeue(self.run_id)
                 return turn.answered
             except psycopg.errors.LockNotAvailable:  # another worker has the organization
-                self.hand_back()
+                self.requeue()
                 return turn.answered
             except Exception as error:
                 if not turn.alone and not is_server_fault(error):
@@ -198,13 +198,13 @@ class Drain:
                 if self._ends_turn(turn, error):
                     return turn.answered
 
-    def hand_back(self) -> None:
+    def requeue(self) -> None:
         """Go to the end of the queue. If Redis can't be used, the lease expires."""
         with suppress(RedisError, OSError):
             self.inbox.requeue(self.run_id)
 
     def next_group(self, before: Steps | None) -> Steps | None:
-        """Return the next group, unless the turn is over. After a failure it goes alone."""
+        """Return the next group unless the turn is over. After a failure, groups do not overlap."""
         turn = self.turn
         is_over = turn.has_begun and (time.monotonic() > turn.deadline or self.stopping())
         if not turn.waiting or is_over or (before and (turn.failures or turn.alone)):
@@ -384,15 +384,13 @@ class Drain:
         return self.repository.transact(self.organization_id, store)
 
 
-def take_all_the_way(
-    next_group: Callable[[Steps | None], Steps | None], repository: Repository
-) -> None:
-    """Process group after group until there is none. Raises what breaks one of them.
+def run_groups(next_group: Callable[[Steps | None], Steps | None], repository: Repository) -> None:
+    """Process group after group until there is none. Raises the first error.
 
     A group begins while the one before it commits; it writes nothing before that has succeeded.
 
     Args:
-        next_group: Returns the group behind another one, which is still on its way, or behind none.
+        next_group: Returns the next group, given the one that is in progress, if any.
     """
     before: Steps | None = None
     group = next_group(None)

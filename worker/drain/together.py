@@ -2,9 +2,9 @@
 
 While the Celery queue is long, a worker takes several drain messages at once. Each inbox keeps its
 lease, its transactions and its order; their groups follow one another on the same connections, so
-that none waits for an answer that another one's work could bridge. An inbox whose row is locked, or
-at which anything fails, leaves the turn; while PostgreSQL is slow at one, the others are handed
-back to the queue. So they wait for none of these.
+that one is processed while another one waits for a server. An inbox whose row is locked, or at
+which anything fails, leaves the turn; while PostgreSQL is slow at one, the others go back to the
+queue. So they wait for none of these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 
 from producers.inbox.protocol import acquire_all
 from worker.drain.blame import is_server_fault
-from worker.drain.path import Drain, Steps, take_all_the_way
+from worker.drain.path import Drain, Steps, run_groups
 
 MAX_OTHERS: Final = 15
 
@@ -38,12 +38,12 @@ def drain_all(first: Drain, others: Callable[[list[bytes]], list[Drain]]) -> Non
         return
     drains = others(acquired.others)
     if drains:
-        Together(first, drains).run()
+        SharedTurn(first, drains).run()
     else:
         first.run(is_acquired=True)
 
 
-class Together:
+class SharedTurn:
     """One turn of several drains, the first of which has its messages already."""
 
     def __init__(self, first: Drain, others: Sequence[Drain]) -> None:
@@ -54,7 +54,7 @@ class Together:
         self._alone: list[Drain] = []
 
     def run(self) -> None:
-        self._repository.on_slow = lambda: self._hand_back(self._running)
+        self._repository.on_slow = lambda: self._requeue_others(self._running)
         try:
             self._take(list(self._others))
         finally:
@@ -68,13 +68,13 @@ class Together:
         while True:
             try:
                 acquire_together(new)
-                take_all_the_way(self._next_group, self._repository)
+                run_groups(self._next_group, self._repository)
             except (RedisError, OSError):
                 self._alone += dict.fromkeys([*self._unfinished(), *new])
                 return
             except psycopg.errors.LockNotAvailable:  # another worker has the organization
                 self._leave(self._running)
-                self._running.hand_back()
+                self._running.requeue()
             except Exception as error:
                 if self._leave(self._running):
                     self._alone.append(self._running)
@@ -83,7 +83,7 @@ class Together:
             else:
                 break
             new = self._unfinished()  # what became of their last groups is not known
-        self._hand_back()
+        self._requeue_others()
 
     def _next_group(self, before: Steps | None) -> Steps | None:
         """Return the next group of the inbox that has waited longest, unless the turn is over."""
@@ -95,11 +95,11 @@ class Together:
             drain = self._drains[0]
             self._drains.rotate(-1)
             if steps := drain.next_group(None):
-                return self._noted(drain, steps)
+                return self._tracked(drain, steps)
         return None
 
-    def _noted(self, drain: Drain, steps: Steps) -> Steps:
-        """Take the same steps, and note whose they are while they are taken."""
+    def _tracked(self, drain: Drain, steps: Steps) -> Steps:
+        """Take the same steps, and record which drain is running."""
         with closing(steps):
             while True:
                 self._running = drain
@@ -112,7 +112,7 @@ class Together:
     def _unfinished(self) -> list[Drain]:
         return [drain for drain in self._drains if not drain.turn.is_over]
 
-    def _hand_back(self, running: Drain | None = None) -> None:
+    def _requeue_others(self, running: Drain | None = None) -> None:
         """Send drains to the end of the queue, but for the one that is running.
 
         What is under way of one is finished: that does no harm (docs/concepts/inbox-protocol.md).
@@ -120,7 +120,7 @@ class Together:
         for drain in self._unfinished():
             if drain is not running:
                 self._leave(drain)
-                drain.hand_back()
+                drain.requeue()
 
     def _leave(self, drain: Drain) -> bool:
         """Take a drain out of the turn; return whether it was in it."""
