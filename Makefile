@@ -28,11 +28,11 @@ test: .venv/ready  ## Run all tests, in three processes with a stack each, then 
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 	@$(MAKE) --no-print-directory check
 
-faults: .venv/ready  ## Break everything at random, compare with a model; SECONDS=600 SEED= PLANT= ONLY=
+faults: .venv/ready  ## Break things at random, compare with a model; SECONDS=600 SEED= PLANT= ONLY=
 	$(BIN)/python -m tests.faults --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) \
 		$(if $(PLANT),--plant $(PLANT)) $(if $(ONLY),--only '$(ONLY)')
 
-mutants: .venv/ready  ## Plant mistakes in a copy, one at a time; a test must fail for each; ONLY=word
+mutants: .venv/ready  ## Plant mistakes in a copy, one by one; a test must fail for each; ONLY=word
 	$(BIN)/python -m tests.mutants $(ONLY)
 
 prove: .venv/ready  ## Run the long proofs one after the other, half an hour; SECONDS=600 SEED=
@@ -47,21 +47,21 @@ soak: .venv/ready  ## Run BATCHES=1000000 through one worker; its memory must no
 decisions: .venv/ready  ## Claim tasks by many clients while workers are killed; CLAIMS=100000 SEED=
 	$(BIN)/python -m tests.load.decisions --claims $(or $(CLAIMS),100000) $(if $(SEED),--seed $(SEED))
 
-followers: .venv/ready  ## Follow work lists by HTTP while writers go on, compare with SQL; CHANGES=100000 CLIENTS=50
+followers: .venv/ready  ## Follow work lists while they change, compare; CHANGES=100000 CLIENTS=50
 	$(BIN)/python -m tests.load.followers --changes $(or $(CHANGES),100000) \
 		--clients $(or $(CLIENTS),50) $(if $(SEED),--seed $(SEED))
 
-watchers: .venv/ready  ## Measure CLIENTS=1000 WebSockets on one endpoint; nothing may stay behind when they leave
+watchers: .venv/ready  ## Measure CLIENTS=1000 WebSockets on one endpoint, and what they leave
 	$(BIN)/python -m tests.load.watchers --clients $(or $(CLIENTS),1000)
 
-waiters: .venv/ready  ## Measure WAITERS=10000 waits for approvals on one endpoint process; RESTARTS=5 kills servers
+waiters: .venv/ready  ## Measure WAITERS=10000 waits on one endpoint; RESTARTS=5 kills servers
 	$(BIN)/python -m tests.load.waiters --waiters $(or $(WAITERS),10000) \
 		--restarts $(or $(RESTARTS),0)
 
-bench: .venv/bench  ## Compare with other queues and this machine's limits; SMOKE=1; FULL=1 writes docs/bench.md
+bench: .venv/bench  ## Compare with other queues and limits; SMOKE=1; FULL=1 writes docs/bench.md
 	$(BIN)/python -m tests.bench $(if $(SMOKE),--smoke) $(if $(FULL),--full)
 
-ab: .venv/ready  ## Compare the speed of HEAD with that of BASE=<commit>; BAR=0.95 is what passes; FULL=1
+ab: .venv/ready  ## Compare the speed of HEAD with BASE=<commit>; BAR=0.95 is what passes; FULL=1
 	@$(BIN)/python -m tests.bench.ab --base $(or $(BASE),$(error BASE=<commit> is missing)) \
 		--bar $(or $(BAR),0.95) $(if $(FULL),--full)
 
@@ -93,7 +93,10 @@ COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.1
 	--extra worker --extra embedded --generate-hashes --no-header --no-annotate --quiet
 
 clean:  ## Remove what make and the local stack have made
-	rm -rf .venv .task-tags build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@! command -v flock > /dev/null || ! test -e .task-tags/lock || flock -n .task-tags/lock true || \
+		{ echo "a stack is running on .task-tags: stop it first"; exit 1; }
+	rm -rf .venv .task-tags build
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # What running needs comes first. The rest (linters, type checker, browser driver and the like) is
 # installed when a goal needs it.
@@ -107,7 +110,7 @@ clean:  ## Remove what make and the local stack have made
 	@PYTHON="$(PYTHON)" sh tools/install.sh requirements.lock
 	@touch .venv/ready
 
-# All that is needed is in the lock, so nothing is resolved: arq's own bound on redis would not let it.
+# All is in the lock, so nothing is resolved: arq's own bound on redis would not let it.
 .venv/bench: .venv/ready requirements-bench.lock
 	@echo "installing what is compared"
 	@PYTHON="$(PYTHON)" sh tools/install.sh requirements-bench.lock

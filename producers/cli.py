@@ -131,7 +131,10 @@ def enqueue(
         str, typer.Argument(help="JSON Lines, one message per line; - for standard input.")
     ],
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for the results and print them.")
+        bool,
+        typer.Option(
+            "--wait", help="Wait for the results and print them; they say if the token was refused."
+        ),
     ] = False,
     timeout: Timeout = 30,
     block: Block = None,
@@ -194,8 +197,8 @@ def find(
         typer.Option(
             "--with",
             metavar="TYPE:TAG",
-            help="Only tasks that have this tag, the longest waiting first; may be repeated, then "
-            "also TYPE for any tag of the type.",
+            help="Only tasks that have this tag, the longest waiting first; may be repeated; from "
+            "the second on, TYPE alone means any tag of the type.",
         ),
     ] = None,
     without: Annotated[
@@ -279,8 +282,14 @@ def watch(
 def _tell_if_unknown(execution: UUID) -> None:
     """Say on standard error that the endpoint does not know the execution, if it can be asked."""
     with suppress(TaskTagsError, httpx.HTTPError, httpx.InvalidURL):
-        if _read_tags(execution, {"limit": "1"}, timeout=2).status_code == 404:
+        response = _read_tags(execution, {"limit": "1"}, timeout=2)
+        if response.status_code == 404:
             console.err.print(f"{execution} is unknown so far: its changes are printed from now on")
+        elif response.status_code in (401, 403):
+            console.err.print(
+                "the endpoint refuses the token, so it is not known whether the execution exists: "
+                "its changes are printed from now on"
+            )
 
 
 @app.command()
@@ -346,8 +355,10 @@ class _Run:
         except (TaskTagsError, console.OutputFailed, KeyboardInterrupt) as error:
             of = "" if self._total is None else f" of {self._total}"
             until = f", up to line {self._last_line}" if self.sent else ""
-            least = "at least " if isinstance(error, Unavailable) else ""  # an answer may be lost
-            report = f"{least}{self.sent}{of} batches were enqueued{until}"
+            known = (
+                "known to be " if isinstance(error, Unavailable) else ""
+            )  # an answer may be lost
+            report = f"{self.sent}{of} batches were {known}enqueued{until}"
             if isinstance(error, KeyboardInterrupt):
                 console.fail(INTERRUPTED, f"interrupted: {report}")
             if isinstance(error, InboxFull):

@@ -36,6 +36,8 @@ Item = TypeVar("Item")
 
 _NARROW: Final = (14, 18, 0, 0, 10, 20)
 """The widest columns of a table of tags on a narrow terminal: at 80, the tag has 10 at least."""
+_WIDE_ENOUGH: Final = 76
+"""A terminal on which ids and times of a table of tasks are not wrapped."""
 OUTPUT_FAILED: Final = 6
 """The exit code of both commands when standard output can't be written."""
 _ESCAPED: Final = "task-tags-escaped"
@@ -236,7 +238,10 @@ class _TagTable:
 
 
 def task_table(tasks: Sequence[TaskExecution]) -> RenderableType:
-    """Return the tasks of a work list as a table that cuts nothing; elsewhere each is one line."""
+    """Return the tasks of a work list as a table that cuts nothing; elsewhere each is one line.
+
+    On a terminal that is too narrow the flow is below the execution, and the state below the task.
+    """
     return _TaskTable(tasks)
 
 
@@ -249,10 +254,18 @@ class _TaskTable:
         rows = [_task_cells(task) for task in self.tasks]
         widths = [max(map(cell_len, column)) for column in zip(headers, *rows, strict=True)]
         natural = sum(widths) + 2 * (len(widths) - 1)
-        narrow = console.is_terminal and natural > options.max_width
-        table = Table(box=None, pad_edge=False, width=options.max_width if narrow else natural)
-        for header, width in zip(headers, widths, strict=True):
-            table.add_column(header, width=None if narrow else width, overflow="fold")
+        fixed: Sequence[int | None] = widths
+        if console.is_terminal and natural > options.max_width:
+            natural = options.max_width
+            headers = ["execution", "task", "waiting since", "tags"]
+            rows = [
+                [f"{id}\n{flow}".strip(), f"{task}\n{state}".strip(), since, tags]
+                for flow, id, task, state, since, tags in rows
+            ]
+            fixed = (36, None, 20, None) if natural >= _WIDE_ENOUGH else (None,) * 4
+        table = Table(box=None, pad_edge=False, width=natural)
+        for header, width in zip(headers, fixed, strict=True):
+            table.add_column(header, width=width, overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
         yield table

@@ -140,7 +140,7 @@ async def stream_changes(
     after: str,
     filters: Mapping[str, Sequence[str]] | None = None,
     flow_execution_id: UUID | None = None,
-    on_open: Callable[[], None] | None = None,
+    on_open: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[tuple[str, ChangeEvent | None]]:
     """Yield the events behind a cursor without end, each with its own cursor.
 
@@ -158,16 +158,17 @@ async def stream_changes(
     path, query = "/changes/events", dict[str, Any](filters or {})
     if flow_execution_id is not None:
         path, query["flow_execution_id"] = f"/task-tags{path}", str(flow_execution_id)
-    reached = False
+    reached, is_lost = False, False
     timeout = httpx.Timeout(10, read=_SILENCE_SECONDS)
     while True:
         try:
             query["after"] = after
             async with client.stream("GET", path, params=query, timeout=timeout) as response:
                 await _check_stream(response)
-                reached = True
-                if on_open is not None:
-                    on_open()
+                if is_lost:
+                    logger.warning("the stream of changes continues")
+                reached, is_lost = True, False
+                on_open()
                 async for kind, id, data in _server_sent(response.aiter_lines()):
                     if kind == "error" and json.loads(data)["error"]["code"] == "gone":
                         raise _expired(data)
@@ -179,7 +180,10 @@ async def stream_changes(
         except (*NOT_SENT, Unavailable, ValidationError) as error:
             if not reached:
                 raise not_sent(error) from error
-            logger.warning("the stream of changes is lost; reconnecting: %s", type(error).__name__)
+            if not is_lost:
+                name = type(error).__name__
+                logger.warning("the stream of changes is lost; reconnecting: %s", name)
+            is_lost = True
             await asyncio.sleep(_RETRY_SECONDS)
 
 

@@ -178,7 +178,10 @@ def exit_codes() -> str:
             code, _, meaning = each.partition(" ")
             rows.setdefault(code, ["", ""])[column] = meaning
     found = [[code, *rows[code]] for code in sorted(rows, key=int)]
-    return f"## Exit codes\n\n{table(['code', '`task-tags`', '`task-tags-admin`'], found)}\n"
+    codes_table = table(["code", "`task-tags`", "`task-tags-admin`"], found)
+    return (
+        f"## Exit codes\n\n{codes_table}\n\n`make` itself ends with 2 whenever a command fails.\n"
+    )
 
 
 # --- The SDK -------------------------------------------------------------------------------------

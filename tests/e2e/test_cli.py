@@ -304,18 +304,29 @@ def test_changes_and_results_are_followed_until_interrupted(
     assert (follower.returncode, stderr) == (130, "")
 
 
-@pytest.mark.parametrize("url", [None, "http://127.0.0.1:1"])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "{} is unknown so far: its changes are printed from now on\n"),
+        ({"TASK_TAGS_ENDPOINT_URL": "http://127.0.0.1:1"}, ""),
+        (
+            {"TASK_TAGS_TOKEN": "nonsense"},
+            "the endpoint refuses the token, so it is not known whether the execution exists: its "
+            "changes are printed from now on\n",
+        ),
+    ],
+)
 def test_a_watch_of_an_unknown_execution_says_so_and_goes_on(
     servers: Servers,
     mine: dict[str, str],
     producer: TagProducer,
     organization: UUID,
-    url: str | None,
+    more: dict[str, str],
+    said: str,
 ) -> None:
     """If the endpoint can be asked; the watch itself needs Redis alone."""
     execution = uuid4()
-    if url is not None:
-        mine = {**mine, "TASK_TAGS_ENDPOINT_URL": url}
+    mine = {**mine, **more}
     with subprocess.Popen(
         [sys.executable, "-c", "from producers.cli import main; main()", "watch", str(execution)],
         env=environment(servers, **mine),
@@ -332,8 +343,7 @@ def test_a_watch_of_an_unknown_execution_says_so_and_goes_on(
         assert follower.stdout.readline().startswith(f"{execution} #1  + t  t: x")
         follower.send_signal(signal.SIGINT)
         _, stderr = follower.communicate(timeout=20)
-    said = f"{execution} is unknown so far: its changes are printed from now on\n"
-    assert (follower.returncode, stderr) == (130, said if url is None else "")
+    assert (follower.returncode, stderr) == (130, said.format(execution))
 
 
 def test_tasks_are_found_by_their_tags(

@@ -1,19 +1,20 @@
-/* The live page: the tasks and tags of one flow execution, changing in place, and the batches that change them.
+/* The live page: the tasks and tags of one flow execution, and the batches that change them.
 
-It reads the state with its revision, then follows the changes after that revision over a WebSocket. Whatever is lost on
-the way is asked for again by revision, so nothing is missed and nothing is shown twice. All that comes from the API is
-set as text. The token stays in the tabs of this browser that show this page: in memory and in their session storage,
-never in a URL. A tab that is opened without one is given it by another. */
+It reads the state with its revision, then follows the later changes over a WebSocket. After a lost
+connection it asks for what follows its last revision, so nothing is missed or shown twice. All that
+comes from the API is set as text. The token is kept in memory and in the session storage of the
+tabs of this browser that show this page, never in a URL. A tab that is opened without a token gets
+it from another tab. */
 
 const STREAM_ROWS = 200; // older rows are dropped, so that a page may stay open for days
 const EARLIER_ROWS = 50; // how much of the past a page begins with
 const SHOWN_CHANGES = 4; // of one batch; the others are folded away
-const SHOWN_TAGS = 600; // with a row of their own, on the whole page; of a task, six at least and 100 at most
+const SHOWN_TAGS = 600; // rows on the whole page; 6 to 100 of each task
 const SHOWN_NAMES = 20; // of the tasks that there are, when one is named that there is not
 const SHOWN_METADATA = 120; // characters; what is longer is folded away
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 10_000;
-const REFUSED_WITHIN_MS = 300; // a server that refuses a token says so at once; until then we don't say "Live"
+const REFUSED_WITHIN_MS = 300; // a refusal of the token comes at once; only then show "Live"
 const PULSE_MS = 15_000;
 const ANSWER_MS = 30_000; // longer than the endpoint itself waits for a result
 const ANNOUNCE_MS = 1_500; // changes in between are announced as one
@@ -34,23 +35,27 @@ const page = {
   retryTimer: null,
   today: new Date().toDateString(), // the day that the times are shown for
 };
-const tasks = new Map(); // task name → {node, open, folded, tags: Map of tag id → {node or null, tag}}
+// task name → {node, open, folded, tags: Map of tag id → {node or null, tag}}
+const tasks = new Map();
 const rows = new Map(); // batch id → {node, event, seenAfter, sent}
 const ownBatches = new Set(); // ids of batches that were sent from here
-const options = { "known-tasks": new Set(), "known-types": new Set() }; // what the fields of the form suggest
+// What the fields of the form suggest.
+const options = { "known-tasks": new Set(), "known-types": new Set() };
 const unannounced = []; // change events since the last announcement
 
-const at = (id) => document.getElementById(id);
-const within = (node, selector) => node.querySelector(selector);
-const copyOf = (id) => at(id).content.firstElementChild.cloneNode(true);
+const byId = (id) => document.getElementById(id);
+const find = (node, selector) => node.querySelector(selector);
+const copyOf = (id) => byId(id).content.firstElementChild.cloneNode(true);
 
 // --- JSON ----------------------------------------------------------------------------------------
 
-/** Parse JSON so that it can be sent back as it was: metadata may have integers that a JavaScript number rounds. */
+/** Parse JSON so that it can be sent back unchanged: JavaScript would round large integers. */
 function parseExactly(text) {
   if (!JSON.rawJSON || !/\d{16}/.test(text)) return JSON.parse(text);
   return JSON.parse(text, (_, value, { source }) =>
-    Number.isInteger(value) && !Number.isSafeInteger(value) && /^-?\d+$/.test(source) ? JSON.rawJSON(source) : value,
+    Number.isInteger(value) && !Number.isSafeInteger(value) && /^-?\d+$/.test(source)
+      ? JSON.rawJSON(source)
+      : value,
   );
 }
 
@@ -99,7 +104,11 @@ function refusalOf(response, text) {
     return new Refusal(response.status, error.message, { details: error.details, retryAfter });
   } catch {
     // Something between us and the endpoint answered.
-    return new Refusal(response.status, `the answer was ${response.status} ${response.statusText}`, { retryAfter });
+    return new Refusal(
+      response.status,
+      `the answer was ${response.status} ${response.statusText}`,
+      { retryAfter },
+    );
   }
 }
 
@@ -107,11 +116,11 @@ const ofExecution = (more = {}) => ({ flow_execution_id: page.execution, ...more
 
 // --- Following -----------------------------------------------------------------------------------
 
-/** Connect, or connect again: read the state unless it is known, then follow what comes after it. */
+/** Connect, or connect again: read the state unless it is known, then follow its changes. */
 async function connect() {
   const attempt = leaveConnection();
   if (page.failures === 0) showConnection("connecting", "Connecting…");
-  else at("countdown").textContent = "trying now…";
+  else byId("countdown").textContent = "trying now…";
   try {
     if (page.revision === null) await readEverything(attempt);
     if (attempt === page.attempt) openSocket(attempt);
@@ -131,7 +140,7 @@ function leaveConnection() {
 }
 
 async function readEverything(attempt) {
-  // The pages may be of later revisions: changes that they have already are then applied again, to the same end.
+  // Later pages may be of later revisions: then changes are applied twice, which does no harm.
   const { response } = await ask("task-tags", { query: ofExecution({ limit: 1 }) });
   const revision = Number(response.headers.get("ETag").match(/\d+/)[0]);
   const read = await readPages("task-executions", ofExecution({ limit: 1000 }), "task_executions");
@@ -145,7 +154,7 @@ async function readEverything(attempt) {
   page.revision = revision;
   showTasks(read);
   for (const event of earlier.events) showEvent(event);
-  if (earlier.note) at("stream-end").textContent = earlier.note;
+  if (earlier.note) byId("stream-end").textContent = earlier.note;
   showCounts();
   goToTask();
 }
@@ -153,8 +162,10 @@ async function readEverything(attempt) {
 /** Read all pages from one on; `field` has what is on a page. */
 async function readPages(path, query, field) {
   const found = [];
-  for (let next = query.page; next !== null; ) {
-    const { body } = await ask(path, { query: next === undefined ? query : { ...query, page: next } });
+  for (let next = query.page; next !== null;) {
+    const { body } = await ask(path, {
+      query: next === undefined ? query : { ...query, page: next },
+    });
     found.push(...body[field]);
     next = body.next_page;
   }
@@ -182,7 +193,8 @@ async function readEarlier(revision) {
 function openSocket(attempt) {
   const url = new URL("task-tags/changes", document.baseURI);
   url.protocol = url.protocol.replace("http", "ws");
-  for (const [name, value] of Object.entries(ofExecution({ after: page.revision }))) url.searchParams.set(name, value);
+  for (const [name, value] of Object.entries(ofExecution({ after: page.revision })))
+    url.searchParams.set(name, value);
   const socket = new WebSocket(url);
   page.socket = socket;
   let error = null;
@@ -196,19 +208,22 @@ function openSocket(attempt) {
     if (attempt !== page.attempt) return;
     const frame = parseExactly(data);
     if (frame.error) error = frame.error;
-    else hear(frame);
+    else onEvent(frame);
   });
   socket.addEventListener("close", ({ code }) => {
     if (attempt === page.attempt) onClosed(code, error?.message);
   });
 }
 
-function hear(event) {
+function onEvent(event) {
   onLive();
   if (event.revision <= page.revision) return;
   if (event.revision > page.revision + 1) {
-    // The endpoint promises that this can't be; should it be wrong, what is shown must still be right.
-    readAnew(`Revisions ${page.revision + 1} to ${event.revision - 1} were not received: reading everything again.`);
+    // The endpoint promises that this can't happen; if it does, what is shown must still be right.
+    readAnew(
+      `Revisions ${page.revision + 1} to ${event.revision - 1} were not received: ` +
+        "reading everything again.",
+    );
     return;
   }
   page.revision = event.revision;
@@ -227,7 +242,7 @@ function readAnew(why) {
 
 function onLive() {
   page.failures = 0;
-  if (at("connection").dataset.state !== "live") showConnection("live", "Live");
+  if (byId("connection").dataset.state !== "live") showConnection("live", "Live");
 }
 
 /** Handle a refused request: retry if the cause may be temporary, otherwise stop. */
@@ -240,12 +255,13 @@ function onRefusal({ status, message }) {
   else stop(`The endpoint refused the request: ${sentence(message)}`);
 }
 
-/** Whether a retry may succeed. After 410 (missed changes were purged), everything is read again. */
+/** Whether a retry may succeed. After 410 (changes were purged), everything is read again. */
 function passes(status) {
   return status === 0 || status >= 500 || [408, 410, 429].includes(status);
 }
 
-const UNKNOWN_EXECUTION = "There is no such execution here: it is not registered, or it belongs to another organization.";
+const UNKNOWN_EXECUTION =
+  "There is no such execution here: it is not registered, or it belongs to another organization.";
 
 /** What a close without an error frame means: the codes of RFC 6455, and those registered later. */
 const CLOSED = {
@@ -269,19 +285,20 @@ function onClosed(code, message) {
 function retryLater(why) {
   leaveConnection();
   const most = Math.min(LONGEST_WAIT_MS, FIRST_WAIT_MS * 2 ** page.failures);
-  const wait = most * (0.5 + Math.random() / 2); // many pages should not come back in the same moment
+  // Random, so that many pages do not return at the same moment.
+  const wait = most * (0.5 + Math.random() / 2);
   page.failures += 1;
   page.retryAt = Date.now() + wait;
   page.retryTimer = setTimeout(connect, wait);
   showConnection("waiting", "Not connected");
-  showNotice(`${why} ${asOf()}`);
+  showNotice(`${why} ${timeShown()}`);
   countDown();
 }
 
 function stop(why) {
   leaveConnection();
   showConnection("stopped", "Not connected");
-  showNotice(`${why} ${asOf()}`, { words: "Try again", run: readFromTheStart });
+  showNotice(`${why} ${timeShown()}`, { words: "Try again", run: readFromTheStart });
 }
 
 function askForToken(why) {
@@ -289,9 +306,10 @@ function askForToken(why) {
   forgetToken();
   showConnection("stopped", "Not connected");
   if (page.revision === null) {
-    hide(at("notice"));
+    hide(byId("notice"));
     openForm(why);
-  } else showNotice(`${why} ${asOf()}`, { words: "Give another token", run: () => openForm(why) });
+  } else
+    showNotice(`${why} ${timeShown()}`, { words: "Give another token", run: () => openForm(why) });
 }
 
 function readFromTheStart() {
@@ -306,19 +324,22 @@ function reconnectNow() {
 
 /** In a tab that was not looked at, timers stand still. */
 function onSeen() {
-  datePast();
+  refreshTimes();
   reconnectNow();
 }
 
-/** A connection may be lost without an event. So check periodically for changes that were not received. */
-async function feelPulse() {
-  if (at("connection").dataset.state !== "live") return;
+/** Check for changes that were not received: a connection may be lost without an event. */
+async function checkConnection() {
+  if (byId("connection").dataset.state !== "live") return;
   const { attempt, revision } = page;
   try {
-    const { body } = await ask("task-tags/changes", { query: ofExecution({ after: revision, limit: 1 }) });
+    const { body } = await ask("task-tags/changes", {
+      query: ofExecution({ after: revision, limit: 1 }),
+    });
     if (body.length === 0) return;
     await new Promise((resolve) => setTimeout(resolve, 2_000)); // it may just be on its way
-    if (attempt === page.attempt && revision === page.revision) retryLater("The connection stopped delivering changes.");
+    if (attempt === page.attempt && revision === page.revision)
+      retryLater("The connection stopped delivering changes.");
   } catch (refusal) {
     if (attempt === page.attempt) onRefusal(refusal);
   }
@@ -326,7 +347,7 @@ async function feelPulse() {
 
 // --- Tasks and tags ------------------------------------------------------------------------------
 
-/** Bring what is shown to a state that was read. Nodes of what stays are kept, and with them the focus. */
+/** Show a state that was read. Nodes of what stays are kept, and with them the focus. */
 function showTasks(read) {
   const names = new Set(read.map((task) => task.task_name));
   for (const name of [...tasks.keys()]) if (!names.has(name)) dropTask(name);
@@ -337,13 +358,13 @@ function showTasks(read) {
     for (const { tag } of [...shown.tags.values()]) if (!ids.has(tag.id)) dropTag(tag);
     for (const tag of task.tags) keepTag(tag);
   }
-  for (const task of tasks.values()) layRows(task);
+  for (const task of tasks.values()) renderRows(task);
 }
 
 function applyChange({ change, tag, task }) {
   if (change === "added") {
     keepTag(tag);
-    layRows(taskOf(tag.task_name));
+    renderRows(taskOf(tag.task_name));
     flash(taskOf(tag.task_name).tags.get(tag.id).node);
   } else if (change === "removed") dropTag(tag);
   else if (change === "state") flash(showState(task));
@@ -352,15 +373,15 @@ function applyChange({ change, tag, task }) {
 function taskOf(name) {
   if (!tasks.has(name)) {
     const node = copyOf("task-template");
-    within(node, ".task-name bdi").textContent = name;
-    within(node, ".tags").setAttribute("aria-label", `Tags of ${name}`);
+    find(node, ".task-name bdi").textContent = name;
+    find(node, ".tags").setAttribute("aria-label", `Tags of ${name}`);
     let next;
     for (const other of tasks.keys()) if (other > name && !(other > next)) next = other;
-    at("tasks").insertBefore(node, next === undefined ? null : tasks.get(next).node);
+    byId("tasks").insertBefore(node, next === undefined ? null : tasks.get(next).node);
     const task = { node, open: false, folded: 0, tags: new Map() };
-    within(node, ".earlier").addEventListener("click", () => unfold(task));
+    find(node, ".earlier").addEventListener("click", () => unfold(task));
     tasks.set(name, task);
-    if (name === page.task) at("task-problem").hidden = true;
+    if (name === page.task) byId("task-problem").hidden = true;
     addOption("known-tasks", name);
   }
   return tasks.get(name);
@@ -368,10 +389,10 @@ function taskOf(name) {
 
 function showState({ task_name, state, state_changed_at, state_changed_by }) {
   const { node } = taskOf(task_name);
-  const badge = within(node, ".state");
+  const badge = find(node, ".state");
   badge.textContent = state ?? "no state";
   badge.dataset.state = state ?? "none";
-  const by = within(node, ".state-by");
+  const by = find(node, ".state-by");
   by.replaceChildren();
   if (state) by.append("by ", isolated(state_changed_by), ", ", timeOf(state_changed_at));
   return node.firstElementChild;
@@ -384,29 +405,31 @@ function keepTag(tag) {
   addOption("known-types", tag.tag_type);
 }
 
-/** Give each tag its row, yet of very many tags only to the last ones: the earlier ones are a button's to show. */
-function layRows(task) {
+/** Give each tag a row. Of very many tags, only the last have one; a button shows the others. */
+function renderRows(task) {
   const entries = [...task.tags.values()];
-  const most = task.open ? Infinity : Math.max(6, Math.min(100, Math.floor(SHOWN_TAGS / tasks.size)));
+  const most = task.open
+    ? Infinity
+    : Math.max(6, Math.min(100, Math.floor(SHOWN_TAGS / tasks.size)));
   const rows = entries.length - task.folded;
   if (rows > most || rows === 0) task.folded = Math.max(0, entries.length - Math.ceil(most / 2));
-  const button = within(task.node, ".earlier");
+  const button = find(task.node, ".earlier");
   button.hidden = task.folded === 0;
   button.textContent = `Show ${count(task.folded, "earlier tag")}`;
   for (const entry of entries.slice(0, task.folded)) foldAway(entry, button);
-  const list = within(task.node, ".tags");
+  const list = find(task.node, ".tags");
   let next = null;
   for (const entry of entries.slice(task.folded).reverse()) {
     if (!entry.node) list.insertBefore((entry.node = rowOf(entry.tag)), next);
-    else if (entry.tag.tag === PENDING) nameRemove(entry.node, entry.tag); // others of its type may have come or gone
+    else if (entry.tag.tag === PENDING) nameRemove(entry.node, entry.tag); // it may be alone
     next = entry.node;
   }
-  within(task.node, ".no-tags").hidden = entries.length > 0;
+  find(task.node, ".no-tags").hidden = entries.length > 0;
 }
 
 function foldAway(entry, button) {
   if (!entry.node) return;
-  passFocusOn(entry.node, button);
+  moveFocus(entry.node, button);
   entry.node.remove();
   entry.node = null;
 }
@@ -414,25 +437,25 @@ function foldAway(entry, button) {
 function unfold(task) {
   task.open = true;
   task.folded = 0;
-  layRows(task);
-  within(task.node, ".tag").focus();
+  renderRows(task);
+  find(task.node, ".tag").focus();
 }
 
 function rowOf(tag) {
   const node = copyOf("tag-template");
-  fillChip(within(node, ".chip"), tag);
-  within(node, ".metadata").append(...metadataOf(tag));
-  within(node, ".by-who").textContent = tag.created_by;
-  within(node, "time").replaceWith(timeOf(tag.created_at));
+  fillChip(find(node, ".chip"), tag);
+  find(node, ".metadata").append(...metadataOf(tag));
+  find(node, ".by-who").textContent = tag.created_by;
+  find(node, "time").replaceWith(timeOf(tag.created_at));
   nameRemove(node, tag);
-  within(node, ".remove").addEventListener("click", () => askToRemove(tag, node));
+  find(node, ".remove").addEventListener("click", () => askToRemove(tag, node));
   return node;
 }
 
 /** Say what the × of a row asks, unless the question is open. */
 function nameRemove(node, tag) {
   const what = isUndecided(tag) ? "Decide on, or remove," : "Remove";
-  within(node, ".remove")?.setAttribute("aria-label", `${what} ${nameOf(tag)} from ${tag.task_name}`);
+  find(node, ".remove")?.setAttribute("aria-label", `${what} ${nameOf(tag)} from ${tag.task_name}`);
 }
 
 function dropTag({ id, task_name }) {
@@ -441,11 +464,14 @@ function dropTag({ id, task_name }) {
   if (node === undefined) return;
   if (node) {
     // Not to the next ×: who presses Enter once more would ask to remove what they did not mean.
-    passFocusOn(node, node.nextElementSibling ?? node.previousElementSibling ?? within(task.node, ".task-name"));
+    moveFocus(
+      node,
+      node.nextElementSibling ?? node.previousElementSibling ?? find(task.node, ".task-name"),
+    );
     node.remove();
   } else task.folded -= 1;
   task.tags.delete(id);
-  layRows(task);
+  renderRows(task);
 }
 
 /** Go to the task that the link names. */
@@ -453,28 +479,31 @@ function goToTask() {
   if (!page.arriving) return;
   page.arriving = false;
   const missing = !tasks.has(page.task);
-  at("task-problem").hidden = !missing;
-  if (missing) at("task-problem").textContent = `There is no task ${quoted(page.task)} here. ${knownTasks()}`;
-  else within(tasks.get(page.task).node, ".task-name").focus();
+  byId("task-problem").hidden = !missing;
+  if (missing)
+    byId("task-problem").textContent =
+      `There is no task ${quoted(page.task)} here. ${knownTasks()}`;
+  else find(tasks.get(page.task).node, ".task-name").focus();
 }
 
 /** Say which names of tasks would be right. */
 function knownTasks() {
   const names = [...tasks.keys()].sort();
   if (names.length === 0) return "It has no tasks yet.";
-  const more = names.length > SHOWN_NAMES ? ` and ${count(names.length - SHOWN_NAMES, "other")}` : "";
+  const more =
+    names.length > SHOWN_NAMES ? ` and ${count(names.length - SHOWN_NAMES, "other")}` : "";
   return `Its tasks are ${names.slice(0, SHOWN_NAMES).map(quoted).join(", ")}${more}.`;
 }
 
 function dropTask(name) {
   const { node } = tasks.get(name);
-  passFocusOn(node, at("tasks-title"));
+  moveFocus(node, byId("tasks-title"));
   node.remove();
   tasks.delete(name);
 }
 
-/** Who works with the keyboard must not be thrown back to the top when the focused thing goes away. */
-function passFocusOn(from, to) {
+/** Keep the place of a keyboard user when the focused element is removed. */
+function moveFocus(from, to) {
   if (from.contains(document.activeElement)) to.focus();
 }
 
@@ -490,17 +519,19 @@ const VERDICTS = {
 
 /** Whether a tag says yes or no, which a colour and a sign show, whatever its type. */
 function verdictOf(tag) {
-  return Object.keys(VERDICTS).find((verdict) => VERDICTS[verdict].includes(tag.toLowerCase())) ?? "";
+  return (
+    Object.keys(VERDICTS).find((verdict) => VERDICTS[verdict].includes(tag.toLowerCase())) ?? ""
+  );
 }
 
 function fillChip(chip, { tag_type, tag }) {
   chip.dataset.hue = hueOf(tag_type);
   chip.dataset.verdict = verdictOf(tag);
-  within(chip, ".chip-type").textContent = tag_type;
-  within(chip, ".chip-tag").textContent = tag;
+  find(chip, ".chip-type").textContent = tag_type;
+  find(chip, ".chip-tag").textContent = tag;
 }
 
-/** One of six colours for each type, the same on every page; they are a help for the eye and mean nothing. */
+/** One of six colours for each type, the same on every page. The colours have no meaning. */
 function hueOf(type) {
   let sum = 0;
   for (const character of type) sum = (sum * 33 + character.codePointAt(0)) % 9973;
@@ -511,7 +542,9 @@ function metadataOf({ tag_metadata }) {
   if (tag_metadata === null) return [];
   const text = JSON.stringify(tag_metadata);
   if (text.length <= SHOWN_METADATA) return [textNode("code", text)];
-  const fold = folded(`metadata, ${text.length.toLocaleString()} characters`, () => textNode("code", text));
+  const fold = folded(`metadata, ${text.length.toLocaleString()} characters`, () =>
+    textNode("code", text),
+  );
   fold.firstElementChild.tabIndex = -1; // the arrow keys lead to it
   return [fold];
 }
@@ -521,18 +554,22 @@ function addOption(list, value) {
   options[list].add(value);
   const option = document.createElement("option");
   option.value = value;
-  at(list).append(option);
+  byId(list).append(option);
 }
 
 function showCounts() {
   let tags = 0;
   for (const task of tasks.values()) tags += task.tags.size;
-  at("counts").textContent = [count(tasks.size, "task"), count(tags, "tag"), `revision ${page.revision}`].join(" · ");
-  at("execution").dataset.read = "yes";
-  at("no-tasks").hidden = tasks.size > 0;
-  at("no-batches").hidden = rows.size > 0;
-  at("stream-end").hidden = at("stream-end").textContent === "";
-  keepStop();
+  byId("counts").textContent = [
+    count(tasks.size, "task"),
+    count(tags, "tag"),
+    `revision ${page.revision}`,
+  ].join(" · ");
+  byId("execution").dataset.read = "yes";
+  byId("no-tasks").hidden = tasks.size > 0;
+  byId("no-batches").hidden = rows.size > 0;
+  byId("stream-end").hidden = byId("stream-end").textContent === "";
+  ensureTabStop();
 }
 
 // --- One tab stop for all tags -------------------------------------------------------------------
@@ -540,45 +577,45 @@ function showCounts() {
 /** The arrow keys lead from one to the next. */
 const STOPS = '#execution[data-writes="yes"] .remove, .metadata summary';
 
-function stopOf(node) {
+function tabStopOf(node) {
   if (node.matches(STOPS)) return node;
-  return node.matches(".tag") ? within(node, STOPS) : null;
+  return node.matches(".tag") ? find(node, STOPS) : null;
 }
 
-function setStop(stop) {
-  for (const old of at("tasks").querySelectorAll('[tabindex="0"]')) old.tabIndex = -1;
+function setTabStop(stop) {
+  for (const old of byId("tasks").querySelectorAll('[tabindex="0"]')) old.tabIndex = -1;
   stop.tabIndex = 0;
 }
 
 /** There must always be one. */
-function keepStop() {
-  if (at("tasks").querySelector('[tabindex="0"]')?.matches(STOPS)) return;
-  const first = at("tasks").querySelector(STOPS);
-  if (first) setStop(first);
+function ensureTabStop() {
+  if (byId("tasks").querySelector('[tabindex="0"]')?.matches(STOPS)) return;
+  const first = byId("tasks").querySelector(STOPS);
+  if (first) setTabStop(first);
 }
 
 function onArrow(event) {
   const { key, target } = event;
-  const here = stopOf(target);
+  const here = tabStopOf(target);
   if (!here || !["ArrowDown", "ArrowUp", "Home", "End"].includes(key)) return;
   event.preventDefault();
-  const stops = [...at("tasks").querySelectorAll(STOPS)];
+  const stops = [...byId("tasks").querySelectorAll(STOPS)];
   const place = stops.indexOf(here) + { ArrowDown: target === here ? 1 : 0, ArrowUp: -1 }[key];
   (key === "Home" ? stops[0] : key === "End" ? stops.at(-1) : stops[place])?.focus();
 }
 
 // --- The stream of batches -----------------------------------------------------------------------
 
-/** Show a change event as the newest row. `seenAt`: when it came, unless it was read as a part of the past. */
+/** Show a change event as the newest row. `seenAt`: when it came; undefined for past events. */
 function showEvent(event, seenAt = null) {
   const row = rows.get(event.batch_id) ?? newRow(event.batch_id);
   row.event = event;
   row.seenAfter = seenAt === null ? null : seenAt - Date.parse(event.changed_at);
   fillRow(row);
-  addToStream(row.node); // also if it was there for its answer: the rows are in the order of the revisions
+  addToStream(row.node); // also if it exists already: rows are in the order of revisions
 }
 
-/** Show what became of a batch that was sent from here: its statuses, and how long the answer took. */
+/** Show the result of a batch that was sent from here: its statuses, and its latency. */
 function showSent(batchId, sent) {
   ownBatches.add(batchId);
   const row = rows.get(batchId) ?? newRow(batchId);
@@ -590,8 +627,8 @@ function showSent(batchId, sent) {
 
 function newRow(batchId) {
   const row = { node: copyOf("batch-template"), event: null, sent: null, seenAfter: null };
-  const id = within(row.node, ".batch-id");
-  id.textContent = `…${batchId.slice(-8)}`; // the beginning of a UUIDv7 is the time, and the same for minutes
+  const id = find(row.node, ".batch-id");
+  id.textContent = `…${batchId.slice(-8)}`; // a UUIDv7 begins with the time, which hardly differs
   id.title = `batch ${batchId}`;
   row.node.dataset.batch = batchId;
   rows.set(batchId, row);
@@ -599,12 +636,12 @@ function newRow(batchId) {
 }
 
 function addToStream(node) {
-  at("stream").prepend(node);
-  while (at("stream").children.length > STREAM_ROWS) {
-    const last = at("stream").lastElementChild;
+  byId("stream").prepend(node);
+  while (byId("stream").children.length > STREAM_ROWS) {
+    const last = byId("stream").lastElementChild;
     rows.delete(last.dataset.batch);
     last.remove();
-    at("stream-end").textContent = "Earlier batches are not shown.";
+    byId("stream-end").textContent = "Earlier batches are not shown.";
   }
 }
 
@@ -617,17 +654,17 @@ function noteOf(words) {
 function fillRow({ node, event, sent, seenAfter }) {
   const changes = event?.changes ?? [];
   if (event) node.dataset.revision = event.revision;
-  within(node, ".revision").textContent = event ? `#${event.revision}` : "–";
-  within(node, ".batch-who").textContent = event?.changed_by ?? actorOf(page.token)?.sub ?? "you";
-  within(node, ".batch-counts").textContent = sent?.statuses ? "" : countsOf(changes);
-  within(node, "time").replaceWith(timeOf(event?.changed_at ?? sent.at, "quiet"));
+  find(node, ".revision").textContent = event ? `#${event.revision}` : "–";
+  find(node, ".batch-who").textContent = event?.changed_by ?? actorOf(page.token)?.sub ?? "you";
+  find(node, ".batch-counts").textContent = sent?.statuses ? "" : countsOf(changes);
+  find(node, "time").replaceWith(timeOf(event?.changed_at ?? sent.at, "quiet"));
   const asked = sent && { change: sent.operation.operation, tag: sent.operation };
   const lines = event ? changes : [asked]; // what has no effect is shown as it was asked for
-  const list = within(node, ".changes");
+  const list = find(node, ".changes");
   list.replaceChildren(...lines.slice(0, SHOWN_CHANGES).map(lineOf));
   if (lines.length > SHOWN_CHANGES) list.append(restOf(lines.slice(SHOWN_CHANGES)));
-  within(node, ".statuses").replaceChildren(...(sent?.statuses ?? []).map(statusOf));
-  within(node, ".latency").textContent = latencyOf(sent, seenAfter);
+  find(node, ".statuses").replaceChildren(...(sent?.statuses ?? []).map(statusOf));
+  find(node, ".latency").textContent = latencyOf(sent, seenAfter);
 }
 
 function restOf(lines) {
@@ -644,19 +681,24 @@ function restOf(lines) {
 
 function lineOf({ change, tag, task }) {
   const node = copyOf("change-template");
-  const sign = within(node, ".sign");
+  const sign = find(node, ".sign");
   node.dataset.change = change;
-  sign.textContent = { added: "+", removed: "−", state: "→", add: "+", remove: "−", set: "=" }[change] ?? "?";
+  sign.textContent =
+    { added: "+", removed: "−", state: "→", add: "+", remove: "−", set: "=" }[change] ?? "?";
   sign.setAttribute("role", "img");
   sign.setAttribute("aria-label", change);
-  within(node, ".change-task").textContent = (tag ?? task)?.task_name ?? "";
-  const what = within(node, ".change-what");
+  find(node, ".change-task").textContent = (tag ?? task)?.task_name ?? "";
+  const what = find(node, ".change-what");
   if (tag) {
-    const chip = within(at("tag-template").content, ".chip").cloneNode(true);
+    const chip = find(byId("tag-template").content, ".chip").cloneNode(true);
     fillChip(chip, tag);
     what.append(chip);
     const metadata = JSON.stringify(tag.tag_metadata ?? null);
-    if (metadata !== "null") what.append(" ", textNode("code", metadata.length > 60 ? `${metadata.slice(0, 60)}…` : metadata));
+    if (metadata !== "null")
+      what.append(
+        " ",
+        textNode("code", metadata.length > 60 ? `${metadata.slice(0, 60)}…` : metadata),
+      );
   } else if (task) {
     const badge = textNode("span", task.state ?? "no state");
     badge.className = "state";
@@ -673,11 +715,12 @@ function statusOf(status) {
   return node;
 }
 
-/** Ours: from sending to the answer. Another's: from its transaction to this page, if the two clocks allow it. */
+/** Of our batch: until its answer. Of others: until they were seen here, if both clocks agree. */
 function latencyOf(sent, seenAfter) {
   if (sent?.gaveUp) return "no result yet: the batch is still in the inbox, or was refused";
   if (sent?.waiting) return "accepted, waiting for its result…";
-  if (sent) return `answered in ${duration(sent.latency)}${sent.problem ? `: ${sent.problem}` : ""}`;
+  if (sent)
+    return `answered in ${duration(sent.latency)}${sent.problem ? `: ${sent.problem}` : ""}`;
   if (seenAfter === null) return "";
   return `seen after ${seenAfter < 0 ? "–" : duration(seenAfter)}`;
 }
@@ -737,16 +780,19 @@ async function change(operation, place, onDone, conditions = [], key = newKey())
 function explained(refusal, { task_name }) {
   if (refusal.status === 412) {
     const found = refusal.details.flatMap(({ found }) => found ?? []);
-    const details = found.map(({ tag, created_by }) => ({ message: `${quoted(tag)} by ${created_by}` }));
+    const details = found.map(({ tag, created_by }) => ({
+      message: `${quoted(tag)} by ${created_by}`,
+    }));
     return new Refusal(412, "it is no longer pending", { details });
   }
-  const wrong = refusal.status === 404 && refusal.details.some(({ field }) => field === "task_name");
+  const wrong =
+    refusal.status === 404 && refusal.details.some(({ field }) => field === "task_name");
   if (!wrong) return refusal;
   const details = [{ field: "task_name", message: knownTasks() }];
   return new Refusal(404, `there is no task ${quoted(task_name)} here`, { details });
 }
 
-/** Ask for the stored result of a batch that was accepted but not applied in time: its statuses, or its one error. */
+/** Ask for the stored result of a batch that was accepted but not applied in time. */
 async function awaitResult(batchId, sentAt, operation) {
   for (let wait = 1_000; wait < 60_000; wait *= 1.5) {
     await new Promise((resolve) => setTimeout(resolve, wait));
@@ -760,7 +806,7 @@ async function awaitResult(batchId, sentAt, operation) {
     const statuses = error ? [error.code] : tags.map(({ status }) => status);
     const problem = error && problemOf(error, operation);
     showSent(batchId, { waiting: false, statuses, problem, latency: performance.now() - sentAt });
-    if (error) at("announcer").textContent = `Not applied: ${problem}`;
+    if (error) byId("announcer").textContent = `Not applied: ${problem}`;
     return;
   }
   showSent(batchId, { gaveUp: true });
@@ -768,7 +814,9 @@ async function awaitResult(batchId, sentAt, operation) {
 
 /** Put a stored error into one line. */
 function problemOf({ code, message, details }, operation) {
-  const refusal = new Refusal({ not_found: 404, precondition_failed: 412 }[code], message, { details });
+  const refusal = new Refusal({ not_found: 404, precondition_failed: 412 }[code], message, {
+    details,
+  });
   const shown = explained(refusal, operation);
   return [shown.message, ...shown.details.map(wordsOfDetail)].join("; ");
 }
@@ -781,31 +829,32 @@ function newKey() {
 
 async function addTag(event) {
   event.preventDefault();
-  const form = at("add-form");
-  const button = within(form, "button");
+  const form = byId("add-form");
+  const button = find(form, "button");
   if (button.getAttribute("aria-disabled")) return;
   const { task_name, tag_type, tag, tag_metadata } = Object.fromEntries(new FormData(form));
   const operation = { operation: "add", task_name, tag_type, tag };
-  at("add-said").textContent = "";
+  byId("add-said").textContent = "";
   markFields([]);
   try {
     if (tag_metadata.trim()) operation.tag_metadata = parseExactly(tag_metadata);
   } catch (error) {
     const details = [{ field: "tag_metadata", message: `must be JSON (${error.message})` }];
-    showProblem(at("add-problem"), new Refusal(400, "the metadata can’t be read", { details }));
-    at("metadata-field").focus();
+    showProblem(byId("add-problem"), new Refusal(400, "the metadata can’t be read", { details }));
+    byId("metadata-field").focus();
     return;
   }
   button.setAttribute("aria-disabled", "true");
-  await change(operation, at("add-problem"), onAdded);
+  await change(operation, byId("add-problem"), onAdded);
   button.removeAttribute("aria-disabled");
 }
 
 function onAdded(status, latency) {
-  at("add-said").textContent = `${wordsOf(status)} (${duration(latency)})`;
+  byId("add-said").textContent = `${wordsOf(status)} (${duration(latency)})`;
   if (status !== "added") return;
-  at("tag-field").value = at("metadata-field").value = ""; // the next tag is often of the same task and type
-  if (at("add-form").contains(document.activeElement)) at("tag-field").focus();
+  // The next tag is often of the same task and type.
+  byId("tag-field").value = byId("metadata-field").value = "";
+  if (byId("add-form").contains(document.activeElement)) byId("tag-field").focus();
 }
 
 function wordsOf(status) {
@@ -820,22 +869,23 @@ function wordsOf(status) {
   return words[status] ?? status;
 }
 
-/** Ask first. The focus is on keeping it, and that is where the × was: a second Enter or click removes nothing. */
+/** Ask first. "Keep" gets the focus and the place of the ×: a second click removes nothing. */
 function askToRemove(tag, node) {
   const question = document.createElement("span");
   question.className = "sure";
   question.setAttribute("role", "group");
   question.setAttribute("aria-label", `Remove ${nameOf(tag)} from ${tag.task_name}?`);
-  const button = within(node, ".remove");
+  const button = find(node, ".remove");
   const keep = () => {
     question.replaceWith(button);
     nameRemove(node, tag);
-    within(node, ".problem")?.remove();
+    find(node, ".problem")?.remove();
     button.focus();
   };
   const [yes, no] = [buttonFor("Remove", () => removeTag(tag, node, yes)), buttonFor("Keep", keep)];
   yes.classList.add("danger");
-  if (isUndecided(tag)) question.append(...DECISIONS.map((decision) => decisionButton(tag, node, decision)));
+  if (isUndecided(tag))
+    question.append(...DECISIONS.map((decision) => decisionButton(tag, node, decision)));
   question.append(yes, no);
   question.addEventListener("keydown", ({ key }) => key === "Escape" && keep());
   button.replaceWith(question);
@@ -845,28 +895,36 @@ function askToRemove(tag, node) {
 const PENDING = "pending";
 const DECISIONS = ["approved", "rejected"];
 
-/** A decision removes all tags of its type: so it is offered where the pending one is the only one. */
+/** A decision removes all tags of its type, so it is offered if there is only the pending one. */
 function isUndecided({ task_name, tag_type, tag }) {
   const ofType = ({ tag: other }) => other.tag_type === tag_type;
   return tag === PENDING && [...taskOf(task_name).tags.values()].filter(ofType).length === 1;
 }
 
-/** A decision takes the place of the pending tag, if that is still there: so the first one counts. */
+/** A decision replaces the pending tag if it is still there, so only the first one counts. */
 function decisionButton(tag, node, decision) {
   const { task_name, tag_type } = tag;
   const words = { approved: "Approve", rejected: "Reject" };
   const button = buttonFor(words[decision], async () => {
     if (button.getAttribute("aria-disabled")) return;
-    const place = within(node, ".problem") ?? node.appendChild(problemPlace());
+    const place = find(node, ".problem") ?? node.appendChild(problemPlace());
     if (!isUndecided(tag)) {
-      showProblem(place, new Refusal(409, `there are other tags of the type ${quoted(tag_type)} now`));
+      showProblem(
+        place,
+        new Refusal(409, `there are other tags of the type ${quoted(tag_type)} now`),
+      );
       return;
     }
     button.setAttribute("aria-disabled", "true");
     const condition = { task_name, tag_type, tag: PENDING, exists: true };
-    await change({ operation: "set", task_name, tag_type, tag: decision }, place, (status) => {
-      at("announcer").textContent = wordsOf(status);
-    }, [condition]);
+    await change(
+      { operation: "set", task_name, tag_type, tag: decision },
+      place,
+      (status) => {
+        byId("announcer").textContent = wordsOf(status);
+      },
+      [condition],
+    );
     button.removeAttribute("aria-disabled");
   });
   return button;
@@ -876,10 +934,10 @@ async function removeTag({ task_name, tag_type, tag, tag_metadata }, node, butto
   if (button.getAttribute("aria-disabled")) return;
   // Disabled for real, it would lose the focus.
   button.setAttribute("aria-disabled", "true");
-  const place = within(node, ".problem") ?? node.appendChild(problemPlace());
+  const place = find(node, ".problem") ?? node.appendChild(problemPlace());
   // With the metadata, also if that is null: else every tag of this name would go.
   await change({ operation: "remove", task_name, tag_type, tag, tag_metadata }, place, (status) => {
-    at("announcer").textContent = wordsOf(status);
+    byId("announcer").textContent = wordsOf(status);
   });
   button.removeAttribute("aria-disabled");
 }
@@ -906,7 +964,7 @@ function problemPlace() {
 }
 
 function hideProblem(place) {
-  hide(place, place.id === "add-problem" ? at("tag-field") : place.closest(".tag"));
+  hide(place, place.id === "add-problem" ? byId("tag-field") : place.closest(".tag"));
   place.replaceChildren();
 }
 
@@ -915,7 +973,10 @@ const wordsOfDetail = ({ field, message }) => (field ? `${field}: ${message}` : 
 /** Show an error with all details, and offer to send the request again where that may help. */
 function showProblem(place, { status, message, details, retryAfter }, again = null) {
   const words = document.createElement("p");
-  words.append(textNode("strong", PROBLEMS[status] ?? `Failed (${status})`), `: ${sentence(message)}`);
+  words.append(
+    textNode("strong", PROBLEMS[status] ?? `Failed (${status})`),
+    `: ${sentence(message)}`,
+  );
   if (retryAfter) words.append(` Try again in ${retryAfter} s.`);
   if (status === 0) words.append(" It may or may not have been applied; sending it again is safe.");
   const list = document.createElement("ul");
@@ -930,7 +991,7 @@ function showProblem(place, { status, message, details, retryAfter }, again = nu
 
 /** Mark the fields of the form that the details name. */
 function markFields(names) {
-  for (const input of at("add-form").querySelectorAll("input")) {
+  for (const input of byId("add-form").querySelectorAll("input")) {
     input.ariaInvalid = names.includes(input.name) ? "true" : null;
   }
 }
@@ -938,38 +999,39 @@ function markFields(names) {
 // --- Connection state and announcements ----------------------------------------------------------
 
 function showConnection(state, words) {
-  at("connection").dataset.state = state;
-  const shown = at("connection-state");
-  if (shown.textContent !== words) shown.textContent = words; // or it would be read out at each attempt
-  at("countdown").textContent = "";
-  if (state === "waiting") at("reconnect").hidden = false;
-  else hide(at("reconnect"));
-  if (state === "live" || state === "connecting") hide(at("notice"));
+  byId("connection").dataset.state = state;
+  const shown = byId("connection-state");
+  // A screen reader would read it out at each attempt.
+  if (shown.textContent !== words) shown.textContent = words;
+  byId("countdown").textContent = "";
+  if (state === "waiting") byId("reconnect").hidden = false;
+  else hide(byId("reconnect"));
+  if (state === "live" || state === "connecting") hide(byId("notice"));
 }
 
-function hide(node, next = at("execution-title")) {
-  passFocusOn(node, next);
+function hide(node, next = byId("execution-title")) {
+  moveFocus(node, next);
   node.hidden = true;
 }
 
 function showNotice(words, action = null) {
-  const shown = at("notice-words");
+  const shown = byId("notice-words");
   if (shown.textContent !== words) shown.textContent = words;
-  const button = at("notice-action");
+  const button = byId("notice-action");
   button.hidden = action === null;
   button.textContent = action?.words ?? "";
   button.onclick = action?.run ?? null;
-  at("notice").hidden = false;
+  byId("notice").hidden = false;
 }
 
-function asOf() {
+function timeShown() {
   return page.revision === null ? "" : `What you see is as of revision ${page.revision}.`;
 }
 
 function countDown() {
   if (page.retryAt === null) return;
   const seconds = Math.max(1, Math.ceil((page.retryAt - Date.now()) / 1000));
-  at("countdown").textContent = `trying again in ${seconds} s`;
+  byId("countdown").textContent = `trying again in ${seconds} s`;
 }
 
 /** Sum up what others changed; each row by itself would drown a screen reader. */
@@ -984,7 +1046,7 @@ function announce() {
   const names = [...new Set(others.map(({ changed_by }) => changed_by))];
   const who = names.length > 3 ? `${names.length} actors` : names.join(", ");
   const what = countsOf(others.flatMap(({ changes }) => changes));
-  at("announcer").textContent = `${count(others.length, "batch", "batches")} by ${who}: ${what}`;
+  byId("announcer").textContent = `${count(others.length, "batch", "batches")} by ${who}: ${what}`;
 }
 
 // --- Opening and forgetting ----------------------------------------------------------------------
@@ -1021,7 +1083,8 @@ function openExecution(execution, task = null) {
   const same = execution.toLowerCase() === page.execution;
   if (!same) {
     forgetState();
-    at("adding").open = !matchMedia("(max-width: 40rem)").matches; // a phone shows the tasks first
+    // A phone shows the tasks first.
+    byId("adding").open = !matchMedia("(max-width: 40rem)").matches;
   }
   page.execution = execution.toLowerCase();
   page.task = task;
@@ -1029,10 +1092,10 @@ function openExecution(execution, task = null) {
   page.failures = 0;
   showAddress();
   document.title = `${page.execution.slice(0, 8)} – task tags`;
-  at("execution-id").textContent = page.execution;
+  byId("execution-id").textContent = page.execution;
   showActor();
-  at("opening").hidden = true;
-  at("execution").hidden = false;
+  byId("opening").hidden = true;
+  byId("execution").hidden = false;
   if (same && page.revision !== null) goToTask();
   connect();
 }
@@ -1048,51 +1111,53 @@ function showAddress() {
 function problemWith(execution, token) {
   if (!UUID.test(execution)) return "The flow execution must be a UUID.";
   if (!token) return "A token is needed.";
-  if (!/^[\x21-\x7e]+$/.test(token)) return "This is not a token: it has characters that are not allowed in a token.";
+  if (!/^[\x21-\x7e]+$/.test(token))
+    return "This is not a token: it has characters that are not allowed in a token.";
   return null;
 }
 
 function onOpen(event) {
   event.preventDefault();
-  const { flow_execution_id, token } = Object.fromEntries(new FormData(at("open-form")));
+  const { flow_execution_id, token } = Object.fromEntries(new FormData(byId("open-form")));
   const given = cleaned(token) || page.token;
   const problem = problemWith(flow_execution_id.trim(), given);
   if (problem) {
     tellOpenProblem(problem);
-    at(UUID.test(flow_execution_id.trim()) ? "token-field" : "execution-field").focus();
+    byId(UUID.test(flow_execution_id.trim()) ? "token-field" : "execution-field").focus();
     return;
   }
   rememberToken(given);
-  at("token-field").value = "";
+  byId("token-field").value = "";
   const execution = flow_execution_id.trim();
   openExecution(execution, readFragment().execution === execution ? readFragment().task : null);
-  at("execution-title").focus();
+  byId("execution-title").focus();
 }
 
 /** Show the form; what is shown of an execution stays. */
 function openForm(problem, execution = page.execution) {
-  at("opening").hidden = false;
-  at("execution-field").value = execution ?? "";
-  at("token-field").placeholder = page.token ? "the token you entered before" : "";
-  at("keep").hidden = page.execution === null;
+  byId("opening").hidden = false;
+  byId("execution-field").value = execution ?? "";
+  byId("token-field").placeholder = page.token ? "the token you entered before" : "";
+  byId("keep").hidden = page.execution === null;
   tellOpenProblem(problem);
-  const busy = document.activeElement?.matches("#add-form input"); // a token may expire while somebody types
-  if (!busy) at(execution ? "token-field" : "execution-field").focus();
+  // A token may expire while somebody types.
+  const busy = document.activeElement?.matches("#add-form input");
+  if (!busy) byId(execution ? "token-field" : "execution-field").focus();
 }
 
 function openAnother() {
   openForm("");
-  at("execution-field").select();
+  byId("execution-field").select();
 }
 
 function tellOpenProblem(words) {
-  at("open-problem").textContent = words;
-  at("open-problem").hidden = words === "";
+  byId("open-problem").textContent = words;
+  byId("open-problem").hidden = words === "";
 }
 
 function closeForm() {
-  at("opening").hidden = true;
-  at("execution-title").focus();
+  byId("opening").hidden = true;
+  byId("execution-title").focus();
 }
 
 function cleaned(token) {
@@ -1129,14 +1194,14 @@ function leaveExecution() {
   forgetState();
   page.execution = page.task = null;
   document.title = "task tags";
-  at("execution").hidden = true;
+  byId("execution").hidden = true;
   showConnection("idle", "Not connected");
 }
 
 // Between the tabs of a browser that show the page of this endpoint: nothing of it is stored.
 const otherTabs = new BroadcastChannel(`task-tags ${location.pathname}`);
 
-/** A link that is opened in a new tab needs no token if another tab has one. Who forgot it is not given it again. */
+/** Ask other tabs for their token, unless it was forgotten in this one. */
 function askOtherTabs() {
   const [navigation] = performance.getEntriesByType("navigation");
   if (page.token || navigation?.type !== "navigate") return;
@@ -1146,7 +1211,7 @@ function askOtherTabs() {
 
 function onOtherTab({ data: { wanted, token, forgotten } }) {
   if (wanted && page.token) otherTabs.postMessage({ token: page.token });
-  if (token && page.asking && at("token-field").value === "") {
+  if (token && page.asking && byId("token-field").value === "") {
     rememberToken(token);
     begin();
   }
@@ -1155,24 +1220,24 @@ function onOtherTab({ data: { wanted, token, forgotten } }) {
 
 function forgetState() {
   page.revision = null;
-  at("execution").dataset.read = "no";
+  byId("execution").dataset.read = "no";
   for (const name of [...tasks.keys()]) dropTask(name);
   rows.clear();
   ownBatches.clear();
   for (const id of ["stream", "known-tasks", "known-types"]) {
-    at(id).replaceChildren();
+    byId(id).replaceChildren();
     options[id]?.clear();
   }
-  for (const id of ["counts", "stream-end", "add-said", "announcer"]) at(id).textContent = "";
-  for (const id of ["no-tasks", "no-batches", "notice", "task-problem"]) at(id).hidden = true;
-  at("add-form").reset();
-  hideProblem(at("add-problem"));
+  for (const id of ["counts", "stream-end", "add-said", "announcer"]) byId(id).textContent = "";
+  for (const id of ["no-tasks", "no-batches", "notice", "task-problem"]) byId(id).hidden = true;
+  byId("add-form").reset();
+  hideProblem(byId("add-problem"));
 }
 
-/** Show whom the token makes us. It is only read here; whether it is true is the endpoint's to say. */
+/** Show the actor of the token. It is only decoded here; the endpoint verifies it. */
 function showActor() {
   const claims = page.token && actorOf(page.token);
-  const place = at("actor");
+  const place = byId("actor");
   const writes = mayWrite(claims);
   place.replaceChildren();
   if (claims) {
@@ -1180,14 +1245,16 @@ function showActor() {
     place.append("as ", isolated(claims.sub), writes ? "" : ", to read only", ", until ", until);
   }
   // The style sheet leaves out what changes things. Without a token, who is typing goes on.
-  if (page.token) at("execution").dataset.writes = writes ? "yes" : "no";
-  keepStop();
+  if (page.token) byId("execution").dataset.writes = writes ? "yes" : "no";
+  ensureTabStop();
 }
 
 /** A token that can't be read may be good for anything. */
 function mayWrite(claims) {
   if (!claims) return true;
-  const scopes = Array.isArray(claims.scope) ? claims.scope : String(claims.scope ?? "").split(/\s+/);
+  const scopes = Array.isArray(claims.scope)
+    ? claims.scope
+    : String(claims.scope ?? "").split(/\s+/);
   return scopes.includes("task-tags:write");
 }
 
@@ -1217,7 +1284,10 @@ const isolated = (text) => textNode("bdi", text);
 const quoted = (name) => `“\u2068${name}\u2069”`;
 
 const TIME = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
-const DATE_AND_TIME = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+const DATE_AND_TIME = new Intl.DateTimeFormat(undefined, {
+  dateStyle: "medium",
+  timeStyle: "short",
+});
 
 function wordsOfTime(iso) {
   const moment = new Date(iso);
@@ -1226,11 +1296,12 @@ function wordsOfTime(iso) {
 }
 
 /** A page may stay open for days: what was of today gets its date when the day is over. */
-function datePast() {
+function refreshTimes() {
   const today = new Date().toDateString();
   if (page.today === today) return;
   page.today = today;
-  for (const node of document.querySelectorAll("time[datetime]")) node.textContent = wordsOfTime(node.dateTime);
+  for (const node of document.querySelectorAll("time[datetime]"))
+    node.textContent = wordsOfTime(node.dateTime);
 }
 
 function timeOf(iso, className = "") {
@@ -1278,21 +1349,30 @@ function flash(node) {
 
 // --- Beginning -----------------------------------------------------------------------------------
 
-at("open-form").addEventListener("submit", onOpen);
-at("add-form").addEventListener("submit", addTag);
-at("tasks").addEventListener("keydown", onArrow);
-at("tasks").addEventListener("focusin", ({ target }) => stopOf(target) && setStop(stopOf(target)));
-at("keep").addEventListener("click", closeForm);
-at("change").addEventListener("click", openAnother);
-at("forget").addEventListener("click", forget);
-at("reconnect").addEventListener("click", connect);
+byId("open-form").addEventListener("submit", onOpen);
+byId("add-form").addEventListener("submit", addTag);
+byId("tasks").addEventListener("keydown", onArrow);
+byId("tasks").addEventListener(
+  "focusin",
+  ({ target }) => tabStopOf(target) && setTabStop(tabStopOf(target)),
+);
+byId("keep").addEventListener("click", closeForm);
+byId("change").addEventListener("click", openAnother);
+byId("forget").addEventListener("click", forget);
+byId("reconnect").addEventListener("click", connect);
 addEventListener("hashchange", begin);
 otherTabs.addEventListener("message", onOtherTab);
 addEventListener("online", reconnectNow);
-addEventListener("offline", () => at("connection").dataset.state === "live" && retryLater("This device is offline."));
-document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && onSeen());
+addEventListener(
+  "offline",
+  () => byId("connection").dataset.state === "live" && retryLater("This device is offline."),
+);
+document.addEventListener(
+  "visibilitychange",
+  () => document.visibilityState === "visible" && onSeen(),
+);
 setInterval(countDown, 500);
-setInterval(datePast, 1_000);
-setInterval(feelPulse, PULSE_MS);
+setInterval(refreshTimes, 1_000);
+setInterval(checkConnection, PULSE_MS);
 begin();
 askOtherTabs();
