@@ -242,7 +242,7 @@ class Subscriber:
         if after is None:
             channel = changes_channel(self._organization_id, execution)
             return self._published(channel, ChangeEvent, on_subscribed)
-        options = {"flow_execution_id": execution, "on_open": on_subscribed}
+        options = {"flow_execution_id": execution, "on_open": on_subscribed or (lambda: None)}
         return self._stream(str(after), None, **options)
 
     async def _published(
