@@ -26,6 +26,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from enum import Enum
 from typing import Any, Final, TypeVar
+from weakref import WeakSet
 
 from redis import asyncio as async_redis
 from redis.exceptions import ConnectionError
@@ -243,15 +244,25 @@ async def flatten(events: AsyncGenerator[Sequence[Result], None]) -> AsyncIterat
 
 
 class LoopThread:
-    """An event loop in a daemon thread, for callers that have none. It starts at its first use."""
+    """An event loop in a daemon thread, for callers that have none. It starts at its first use.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        after_fork: Called in the child process of a fork, which has no threads but its own.
+    """
+
+    def __init__(self, name: str, after_fork: Callable[[], None] = lambda: None) -> None:
         self._name = name
+        self._after_fork = after_fork
         self._is_closed = False
         self._begin()
+        _LOOP_THREADS.add(self)
+
+    def begin_after_fork(self) -> None:
+        """Forget the thread of the parent process, and the lock that it may have held."""
+        self._begin()
+        self._after_fork()
 
     def _begin(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -264,8 +275,6 @@ class LoopThread:
         if self._is_closed:
             job.close()
             raise RuntimeError(f"{self._name} was closed")
-        if self._pid != os.getpid():  # a fork has no thread, and a lock that it may have held
-            self._begin()
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -328,3 +337,14 @@ class LoopThread:
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+
+
+_LOOP_THREADS: WeakSet[LoopThread] = WeakSet()
+
+
+def _begin_after_fork() -> None:
+    for each in list(_LOOP_THREADS):
+        each.begin_after_fork()
+
+
+os.register_at_fork(after_in_child=_begin_after_fork)

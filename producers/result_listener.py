@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -53,16 +52,19 @@ class ResultListener(Listener):
     ) -> None:
         self._redis_url = redis_url
         self._organization_id = organization_id
-        self._reply_to = f"producer-{uuid4()}"
-        self._channel = results_channel(organization_id, self._reply_to)
         self._resend = resend
+        self._closed = threading.Event()
+        self._thread = LoopThread("task-tags-results", self._begin)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin with a channel of its own, also in a fork, which does not wait for anything."""
+        self._reply_to = f"producer-{uuid4()}"
+        self._channel = results_channel(self._organization_id, self._reply_to)
         self._waiting: dict[UUID, _Waiting] = {}
         self._lock = threading.Lock()
-        self._closed = threading.Event()
         self._subscribed = threading.Event()
-        self._thread = LoopThread("task-tags-results")
         self._running: Future[None] | None = None
-        self._pid = os.getpid()
 
     def register(
         self, message: Message, enqueue: Callable[[Message], Any], seconds: float
@@ -150,11 +152,6 @@ class ResultListener(Listener):
         """Subscribe, and return once that is confirmed. Raises `Unavailable` if it takes longer."""
         if self._closed.is_set():
             raise ProducerClosed("the producer was closed")
-        if self._pid != os.getpid():  # a fork has neither the thread nor what it was waiting for
-            self._pid, self._lock, self._running = os.getpid(), threading.Lock(), None
-            self._waiting, self._subscribed = {}, threading.Event()
-            self._reply_to = f"producer-{uuid4()}"
-            self._channel = results_channel(self._organization_id, self._reply_to)
         with self._lock:
             if self._running is None or self._running.done():
                 self._running = self._thread.submit(self._run())

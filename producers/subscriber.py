@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -61,10 +60,13 @@ class Subscriber:
         )
         self._token = token
         self._organization_id = self._settings.required_organization_id
-        self._thread = LoopThread("task-tags-subscriber")
+        self._thread = LoopThread("task-tags-subscriber", self._begin)
         self._closed = threading.Event()
-        self._waits: TagWaits | None = None
-        self._pid = os.getpid()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin without waits, also in a fork: those of its parent end there."""
+        self._waits = TagWaits(self._client)
 
     def results(
         self, reply_to: str, *, on_subscribed: Callable[[], None] | None = None
@@ -286,8 +288,6 @@ class Subscriber:
             if not isinstance(text, str):
                 raise TypeError(f"a name must be a string, not {type(text).__name__}")
         check_timeout(timeout)
-        if self._waits is None or self._pid != os.getpid():  # a fork has waits of its own
-            self._waits, self._pid = TagWaits(self._client), os.getpid()
         execution = execution_id(flow_execution_id)
         return await self._waits.wait_for(execution, task_name, tag_type, tag, timeout)
 

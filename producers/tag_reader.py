@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, Final
@@ -50,8 +49,12 @@ class TagReader:
         self, *, endpoint_url: str | None = None, token: str | Callable[[], str] | None = None
     ) -> None:
         self._options = _options(endpoint_url, token)
-        self._client, self._pid = httpx.Client(**self._options), os.getpid()
-        self._thread = LoopThread("task-tags-reader")
+        self._thread = LoopThread("task-tags-reader", self._begin)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin without connections, also in a fork: those of its parent are not its own."""
+        self._client = httpx.Client(**self._options)
 
     def work_list(
         self,
@@ -94,7 +97,7 @@ class TagReader:
 
     def close(self) -> None:
         """Close the connections, and end iterations that follow a list."""
-        self._http.close()
+        self._client.close()
         self._thread.close()
 
     def __enter__(self) -> TagReader:
@@ -103,17 +106,10 @@ class TagReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def _http(self) -> httpx.Client:
-        """The client of this process: a fork has connections of its own."""
-        if self._pid != os.getpid():
-            self._client, self._pid = httpx.Client(**self._options), os.getpid()
-        return self._client
-
     def _items(self, path: str, query: dict[str, Any], page: type[Page[Item]]) -> Iterator[Item]:
         while True:
             try:
-                response = self._http.get(path, params=query)
+                response = self._client.get(path, params=query)
             except NOT_SENT as error:
                 raise not_sent(error) from error
             check_answer(response)

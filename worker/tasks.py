@@ -15,7 +15,6 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from producers.contract.values import Uuid7
 from producers.inbox.drain_message import DRAIN_TASK, QUEUE, task_message
 from producers.inbox.protocol import Inbox
 from producers.inbox.rescue import claim_rescue, rebuild_waiting, rescue
@@ -38,7 +37,6 @@ class WorkerResources:
     redis: Redis
     repository: Repository
     authorizer: Authorizer
-    new_id: Uuid7
 
 
 @cache
@@ -48,7 +46,7 @@ def _resources() -> WorkerResources:
     redis = open_redis(settings.redis_url.get_secret_value(), socket_timeout=3, retry=no_retry)
     time_limit = TimeLimit(settings.transaction_seconds, _stopping)
     repository = Repository(settings.database_url.get_secret_value(), time_limit)
-    return WorkerResources(redis, repository, Authorizer(settings), Uuid7())
+    return WorkerResources(redis, repository, Authorizer(settings))
 
 
 @app.task(name=DRAIN_TASK)
@@ -86,7 +84,6 @@ def _drain(resources: WorkerResources, organization_id: UUID, deadline: float) -
         group_size=settings.group_size,
         budget_seconds=max(0, deadline - time.monotonic()),
         stopping=_stopping,
-        new_id=resources.new_id,
     )
 
 

@@ -94,7 +94,7 @@ def test_a_wait_ends_with_the_tag_that_it_is_for(
     assert not waiting.done()
     producer.apply(reviewed(execution, "approved"))
     assert waiting.result(10).tag == "approved"
-    eventually(lambda: subscriber._waits._client is None)  # type: ignore[union-attr]
+    eventually(lambda: subscriber._waits._client is None)
 
 
 def test_an_execution_is_named_by_a_text_too(

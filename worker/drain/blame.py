@@ -24,7 +24,7 @@ from producers.contract.messages import (
     set_task_state,
     when,
 )
-from producers.contract.values import Uuid7
+from producers.contract.values import uuid7
 from producers.inbox.protocol import Inbox, StreamEntry
 from worker.db.repository import Repository, Transaction
 from worker.jwk_set import JwksUnavailable
@@ -77,7 +77,7 @@ def attempts_to_blame(
 
 def witness(repository: Repository, organization_id: UUID) -> bool:
     """Run every statement of a drain with harmless values; return whether it succeeded."""
-    execution, new_id = uuid4(), Uuid7()
+    execution, new_id = uuid4(), uuid7
     rounds: tuple[tuple[Message, ...], ...] = (
         (
             register_execution(execution),

@@ -23,7 +23,7 @@ from redis.exceptions import RedisError
 from producers.contract.channels import changes_channel, positions_channel, results_channel
 from producers.contract.cursors import BEGINNING, Cursor
 from producers.contract.results import encode_position
-from producers.contract.values import Uuid7
+from producers.contract.values import Uuid7, uuid7
 from producers.inbox.protocol import Acquired, DeadLetter, Inbox, StreamEntry
 from worker.auth import Authorizer
 from worker.db.repository import Repository, Transaction
@@ -147,7 +147,7 @@ class Drain:
     group_size: int
     budget_seconds: float
     stopping: Callable[[], bool]
-    new_id: Uuid7 = field(default_factory=Uuid7)
+    new_id: Uuid7 = uuid7
     now: Callable[[], datetime] = _utc_now
     turn: Turn = field(init=False)
 
