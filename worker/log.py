@@ -1,4 +1,4 @@
-"""Logs as JSON, one entry per line. Values from outside are fields, never part of the text."""
+"""Logs as JSON, one entry per line. Values from messages and requests are fields, not text."""
 
 from __future__ import annotations
 

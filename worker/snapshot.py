@@ -118,7 +118,7 @@ class StoredResult(NamedTuple):
 
 @dataclass(slots=True)
 class Snapshot:
-    """What is stored of everything that the messages name. `decide` updates it."""
+    """What is stored of everything that the messages name. `decide_in_parts` updates it."""
 
     batches: dict[UUID, StoredResult] = field(default_factory=dict)
     executions: dict[int, Execution] = field(default_factory=dict)

@@ -1,4 +1,6 @@
-"""Reads query strings: the parameters of every route, and the errors for wrong ones."""
+"""Reads query strings: parameters of several routes, and the errors for wrong ones."""
+
+# Without `from __future__ import annotations`: `query` makes annotations from its argument.
 
 import re
 from collections import Counter

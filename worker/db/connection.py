@@ -96,6 +96,7 @@ def _set(name: str, value: str, *, local: bool) -> str:
 
 
 DISCARD_PLANS: Final = "discard plans"
+"""Makes PostgreSQL plan the prepared statements of a connection again."""
 
 
 class UnsafeRole(Exception):

@@ -1,6 +1,6 @@
 """Loads a snapshot and saves a change set, each in the transaction of one organization.
 
-The statements are in worker/db/statements.py; what the endpoint reads is in worker/api/queries.py.
+The statements are in worker/db/statements.py. The endpoint reads by worker/api/queries.py.
 """
 
 from __future__ import annotations

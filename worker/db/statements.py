@@ -34,7 +34,7 @@ ADD_ORGANIZATION: Final = """
     values (%(organization_id)s, clock_timestamp())
         on conflict do nothing
 """
-"""Adds an organization, in a transaction of its own."""
+"""Adds an organization, by primary key, in a transaction of its own."""
 
 LOCK_NOW: Final = LOCK.replace("for update", "for update nowait")
 """The same, without waiting for another transaction, for a worker that has more to do."""
@@ -142,7 +142,7 @@ SAVE_BATCHES: Final = """
                    unnest(%(records)s) as record, unnest(%(revisions)s) as revisions,
                    unnest(%(event_bytes)s) as event_bytes) as b
 """
-"""Stores the results of batches."""
+"""Stores the results of batches, under their primary key."""
 
 SAVE_REGISTRATIONS: Final = """
     insert into flow_executions (organization_id, flow_execution_id, task_names, given_task_names,
@@ -189,7 +189,10 @@ SAVE_ADDED: Final = """
                    unnest(%(created_by)s) as created_by,
                    unnest(%(modified_by)s) as modified_by) as t
 """
-"""Stores new tags. One with `modified_by` was removed by the transaction that added it."""
+"""Stores new tags, which task_tags_active keeps unique while they are active.
+
+One with `modified_by` was removed by the transaction that added it.
+"""
 
 SAVE_TASKS: Final = """
     insert into task_executions (organization_id, flow_execution_id, task_name, state,
@@ -216,7 +219,7 @@ SAVE_CHANGES: Final = """
                    unnest(%(revisions)s) as revision, unnest(%(positions)s) as position,
                    unnest(%(batch_ids)s) as batch_id, unnest(%(events)s) as event) as c
 """
-"""Stores change events, and the place of the last one in the organization's row."""
+"""Stores change events, and the place of the last one in the organization's row, by primary key."""
 
 PURGE_RESULTS: Final = """
     delete from tag_batches

@@ -1,7 +1,8 @@
 """The one declaration of the schema: tables, constraints, indexes, policies and rights.
 
 Migrations bring a database to what is declared here; a test compares the two. Statements are in
-worker/db/statements.py and worker/api/queries.py.
+worker/db/statements.py, and those of the endpoint in three modules of worker/api: queries.py,
+page_statements.py and change_queries.py.
 
 Every key begins with `organization_id`, and row-level security hides the rows of other
 organizations, from the owner too. An index for a range has a condition that always holds, and only

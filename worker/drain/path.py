@@ -244,7 +244,8 @@ class Drain:
     def _process(self, turn: Turn) -> Steps:
         """Take the next group all the way.
 
-        A group may end before one whose look-ups or answer would make it too large (rules.decide).
+        A group may end before a message whose look-ups or answer would make it too large
+        (rules.decide_in_parts).
         """
         entries, alone = turn.take(), bool(turn.alone)
         admissions = self._admit_all(entries)
