@@ -31,9 +31,9 @@ from producers.inbox.drain_message import QUEUE
 from producers.redis_client import open_redis
 from tests.faults.check import Sent, Verdict, check_presence
 from tests.faults.clocks import Clock, find_library
-from tests.faults.moments import PostgresMoments, RedisMoments
 from tests.faults.producer import Journal, call_file
-from tests.faults.proxy import Proxy
+from tests.support.moments import PostgresMoments, RedisMoments
+from tests.support.proxy import Proxy
 from tests.support.waiting import eventually
 from worker.auth import SCOPES, sign_token
 from worker.db.migrate import migrate

@@ -22,10 +22,10 @@ from producers.errors import TaskTagsError
 from producers.inbox.drain_message import QUEUE, task_message
 from tests.faults.clocks import CACHE_SECONDS
 from tests.faults.harness import LEASE_SECONDS, Harness
-from tests.faults.moments import FAULTS, POSTGRES_MOMENTS, REDIS_CODES, SQL_STATES, Harm
 from tests.faults.mutants import FAILPOINTS
 from tests.faults.producer import CALLS, Journal
 from tests.support.malformed import celery_messages, stream_entries
+from tests.support.moments import FAULTS, POSTGRES_MOMENTS, REDIS_CODES, SQL_STATES, Harm
 from tests.support.waiting import eventually
 from worker.db.tables import ROLES
 

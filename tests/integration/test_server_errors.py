@@ -21,9 +21,9 @@ from producers.contract.messages import TagBatch, add, register_execution
 from producers.errors import RedisOutOfMemory, Unavailable
 from producers.inbox.protocol import WAITING
 from producers.redis_client import open_redis
-from tests.faults.moments import Harm
 from tests.support.api_errors import error_of
 from tests.support.behind_proxies import BehindProxies, behind_proxies
+from tests.support.moments import Harm
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 

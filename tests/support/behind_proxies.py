@@ -16,9 +16,9 @@ from typing import Any, Final
 from urllib.parse import quote, unquote
 
 from producers.redis_client import open_redis
-from tests.faults.moments import PostgresMoments, RedisMoments
-from tests.faults.proxy import Proxy
+from tests.support.moments import PostgresMoments, RedisMoments
 from tests.support.processes import settings_of
+from tests.support.proxy import Proxy
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.local.servers import Valkey, find_server_paths

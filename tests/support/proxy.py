@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.faults.moments import Harm, Moments
+from tests.support.moments import Harm, Moments
 
 
 class Proxy:
