@@ -41,6 +41,8 @@ from worker.auth import READ, Principal
 
 ANSWER_TOO_LARGE: Final = ApiError(400, "too_large", "the answer has more than 8 MiB: use limit")
 
+ANY_REVISION: Final = "*"
+"""In If-None-Match (https://www.rfc-editor.org/rfc/rfc9110#section-13.1.2)."""
 _OF_ALL_TAGS: Final = {"flow_execution_id", "task_name"}
 """With other parameters, tags are read page by page."""
 
@@ -130,19 +132,19 @@ async def read_tags(
 async def _read_tags(
     caller: Principal, query: TagsQuery, reader: Reader, if_none_match: list[str]
 ) -> Response:
-    known = _known_revisions(if_none_match)
     if query.model_fields_set - _OF_ALL_TAGS:
-        return await _read_page(caller.organization_id, query, reader, known)
+        return await _read_page(caller.organization_id, query, reader, if_none_match)
+    known = _known_revisions(if_none_match)
     found = await reader.tags(
         caller.organization_id, query.flow_execution_id, query.task_name, known
     )
     if found is None:
         raise UNKNOWN_EXECUTION
     revision, tags = found
-    if revision in known:
+    if revision in known or ANY_REVISION in if_none_match:
         return Response(status_code=304, headers=_headers(revision))
     if tags is None:
-        return await _read_page(caller.organization_id, query, reader, known)
+        return await _read_page(caller.organization_id, query, reader, if_none_match)
     return json_response(tags, _headers(revision))
 
 
@@ -168,7 +170,7 @@ def _known_revisions(headers: list[str]) -> list[Cursor]:
 
 
 async def _read_page(
-    organization_id: UUID, query: TagsQuery, reader: Reader, known: list[Cursor]
+    organization_id: UUID, query: TagsQuery, reader: Reader, if_none_match: list[str]
 ) -> Response:
     limit = query.limit or (None if query.page is None else 1000)
     about: Any = (organization_id, "/task-tags", query)
@@ -183,7 +185,7 @@ async def _read_page(
     )
     if found is None:
         raise UNKNOWN_EXECUTION
-    if found.revision in known:
+    if found.revision in _known_revisions(if_none_match) or ANY_REVISION in if_none_match:
         return Response(status_code=304, headers=_headers(found.revision))
     if found.tags is None:
         raise ANSWER_TOO_LARGE
