@@ -31,7 +31,7 @@ from producers.contract.messages import TaskState
 from producers.contract.results import ResultRecord
 from producers.contract.schemas import asyncapi_document, json_schemas
 from producers.contract.selectors import Selector
-from producers.endpoint import client_options, error_summary, not_sent
+from producers.endpoint import client_options, error_summary, requesting
 from producers.errors import (
     ChangesRefused,
     ConfigurationError,
@@ -74,12 +74,10 @@ def main() -> None:
     console.open_streams()
     try:
         app()
-    except (ConfigurationError, WrongInput, httpx.InvalidURL) as error:
+    except (ConfigurationError, WrongInput) as error:
         console.fail(WRONG, error)
     except UnicodeEncodeError:
         console.fail(WRONG, "an argument is not UTF-8")
-    except httpx.RequestError as error:
-        console.fail(UNAVAILABLE, not_sent(error))
     except Unavailable as error:
         console.fail(UNAVAILABLE, error)
     except ResultTimeout as error:
@@ -186,7 +184,7 @@ def _read_tags(execution: UUID, query: dict[str, str], timeout: float = 10) -> h
     settings = load_settings()
     token = settings.required_token
     options = client_options(settings.endpoint_url, lambda: token) | {"timeout": timeout}
-    with httpx.Client(**options) as client:
+    with requesting(), httpx.Client(**options) as client:
         return client.get("/task-tags", params={"flow_execution_id": str(execution), **query})
 
 
@@ -281,7 +279,7 @@ def watch(
 
 def _tell_if_unknown(execution: UUID) -> None:
     """Say on standard error that the endpoint does not know the execution, if it can be asked."""
-    with suppress(TaskTagsError, httpx.HTTPError, httpx.InvalidURL):
+    with suppress(TaskTagsError):
         response = _read_tags(execution, {"limit": "1"}, timeout=2)
         if response.status_code == 404:
             console.err.print(f"{execution} is unknown so far: its changes are printed from now on")

@@ -10,9 +10,11 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Generator,
+    Iterator,
     Mapping,
     Sequence,
 )
+from contextlib import contextmanager
 from typing import Any, Final, Generic, TypeVar
 from uuid import UUID
 
@@ -34,8 +36,6 @@ _PAUSE_SECONDS: Final = 0.1
 _SILENCE_SECONDS: Final = 45.0
 """After so long without a ping, which comes every 15 s, a stream is lost."""
 _ANOTHER_SERVER: Final = "{} is not a task tags endpoint (TASK_TAGS_ENDPOINT_URL)"
-NOT_SENT: Final = (httpx.TransportError, httpx.InvalidURL, UnicodeEncodeError)
-"""What httpx raises if it can't send a request."""
 
 
 class TokenAuth(httpx.Auth):
@@ -102,10 +102,8 @@ async def get(client: httpx.AsyncClient, path: str, query: dict[str, Any]) -> ht
         Unavailable: The endpoint can't be used now.
         RevisionExpired, ChangesRefused: Asking again does not help.
     """
-    try:
+    with requesting():
         response = await client.get(path, params=query)
-    except NOT_SENT as error:
-        raise not_sent(error) from error
     check_answer(response)
     return response
 
@@ -163,25 +161,27 @@ async def stream_changes(
     while True:
         try:
             query["after"] = after
-            async with client.stream("GET", path, params=query, timeout=timeout) as response:
-                await _check_stream(response)
-                if is_lost:
-                    logger.warning("the stream of changes continues")
-                reached, is_lost = True, False
-                on_open()
-                async for kind, id, data in _server_sent(response.aiter_lines()):
-                    if kind == "error" and json.loads(data)["error"]["code"] == "gone":
-                        raise _expired(data)
-                    if id:
-                        event = ChangeEvent.decode(data) if kind == "change" else None
-                        after = id
-                        yield after, event
+            stream = client.stream("GET", path, params=query, timeout=timeout)
+            with requesting():
+                async with stream as response:
+                    await _check_stream(response)
+                    if is_lost:
+                        logger.warning("the stream of changes continues")
+                    reached, is_lost = True, False
+                    on_open()
+                    async for kind, id, data in _server_sent(response.aiter_lines()):
+                        if kind == "error" and json.loads(data)["error"]["code"] == "gone":
+                            raise _expired(data)
+                        if id:
+                            event = ChangeEvent.decode(data) if kind == "change" else None
+                            after = id
+                            yield after, event
             await asyncio.sleep(_PAUSE_SECONDS)
-        except (*NOT_SENT, Unavailable, ValidationError) as error:
+        except (Unavailable, ValidationError) as error:
             if not reached:
-                raise not_sent(error) from error
+                raise
             if not is_lost:
-                name = type(error).__name__
+                name = type(error.__cause__ or error).__name__
                 logger.warning("the stream of changes is lost; reconnecting: %s", name)
             is_lost = True
             await asyncio.sleep(_RETRY_SECONDS)
@@ -208,16 +208,23 @@ async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, st
             fields = {}
 
 
-def not_sent(error: Exception) -> Unavailable | ChangesRefused:
-    """Return what a failed request raises; it names the endpoint and the setting that chose it."""
-    if isinstance(error, Unavailable):
-        return error
-    if isinstance(error, (httpx.InvalidURL, UnicodeEncodeError)):
-        return ChangesRefused(f"a parameter is too long, or not UTF-8: {error}", 400)
-    request = error.request if isinstance(error, httpx.RequestError) else None
-    at = "" if request is None else f" at {request.url.scheme}://{request.url.netloc.decode()}"
-    why = str(error) or type(error).__name__
-    return Unavailable(f"the endpoint{at} can't be used (TASK_TAGS_ENDPOINT_URL): {why}")
+@contextmanager
+def requesting() -> Iterator[None]:
+    """Raise `Unavailable`, which names the endpoint and its setting, for what httpx raises.
+
+    Raises `ChangesRefused` if the request can't be sent at all.
+    """
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise ChangesRefused("an argument is not UTF-8", 400) from error
+    except httpx.InvalidURL as error:
+        raise ChangesRefused(f"an argument is too long: {error}", 400) from error
+    except httpx.RequestError as error:
+        url = error.request.url
+        at = f"{url.scheme}://{url.netloc.decode()}"
+        text = f"the endpoint at {at} can't be used (TASK_TAGS_ENDPOINT_URL)"
+        raise Unavailable(f"{text}: {str(error) or type(error).__name__}") from error
 
 
 def check_answer(response: httpx.Response) -> None:

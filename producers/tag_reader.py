@@ -13,15 +13,14 @@ from producers.contract.messages import TaskState
 from producers.contract.results import Tag, TaskExecution
 from producers.contract.selectors import Selector
 from producers.endpoint import (
-    NOT_SENT,
     Item,
     Page,
     check_answer,
     client_options,
     execution_id,
     get,
-    not_sent,
     read_answer,
+    requesting,
 )
 from producers.pubsub import LoopThread, flatten
 from producers.settings import load_settings, token_source
@@ -108,10 +107,8 @@ class TagReader:
 
     def _items(self, path: str, query: dict[str, Any], page: type[Page[Item]]) -> Iterator[Item]:
         while True:
-            try:
+            with requesting():
                 response = self._client.get(path, params=query)
-            except NOT_SENT as error:
-                raise not_sent(error) from error
             check_answer(response)
             found = read_answer(response, page)
             yield from found.items
