@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
-from celery import Task, signals
+from celery import Task, platforms, signals
 from celery.worker.request import Request
 
 from producers.errors import ConfigurationError
@@ -79,7 +79,18 @@ def _use_redis(redis: Any) -> None:
 
 
 @signals.beat_init.connect
-def _check_beat(**_: Any) -> None:
+def _check_beat(sender: Any, **_: Any) -> None:
+    """End at a signal, whatever is going on; end on settings that can't work; wait for Redis.
+
+    Celery's own handler closes the connection, which may be in use at that moment; what this raises
+    is caught and logged there, and the signal is lost.
+    """
+
+    def end(*_: object) -> None:
+        sender.stop()
+        raise SystemExit
+
+    platforms.signals.update(SIGTERM=end, SIGINT=end)
     with _ending_on_wrong_settings():
         wait_for("Redis", partial(ping, settings))
     logger.info("ready")

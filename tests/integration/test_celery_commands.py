@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,39 @@ def test_events_are_dumped(
         run(environment, "control", "disable_events")
         events.terminate()
         events.wait(30)
+
+
+DEAF_SCHEDULER = """
+import time
+from celery.beat import Scheduler
+
+class Deaf(Scheduler):
+    def tick(self):
+        try:
+            print("ticking", flush=True)
+            time.sleep(60)
+        except SystemExit:
+            return 0.0
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_beat_ends_at_a_signal_also_where_it_is_caught(
+    environment: dict[str, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    """Code that beat runs may catch what Celery's handler of signals raises."""
+    (tmp_path / "deaf.py").write_text(DEAF_SCHEDULER)
+    with subprocess.Popen(
+        command(["celery", "-A", "worker", "beat", "-S", "deaf:Deaf"]),
+        env={**environment, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as beat:
+        assert beat.stdout is not None
+        while "ticking" not in beat.stdout.readline():
+            pass
+        beat.send_signal(number)
+        try:
+            assert beat.wait(20) == 0
+        finally:
+            beat.kill()
