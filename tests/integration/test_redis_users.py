@@ -22,6 +22,17 @@ from producers.subscriber import Subscriber
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 
+ON_SHARED_KEYS = [
+    *[("DEL", key) for key in ("task-tags", "task-tags:waiting", "task-tags:wake")],
+    *[("SET", key, "x") for key in ("task-tags", "task-tags:waiting", "task-tags:wake")],
+    ("GET", "task-tags:wake"),
+    ("XADD", "task-tags", "*", "a", "b"),
+    ("LRANGE", "task-tags", "0", "-1"),
+    ("RPOP", "task-tags"),
+    ("SREM", "task-tags:waiting", "x"),
+    ("SMEMBERS", "task-tags:waiting"),
+]
+"""What neither a producer nor an endpoint may do."""
 FILE = Path(__file__).parents[2] / "docker" / "redis-users.acl"
 PLACEHOLDER = str(UUID(int=0))
 
@@ -72,7 +83,8 @@ def test_it_can_do_nothing_to_another_organization(
             ("DEL", "_kombu.binding.celery.pidbox"),
             ("PUBLISH", "/0.celery.pidbox", "{}"),
             ("PUBLISH", results_channel(organization, "x"), "{}"),
-            ("LRANGE", "task-tags", "0", "-1"),
+            *ON_SHARED_KEYS,
+            ("RENAME", "task-tags", inbox_key(organization)),
             ("KEYS", "*"),
             ("FLUSHALL",),
             ("CONFIG", "GET", "*"),
@@ -95,6 +107,7 @@ def test_an_endpoint_can_write_to_all_and_listen_to_all(
             ("XRANGE", inbox_key(organization), "-", "+"),
             ("XRANGE", dead_letters_key(organization), "-", "+"),
             ("PUBLISH", results_channel(organization, "x"), "{}"),
+            *ON_SHARED_KEYS,
             ("KEYS", "*"),
             ("FLUSHALL",),
         ):

@@ -1133,6 +1133,7 @@ def test_an_execution_keeps_the_flow_of_its_first_registration(http: httpx.Clien
     refused = http.put(path, json={"flow_id": "export"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
     assert refused.json()["error"]["details"][0]["field"] == "flow_id"
+    assert http.get(refused.headers["location"]).json()["error"]["code"] == "conflict"
     path = f"/flow-executions/{uuid4()}"
     assert http.put(path, json={}).status_code == 201
     assert http.put(path, json={"flow_id": "import"}).status_code == 409

@@ -211,8 +211,9 @@ async def read_batch(
 ) -> Response:
     """Read the result of a batch. 404 until it is stored.
 
-    The errors `not_found`, `precondition_failed`, `too_large` and `internal_error` are stored, too.
-    The errors `bad_request`, `unauthorized`, `forbidden` and `conflict` are never stored.
+    The errors `not_found`, `precondition_failed`, `too_large` and `internal_error` are stored, too,
+    and the `conflict` of a `flow_id`. The errors `bad_request`, `unauthorized`, `forbidden` and the
+    `conflict` of a `batch_id` are never stored.
     """
     stored = await reader.record(caller.organization_id, batch_id)
     if stored is None:

@@ -21,7 +21,7 @@ from starlette.concurrency import run_in_threadpool
 
 from producers.contract.channels import results_channel
 from producers.contract.encoding import parse_body
-from producers.contract.errors import ErrorDetail, FoundTag, InvalidMessage
+from producers.contract.errors import ErrorDetail, ErrorInfo, FoundTag, InvalidMessage
 from producers.contract.messages import (
     MAX_CLEARED_TYPES,
     MAX_CONDITIONS,
@@ -74,8 +74,6 @@ _STATUS_OF: Final = {
     "too_large": 422,
     "internal_error": 500,
 }
-_STORED: Final = {"not_found", "precondition_failed", "too_large"}
-"""Errors that are the answer to the same batch again (docs/concepts/contract.md#rule-10)."""
 _CONFLICT: Final = ApiError(409, "conflict", "this batch id was used for another request")
 _INBOX_FULL: Final = ApiError(
     429, "inbox_full", "the organization's inbox is full; try again later"
@@ -269,7 +267,7 @@ def _answer(kind: str, batch_id: UUID, record: ResultRecord | None, *, is_kept: 
         return Response(to_json({"batch_id": batch_id}), 202, headers, "application/json")
     if record.error is not None:
         refused = record.error
-        text, is_stored = refused.message, refused.code in _STORED
+        text, is_stored = refused.message, _is_stored(refused)
         if is_kept and is_stored:
             text += "; this answer is stored for the Idempotency-Key: use another key for a retry"
         status = _STATUS_OF.get(refused.code, 422)  # a later worker may have other codes
@@ -278,6 +276,12 @@ def _answer(kind: str, batch_id: UUID, record: ResultRecord | None, *, is_kept: 
     body = {"tags": body["tags"]} if kind == "tag_batch" else body[kind]
     status = 201 if record.statuses == ["registered"] else 200
     return Response(to_json(body), status, headers, "application/json")
+
+
+def _is_stored(error: ErrorInfo) -> bool:
+    """Whether it is the answer to the same batch again (docs/concepts/contract.md#rule-10)."""
+    is_of_flow_id = error.code == "conflict" and bool(error.details)
+    return is_of_flow_id or error.code in ("not_found", "precondition_failed", "too_large")
 
 
 # --- The OpenAPI document ------------------------------------------------------------------------
@@ -338,49 +342,62 @@ _ACCEPTED: Final = {
     "description": "Enqueued; there is no result yet.",
     **_LOCATION,
 }
-_PROBLEMS: Final = documented(
-    ApiError(
-        400,
-        "bad_request",
-        "the body breaks the contract",
-        [ErrorDetail(index=0, field="tag", message="must have at least 1 character(s)")],
-    ),
-    EXPIRED,
-    ApiError(
-        404,
-        "not_found",
-        "an execution or task is unknown",
-        [ErrorDetail(index=0, field="flow_execution_id", message="is unknown")],
-    ),
-    _CONFLICT,
-    ApiError(
-        422,
-        "too_large",
-        "the batch would change more than a batch may",
-        [ErrorDetail(index=0, message="250 active tags differ in their metadata alone")],
-    ),
-    _INBOX_FULL,
-    UNAVAILABLE,
+_STORED: Final = {"Location": "/task-tags/batches/01974a3e-5b7a-7c4e-9d2b-3f1a6c8e0b5d"}
+_FOUND: Final = FoundTag(
+    tag_type="review_status",
+    tag="approved",
+    created_by="ada",
+    created_at=datetime(2026, 1, 1, 12, tzinfo=timezone.utc),
 )
-_PRECONDITION_FAILED: Final = ApiError(
-    412,
-    "precondition_failed",
-    "a condition of the batch does not hold",
-    [
-        ErrorDetail(
-            index=0,
-            field="conditions",
-            message="no such tag is active",
-            found=[
-                FoundTag(
-                    tag_type="review_status",
-                    tag="approved",
-                    created_by="ada",
-                    created_at=datetime(2026, 1, 1, 12, tzinfo=timezone.utc),
-                )
-            ],
-        )
-    ],
+
+
+def _of_body(index: int | None, field: str) -> ApiError:
+    detail = ErrorDetail(index=index, field=field, message="must have at least 1 character(s)")
+    return ApiError(400, "bad_request", "the body breaks the contract", [detail])
+
+
+def _unknown(index: int | None) -> ApiError:
+    detail = ErrorDetail(index=index, field="flow_execution_id", message="is unknown")
+    return ApiError(404, "not_found", "an execution or task is unknown", [detail], _STORED)
+
+
+def _too_large(index: int | None, field: str | None, message: str) -> ApiError:
+    detail = ErrorDetail(index=index, field=field, message=message)
+    text = "the message exceeds what one message may change"
+    return ApiError(422, "too_large", text, [detail], _STORED)
+
+
+_PROBLEMS: Final = documented(EXPIRED, _CONFLICT, _INBOX_FULL, UNAVAILABLE)
+_OF_TAGS: Final = documented(
+    _of_body(0, "tag"),
+    forbidden(WRITE),
+    _unknown(0),
+    ApiError(
+        412,
+        "precondition_failed",
+        "a condition of the batch does not hold",
+        [ErrorDetail(index=0, field="conditions", message="no such tag is active", found=[_FOUND])],
+        _STORED,
+    ),
+    _too_large(0, None, "250 active tags differ in their metadata alone"),
+)
+_OF_REGISTRATION: Final = documented(
+    _of_body(0, "task_names"),
+    forbidden(EXECUTIONS_WRITE),
+    ApiError(
+        409,
+        "conflict",
+        "this batch id was used for another request, or the execution was registered with another "
+        "flow_id, or none",
+        [ErrorDetail(field="flow_id", message="is not that of the execution")],
+    ),
+    _too_large(None, "task_names", f"an execution has at most {MAX_TASK_NAMES} registered names"),
+)
+_OF_STATE: Final = documented(
+    _of_body(None, "task_name"),
+    forbidden(EXECUTIONS_WRITE),
+    _unknown(None),
+    _too_large(None, "clear", "more than 1000 active tags of the type are on the task"),
 )
 
 
@@ -399,7 +416,7 @@ router = APIRouter(responses={200: _LOCATION, 202: _ACCEPTED, **_PROBLEMS})
     summary="Add, remove and set tags, all or none",
     response_model=TagsResult,
     response_description="Applied: a status for each operation, in the same order.",
-    responses=documented(forbidden(WRITE), _PRECONDITION_FAILED),
+    responses=_OF_TAGS,
     openapi_extra=_body_of(TagsBody),
 )
 async def change_tags(caller: TagWriting, write: Writing) -> Response:
@@ -413,7 +430,7 @@ async def change_tags(caller: TagWriting, write: Writing) -> Response:
     response_description="The execution was registered before.",
     responses={
         201: {"model": Registration, "description": "The execution is now registered", **_LOCATION},
-        **documented(forbidden(EXECUTIONS_WRITE)),
+        **_OF_REGISTRATION,
     },
     openapi_extra=_body_of(RegistrationBody),
 )
@@ -426,7 +443,7 @@ async def register(caller: ExecutionWriting, write: Writing, flow_execution_id: 
     summary="Record the state of a task",
     response_model=Recording,
     response_description="Recorded, or unchanged.",
-    responses=documented(forbidden(EXECUTIONS_WRITE)),
+    responses=_OF_STATE,
     openapi_extra=_body_of(StateBody),
 )
 async def record_state(caller: ExecutionWriting, write: Writing) -> Response:
