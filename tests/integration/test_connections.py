@@ -20,7 +20,7 @@ from websockets.sync.client import connect as connect_websocket
 
 from producers.client import TagProducer
 from producers.contract.messages import register_execution
-from tests.support.memory import resident
+from tests.support.memory import open_files, resident
 from tests.support.processes import await_line, endpoint_of, settings_of
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
@@ -73,6 +73,67 @@ def test_bodies_in_a_row_are_read_one_after_the_other(servers: Servers, token: s
             received += connection.recv(65536)
     statuses = [part[:3] for part in received.split(b"HTTP/1.1 ")[1:]]
     assert statuses == [b"400", b"200"] * 12
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[/", "http://a:99999/", "https://"])
+def test_a_wrong_url_takes_nothing_back(servers: Servers, token: str, url: str) -> None:
+    """The request before it is answered, and it is refused."""
+    put = (
+        f"PUT /flow-executions/{uuid4()} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+        "Content-Length: 2\r\n\r\n{}"
+    )
+    wrong = f"GET {url} HTTP/1.1\r\nHost: x\r\n\r\n"
+    for requests, statuses in ((wrong, [b"400"]), (put + wrong, [b"201", b"400"])):
+        with connect(servers) as connection:
+            connection.sendall(requests.encode())
+            received = answers(connection)
+        assert [part[:3] for part in received.split(b"HTTP/1.1 ")[1:]] == statuses
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "TLS/1.0", "websockets"])
+def test_an_upgrade_to_another_protocol_is_ignored(
+    servers: Servers, token: str, protocol: str
+) -> None:
+    """As Java's client sends it with its first request, which may be a write."""
+    put = (
+        f"PUT /flow-executions/{uuid4()} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+        f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\nContent-Length: 2\r\n\r\n"
+    )
+    with connect(servers) as connection:
+        connection.sendall(put.encode())
+        connection.sendall(b"{}" + HEALTH + b"nonsense\r\n\r\n")
+        received = answers(connection)
+    statuses = [part[:3] for part in received.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [b"201", b"200", b"400"]
+
+
+def test_a_head_has_a_limited_number_of_lines(servers: Servers) -> None:
+    """However short they are: each costs time."""
+    for lines, status in ((100, b"200"), (200, b"431"), (10_000, b"431")):
+        with connect(servers) as connection:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\n" + b"a:\r\n" * lines + b"\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_lost_connection_is_noticed_behind_a_waiting_request(
+    servers: Servers, http: httpx.Client, token: str
+) -> None:
+    """Its file is closed at once, not when the wait ends."""
+    path = f"/flow-executions/{uuid4()}"
+    assert http.put(path, json={}).status_code == 201
+    read = f"/task-tags?flow_execution_id={path.rpartition('/')[2]}"
+    waiting = (
+        f"GET {read} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+        f"If-None-Match: *\r\nPrefer: wait=60\r\n\r\n"
+    )
+    pid = endpoint_of(servers)
+    before = open_files(pid)
+    with ExitStack() as opened:
+        for _ in range(50):
+            connection = opened.enter_context(connect(servers))
+            connection.sendall(waiting.encode() * 3)
+        eventually(lambda: open_files(pid) >= before + 50)
+    eventually(lambda: open_files(pid) < before + 25)
 
 
 def test_answers_that_are_not_read_stop_the_reading_of_requests(servers: Servers) -> None:

@@ -7,7 +7,7 @@ import json
 import struct
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 from uuid import UUID, uuid4
@@ -189,6 +189,27 @@ def test_a_statement_that_nobody_waits_for_is_cancelled(servers: Servers) -> Non
                 continue  # a cancellation that came late
             break
         assert asyncio.get_running_loop().time() - began < 5  # without, it would be 19
+        connection.close(psycopg.OperationalError())
+
+    asyncio.run(main())
+
+
+def test_of_many_reads_that_nobody_waits_for_few_are_run(servers: Servers) -> None:
+    """Those that end before they could be cancelled; the others are never sent."""
+
+    async def main() -> None:
+        connection = PipelinedConnection(servers.endpoint_url, NAP)
+        await nap(connection, 0)
+        abandoned = [asyncio.create_task(nap(connection, 0.045)) for _ in range(600)]
+        await asyncio.sleep(0.1)
+        assert len(connection) > 500
+        began = asyncio.get_running_loop().time()
+        for each in abandoned:
+            each.cancel()
+        with suppress(psycopg.errors.QueryCanceled):
+            await nap(connection, 0)
+        assert asyncio.get_running_loop().time() - began < 15  # 1.5 s; all of them take 27 s
+        assert len(connection) == 0
         connection.close(psycopg.OperationalError())
 
     asyncio.run(main())

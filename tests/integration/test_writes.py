@@ -30,6 +30,8 @@ from producers.contract.results import ResultRecord
 from producers.redis_client import open_redis
 from tests.support.api_errors import error_of
 from tests.support.etag import revision_of
+from tests.support.memory import max_resident
+from tests.support.processes import endpoint_of
 from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, applied
 from tests.support.waiting import eventually
@@ -550,6 +552,20 @@ def test_a_body_over_a_mebibyte_is_413(http: httpx.Client, execution: str) -> No
         assert refused(http.patch("/task-tags", content=large), 413, "body_too_large") == []
         assert tags_of(http, execution) == []
     assert statuses(http.patch("/task-tags", content=iter([content]))) == ["added"]
+
+
+def test_many_large_bodies_at_once_need_little_memory(
+    servers: Servers, http: httpx.Client, execution: str
+) -> None:
+    """They are parsed one after the other, and nobody else waits for all of them."""
+    large = b'{"tags": [' + b"{}," * 349_000 + b"{}]}"
+    before = max_resident(endpoint_of(servers))
+    with ThreadPoolExecutor(30) as threads:
+        futures = [threads.submit(http.patch, "/task-tags", content=large) for _ in range(30)]
+        assert statuses(patch(http, adding(execution, "a"))) == ["added"]
+        assert not all(future.done() for future in futures)
+        assert {future.result().status_code for future in futures} == {400}
+    assert max_resident(endpoint_of(servers)) - before < 300  # without a limit, 800
 
 
 def body_of_size(execution: str, size: int) -> bytes:

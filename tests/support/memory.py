@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -17,3 +18,8 @@ def max_resident(pid: int) -> float:
 def _status(pid: int, name: str) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition(name)[2].split()[0]) / 1024
+
+
+def open_files(pid: int) -> int:
+    """Return how many files and connections a process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))

@@ -7,6 +7,7 @@ load nothing from other servers.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import sys
@@ -227,6 +228,11 @@ def create_app(settings: Settings) -> FastAPI:
             await state.reader.check()
         except (psycopg.Error, TimeoutError):
             logger.warning("the database does not answer yet: requests get 503 until it does")
+        # A request makes no cycles. Searching all modules for some, each time that a body has made
+        # many objects, would let others wait (as in worker/celery.py).
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
         logger.info("ready")
         yield
         for job in jobs:

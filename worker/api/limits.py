@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import resource
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES: Final = 32 * 1024
+MAX_HEAD_LINES: Final = 128
 MAX_BODY_BYTES: Final = 1024 * 1024
 MAX_FRAMING_BYTES: Final = 32 * 1024
 """Of a body in chunks: their sizes and extensions, line breaks and trailers."""
@@ -36,6 +38,7 @@ RESERVED_FILES: Final = 128
 _MAX_REFUSING: Final = 64
 """Connections beyond the limit that are answered with 503; they use reserved files."""
 _MIN_CONNECTIONS: Final = 16
+_UPGRADE: Final = re.compile(rb"(?im)^upgrade:(?![ \t]*websocket[ \t]*\r?$)[^\r\n]*\r?\n")
 _MAX_UNAUTHENTICATED: Final = 1000
 
 
@@ -171,14 +174,15 @@ class ClosingTransport:
 class LimitedProtocol(HttpToolsProtocol):
     """Closes a connection that breaks a limit, behind the answers that are under way.
 
-    A request must be complete in 10 s, its head has at most 32 KiB, its body 1 MiB, what frames
-    the body's chunks 32 KiB, and the client must read the answers. At most 8 requests wait for the
-    one before them; until then, nothing more is read.
+    A request must be complete in 10 s, its head has at most 32 KiB and 128 lines, its body 1 MiB,
+    what frames the body's chunks 32 KiB, and the client must read the answers. At most 8 requests
+    wait for the one before them; until then, nothing more is read.
     """
 
     _stall: WriteStallTimer
     _deadline: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _head_lines = 0
     _body_bytes = 0
     _wire_bytes = 0
     _declared: int | None = None
@@ -237,16 +241,23 @@ class LimitedProtocol(HttpToolsProtocol):
             del self._unread[:end]
             if self._in_head:
                 self._head_bytes += len(piece)
+                self._head_lines += piece.count(b"\n")
+                piece = _without_upgrade(piece)
             else:
                 self._wire_bytes += len(piece)
-            super().data_received(piece)
-            if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+            if self._head_lines <= MAX_HEAD_LINES:
+                super().data_received(piece)
+            if self._in_head and (
+                self._head_bytes > MAX_HEAD_BYTES or self._head_lines > MAX_HEAD_LINES
+            ):
                 self._refuse(431, "Request Header Fields Too Large", "headers_too_large")
             elif self._wire_bytes - self._body_bytes > MAX_FRAMING_BYTES:
                 self._refuse_body()
         self.flow.held = bool(self._unread)
         if self.flow.held:
             self.flow.pause_reading()
+        elif self.pipeline:  # uvicorn would not read on, and not notice a lost connection
+            self.flow.resume_reading()
 
     def _has_room(self) -> bool:
         if not self.pipeline:
@@ -284,8 +295,8 @@ class LimitedProtocol(HttpToolsProtocol):
         else:
             lengths = [value for name, value in self.headers if name == b"content-length"]
             self._declared = int(lengths[0]) if lengths else None
+            super().on_headers_complete()  # which may find that the URL is wrong
             self._in_head = False
-            super().on_headers_complete()
             if not self.parser.should_upgrade():
                 cycle = self.cycle
                 closing = ClosingTransport(self, lambda: not cycle.more_body)
@@ -302,7 +313,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._stop_deadline()
-        self._in_head, self._head_bytes, self._wire_bytes = True, 0, 0
+        self._in_head, self._head_bytes, self._head_lines, self._wire_bytes = True, 0, 0, 0
         self._body_bytes, self._declared = 0, None
         if not self._refused:
             super().on_message_complete()
@@ -393,6 +404,15 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(408, "Request Timeout", "request_timeout")
         else:
             self.transport.close()
+
+
+def _without_upgrade(head: bytes) -> bytes:
+    """Remove an upgrade to another protocol than WebSocket, of which nothing need come.
+
+    The parser would take what follows for that protocol
+    (https://www.rfc-editor.org/rfc/rfc9110#section-7.8).
+    """
+    return _UPGRADE.sub(b"", head) if b"pgrade:" in head.lower() else head
 
 
 def refusal(status: int, reason: str, code: str) -> bytes:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from typing import Annotated, Any, Final
 from uuid import UUID, uuid4, uuid5
+from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import to_json
-from starlette.concurrency import run_in_threadpool
 
 from producers.contract.channels import results_channel
 from producers.contract.encoding import parse_body
@@ -61,7 +62,8 @@ WAIT_SECONDS: Final = 10.0
 _SUBSCRIBE_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 1.0
 _THREADS: Final = 40
-_LARGE_BYTES: Final = 64 * 1024
+_PARSERS: Final = 2
+_LARGE_BYTES: Final = 16 * 1024
 _KEYS: Final = UUID("0b6c2b55-7f0c-5d0e-8a39-5f2a4c9d6e10")
 """The namespace of the batch ids that are made from Idempotency-Keys."""
 _STATUS_OF: Final = {
@@ -104,6 +106,16 @@ class WriteService:
     reader: Reader
     threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
     """Limits the threads that wait for Redis. Reads have others, so these can't hold them up."""
+    parsers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_PARSERS))
+    parsing: WeakValueDictionary[UUID, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+
+    async def parse_large(self, organization_id: UUID, parse: Callable[[], Message]) -> Message:
+        """Parse a large body in a thread, one at a time of an organization, two in total.
+
+        It may take a second to find what is wrong with one, and others wait for the interpreter.
+        """
+        async with self.parsing.setdefault(organization_id, asyncio.Lock()):
+            return await to_thread.run_sync(parse, limiter=self.parsers)
 
     async def apply(
         self, organization_id: UUID, message: Message, token: str, seconds: float
@@ -131,9 +143,9 @@ class WriteService:
 
     async def _enqueue(self, organization_id: UUID, message: Message, token: str) -> None:
         try:
-            encoded = [message.encode()]
             accepted = await to_thread.run_sync(
-                self.enqueuer.enqueue, organization_id, encoded, token, limiter=self.threads
+                lambda: self.enqueuer.enqueue(organization_id, [message.encode()], token),
+                limiter=self.threads,
             )
         except InvalidMessage as error:
             raise _invalid(error) from None
@@ -224,15 +236,17 @@ class WriteRequest:
 
     async def apply(self, caller: Principal, kind: str, **rest: Any) -> Response:
         """Make a message of the body and the fields in `rest`; answer with its result."""
+        service: WriteService = self.request.app.state.write_service
         seconds, batch_id = _wait_seconds(self.prefer), _batch_id(self.key, caller)
         raw = await self._body()
         read = partial(parse_body, kind, raw, batch_id=batch_id, **rest)
         try:
-            # It may take a second to find what is wrong with a large one.
-            message = read() if len(raw) < _LARGE_BYTES else await run_in_threadpool(read)
+            if len(raw) < _LARGE_BYTES:
+                message = read()
+            else:
+                message = await service.parse_large(caller.organization_id, read)
         except InvalidMessage as error:
             raise _invalid(error) from None
-        service: WriteService = self.request.app.state.write_service
         token = bearer_token(self.request)
         record = await service.apply(caller.organization_id, message, token, seconds)
         return _answer(kind, batch_id, record, is_kept=self.key is not None)

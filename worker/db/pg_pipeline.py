@@ -45,6 +45,8 @@ STATEMENT_TIMEOUT: Final = "2s"
 STUCK_SECONDS: Final = 6.0
 """A connection whose server has not answered anything for this time is lost."""
 SLOW_SECONDS: Final = 0.2
+_MAX_SENT: Final = 32
+"""Transactions under way on one connection. The others wait, and are not sent if cancelled."""
 _CANCEL_AFTER_SECONDS: Final = 0.05
 _CANCEL_SECONDS: Final = 3.0
 
@@ -76,7 +78,8 @@ class PipelinedConnection:
         self._uses = 0
         self._socket = -1  # libpq no longer tells it once the connection is lost
         self._connecting = asyncio.Lock()
-        self._waiting: list[UUID] = []  # the organizations whose statements wait for `_connecting`
+        self._room = asyncio.Semaphore(_MAX_SENT)
+        self._waiting: list[UUID] = []  # the organizations whose statements are not sent yet
         self._awaited: deque[_Awaited] = deque()
         self._by_organization: Counter[UUID] = Counter()
         self._answered_at = 0.0
@@ -87,7 +90,7 @@ class PipelinedConnection:
         self._error: psycopg.Error | None = None
 
     def __len__(self) -> int:
-        """Return how many answers are awaited, also by those that wait for the connection."""
+        """Return how many answers are awaited, also by those whose statements are not sent yet."""
         return len(self._awaited) + len(self._waiting)
 
     def serves(self, organization_id: UUID) -> bool:
@@ -118,38 +121,45 @@ class PipelinedConnection:
         Raises:
             psycopg.Error, UnsafeRole: From PostgreSQL, or from connecting.
         """
-        if self._connection is None:
-            self._waiting.append(organization_id)
-            try:
-                async with self._connecting:
-                    if self._connection is None:
-                        self._connection = await self._open()
-            finally:
-                self._waiting.remove(organization_id)
+        connection = await self._wait_for_room(organization_id)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Row | None] = loop.create_future()
-        connection = self._connection.pgconn
         values = [organization_id.bytes, *parameters]
         self._uses += 1
+        if not self._awaited:
+            self._answered_at = loop.time()
+        self._awaited.append(_Awaited(organization_id, answer))
+        self._by_organization[organization_id] += 1
         try:
             if should_discard_plans(self._uses):
                 connection.send_query_params(DISCARD_PLANS.encode(), [])
             connection.send_query_prepared(SCOPE_STATEMENT, [str(organization_id).encode()])
             connection.send_query_prepared(statement, values, [pq.Format.BINARY] * len(values), 1)
             connection.pipeline_sync()
-            if not self._awaited:
-                self._answered_at = loop.time()
-            self._awaited.append(_Awaited(organization_id, answer))
-            self._by_organization[organization_id] += 1
             self._flush()
         except psycopg.OperationalError as error:
-            self.close(error)
-            raise
+            self.close(error)  # which is the answer
         try:
             return await answer
         except asyncio.CancelledError:
             self._cancel_soon()
             raise
+
+    async def _wait_for_room(self, organization_id: UUID) -> pq.abc.PGconn:
+        """Return the connection when one more statement may be sent; connect if there is none."""
+        self._waiting.append(organization_id)
+        try:
+            await self._room.acquire()
+            try:
+                async with self._connecting:
+                    if self._connection is None:
+                        self._connection = await self._open()
+                    return self._connection.pgconn
+            except BaseException:
+                self._room.release()
+                raise
+        finally:
+            self._waiting.remove(organization_id)
 
     async def _open(self) -> psycopg.AsyncConnection[Any]:
         arguments = {**self._arguments, **CONNECT_ARGUMENTS}
@@ -185,6 +195,7 @@ class PipelinedConnection:
         self._by_organization.clear()
         self._row = self._error = None
         for each in awaited:
+            self._room.release()
             if not each.answer.done():
                 each.answer.set_exception(error)
 
@@ -246,6 +257,7 @@ class PipelinedConnection:
             self._row = tuple(result.get_value(0, column) for column in columns) or None
         elif result.status == pq.ExecStatus.PIPELINE_SYNC:
             organization_id, answer = self._awaited.popleft()
+            self._room.release()
             self._by_organization[organization_id] -= 1
             if not self._by_organization[organization_id]:
                 del self._by_organization[organization_id]
