@@ -222,10 +222,9 @@ class TagProducer:
             if self._closed.is_set():
                 raise ProducerClosed("the producer was closed")
             # Ask first: an append that is refused would have sent its messages for nothing.
-            if self._free_capacity():
-                accepted, pause = accepted + self._append(encoded[accepted:]), _MIN_PAUSE_SECONDS
-            else:
-                pause = min(pause * 2, _MAX_PAUSE_SECONDS)
+            more = self._append(encoded[accepted:]) if self._free_capacity() else 0
+            accepted += more
+            pause = _MIN_PAUSE_SECONDS if more else min(pause * 2, _MAX_PAUSE_SECONDS)
         return accepted
 
     def _free_capacity(self) -> int:

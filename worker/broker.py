@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import os
 import runpy
 import time
@@ -29,8 +28,7 @@ from redis.exceptions import RedisError, ResponseError
 from producers.inbox.drain_message import DRAIN_TASK, QUEUE, task_message
 from producers.inbox.protocol import repair_keys
 from producers.redis_client import url_options
-
-logger = logging.getLogger(__name__)
+from worker.log import log_limited
 
 WAKE_TASK: Final = "task_tags.wake"
 PURGE_TASK: Final = "task_tags.purge"
@@ -172,8 +170,8 @@ def _read_or_drop(received: bytes) -> tuple[str, str, list[str]] | None:
     try:
         return _read(received)
     except Exception as error:  # it may be wrong in any way
-        reason = f"{type(error).__name__}: {error}"[:200]
-        logger.warning("dropped a malformed Celery message", extra={"reason": reason})
+        about = {"error": type(error).__name__, "reason": str(error)[:200]}
+        log_limited("malformed Celery messages are dropped", **about)
         return None
 
 

@@ -24,6 +24,8 @@ from producers.inbox.script_calls import run_script, script_source
 
 logger = logging.getLogger(__name__)
 
+_MAX_MEMBER_BYTES: Final = 200
+"""A member of the set that is an organization takes about half of that, with its overhead."""
 _MAX_INBOXES: Final = 10_000
 """Of more inboxes, each turn checks a random sample, so that no turn takes long."""
 
@@ -35,6 +37,11 @@ def claim_rescue(redis: Redis) -> bool:
 
 def rescue(redis: Redis, lease_ms: int) -> None:
     """Send a drain for every inbox in which messages wait and none is queued or running."""
+    if _is_too_large(redis):
+        logger.error("the set of waiting inboxes has members that are none: it is made anew")
+        redis.unlink(WAITING)
+        rebuild_waiting(redis, lease_ms)
+        return
     names = {
         name: _organization_id(name)
         for name in cast("list[bytes]", redis.srandmember(WAITING, _MAX_INBOXES))
@@ -44,6 +51,12 @@ def rescue(redis: Redis, lease_ms: int) -> None:
     sent = rescue_some(redis, [found for found in names.values() if found], lease_ms)
     if sent:
         logger.info("sent lost drain messages again", extra={"inboxes": len(sent)})
+
+
+def _is_too_large(redis: Redis) -> bool:
+    """Return whether the set has members that are no organizations, too large to be read."""
+    size = redis.memory_usage(WAITING, samples=0) or 0
+    return size > 1024 * 1024 + redis.scard(WAITING) * _MAX_MEMBER_BYTES
 
 
 def rescue_some(redis: Redis, organization_ids: Iterable[UUID], lease_ms: int) -> list[UUID]:

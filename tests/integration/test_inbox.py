@@ -275,6 +275,19 @@ def test_the_bound_holds_with_fifty_producers(quiet_redis: Any, organization: UU
     assert sum(accepted) == 500 == quiet_redis.xlen(inbox_key(organization))
 
 
+def test_an_inbox_has_a_limited_size(quiet_redis: Any, organization: UUID) -> None:
+    """So that one organization can't fill the memory of Redis, which all share."""
+    inbox = Inbox(quiet_redis, organization)
+    large = b"x" * 1_000_000
+    accepted = sum(inbox.append([large], "token", str(uuid4())) for _ in range(300))
+    assert 200 <= accepted <= 270
+    assert inbox.append([b"{}"], "token", str(uuid4())) == 0
+    entries = inbox.acquire("run", max_messages=200, max_bytes=10**9).entries
+    inbox.ack_and_publish("run", entries, [], max_messages=0)
+    assert inbox.append([b"{}"], "token", str(uuid4())) == 1
+    quiet_redis.flushdb()
+
+
 def test_a_read_is_bounded_in_bytes_but_never_empty(inbox: Inbox) -> None:
     """A hundred messages of 1 MiB come in parts; one that is larger than the bound comes alone."""
     append(inbox, b"x" * 600, b"y" * 600, b"z" * 600)

@@ -48,7 +48,7 @@ from producers.pubsub import EventQueue, ListenEvent, PubSubMultiplexer
 from producers.redis_client import open_async_redis, open_redis
 from producers.subscriber import Subscriber
 from tests.support.etag import revision_of
-from tests.support.malformed import HARMLESS, celery_messages
+from tests.support.malformed import celery_messages
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.broker import Channel, create_app
@@ -526,21 +526,19 @@ def test_stale_drain_messages_do_no_harm(
     celery.close()
 
 
-def test_malformed_celery_messages_are_dropped_aloud_and_hold_nobody_up(
+def test_malformed_celery_messages_are_dropped_and_hold_nobody_up(
     servers: Servers, producer: TagProducer, redis: Any
 ) -> None:
     """The worker survives all that is put on the queue, and answers the next batch within 1 s."""
     (worker,) = [p for child, p in servers.stack.supervisor.running if child.name == "worker-1"]
-    log = servers.stack.supervisor.log("worker-1")
     for what, message in celery_messages().items():
-        dropped = log.read_text().count("dropped a malformed")
         redis.lpush(QUEUE, message)
         begin = time.monotonic()
         assert producer.apply(register_execution(uuid4())).flow_execution is not None, what
         assert time.monotonic() - begin < 1, what
         assert worker.poll() is None, what
-        if what not in HARMLESS:
-            eventually(lambda: log.read_text().count("dropped a malformed") > dropped)  # noqa: B023
+    log = servers.stack.supervisor.log("worker-1").read_text()
+    assert "malformed Celery messages are dropped" in log  # once a minute for each kind of error
 
 
 def test_remote_control_answers(servers: Servers) -> None:

@@ -159,3 +159,14 @@ def test_thousands_of_lost_drains_are_found_at_once(quiet_redis: Any) -> None:
         pipe.execute()
     rescue(quiet_redis, LEASE_MS)
     assert quiet_redis.llen(QUEUE) == 3_000
+
+
+def test_members_that_are_too_large_are_not_read(quiet_redis: Any, organization: UUID) -> None:
+    """Whoever may add to the set can neither fill a worker's memory nor hide an inbox."""
+    redis = quiet_redis
+    lose_drain(redis, organization)
+    for number in range(30):
+        redis.sadd(WAITING, *(b"%d-%d-" % (number, each) + b"x" * 100_000 for each in range(10)))
+    rescue(redis, LEASE_MS)
+    assert waiting(redis) == {str(organization).encode()}
+    assert redis.llen(QUEUE) == 1

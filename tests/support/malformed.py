@@ -12,13 +12,6 @@ from uuid import uuid4
 from producers.inbox.drain_message import DRAIN_TASK, QUEUE
 
 ORGANIZATION: Final = b"01970000-0000-7000-8000-000000000404"
-HARMLESS: Final = {
-    *("no properties", "properties null", "no delivery info", "an encoding that is none"),
-    *("an eta that is none", "an eta far away", "a time limit that is none"),
-    *("callbacks", "callbacks that are none", "a chain that is none", "a chord"),
-    *("an expiry that is none", "an unknown organization"),
-}
-"""Celery messages whose faults are in parts that nobody reads: the drain takes place."""
 _MEBIBYTE: Final = 1024 * 1024
 
 

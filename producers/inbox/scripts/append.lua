@@ -1,13 +1,22 @@
 -- KEYS: inbox, lease
 -- ARGV: limit, lease id, lease in ms, token, drain message, message, message, …
--- Appends messages up to the limit, in order. If the lease is free, the drain message is sent in
--- the same step. The time of acceptance is a field, in ms since the epoch: ids give the order
--- alone, and never run back. What can fail comes before the messages: a drain that finds nothing
--- does no harm.
+-- Appends messages up to the limit, in order, unless the inbox has 256 MiB. If the lease is free,
+-- the drain message is sent in the same step. The time of acceptance is a field, in ms since the
+-- epoch: ids give the order alone, and never run back. What can fail comes before the messages: a
+-- drain that finds nothing does no harm.
 -- Returns how many were appended.
+local MAX_BYTES = 256 * 1024 * 1024
+
+-- Returns whether a stream has too many bytes, by the size of its first nodes. A user may lack the
+-- right to ask.
+local function is_too_large(stream)
+  local bytes = redis.pcall('MEMORY', 'USAGE', stream, 'SAMPLES', 5)
+  return type(bytes) == 'number' and bytes >= MAX_BYTES
+end
+
 local held, waiting = held_lease(KEYS[2]), redis.call('XLEN', KEYS[1])
 local appended = math.max(0, math.min(#ARGV - 5, tonumber(ARGV[1]) - waiting))
-if appended == 0 then
+if appended == 0 or waiting >= 100 and is_too_large(KEYS[1]) then
   return 0
 end
 if waiting == 0 then
