@@ -85,6 +85,7 @@ def test_the_active_tags_of_an_execution_are_read(
     assert response.status_code == 200
     assert revision_of(response) == 2
     assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-content-type-options"] == "nosniff"
     first, second = response.json()
     assert (first["task_name"], first["tag_metadata"]) == ("extract", {"a": "é", "b": [1, None]})
     assert second["tag"] == "<b>approved</b>"

@@ -73,11 +73,20 @@ for path in _PAGE:
 # --- Middlewares ---------------------------------------------------------------------------------
 
 
-class RequestIds:
-    """Gives each request an id; it is in `request.state` and in the headers of the answer.
+class CancelledRequests:
+    """Ends a request that is cancelled: nobody waits for the rest of its answer."""
 
-    A request that is cancelled ends here: nobody waits for the rest of its answer.
-    """
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        cancelled = [asyncio.CancelledError] if scope["type"] == "http" else []
+        with suppress(*cancelled):
+            await self._app(scope, receive, send)
+
+
+class RequestIds:
+    """Gives each request an id; it is in `request.state` and in the headers of the answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -91,15 +100,11 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                ]
+                id_header = (b"x-request-id", request_id.encode())
+                message["headers"] = [*message["headers"], id_header]
             await send(message)
 
-        with suppress(asyncio.CancelledError):
-            await self._app(scope, receive, send_with_id)
+        await self._app(scope, receive, send_with_id)
 
 
 class HeadRequests:
@@ -185,8 +190,10 @@ def serve(settings: Settings, host: str, port: int) -> None:
     ADMITTED.set(RESERVED_FILES + settings.endpoint_connections)
     sys.setswitchinterval(_SWITCH_SECONDS)
     app = create_app(settings)
+    # Around faults, too.
+    around = CancelledRequests(RequestIds(HeadRequests(DeclaredBodyLimit(DirectRead(app)))))
     config = uvicorn.Config(
-        RequestIds(HeadRequests(DeclaredBodyLimit(DirectRead(app)))),  # around faults, too
+        around,
         host=host,
         port=port,
         loop="uvloop",
@@ -197,6 +204,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        headers=[("x-content-type-options", "nosniff")],
         timeout_graceful_shutdown=10,
     )
     Server(config, app.state.ending).run()
