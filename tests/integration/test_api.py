@@ -202,6 +202,17 @@ def test_a_wrong_parameter_is_named(http: httpx.Client, query: str, field: str) 
     assert [detail["field"] for detail in error["details"]] == [field]
 
 
+@pytest.mark.parametrize(
+    "path", ["/task-tags", "/task-executions", "/changes", "/task-tags/batches/x"]
+)
+def test_many_wrong_parameters_get_a_short_answer(http: httpx.Client, path: str) -> None:
+    """Up to 600 of them are looked at, and 100 listed."""
+    for count, least in ((400, 100), (3000, 1)):
+        response = http.get(f"{path}?{'&'.join(f'x{number}=' for number in range(count))}")
+        assert response.status_code == 400
+        assert least <= len(error_of(response)["details"]) <= 100
+
+
 def test_a_bad_batch_id_is_named(http: httpx.Client) -> None:
     """Path parameters are checked as well."""
     for wrong in ("x", "%00", "0" * 500):

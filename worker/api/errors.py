@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, Final
 from uuid import uuid4
 
@@ -19,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from producers.contract.cursors import Cursor
+from producers.contract.encoding import MAX_DETAILS
 from producers.contract.errors import ErrorDetail
 from worker.api.limits import MAX_BODY_BYTES, error_body
 from worker.api.queries import READ_ERRORS
@@ -149,7 +151,7 @@ def parameter_faults(faults: Iterable[Any]) -> list[ErrorDetail]:
             field=next(step for step in reversed(fault["loc"]) if isinstance(step, str))[:64],
             message=_PARAMETER_TEXTS.get(fault["type"], "is not valid"),
         )
-        for fault in faults
+        for fault in islice(faults, MAX_DETAILS)
     ]
 
 

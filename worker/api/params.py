@@ -22,6 +22,9 @@ from worker.api.page_tokens import PageToken
 
 Model = TypeVar("Model", bound=BaseModel)
 
+MAX_PARAMETERS: Final = 600
+"""More than any request needs; wrong ones take time."""
+
 
 def query(model: type[Model]) -> Callable[..., Any]:
     """Return the dependency that reads the query string as FastAPI does, but none twice."""
@@ -55,7 +58,9 @@ def parse_query(connection: HTTPConnection, model: type[Model]) -> Model:
 
 
 def _refuse_doubled(connection: HTTPConnection, model: type[BaseModel]) -> None:
-    """Raise `ApiError` if a parameter is given twice that has one value."""
+    """Raise `ApiError` if a parameter is given twice that has one value, or if there are many."""
+    if connection.scope["query_string"].count(b"&") >= MAX_PARAMETERS:
+        raise wrong_parameter([ErrorDetail(message="there are too many parameters")])
     given = connection.query_params.multi_items()
     if len(given) == len(connection.query_params):
         return
