@@ -95,7 +95,7 @@ def wait_preference(prefer: list[str]) -> tuple[int | None, bool]:
     Returns how many seconds to wait, at most 60, or None, and whether `respond-async` is preferred,
     over which `wait` takes precedence.
     """
-    wanted = [each.partition(";")[0].strip().lower() for each in ",".join(prefer).split(",")]
+    wanted = [each.partition(";")[0].strip().lower() for each in ",".join(prefer)[:1024].split(",")]
     form = re.compile(r'wait\s*=\s*("?)([0-9]{1,9})\1')
     waits = [found[2] for each in wanted if (found := form.fullmatch(each))]
     return min(int(waits[0]), MAX_WAIT_SECONDS) if waits else None, "respond-async" in wanted
