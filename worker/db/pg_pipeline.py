@@ -151,10 +151,11 @@ class PipelinedConnection:
         try:
             await self._room.acquire()
             try:
-                async with self._connecting:
-                    if self._connection is None:
-                        self._connection = await self._open()
-                    return self._connection.pgconn
+                if self._connection is None:
+                    async with self._connecting:
+                        if self._connection is None:
+                            self._connection = await self._open()
+                return self._connection.pgconn
             except BaseException:
                 self._room.release()
                 raise
