@@ -67,8 +67,7 @@ class InboxFull(TaskTagsError):
 class RevisionExpired(TaskTagsError):
     """The changes behind this place are not stored. Read the tags again, and continue from there.
 
-    They were purged, or a restore has replaced them. In the feed of an organization, `cursor` is
-    the place to continue from.
+    They were purged, or a restore has replaced them. `cursor` is the place to continue from.
     """
 
     def __init__(self, message: str, cursor: str | None = None) -> None:
@@ -188,9 +187,10 @@ class PreconditionFailed(BatchRefused):
 
 
 class TooLarge(BatchRefused):
-    """The batch would change more than a batch may. Split it, or remove tags by their metadata.
+    """The batch would change more than a batch may. Split it, and send the parts under new ids.
 
-    The same id gets the same error again (docs/concepts/contract.md#rule-17).
+    `record.error.details` names what exceeds a limit. The same id gets the same error again
+    (docs/concepts/contract.md#rule-17).
     """
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter, model_
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError, to_json
 
-from producers.contract.cursors import Cursor
+from producers.contract.cursors import Cursor, microseconds
 from producers.contract.errors import ErrorInfo
 from producers.contract.messages import TaskState
 from producers.contract.values import Id, TolerantModel, tolerant
@@ -191,6 +191,14 @@ class ChangeEvent:
     flow_id: str | None = None
     position: int | None = None
     cursor: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The place behind the event in the feed of its execution, as an `ETag` has it.
+
+        Unlike `revision` alone, it is not valid in another history, as after a restore.
+        """
+        return str(Cursor(self.revision, microseconds(self.changed_at)))
 
     @staticmethod
     def decode(encoded: bytes | str) -> ChangeEvent:

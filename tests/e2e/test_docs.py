@@ -32,7 +32,7 @@ if [ -e {saved} ]; then . {saved}; fi
 set -a
 {block}
 set +a
-export -p > {saved}
+{{ export -p; declare -f; }} > {saved}
 """
 
 

@@ -210,8 +210,8 @@ def test_a_watcher_gets_what_was_before_and_what_comes(
         producer.enqueue(batch(changed, f"live {number}"))
     eventually(lambda: len(events) == 23)
     assert revisions_of(events) == list(range(3, 26))
-    with_time = Cursor(20, microseconds(events[17].changed_at))
-    again = follow(changed, after=str(with_time))
+    assert events[17].place == str(Cursor(20, microseconds(events[17].changed_at)))
+    again = follow(changed, after=events[17].place)
     eventually(lambda: len(again) == 5)
     assert again == events[18:]
 
