@@ -101,4 +101,7 @@ def _made_at(batch_id: UUID) -> float:
 
 
 def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%H:%M:%S.%f")[:-3]
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%H:%M:%S.%f")[:-3]
+    except ValueError:
+        return "an unknown time"  # of an id of another version
