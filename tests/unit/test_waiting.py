@@ -70,6 +70,7 @@ class Endpoint:
 def test_a_token_that_can_not_be_made_ends_the_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would wait for ever, because nobody reads the stream any longer."""
     monkeypatch.setattr("producers.endpoint._RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("producers.waiting._RETRY_SECONDS", 0.01)
     asyncio.run(_lose_the_token())
 
 
