@@ -353,9 +353,8 @@ class _Run:
         except (TaskTagsError, console.OutputFailed, KeyboardInterrupt) as error:
             of = "" if self._total is None else f" of {self._total}"
             until = f", up to line {self._last_line}" if self.sent else ""
-            known = (
-                "known to be " if isinstance(error, Unavailable) else ""
-            )  # an answer may be lost
+            # An answer may be lost.
+            known = "known to be " if isinstance(error, Unavailable) else ""
             report = f"{self.sent}{of} batches were {known}enqueued{until}"
             if isinstance(error, KeyboardInterrupt):
                 console.fail(INTERRUPTED, f"interrupted: {report}")

@@ -56,7 +56,10 @@ class InvalidToken(Exception):
 
 
 def _scopes(claim: object) -> object:
-    """Return the scopes of a claim that is a list, or one string with spaces (RFC 8693, 4.2)."""
+    """Return the scopes of a claim that is a list, or one string with spaces.
+
+    The second form is that of https://www.rfc-editor.org/rfc/rfc8693#section-4.2.
+    """
     return [each for each in claim.split(" ") if each] if isinstance(claim, str) else claim
 
 
@@ -67,7 +70,7 @@ _MAX_ACTOR: Final = 200
 _COMPACT: Final = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _TYPES: Final = (None, "jwt", "at+jwt")
 NumericDate = Annotated[float, Field(strict=True, ge=0, le=_MAX_TIME)]
-"""Seconds since the epoch (RFC 7519, 2)."""
+"""Seconds since the epoch (https://www.rfc-editor.org/rfc/rfc7519#section-2)."""
 
 
 class Principal(BaseModel):

@@ -1,7 +1,8 @@
-"""What a process checks as it starts: wrong settings end it; it waits for servers."""
+"""What a process does as it starts: wrong settings end it; it waits for servers."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -27,6 +28,17 @@ _REFUSALS: Final = (
     "not permitted to log in",
     "does not exist",
 )
+
+
+def freeze_garbage_collector() -> None:
+    """Exempt what exists from garbage collection, and collect seldom from now on.
+
+    Drains and requests make many objects and no cycles. Searching all modules for some took a fifth
+    of a drain's time, and let others wait for a request with many small objects.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def check_servers(settings: Settings) -> None:

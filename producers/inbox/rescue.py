@@ -38,7 +38,7 @@ def claim_rescue(redis: Redis) -> bool:
 def rescue(redis: Redis, lease_ms: int) -> None:
     """Send a drain for every inbox in which messages wait and none is queued or running."""
     if _is_too_large(redis):
-        logger.error("the set of waiting inboxes has members that are none: it is made anew")
+        logger.error("the set of waiting inboxes has members that are too large: it is rebuilt")
         redis.unlink(WAITING)
         rebuild_waiting(redis, lease_ms)
         return

@@ -162,7 +162,7 @@ def test_thousands_of_lost_drains_are_found_at_once(quiet_redis: Any) -> None:
 
 
 def test_members_that_are_too_large_are_not_read(quiet_redis: Any, organization: UUID) -> None:
-    """Whoever may add to the set can neither fill a worker's memory nor hide an inbox."""
+    """A user who may add to the set can neither fill a worker's memory nor hide an inbox."""
     redis = quiet_redis
     lose_drain(redis, organization)
     for number in range(30):

@@ -7,7 +7,6 @@ load nothing from other servers.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import sys
@@ -16,7 +15,6 @@ from contextlib import asynccontextmanager, suppress
 from functools import cache
 from importlib.resources import files
 from typing import Any, Final
-from uuid import uuid4
 
 import psycopg
 import uvicorn
@@ -30,14 +28,14 @@ from producers.pubsub import PubSubMultiplexer
 from producers.redis_client import open_async_redis
 from worker.api import changes, feeds, health, reads, work_list, writes
 from worker.api.change_hub import ChangeHub
-from worker.api.errors import HANDLERS, OF_EVERY_ROUTE, TOO_LARGE, answer
+from worker.api.errors import HANDLERS, OF_EVERY_ROUTE, TOO_LARGE, answer, request_id_of
 from worker.api.health import Readiness
 from worker.api.limits import ADMITTED, MAX_BODY_BYTES, RESERVED_FILES, LimitedProtocol
 from worker.api.queries import Reader
 from worker.api.websocket_limits import MAX_FRAME_BYTES, LimitedWebSocket
 from worker.auth import Authorizer
 from worker.settings import Settings
-from worker.startup import check_servers
+from worker.startup import check_servers, freeze_garbage_collector
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +78,10 @@ class CancelledRequests:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cancelled = [asyncio.CancelledError] if scope["type"] == "http" else []
-        with suppress(*cancelled):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with suppress(asyncio.CancelledError):
             await self._app(scope, receive, send)
 
 
@@ -95,8 +95,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = str(uuid4())
-        scope.setdefault("state", {})["request_id"] = request_id
+        request_id = request_id_of(scope)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -108,7 +107,10 @@ class RequestIds:
 
 
 class HeadRequests:
-    """Answers `HEAD` as `GET`, without the body (RFC 9110, 9.3.2)."""
+    """Answers `HEAD` as `GET`, without the body.
+
+    The rule is https://www.rfc-editor.org/rfc/rfc9110#section-9.3.2.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -207,6 +209,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         headers=[("x-content-type-options", "nosniff")],
         timeout_graceful_shutdown=10,
     )
+    freeze_garbage_collector()
     Server(config, app.state.ending).run()
 
 
@@ -236,11 +239,6 @@ def create_app(settings: Settings) -> FastAPI:
             await state.reader.check()
         except (psycopg.Error, TimeoutError):
             logger.warning("the database does not answer yet: requests get 503 until it does")
-        # A request makes no cycles. Searching all modules for some, each time that a body has made
-        # many objects, would let others wait (as in worker/celery.py).
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
         logger.info("ready")
         yield
         for job in jobs:

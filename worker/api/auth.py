@@ -23,7 +23,8 @@ from worker.jwk_set import JwksUnavailable
 def bearer_token(connection: HTTPConnection) -> str:
     """Return the bearer token in the headers, or an empty string."""
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
-    return token.lstrip(" ") if scheme.lower() == "bearer" else ""  # RFC 9110, 11.4: 1*SP
+    # Several spaces are allowed: https://www.rfc-editor.org/rfc/rfc9110#section-11.4
+    return token.lstrip(" ") if scheme.lower() == "bearer" else ""
 
 
 async def authenticate(connection: HTTPConnection, token: str, scope: str) -> Principal:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
+from starlette.types import Scope
 
 from producers.contract.cursors import Cursor
 from producers.contract.encoding import MAX_DETAILS
@@ -94,16 +95,18 @@ async def answer(request: Request, error: Exception) -> Response:
     if problem is UNAVAILABLE:
         logger.warning("the database can't be used", extra={"error": type(error).__name__})
     elif problem is FAULT:
-        about = {"request_id": request_id_of(request), "path": request.url.path[:200]}
+        about = {"request_id": request_id_of(request.scope), "path": request.url.path[:200]}
         logger.error("a request failed", exc_info=error, extra=about)
-    body = problem.body(request_id_of(request))
+    body = problem.body(request_id_of(request.scope))
     return Response(body, problem.status, problem.headers, "application/json")
 
 
-def request_id_of(request: Request) -> str:
-    """Return the id of a request; give it one, if no `RequestIds` is around the application."""
-    state: dict[str, Any] = request.scope.setdefault("state", {})
-    return str(state.setdefault("request_id", str(uuid4())))
+def request_id_of(scope: Scope) -> str:
+    """Return the id of a request, which gets one at the first call."""
+    state: dict[str, str] = scope.setdefault("state", {})
+    if "request_id" not in state:
+        state["request_id"] = str(uuid4())
+    return state["request_id"]
 
 
 def _methods(request: Request) -> list[str]:

@@ -366,4 +366,4 @@ async def _stream(
             raise wrong_parameter([detail]) from None
     cursor = ChangeCursor(request, query, caller)
     await cursor.check()
-    return EventStream(cursor, caller, request_id_of(request), request.app.state.ending)
+    return EventStream(cursor, caller, request_id_of(request.scope), request.app.state.ending)

@@ -113,7 +113,7 @@ def assert_safe_role(found: Sequence[Any]) -> None:
 
 
 def should_discard_plans(uses: int) -> bool:
-    """Whether a connection should plan its statements again at this use: the 2nd, 4th, 8th, 16th …
+    """Whether a connection should plan its statements again at this use: the 2nd, 4th, 8th …
 
     PostgreSQL keeps a prepared plan until the table is analyzed, which takes a minute or more. A
     plan made while an organization had a few hundred rows may read all of them for each look-up,

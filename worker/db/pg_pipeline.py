@@ -308,7 +308,7 @@ class Pipeline:
         self._prepared: dict[str, tuple[bytes, list[str]]] = {}
         self._awaited: deque[Sent] = deque()
         self._is_asked = True
-        """Whether the server was told to answer all that was sent."""
+        """Whether the results of all that was sent were requested."""
 
     @property
     def unanswered(self) -> str | None:

@@ -77,7 +77,7 @@ def attempts_to_blame(
 
 def witness(repository: Repository, organization_id: UUID) -> bool:
     """Run every statement of a drain with harmless values; return whether it succeeded."""
-    execution, new_id = uuid4(), uuid7
+    execution = uuid4()
     rounds: tuple[tuple[Message, ...], ...] = (
         (
             register_execution(execution),
@@ -97,7 +97,7 @@ def witness(repository: Repository, organization_id: UUID) -> bool:
             some = [AuthorizedMessage.of(each, "witness") for each in messages]
             snapshot, now = transaction.load(some), transaction.now
             transaction.save(
-                decide(organization_id, some, snapshot, now=now, new_id=new_id).change_set
+                decide(organization_id, some, snapshot, now=now, new_id=uuid7).change_set
             )
         transaction.check()
         raise _Undo

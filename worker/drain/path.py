@@ -23,7 +23,7 @@ from redis.exceptions import RedisError
 from producers.contract.channels import changes_channel, positions_channel, results_channel
 from producers.contract.cursors import BEGINNING, Cursor
 from producers.contract.results import encode_position
-from producers.contract.values import Uuid7, uuid7
+from producers.contract.values import Uuid7
 from producers.inbox.protocol import Acquired, DeadLetter, Inbox, StreamEntry
 from worker.auth import Authorizer
 from worker.db.repository import Repository, Transaction
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS: Final = 0.05
 MAX_BACKOFF_SECONDS: Final = 1.0
+_TAG_IDS: Final = Uuid7()
+"""Apart from `uuid7`: they follow the clock of the database, not that of this machine."""
 MAX_GROUP_MESSAGE_BYTES: Final = 256 * 1024
 """The size of the messages at which a group ends: 1,700 operations, at about 150 bytes each."""
 
@@ -147,7 +149,7 @@ class Drain:
     group_size: int
     budget_seconds: float
     stopping: Callable[[], bool]
-    new_id: Uuid7 = uuid7
+    new_id: Uuid7 = _TAG_IDS
     now: Callable[[], datetime] = _utc_now
     turn: Turn = field(init=False)
 

@@ -1,5 +1,5 @@
 -- KEYS: inbox, a free name
--- Copies the messages of an inbox, in their order, to a stream whose ids begin anew, which then
+-- Copies the messages of an inbox, in their order, to a stream whose ids start again, which then
 -- takes its place. A drain at work applies what it has read once more, and finds it answered.
 -- Returns how many messages there are.
 local from, copied = '-', 0
