@@ -45,6 +45,48 @@ def answers(connection: socket.socket) -> bytes:
     return received
 
 
+# --- Ambiguous heads -----------------------------------------------------------------------------
+
+UPGRADE = (
+    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+
+
+@pytest.mark.parametrize("upgrade", ["", UPGRADE], ids=["request", "websocket"])
+@pytest.mark.parametrize(
+    ("fields", "is_refused"),
+    [
+        ("Host: x\r\n{token}", False),
+        ("{token}", True),
+        ("Host: x\r\nhost: y\r\n{token}", True),
+        ("Host: x\r\n{token}Authorization: Bearer other\r\n", True),
+    ],
+    ids=["unambiguous", "no host", "two hosts", "two tokens"],
+)
+def test_a_head_that_can_be_read_in_two_ways_is_refused(
+    servers: Servers, token: str, fields: str, is_refused: bool, upgrade: str
+) -> None:
+    """A proxy in front could go by the other host, or the other token."""
+    named = fields.format(token=f"Authorization: Bearer {token}\r\n")
+    head = f"GET /changes HTTP/1.1\r\n{named}{upgrade}\r\n"
+    with connect(servers) as connection:
+        connection.sendall(head.encode())
+        if not is_refused:
+            assert connection.recv(12) == (b"HTTP/1.1 101" if upgrade else b"HTTP/1.1 200")
+            return
+        received = answers(connection)
+    assert received.startswith(b"HTTP/1.1 400 ") and received.count(b"HTTP/1.1 ") == 1
+    assert b'"code": "bad_request"' in received
+
+
+def test_http_1_0_needs_no_host(servers: Servers) -> None:
+    """Probes of load balancers send none (https://www.rfc-editor.org/rfc/rfc9112#section-3.2)."""
+    with connect(servers) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert answers(connection).startswith(b"HTTP/1.1 200 ")
+
+
 # --- Requests in a row ---------------------------------------------------------------------------
 
 
@@ -111,7 +153,7 @@ def test_a_head_has_a_limited_number_of_lines(servers: Servers) -> None:
     """However short they are: each costs time."""
     for lines, status in ((100, b"200"), (200, b"431"), (10_000, b"431")):
         with connect(servers) as connection:
-            connection.sendall(b"GET /healthz HTTP/1.1\r\n" + b"a:\r\n" * lines + b"\r\n")
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * lines + b"\r\n")
             assert connection.recv(4096).startswith(b"HTTP/1.1 " + status)
 
 

@@ -1,12 +1,12 @@
-"""Lines end at 100 characters, also where ruff does not look."""
+"""Lines end at 100 characters, also where ruff does not look; modules end at 450 lines."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.support.checkout import REPOSITORY, listed_files
+
 MOST = 100
 KINDS = {".css", ".html", ".js", ".lua", ".md", ".toml", ".yaml", ".yml", ""}
 GENERATED = {"docs/reference.md", "docs/bench.md"}
@@ -31,14 +31,17 @@ def test_a_long_line_is_noticed() -> None:
 
 
 def test_lines_end_at_100_characters() -> None:
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
     paths = [
-        path
-        for path in listed.stdout.splitlines()
-        if Path(path).suffix in KINDS and path not in GENERATED
+        path for path in listed_files() if Path(path).suffix in KINDS and path not in GENERATED
     ]
     assert "worker/api/page/script.js" in paths
     found = [each for path in paths for each in long_lines(path, (REPOSITORY / path).read_text())]
     assert not found, "\n".join(found)
+
+
+def test_modules_of_the_product_end_at_450_lines() -> None:
+    paths = [path for path in listed_files() if path.startswith(("producers/", "worker/"))]
+    modules = [path for path in paths if path.endswith(".py")]
+    lines = {path: len((REPOSITORY / path).read_text().splitlines()) for path in modules}
+    assert lines
+    assert {path: number for path, number in lines.items() if number > 450} == {}

@@ -33,6 +33,7 @@ from worker.api.health import Readiness
 from worker.api.limits import ADMITTED, MAX_BODY_BYTES, RESERVED_FILES, LimitedProtocol
 from worker.api.queries import Reader
 from worker.api.websocket_limits import MAX_FRAME_BYTES, LimitedWebSocket
+from worker.api.write_service import WriteService
 from worker.auth import Authorizer
 from worker.settings import Settings
 from worker.startup import check_servers, freeze_garbage_collector
@@ -230,7 +231,7 @@ def create_app(settings: Settings) -> FastAPI:
         pubsub = PubSubMultiplexer(state.redis)
         enqueuer = Enqueuer(redis_url, settings.inbox_limit, settings.lease_ms, socket_timeout=2)
         state.change_hub = ChangeHub(pubsub, state.redis, state.reader)
-        state.write_service = writes.WriteService(enqueuer, pubsub, state.reader)
+        state.write_service = WriteService(enqueuer, pubsub, state.reader)
         state.readiness = Readiness()
         running = (pubsub.run(), state.change_hub.run(), state.reader.run())
         jobs = [asyncio.create_task(job) for job in running]

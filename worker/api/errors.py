@@ -84,6 +84,10 @@ def wrong_parameter(details: list[ErrorDetail]) -> ApiError:
     return ApiError(400, "bad_request", "a parameter is missing or wrong", details)
 
 
+def invalid_body(details: list[ErrorDetail]) -> ApiError:
+    return ApiError(400, "bad_request", "the body breaks the contract", details)
+
+
 # --- Exceptions ----------------------------------------------------------------------------------
 
 

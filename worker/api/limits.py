@@ -289,6 +289,8 @@ class LimitedProtocol(HttpToolsProtocol):
         head = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if head > MAX_HEAD_BYTES:
             self._refuse(431, "Request Header Fields Too Large", "headers_too_large")
+        elif self._is_ambiguous():
+            self._refuse(400, "Bad Request", "bad_request")
         elif len(self.pipeline) >= MAX_WAITING:  # small ones, behind a body in chunks
             self.cycle.keep_alive = False
             self._refused = True
@@ -301,6 +303,17 @@ class LimitedProtocol(HttpToolsProtocol):
                 cycle = self.cycle
                 closing = ClosingTransport(self, lambda: not cycle.more_body)
                 cycle.transport = closing  # type: ignore[assignment]
+
+    def _is_ambiguous(self) -> bool:
+        """Return whether a proxy could read another host or another token than this endpoint.
+
+        Of `Host`, see https://www.rfc-editor.org/rfc/rfc9112#section-3.2; of fields that stand more
+        than once, https://www.rfc-editor.org/rfc/rfc9110#section-5.3
+        """
+        names = [name for name, _ in self.headers]
+        hosts = names.count(b"host")
+        is_missing = not hosts and self.parser.get_http_version() == "1.1"
+        return hosts > 1 or is_missing or names.count(b"authorization") > 1
 
     def on_body(self, body: bytes) -> None:
         if self._refused:
@@ -338,6 +351,8 @@ class LimitedProtocol(HttpToolsProtocol):
         return running is not None and not (running.response_complete or running.disconnected)
 
     def handle_websocket_upgrade(self) -> None:
+        if self._refused:
+            return
         self._unread.clear()  # no client may send frames before the handshake is answered
         ADMITTED.leave(self)
         self._stop_deadline()

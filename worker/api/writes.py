@@ -5,22 +5,17 @@ So the endpoint writes in the same way as any producer, and the worker decides e
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from typing import Annotated, Any, Final
-from uuid import UUID, uuid4, uuid5
-from weakref import WeakValueDictionary
+from uuid import UUID, uuid5
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import to_json
 
-from producers.contract.channels import results_channel
 from producers.contract.encoding import parse_body
 from producers.contract.errors import ErrorDetail, ErrorInfo, FoundTag, InvalidMessage
 from producers.contract.messages import (
@@ -30,7 +25,6 @@ from producers.contract.messages import (
     MAX_OPERATIONS,
     MAX_TASK_NAMES,
     Condition,
-    Message,
     TagOperation,
     TaskState,
 )
@@ -41,9 +35,6 @@ from producers.contract.results import (
     ResultRecord,
 )
 from producers.contract.values import FlowId, TagType, TaskName, uuid7
-from producers.enqueuer import Enqueuer
-from producers.errors import Unavailable
-from producers.pubsub import Listener, PubSubMultiplexer, wait_at_most
 from worker.api.auth import ExecutionWriting, TagWriting, bearer_token
 from worker.api.errors import (
     EXPIRED,
@@ -52,17 +43,14 @@ from worker.api.errors import (
     ApiError,
     documented,
     forbidden,
+    invalid_body,
     text_header,
 )
 from worker.api.params import NoParameters, wait_preference
-from worker.api.queries import READ_ERRORS, Reader
+from worker.api.write_service import CONFLICT, INBOX_FULL, WriteService
 from worker.auth import EXECUTIONS_WRITE, WRITE, Principal
 
 WAIT_SECONDS: Final = 10.0
-_SUBSCRIBE_SECONDS: Final = 1.0
-_POLL_SECONDS: Final = 1.0
-_THREADS: Final = 40
-_PARSERS: Final = 2
 _LARGE_BYTES: Final = 16 * 1024
 _KEYS: Final = UUID("0b6c2b55-7f0c-5d0e-8a39-5f2a4c9d6e10")
 """The namespace of the batch ids that are made from Idempotency-Keys."""
@@ -76,111 +64,6 @@ _STATUS_OF: Final = {
     "too_large": 422,
     "internal_error": 500,
 }
-_CONFLICT: Final = ApiError(409, "conflict", "this batch id was used for another request")
-_INBOX_FULL: Final = ApiError(
-    429, "inbox_full", "the organization's inbox is full; try again later"
-)
-
-
-class PendingResult(Listener):
-    """Waits for the one result that is published for a request."""
-
-    def __init__(self) -> None:
-        self.subscribed = asyncio.Event()
-        self.record: asyncio.Future[ResultRecord] = asyncio.get_running_loop().create_future()
-
-    def on_subscribed(self) -> None:
-        self.subscribed.set()
-
-    def on_event(self, payload: bytes) -> None:
-        if not self.record.done():
-            self.record.set_result(ResultRecord.decode(payload))
-
-
-@dataclass(frozen=True)
-class WriteService:
-    """Enqueues messages and waits for their results."""
-
-    enqueuer: Enqueuer
-    pubsub: PubSubMultiplexer
-    reader: Reader
-    threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
-    """Limits the threads that wait for Redis. Reads have others, so these can't hold them up."""
-    parsers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_PARSERS))
-    parsing: WeakValueDictionary[UUID, asyncio.Lock] = field(default_factory=WeakValueDictionary)
-
-    async def parse_large(self, organization_id: UUID, parse: Callable[[], Message]) -> Message:
-        """Parse a large body in a thread, one at a time of an organization, two in total.
-
-        It may take a second to find what is wrong with one, and others wait for the interpreter.
-        """
-        async with self.parsing.setdefault(organization_id, asyncio.Lock()):
-            return await to_thread.run_sync(parse, limiter=self.parsers)
-
-    async def apply(
-        self, organization_id: UUID, message: Message, token: str, seconds: float
-    ) -> ResultRecord | None:
-        """Enqueue a message and return its result; None if there is none in time.
-
-        Each request has its own results channel, because two requests with the same batch id may
-        ask for different things, and then have different results.
-
-        Args:
-            seconds: How long to wait; 0 does not wait.
-
-        Raises:
-            ApiError: 400, 409, 429 or 503.
-        """
-        if not seconds:
-            await self._enqueue(organization_id, message, token)
-            return None
-        pending, reply_to = PendingResult(), f"endpoint-{uuid4()}"
-        with self.pubsub.listening(results_channel(organization_id, reply_to), pending):
-            await wait_at_most(_SUBSCRIBE_SECONDS, pending.subscribed.wait())
-            named = message.model_copy(update={"reply_to": reply_to})
-            await self._enqueue(organization_id, named, token)
-            return await self._result(organization_id, message, pending.record, seconds)
-
-    async def _enqueue(self, organization_id: UUID, message: Message, token: str) -> None:
-        try:
-            accepted = await to_thread.run_sync(
-                lambda: self.enqueuer.enqueue(organization_id, [message.encode()], token),
-                limiter=self.threads,
-            )
-        except InvalidMessage as error:
-            raise _invalid(error) from None
-        except Unavailable as error:
-            raise ApiError(503, "unavailable", "Redis can't be used; try again later") from error
-        if not accepted:
-            raise _INBOX_FULL
-
-    async def _result(
-        self,
-        organization_id: UUID,
-        message: Message,
-        published: asyncio.Future[ResultRecord],
-        seconds: float,
-    ) -> ResultRecord | None:
-        """Wait for the result; read the stored one every second, because pub/sub may lose it."""
-        clock = asyncio.get_running_loop().time
-        end = clock() + seconds
-        while (left := end - clock()) > 0:
-            await wait_at_most(min(left, _POLL_SECONDS), asyncio.shield(published))
-            if published.done():
-                return published.result()
-            try:
-                stored = await self.reader.record(organization_id, message.batch_id)
-            except READ_ERRORS:
-                continue
-            if stored is not None and stored.digest == message.digest():
-                return ResultRecord.decode(stored.record)
-            if stored is not None:
-                raise _CONFLICT
-        return None
-
-
-def _invalid(error: InvalidMessage) -> ApiError:
-    return ApiError(400, "bad_request", "the body breaks the contract", error.details)
 
 
 # --- Requests ------------------------------------------------------------------------------------
@@ -246,7 +129,7 @@ class WriteRequest:
             else:
                 message = await service.parse_large(caller.organization_id, read)
         except InvalidMessage as error:
-            raise _invalid(error) from None
+            raise invalid_body(error.details) from None
         token = bearer_token(self.request)
         record = await service.apply(caller.organization_id, message, token, seconds)
         return _answer(kind, batch_id, record, is_kept=self.key is not None)
@@ -367,7 +250,7 @@ _FOUND: Final = FoundTag(
 
 def _of_body(index: int | None, field: str) -> ApiError:
     detail = ErrorDetail(index=index, field=field, message="must have at least 1 character(s)")
-    return ApiError(400, "bad_request", "the body breaks the contract", [detail])
+    return invalid_body([detail])
 
 
 def _unknown(index: int | None) -> ApiError:
@@ -381,7 +264,7 @@ def _too_large(index: int | None, field: str | None, message: str) -> ApiError:
     return ApiError(422, "too_large", text, [detail], _STORED)
 
 
-_PROBLEMS: Final = documented(EXPIRED, _CONFLICT, _INBOX_FULL, UNAVAILABLE)
+_PROBLEMS: Final = documented(EXPIRED, CONFLICT, INBOX_FULL, UNAVAILABLE)
 _OF_TAGS: Final = documented(
     _of_body(0, "tag"),
     forbidden(WRITE),
