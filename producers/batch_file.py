@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import count
@@ -12,7 +11,7 @@ from typing import Final, NamedTuple
 from uuid import UUID
 
 from producers import console
-from producers.contract.encoding import MAX_READABLE_BYTES, NOT_JSON, parse_line
+from producers.contract.encoding import MAX_READABLE_BYTES, parse_line
 from producers.contract.errors import InvalidMessage, TaskTagsError, describe
 from producers.contract.messages import TOO_LARGE
 from producers.contract.values import batch_id_for, uuid7
@@ -77,30 +76,14 @@ class CheckedBatches:
                 encoded = message.encode()
             except InvalidMessage as error:
                 wrong += 1
-                place = f"line {number}"
-                if error.details == [NOT_JSON]:
-                    place += _column(line)
                 for detail in error.details[:_DETAILS]:
-                    console.print_error(f"{place}: {describe(detail)}")
+                    console.print_error(f"line {number}: {describe(detail)}")
                 continue
             new_id = str(id) if message.batch_id == id else ""
             self._kept.write(b"%d %s %s\n" % (number, new_id.encode(), encoded))
         self._kept.seek(0)  # it writes what is buffered
         if wrong:
             raise WrongInput(f"nothing was enqueued: {wrong} of {self.total} lines are wrong")
-
-
-def _column(line: bytes) -> str:
-    """Return, to be appended to a line's number, where the line ceases to be JSON in UTF-8."""
-    try:
-        json.loads(line.decode(), parse_int=str)  # int() refuses many digits
-    except json.JSONDecodeError as error:
-        return f", column {error.colno}"
-    except UnicodeDecodeError as error:
-        return f", column {len(line[: error.start].decode()) + 1}"
-    except RecursionError:
-        pass
-    return ""
 
 
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:

@@ -10,7 +10,7 @@ def main() -> None:
     try:
         from worker.cli import main as run
     except ModuleNotFoundError as error:
-        fail(2, f"task-tags-admin needs the worker: pip install 'task-tags[worker]' ({error})")
+        fail(2, f"the worker is not installed: in a clone, pip install '.[worker]' ({error})")
     run()
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from uuid import UUID
 
@@ -37,7 +36,7 @@ from producers.console import (
     within,
 )
 from producers.contract.messages import Message, TagBatch, add, register_execution
-from producers.errors import ConfigurationError, InboxFull, Unavailable
+from producers.errors import BatchRefused, ConfigurationError, TaskTagsError
 from producers.inbox.protocol import Inbox
 from producers.redis_client import open_redis
 from worker import log
@@ -94,7 +93,9 @@ def main() -> None:
         fail(3, f"Redis can't be used: {error}")
     except OSError as error:
         fail(3, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
-    except (StartupError, psycopg.Error, InboxFull, Unavailable, JwksUnavailable) as error:
+    except BatchRefused as error:
+        fail(1, f"a batch of the demonstration was refused: {error}")
+    except (StartupError, psycopg.Error, TaskTagsError, JwksUnavailable) as error:
         fail(3, error)
     except OutputFailed as error:
         fail(OUTPUT_FAILED, error)
@@ -221,7 +222,7 @@ def token(
 
         settings, org = signing_settings(data_dir), org or DEVELOPMENT_ORGANIZATION
     if org is None:
-        fail(2, "--org is missing, and there is no local stack in this directory")
+        fail(2, f"--org is missing, and there is no local stack in {data_dir} (--data-dir)")
     print(sign_token(settings, organization_id=org, actor=sub, scopes=scopes, lifetime=lifetime))
 
 
@@ -274,13 +275,17 @@ def list_rejected(
 
     The columns are: organization, id, time, attempts, batch id, size in bytes, reason.
     """
+    none = True
     with _redis() as redis:
         for organization_id in [org] if org else dead_letters.organizations(redis):
             for each in dead_letters.dead_letters(redis, organization_id):
+                none = False
                 summary = each.summary()
                 # Not a table: it would truncate the ids, which users copy.
                 cells = ("-" if value is None else str(value) for value in summary.values())
                 show("  ".join(map(escape_terminal, cells)), [json.dumps(summary)], as_json)
+    if none:
+        show("no dead letters", [], as_json)
 
 
 @rejected_app.command(name="show")
@@ -399,16 +404,16 @@ def _tell(stack: Stack, execution: UUID, task_name: str, *first: Message) -> Non
     print(f"\n  live page  {page}\n  API        {stack.endpoint_url}/docs")
     print("\nTry in another terminal, and see it on the page:\n")
     scripts = Path(sys.executable).absolute().parent
-    if Path(which("task-tags") or "").parent != scripts:
-        print(f'  export PATH={shlex.quote(str(scripts))}:"$PATH"')
+    print(f'  export PATH={shlex.quote(str(scripts))}:"$PATH"')
     for name, value in stack.environment.items():
         print(f"  export {name}={shlex.quote(value)}")
     batch = TagBatch(tags=[add(execution, task_name, "review_status", "seen")])
     lines = " ".join(shlex.quote(each.encode().decode()) for each in (*first, batch))
     print(
         f"  printf '%s\\n' {lines} | task-tags enqueue - --wait\n  task-tags list {execution}\n"
-        f"  task-tags-admin token --sub ada --data-dir {shlex.quote(str(stack.directory))}"
-        "  # a token of another actor\n\nCtrl-C stops everything; the data stays.",
+        f"  task-tags-admin token --sub ada --data-dir {shlex.quote(str(stack.directory))}\n\n"
+        "The last command prints a token of another actor.\n"
+        "Ctrl-C stops everything; the data stays.",
         flush=True,
     )
 

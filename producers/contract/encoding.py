@@ -29,9 +29,6 @@ MAX_DETAILS: Final = 100
 MAX_READABLE_BYTES: Final = 4 * MAX_MESSAGE_BYTES
 """A message over its limit is still read up to this size, to find whom to answer."""
 
-NOT_JSON: Final = ErrorDetail(
-    message="the message must be JSON in UTF-8, less than 1,000 levels deep"
-)
 _NOT_AN_OBJECT: Final = ErrorDetail(message="the message must be a JSON object")
 _DUPLICATE_KEY: Final = ErrorDetail(message="the message has the same key twice in one object")
 
@@ -93,7 +90,7 @@ def parse_body(kind: str, raw: bytes, **rest: Any) -> Message:
 
 def _parse_strictly(raw: bytes, batch_id: UUID | None = None) -> Message:
     if len(raw) > MAX_MESSAGE_BYTES:
-        readable = _decode(_lenient_json, raw) if len(raw) <= MAX_READABLE_BYTES else None
+        readable = _read_leniently(raw) if len(raw) <= MAX_READABLE_BYTES else None
         raise _invalid(readable, [TOO_LARGE])
     fields = _json_object(raw)
     if batch_id is not None:
@@ -157,29 +154,41 @@ def _integer(digits: str) -> int | BeyondInt64:
 
 _strict_json: Final = json.JSONDecoder(object_pairs_hook=each_name_once, parse_int=_integer)
 _lenient_json: Final = json.JSONDecoder(parse_int=_integer)
-_UNREADABLE: Final = object()
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:
     """Read a JSON object. Raises `InvalidMessage`, with the batch id if it can be found."""
     try:
-        fields = _decode(_strict_json, raw)
+        fields = _strict_json.decode(raw.decode())
     except _DuplicateKey:
-        raise _invalid(_decode(_lenient_json, raw), [_DUPLICATE_KEY]) from None
-    if fields is _UNREADABLE:
-        raise InvalidMessage([NOT_JSON])
+        raise _invalid(_read_leniently(raw), [_DUPLICATE_KEY]) from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidMessage([ErrorDetail(message=f"the message {_fault(raw, error)}")]) from None
     if not isinstance(fields, dict):
         raise InvalidMessage([_NOT_AN_OBJECT])
     return fields
 
 
-def _decode(decoder: json.JSONDecoder, raw: bytes) -> Any:
+def _read_leniently(raw: bytes) -> Any:
+    """Return the value of JSON that has a fault, to find whom to answer; or else None."""
     try:
-        return decoder.decode(raw.decode())
-    except _DuplicateKey:
-        raise
+        return _lenient_json.decode(raw.decode())
     except (ValueError, RecursionError):
-        return _UNREADABLE
+        return None
+
+
+def _fault(raw: bytes, error: Exception) -> str:
+    """Return why a message is not JSON, and where."""
+    if isinstance(error, RecursionError):
+        return "is nested too deep"
+    if not raw.strip():
+        return "is empty"
+    before = error.doc[: error.pos] if isinstance(error, json.JSONDecodeError) else ""
+    if isinstance(error, UnicodeDecodeError):
+        before = raw[: error.start].decode()
+    line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+    place = f"column {column}" if line == 1 else f"line {line}, column {column}"
+    return f"is not JSON in UTF-8 ({place})"
 
 
 # --- Faults in words -----------------------------------------------------------------------------

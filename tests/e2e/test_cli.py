@@ -84,7 +84,7 @@ def test_nothing_is_sent_if_a_line_is_wrong(servers: Servers, mine: dict[str, st
     sent = lines(register_execution(uuid4())) + 'hello\n{"kind": "x"}\n'
     done = run(servers, "enqueue", "-", stdin=sent, **mine)
     assert done.returncode == 2
-    assert "line 2, column 1: the message must be JSON" in done.stderr
+    assert "line 2: the message is not JSON in UTF-8 (column 1)" in done.stderr
     assert (
         "line 3: kind: must be 'tag_batch' or 'flow_execution' or 'task_execution'" in done.stderr
     )
@@ -104,8 +104,8 @@ def test_the_version_is_that_of_the_package(name: str) -> None:
 
 def readme_lines() -> str:
     """Return the lines of batches.jsonl that the README shows."""
-    block = (REPOSITORY / "README.md").read_text("utf-8").partition("```json\n")[2]
-    return block.partition("```")[0]
+    block = (REPOSITORY / "README.md").read_text("utf-8").partition("<<END\n")[2]
+    return block.partition("END\n")[0].replace("$ID", str(uuid4()))
 
 
 def test_the_lines_of_the_readme_are_taken_as_they_are(

@@ -110,6 +110,10 @@ def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path
             f"error: a stack runs already on {space}: pid {process.pid}, "
             f"{settings['TASK_TAGS_ENDPOINT_URL']}; to stop it: kill {process.pid}\n"
         ) in output
+        other = admin("up", "--data-dir", str(space / "other"), "--port", "0", **settings)
+        output, _ = other.communicate(timeout=30)
+        assert other.returncode == 3
+        assert "error: TASK_TAGS_REDIS_URL is the server of another local stack" in output
         process.send_signal(signal.SIGINT)
         begin = time.monotonic()
         output, _ = process.communicate(timeout=60)
@@ -159,7 +163,7 @@ def test_make_run_in_a_terminal(space: Path) -> None:
         terminal.await_end()
         assert terminal.said.removeprefix(said) == "^C  stopping\n"
     with in_terminal(make, clone, environment) as terminal:
-        terminal.await_words("Ctrl-C stops everything")
+        terminal.await_words("Ctrl-C stops everything; the data stays.\n")
         pid = (clone / ".task-tags" / "lock").read_text().partition(" ")[0]
         subprocess.run(re.sub(r"\d+", pid, stop), shell=True, check=True)
         assert terminal.await_end() == 0
@@ -280,6 +284,8 @@ def test_servers_of_ones_own_are_used_instead(servers: Servers, space: Path) -> 
     with up(space, **own) as (_, said):
         assert "postgresql  ready" not in said
         assert "valkey" not in said.partition("Try in another")[0]
+        assert "redis       that of TASK_TAGS_REDIS_URL\n" in said
+        assert "postgresql  that of TASK_TAGS_DATABASE_URL\n" in said
         assert "endpoint" in said
     assert not (space / "postgresql").exists()
     _restore_passwords(servers)

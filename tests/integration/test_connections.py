@@ -76,7 +76,8 @@ def test_a_head_that_can_be_read_in_two_ways_is_refused(
             assert connection.recv(12) == (b"HTTP/1.1 101" if upgrade else b"HTTP/1.1 200")
             return
         received = answers(connection)
-    assert received.startswith(b"HTTP/1.1 400 ") and received.count(b"HTTP/1.1 ") == 1
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert received.count(b"HTTP/1.1 ") == 1
     assert b'"code": "bad_request"' in received
 
 
@@ -153,7 +154,9 @@ def test_a_head_has_a_limited_number_of_lines(servers: Servers) -> None:
     """However short they are: each costs time."""
     for lines, status in ((100, b"200"), (200, b"431"), (10_000, b"431")):
         with connect(servers) as connection:
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * lines + b"\r\n")
+            connection.sendall(
+                b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * lines + b"\r\n"
+            )
             assert connection.recv(4096).startswith(b"HTTP/1.1 " + status)
 
 

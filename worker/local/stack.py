@@ -30,6 +30,7 @@ from worker.local.servers import (
     Postgres,
     Valkey,
     find_server_paths,
+    is_printed_by_a_stack,
     load_or_create_secret,
     lock_directory,
 )
@@ -93,8 +94,8 @@ def run_stack(
     """
     directory = directory.absolute()
     with lock_directory(directory) as lock, Supervisor(directory / "logs") as supervisor:
+        port = free_port(port)
         try:
-            port = free_port(port)
             lock.write(f" http://127.0.0.1:{port}")
             lock.flush()
             redis_url, owner_url = _servers(
@@ -171,18 +172,34 @@ def _servers(
         children.append(valkey.child())
         redis_url = valkey.url
     else:
-        try:
-            with open_redis(redis_url) as client:
-                client.ping()
-        except (RedisError, OSError) as error:
-            raise StartupError(f"TASK_TAGS_REDIS_URL can't be reached: {error}") from None
+        _check_redis(redis_url)
+        say("redis       that of TASK_TAGS_REDIS_URL")
     if owner_url is None:
         children.append(postgres.child())
         owner_url = postgres.url(database=DATABASE)
+    else:
+        say("postgresql  that of TASK_TAGS_DATABASE_URL")
     supervisor.start(*children, say=say)
     if external_database_url is None:
         postgres.create_database(DATABASE)
     return redis_url, owner_url
+
+
+def _check_redis(url: str) -> None:
+    """Raise `StartupError` if the server can't be reached, or is that of another local stack.
+
+    Two stacks on one server would take each other's messages.
+    """
+    if is_printed_by_a_stack(url):
+        raise StartupError(
+            "TASK_TAGS_REDIS_URL is the server of another local stack, which needs it for itself: "
+            "unset TASK_TAGS_REDIS_URL"
+        )
+    try:
+        with open_redis(url) as client:
+            client.ping()
+    except (RedisError, OSError) as error:
+        raise StartupError(f"TASK_TAGS_REDIS_URL can't be reached: {error}") from None
 
 
 def _celery(
@@ -237,6 +254,6 @@ def free_port(port: int) -> int:
             return free
     except OSError as error:
         raise StartupError(
-            f"port {port} can't be used ({os.strerror(error.errno or 0)}): choose one with --port, "
-            "or make run PORT=…"
+            f"port {port} can't be used ({os.strerror(error.errno or 0)}): choose another one with "
+            "make run PORT=… or --port"
         ) from None
