@@ -256,15 +256,16 @@ def watch(
         str | None,
         typer.Option(
             metavar="PLACE",
-            help="Print all changes after this revision, or with --all behind this cursor, without "
-            "gaps; 0 is the beginning. Missed changes are read from the endpoint.",
+            help="Print all changes after this revision, or with --all after this cursor, without "
+            "gaps; 0 is the beginning, with --all latest is the end. Missed changes are read from "
+            "the endpoint.",
         ),
     ] = None,
     as_json: console.AsJson = False,
 ) -> None:
     """Print the changes of a flow execution, or of all, as they come, until interrupted."""
     if (execution is None) != everything:
-        console.fail(WRONG, "give the id of a flow execution, or --all")
+        console.fail(WRONG, "give either the id of a flow execution or --all")
     with Subscriber() as subscriber:
         if execution is None:
             events = subscriber.organization_changes(after or "latest")
@@ -354,8 +355,8 @@ class _Run:
             of = "" if self._total is None else f" of {self._total}"
             until = f", up to line {self._last_line}" if self.sent else ""
             # An answer may be lost.
-            known = "known to be " if isinstance(error, Unavailable) else ""
-            report = f"{self.sent}{of} batches were {known}enqueued{until}"
+            known = "are known to have been" if isinstance(error, Unavailable) else "were"
+            report = f"{self.sent}{of} batches {known} enqueued{until}"
             if isinstance(error, KeyboardInterrupt):
                 console.fail(INTERRUPTED, f"interrupted: {report}")
             if isinstance(error, InboxFull):

@@ -113,8 +113,9 @@ class PubSubMultiplexer:
             except Exception as error:  # whatever it is, the listeners would wait for ever
                 failures = 0 if self._confirmed else failures + 1
                 if failures in (0, 3, 100):
-                    name = type(error).__name__
-                    logger.warning("the subscription is lost; reconnecting", extra={"error": name})
+                    what = "no subscription is possible" if failures else "the subscription is lost"
+                    about = {"error": f"{type(error).__name__}: {error}"}
+                    logger.warning(f"{what}; connecting again", extra=about)
             finally:
                 self._confirmed.clear()
                 await connection.disconnect(nowait=True)

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 lock=$1 uv=.venv/uv/bin/uv
 
 python=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable); sys.exit(
-    sys.version_info < (3, 11) and "Python 3.11 or later is required: make PYTHON=...")')
+    sys.version_info < (3, 11) and "Python 3.11 or later is required: add PYTHON=python3.12, say, to the words of make")')
 if [ -t 2 ]; then quiet=; else quiet=--quiet; fi  # on a terminal, pip and uv show bars
 
 # Without pip, which would take seconds and 26 MB, unless this Python has none outside of .venv.
@@ -28,6 +28,7 @@ use_as() {
 }
 
 with_uv() {
+    trap 'rm -f .venv/settings' EXIT
     (umask 077 && pip config list > .venv/settings) &  # may have passwords
     [ -x "$uv" ] || {
         echo "  fetching uv, which installs the rest"
@@ -42,7 +43,6 @@ with_uv() {
     use_as UV_NO_INDEX no-index
     use_as SSL_CERT_FILE cert
     use_as ALL_PROXY proxy
-    rm .venv/settings
     export UV_INDEX_STRATEGY=unsafe-best-match  # as pip; the hashes say what is good
     echo "  installing the packages of $lock"
     "$uv" pip install $quiet --python .venv/bin/python --no-deps --require-hashes -r "$lock" &&

@@ -358,7 +358,7 @@ def _reach(results: Results) -> str:
         _table(heads, rows, left=3),
         f"The {RIVAL} is what a user would write who wants speed and no queue: one Redis stream, "
         "and processes that take 100 entries and apply those of each organization in one "
-        "transaction, with the rules and SQL of task tags of one day "
+        "transaction, with the rules and SQL that task tags had once "
         "(`tests/bench/peers/grouping_stream.py`). It is compared with its batches enqueued by "
         "organization, which is best for it. With several processes it keeps no order of an "
         "organization's batches. Only task tags and DBOS do.",

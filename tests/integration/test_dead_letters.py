@@ -364,7 +364,7 @@ def test_what_is_dropped_is_gone_and_the_rest_stays(tenant: Tenant) -> None:
     kept, org = rejected(tenant), str(tenant.organization)
     done = admin(tenant, "drop", "--org", org, kept[0].id, "1-1", kept[2].id)
     assert (done.returncode, len(done.stdout.splitlines())) == (2, 2)
-    assert "there is no rejected message 1-1" in done.stderr
+    assert "there is no dead letter 1-1" in done.stderr
     assert rejected(tenant) == [kept[1], *kept[3:]]
     assert admin(tenant, "drop", "--org", org, "--all").returncode == 0
     assert not rejected(tenant)
@@ -374,8 +374,8 @@ def test_what_is_dropped_is_gone_and_the_rest_stays(tenant: Tenant) -> None:
 @pytest.mark.parametrize(
     ("words", "values", "code", "said"),
     [
-        (("retry", "1-1"), {}, 2, "there is no rejected message 1-1"),
-        (("show", "1-1"), {}, 2, "there is no rejected message 1-1"),
+        (("retry", "1-1"), {}, 2, "there is no dead letter 1-1"),
+        (("show", "1-1"), {}, 2, "there is no dead letter 1-1"),
         (("retry",), {}, 2, "--all"),
         (("drop", "1-1", "--all"), {}, 2, "--all"),
         (("retry", "--all"), {"TASK_TAGS_TOKEN": ""}, 2, "TASK_TAGS_TOKEN is not set"),

@@ -169,7 +169,7 @@ _PARAMETER_TEXTS: Final = {
     "string_too_short": "must not be empty",
     "string_too_long": "is too long",
     "string_pattern_mismatch": "must not contain U+0000",
-    "revision": "must be a revision, or `<revision>-<t>`",
+    "revision": "must be a revision, or `<revision>-<time>` as in an ETag",
     "position": "must be a cursor, 0 or latest",
     "selector": "must be like type:tag or type, with a backslash before : and \\ in the type",
     "too_long": "has too many values",

@@ -81,7 +81,7 @@ def admit(
     except InvalidToken as error:
         return refuse(_error("unauthorized", str(error)))
     if principal.organization_id != organization_id:
-        return refuse(_error("forbidden", "the token is of another organization than the inbox"))
+        return refuse(_error("forbidden", "the token belongs to another organization"))
     if broken is not None:
         text = "the message breaks the contract"
         return refuse(ErrorInfo(code="bad_request", message=text, details=broken.details))

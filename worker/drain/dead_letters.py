@@ -89,7 +89,7 @@ def find(redis: Redis, organization_id: UUID, id: str) -> DeadLetterEntry:
     if known and all(int(part) < 2**64 for part in known.groups()):
         for found in _range(redis, organization_id, id, id):
             return found
-    raise DeadLetterNotFound(f"there is no rejected message {id}")
+    raise DeadLetterNotFound(f"there is no dead letter {id}")
 
 
 def drop(redis: Redis, dead_letter: DeadLetterEntry) -> None:
