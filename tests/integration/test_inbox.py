@@ -176,7 +176,9 @@ def test_an_inbox_is_drained_also_while_redis_has_no_memory_left(
         (entry,) = acquire(inbox, "run")
         inbox.requeue("run")
         assert acquire(inbox, "run") == [entry]
+        assert inbox.count_failure(entry, "DataError") == (1, 0)
         rejection = DeadLetter(b"1", "no id", datetime(2026, 1, 2, tzinfo=timezone.utc))
+        inbox.add_dead_letter(rejection)
         published = [("channel", b"x")]
         last = inbox.ack_and_publish("run", [entry], published, [rejection], max_messages=1)
         assert last.following() == []
@@ -283,7 +285,7 @@ def test_an_inbox_has_a_limited_size(quiet_redis: Any, organization: UUID) -> No
     assert 200 <= accepted <= 270
     assert inbox.append([b"{}"], "token", str(uuid4())) == 0
     entries = inbox.acquire("run", max_messages=200, max_bytes=10**9).entries
-    inbox.ack_and_publish("run", entries, [], max_messages=0)
+    inbox.ack_and_publish("run", entries, [], max_messages=0).following()
     assert inbox.append([b"{}"], "token", str(uuid4())) == 1
     quiet_redis.flushdb()
 

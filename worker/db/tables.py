@@ -1,6 +1,6 @@
 """The one declaration of the schema: tables, constraints, indexes, policies and rights.
 
-Migrations bring a database to what is declared here; a test compares the two. Statements are in
+Nothing is created from it: migrations do that, and a test compares the two. Statements are in
 worker/db/statements.py, and those of the endpoint in three modules of worker/api: queries.py,
 page_statements.py and change_queries.py.
 

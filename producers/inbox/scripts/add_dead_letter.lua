@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- KEYS: dead letters
 -- ARGV: how many are kept, field, value, field, value, …
 -- Keeps a message for an operator.

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- KEYS: failing
 -- ARGV: entry id, error
 -- Counts a failure of the message at the head of the inbox, across processes.
