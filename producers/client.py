@@ -408,7 +408,7 @@ def _is_expired(token: str) -> bool:
         payload = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
         return float(claims["exp"]) + _EXPIRED_SECONDS < time.time()
-    except (LookupError, TypeError, ValueError, OverflowError):
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
         return False
 
 

@@ -90,7 +90,7 @@ def wait_for(what: str, reach: Callable[[], Any]) -> None:
         try:
             reach()
             return
-        except (psycopg.OperationalError, RedisError, ConfigurationError) as error:
+        except (psycopg.Error, RedisError, ConfigurationError) as error:
             if seconds == 0.05:
                 if isinstance(error, ConfigurationError):
                     raise

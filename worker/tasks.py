@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Final
 from uuid import UUID, uuid4
 
 import psycopg
@@ -28,6 +30,8 @@ from worker.drain.path import Drain
 from worker.drain.together import drain_all
 
 logger = logging.getLogger(__name__)
+
+_BEGINNING: Final = str(UUID(int=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,7 @@ def wake() -> None:
 
 
 @app.task(name=PURGE_TASK)
-def purge(after: str = str(UUID(int=0))) -> None:
+def purge(after: str | None = None) -> None:
     """Delete results and changes beyond their retention, of the organizations after an id.
 
     A purge goes to the end of the Celery queue when its time is up, as a drain does, and goes on
@@ -109,36 +113,49 @@ def purge(after: str = str(UUID(int=0))) -> None:
     Beat sends it hourly, and an hour is also how long an inbox may be missing in the set of those
     that wait.
     """
-    resources, last = _resources(), UUID(after)
-    if not last.int:
+    resources, last = _resources(), UUID(after or _BEGINNING)
+    if after is None:
         rebuild_waiting(resources.redis, settings.lease_ms)
     deadline = time.monotonic() + settings.drain_budget_seconds
+
+    def is_over() -> bool:
+        return time.monotonic() > deadline or _stopping()
+
     while organizations := resources.repository.organizations(last):
-        for last in organizations:
+        for organization_id in organizations:
+            is_done = True
             try:
-                _purge_organization(resources.repository, last)
+                is_done = _purge_organization(resources.repository, organization_id, is_over)
             except psycopg.Error as error:
-                extra = {"organization": str(last), "error": type(error).__name__}
+                extra = {"organization": str(organization_id), "error": type(error).__name__}
                 logger.warning("an organization could not be purged", extra=extra)
-            if time.monotonic() > deadline or _stopping():
+            if is_done:
+                last = organization_id
+            if is_over():
                 again = task_message(PURGE_TASK, str(uuid4()), [str(last)])
                 resources.redis.lpush(QUEUE, again)
                 return
     logger.info("purged")
 
 
-def _purge_organization(repository: Repository, organization_id: UUID) -> None:
+def _purge_organization(
+    repository: Repository, organization_id: UUID, is_over: Callable[[], bool]
+) -> bool:
+    """Delete what is beyond its retention, until the time is up; return whether that is all."""
     retentions = (
         (repository.purge_results, settings.retention),
         (repository.purge_changes, settings.changes_retention),
     )
+    deleted, is_done = 0, True
     for purge_some, retention in retentions:
-        deleted = 0
-        while retention is not None and (some := purge_some(organization_id, retention)):
+        while (
+            is_done and retention is not None and (some := purge_some(organization_id, retention))
+        ):
             deleted += some
-        if deleted:
-            extra = {"organization": str(organization_id), "rows": deleted}
-            logger.info("purged", extra=extra)
+            is_done = not is_over()
+    if deleted:
+        logger.info("purged", extra={"organization": str(organization_id), "rows": deleted})
+    return is_done
 
 
 def _stopping() -> bool:

@@ -25,6 +25,17 @@ def drain_message(organization_id: UUID, lease_id: str) -> bytes:
     return task_message(DRAIN_TASK, str(uuid4()), [str(organization_id), lease_id])
 
 
+def organization_of(message: bytes) -> bytes | None:
+    """Return the organization that a drain message names; None if it is anything else."""
+    try:
+        fields = json.loads(message)
+        if fields["headers"]["task"] == DRAIN_TASK:
+            return bytes(json.loads(base64.b64decode(fields["body"]))[0][0], "ascii")
+    except (ValueError, LookupError, TypeError, RecursionError):  # it may be wrong in any way
+        pass
+    return None
+
+
 def task_message(task: str, id: str, arguments: Sequence[str]) -> bytes:
     """Serialize a task message."""
     body = json.dumps([arguments, {}, {}]).encode()

@@ -265,10 +265,11 @@ class Inbox:
         keys = [self._inbox, self._lease, self._dead_letters, self._failing, self._position]
         return Acknowledged(self, SentScript(self.redis, "ack_and_publish", keys, arguments))
 
-    def add_dead_letter(self, dead_letter: DeadLetter) -> None:
-        """Keep a message for an operator; its entry stays in the inbox until it is acknowledged."""
-        fields = list(chain.from_iterable(dead_letter.fields().items()))
-        self._run("add_dead_letter", [self._dead_letters], [DEAD_LETTER_LIMIT, *fields])
+    def add_dead_letter(self, entry: StreamEntry, dead_letter: DeadLetter) -> None:
+        """Keep an entry for an operator, once; it is in the inbox until it is acknowledged."""
+        fields = chain.from_iterable(dead_letter.fields().items())
+        keys = [self._dead_letters, self._failing]
+        self._run("add_dead_letter", keys, [DEAD_LETTER_LIMIT, entry.id, *fields])
 
     def count_failure(self, entry: StreamEntry, error: str) -> tuple[int, int]:
         """Count a failure of an entry; return how many there were, and seconds since the first.
@@ -304,16 +305,17 @@ class Inbox:
         return self.repairing(lambda: run_script(self.redis, name, keys, args))
 
     def repairing(self, run: Callable[[], Any]) -> Any:
-        """Run a script; if a key has a wrong type, repair it, and run it again."""
+        """Run a script; if a key can't be used, repair it, and run it again."""
         try:
             return run()
         except ResponseError as error:
-            if "WRONGTYPE" not in str(error) or not self.repair():
+            is_of_key = "WRONGTYPE" in str(error) or "last possible ID" in str(error)
+            if not is_of_key or not self.repair():
                 raise
             return run()
 
     def repair(self) -> bool:
-        """Move keys of a wrong type out of the way, or delete them; return whether one was wrong.
+        """Move keys that can't be used out of the way, or delete them; return whether one was so.
 
         A producer whose rights end at its own keys can't do that: a worker does, at a rescue.
         """
@@ -322,13 +324,13 @@ class Inbox:
             self._failing: "hash",
             self._position: "string",
             self._inbox: "stream",
-            self._dead_letters: "stream",
+            self._dead_letters: "log",
         }
         return repair_keys(self.redis, types | SHARED_KEYS)
 
 
 def repair_keys(redis: Redis, types: Mapping[str, str] = SHARED_KEYS) -> bool:
-    """Rename keys aside that should be streams and are not; delete others of a wrong type.
+    """Rename keys aside that should be streams and can't be used; delete others of a wrong type.
 
     Returns whether a key was wrong, and could be mended.
     """
@@ -338,7 +340,7 @@ def repair_keys(redis: Redis, types: Mapping[str, str] = SHARED_KEYS) -> bool:
     except NoPermissionError:
         return False
     for key in wrong:
-        logger.error("a key of a wrong type was renamed or deleted", extra={"key": key.decode()})
+        logger.error("a key that can't be used was renamed or deleted", extra={"key": key.decode()})
     return bool(wrong)
 
 

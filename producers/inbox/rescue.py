@@ -19,7 +19,8 @@ from redis.commands.core import Script
 from redis.exceptions import RedisError
 
 from producers.contract.channels import inbox_key
-from producers.inbox.protocol import WAITING, Inbox
+from producers.inbox.drain_message import QUEUE, organization_of
+from producers.inbox.protocol import WAITING, Inbox, repair_keys
 from producers.inbox.script_calls import run_script, script_source
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ _MAX_MEMBER_BYTES: Final = 200
 """A member of the set that is an organization takes about half of that, with its overhead."""
 _MAX_INBOXES: Final = 10_000
 """Of more inboxes, each turn checks a random sample, so that no turn takes long."""
+_MAX_QUEUED: Final = 20_000
+"""A longer queue is not read: nothing is sent while it is as long."""
+_MAX_QUEUED_BYTES: Final = 1024
+"""A drain message takes half of that, with its overhead."""
 
 
 def claim_rescue(redis: Redis) -> bool:
@@ -36,7 +41,13 @@ def claim_rescue(redis: Redis) -> bool:
 
 
 def rescue(redis: Redis, lease_ms: int) -> None:
-    """Send a drain for every inbox in which messages wait and none is queued or running."""
+    """Send a drain for every inbox in which messages wait and none is queued or running.
+
+    In a long queue, a drain waits for longer than its lease lives. So while the queue is at least
+    as long as the set of those that wait, what is in it counts, too, and it does not grow by
+    drains that it has already.
+    """
+    repair_keys(redis)
     if _is_too_large(redis):
         logger.error("the set of waiting inboxes has members that are too large: it is rebuilt")
         redis.unlink(WAITING)
@@ -48,6 +59,12 @@ def rescue(redis: Redis, lease_ms: int) -> None:
     }
     if strange := [name for name, found in names.items() if found is None]:
         redis.srem(WAITING, *strange)
+    if (length := redis.llen(QUEUE)) >= redis.scard(WAITING):
+        size = redis.memory_usage(QUEUE, samples=0) or 0
+        if length > _MAX_QUEUED or size > length * _MAX_QUEUED_BYTES:
+            return
+        for message in cast("list[bytes]", redis.lrange(QUEUE, 0, -1)):
+            names.pop(organization_of(message) or b"", None)
     sent = rescue_some(redis, [found for found in names.values() if found], lease_ms)
     if sent:
         logger.info("sent lost drain messages again", extra={"inboxes": len(sent)})

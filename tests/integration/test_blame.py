@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from producers.contract.channels import dead_letters_key, failing_key
-from tests.support.tenant import Tenant, broken_for, tagging
+from producers.contract.channels import dead_letters_key, failing_key, inbox_key
+from producers.contract.messages import set_task_state
+from tests.support.tenant import EXECUTION, Tenant, broken_for, tagging
 from tests.support.waiting import eventually
 from worker.drain.blame import witness
 
@@ -22,21 +23,27 @@ CODES = (
 
 
 @contextmanager
-def broken_server(tenant: Tenant, code: str, table: str = "task_tags") -> Iterator[None]:
-    """Let every insert of this organization into a table fail with an SQLSTATE."""
+def broken_server(
+    tenant: Tenant,
+    code: str,
+    table: str = "task_tags",
+    event: str = "insert",
+    condition: str = "true",
+) -> Iterator[None]:
+    """Let every insert of this organization into a table fail with an SQLSTATE, or some do."""
     name = f"broken_{tenant.organization.hex}"
     with tenant.servers.owner() as connection:
         connection.execute(
             f"""
             create function {name}() returns trigger language plpgsql as $$ begin
-                if new.organization_id = '{tenant.organization}' then
+                if new.organization_id = '{tenant.organization}' and ({condition}) then
                     raise exception 'broken' using errcode = '{code}';
                 end if;
                 return new;
             end $$
             """.encode()
         )
-        trigger = f"create trigger {name} before insert on {table} for each row"
+        trigger = f"create trigger {name} before {event} on {table} for each row"
         connection.execute(f"{trigger} execute function {name}()".encode())
         try:
             yield
@@ -115,6 +122,71 @@ def test_a_message_that_fails_in_the_database_is_refused_after_a_while(tenant: T
     assert tenant.outcomes() == [["added"], "internal_error", ["added"]]
     assert tenant.redis.xlen(dead_letters_key(tenant.organization)) == 1
     assert not tenant.redis.exists(failing_key(tenant.organization))
+
+
+@pytest.mark.parametrize(
+    "code", ["P0001", "XX000", "57014", "40001", "40P01", "55P03", "25006", "25P04", "54000"]
+)
+def test_an_error_of_any_kind_is_a_messages_if_the_witness_succeeds(
+    tenant: Tenant, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that mostly passes, such as a time-out: it would block the organization for ever."""
+    monkeypatch.setattr("worker.drain.blame.MIN_SECONDS", 0.0)
+    with broken_server(tenant, code, condition="new.tag = 'poison'"):
+        tenant.send(tagging("before"), tagging("poison"), tagging("behind"))
+        with drained(tenant):
+            eventually(lambda: "behind" in tenant.tags(), seconds=40)
+    assert tenant.outcomes() == [["added"], "internal_error", ["added"]]
+
+
+@pytest.mark.parametrize("code", ["08006", "53100", "53200", "57P01", "58030"])
+def test_what_a_server_lacks_is_no_messages_fault(
+    tenant: Tenant, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that is nearly full, a small witness may succeed where a message can't."""
+    monkeypatch.setattr("worker.drain.blame.MIN_SECONDS", 0.0)
+    with drained(tenant):
+        with broken_server(tenant, code, condition="new.tag = 'large'"):
+            tenant.send(tagging("large"), tagging("behind"))
+            time.sleep(2.0)
+            assert not tenant.redis.exists(failing_key(tenant.organization))
+        eventually(lambda: tenant.tags() == ["large", "behind"])
+    assert tenant.outcomes() == [["added"]] * 2
+
+
+def test_the_witness_changes_a_state_as_well(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that fails for every task is no fault of the messages that record a state."""
+    monkeypatch.setattr("worker.drain.blame.MIN_SECONDS", 0.0)
+    tenant.send(set_task_state(EXECUTION, "task", "queued"))
+    tenant.drain()
+    with drained(tenant):
+        with broken_server(tenant, "XX000", "task_executions", "update"):
+            tenant.send(set_task_state(EXECUTION, "task", "running"))
+            time.sleep(2.0)
+        eventually(lambda: not tenant.redis.xlen(inbox_key(tenant.organization)))
+    assert not tenant.redis.exists(dead_letters_key(tenant.organization))
+
+
+def test_a_dead_letter_is_kept_once_however_often_its_error_can_not_be_stored(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would push out all others; junk where failures are counted is begun anew."""
+    monkeypatch.setattr("worker.drain.blame.MIN_SECONDS", 0.0)
+    poison, redis = tagging("poison"), tenant.redis
+    key = failing_key(tenant.organization)
+    with drained(tenant):
+        with broken_server(
+            tenant, "P0001", "tag_batches", condition=f"new.batch_id = '{poison.batch_id}'"
+        ):
+            tenant.send(poison, tagging("behind"))
+            eventually(lambda: redis.hget(key, "attempts"))
+            redis.hset(key, mapping={"first": "junk", "attempts": "junk"})
+            eventually(lambda: redis.hget(key, "first") != b"junk")
+            eventually(lambda: int(redis.hget(key, "attempts") or 0) > 12, seconds=40)
+            assert redis.xlen(dead_letters_key(tenant.organization)) == 1
+        eventually(lambda: tenant.tags()[-1:] == ["behind"])
 
 
 def test_a_failing_drain_lets_others_have_a_turn(tenant: Tenant) -> None:

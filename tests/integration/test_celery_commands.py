@@ -104,6 +104,39 @@ def test_events_are_dumped(
         events.wait(30)
 
 
+STEPPED_CLOCK = """
+from datetime import timedelta
+from celery.beat import Scheduler
+from worker.celery import app
+
+class Silent(Scheduler):
+    def apply_async(self, entry, **_):
+        self.reserve(entry)
+
+scheduler, now = Silent(app), app.now
+scheduler.tick()
+app.now = lambda: now() - timedelta(hours=1)
+for entry in scheduler.schedule.values():
+    print(entry.is_due().next)
+print(scheduler.tick())
+"""
+
+
+def test_a_step_of_the_clock_of_beat_delays_nothing(environment: dict[str, str]) -> None:
+    """An hour back: a lost drain would wait as long in a system that is idle otherwise."""
+    ended = subprocess.run(
+        [sys.executable, "-c", STEPPED_CLOCK],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    wake, purge, tick = map(float, ended.stdout.split())
+    assert wake <= 5, ended.stderr
+    assert purge <= 3600
+    assert tick <= 5
+
+
 DEAF_SCHEDULER = """
 import time
 from celery.beat import Scheduler

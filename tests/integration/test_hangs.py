@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,13 +20,15 @@ from redis import Redis
 from producers.contract.channels import inbox_key, lease_key
 from producers.contract.messages import register_execution
 from producers.inbox.protocol import Inbox
-from tests.support.processes import settings_of
+from tests.support.processes import await_line, settings_of, started
 from tests.support.servers import Servers
 from tests.support.tenant import Tenant, tagging
 from tests.support.waiting import eventually
 from worker.db.repository import Repository
 from worker.db.time_limit import TimeLimit
+from worker.local.servers import Valkey, find_server_paths
 from worker.local.stack import WORKER, command
+from worker.local.supervisor import Supervisor
 
 
 def backend(repository: Repository) -> int:
@@ -147,3 +149,24 @@ def test_a_worker_ends_soon_after_sigterm_in_a_drain(
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_a_worker_ends_soon_after_sigterm_while_redis_hangs(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """Celery itself waits for it, however long that takes."""
+    log = tmp_path / "log"
+    valkey = Valkey(find_server_paths(tmp_path))
+    with ExitStack() as stack:
+        supervisor = stack.enter_context(Supervisor(tmp_path / "logs"))
+        supervisor.start(valkey.child())
+        ((_, server),) = supervisor.running
+        settings = settings_of(servers, TASK_TAGS_REDIS_URL=valkey.url)
+        worker = stack.enter_context(started(WORKER, log, settings))
+        await_line(log, '"ready"')
+        with stopped(server.pid):
+            time.sleep(1.0)  # it waits for an answer
+            began = time.monotonic()
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(30) == 0
+            assert time.monotonic() - began < 15  # 5 s on a quiet machine

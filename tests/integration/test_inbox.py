@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from producers.contract.channels import dead_letters_key, failing_key, inbox_key, lease_key
+from producers.contract.encoding import MAX_READABLE_BYTES
 from producers.inbox.drain_message import QUEUE
 from producers.inbox.protocol import (
     DeadLetter,
@@ -20,6 +22,8 @@ from producers.inbox.protocol import (
     chunks,
 )
 from producers.inbox.rescue import rescue, rescue_some
+from producers.redis_client import open_redis
+from tests.support.servers import Servers
 from tests.support.waiting import eventually
 
 TOKEN = "a token"
@@ -42,9 +46,17 @@ def acquire(inbox: Inbox, run_id: str, max_messages: int = 10, **bounds: int) ->
 
 
 def ack_and_publish(
-    inbox: Inbox, run_id: str, entries: list[StreamEntry], max_messages: int = 10
+    inbox: Inbox,
+    run_id: str,
+    entries: list[StreamEntry],
+    publications: Sequence[tuple[str, bytes]] = (),
+    dead_letters: Sequence[DeadLetter] = (),
+    max_messages: int = 10,
 ) -> list[StreamEntry]:
-    return inbox.ack_and_publish(run_id, entries, [], max_messages=max_messages).following() or []
+    sent = inbox.ack_and_publish(
+        run_id, entries, publications, dead_letters, max_messages=max_messages
+    )
+    return sent.following() or []
 
 
 def messages(entries: list[StreamEntry]) -> list[bytes | None]:
@@ -178,7 +190,7 @@ def test_an_inbox_is_drained_also_while_redis_has_no_memory_left(
         assert acquire(inbox, "run") == [entry]
         assert inbox.count_failure(entry, "DataError") == (1, 0)
         rejection = DeadLetter(b"1", "no id", datetime(2026, 1, 2, tzinfo=timezone.utc))
-        inbox.add_dead_letter(rejection)
+        inbox.add_dead_letter(entry, rejection)
         published = [("channel", b"x")]
         last = inbox.ack_and_publish("run", [entry], published, [rejection], max_messages=1)
         assert last.following() == []
@@ -199,6 +211,7 @@ def test_a_lease_that_runs_out_is_free_and_its_old_holder_must_stop(
     """Another drain is sent after a worker has died or stopped; the stopped one then ends."""
     short = Inbox(quiet_redis, organization, lease_ms=30)
     append(short, b"1", b"2", lease_id="stopped")
+    quiet_redis.rpop(QUEUE)  # as a worker takes it
     entries = acquire(short, "stopped", max_messages=1)
     eventually(lambda: quiet_redis.get(lease_key(organization)) is None)
     inbox = Inbox(quiet_redis, organization)
@@ -288,6 +301,53 @@ def test_an_inbox_has_a_limited_size(quiet_redis: Any, organization: UUID) -> No
     inbox.ack_and_publish("run", entries, [], max_messages=0).following()
     assert inbox.append([b"{}"], "token", str(uuid4())) == 1
     quiet_redis.flushdb()
+
+
+def test_what_may_not_be_published_stays(
+    inbox: Inbox, quiet_redis: Any, servers: Servers, organization: UUID
+) -> None:
+    """While a right to a channel is missing, no result is lost, and no dead letter kept twice."""
+    append(inbox, b"1", b"2")
+    quiet_redis.acl_setuser("deaf", reset=True, enabled=True, nopass=True, keys=["*"])
+    quiet_redis.acl_setuser("deaf", enabled=True, categories=["+@all"])
+    url = servers.stack.redis_url.replace("unix://", "unix://deaf:x@").replace("db=0", "db=1")
+    try:
+        with open_redis(url) as deaf:
+            mine = Inbox(deaf, organization)
+            entries = acquire(mine, "run")
+            rejection = DeadLetter(b"2", "no id", datetime(2026, 1, 2, tzinfo=timezone.utc))
+            for _ in range(2):
+                with pytest.raises(ResponseError, match="channel"):
+                    ack_and_publish(mine, "run", entries, [("channel", b"x")], [rejection])
+            assert acquire(mine, "run") == entries
+            quiet_redis.acl_setuser("deaf", enabled=True, channels=["*"])
+            assert ack_and_publish(mine, "run", entries, [("channel", b"x")], [rejection]) == []
+        assert quiet_redis.xlen(dead_letters_key(organization)) == 1
+    finally:
+        quiet_redis.acl_deluser("deaf")
+
+
+def test_dead_letters_that_have_reached_their_last_id_are_moved_aside(
+    inbox: Inbox, quiet_redis: Any, organization: UUID
+) -> None:
+    """Else the organization's batches would never be answered."""
+    key = dead_letters_key(organization)
+    quiet_redis.xadd(key, {"message": "old"}, id=f"{2**64 - 1}-{2**64 - 1}")
+    append(inbox, b"1")
+    entries = acquire(inbox, "run")
+    rejection = DeadLetter(b"1", "no id", datetime(2026, 1, 2, tzinfo=timezone.utc))
+    assert ack_and_publish(inbox, "run", entries, [], [rejection]) == []
+    assert [fields[b"message"] for _, fields in quiet_redis.xrange(key)] == [b"1"]
+    (aside,) = quiet_redis.keys(f"{key}:aside:*")
+    assert quiet_redis.xlen(aside) == 1
+
+
+def test_a_value_that_is_larger_than_any_message_is_cut(inbox: Inbox, quiet_redis: Any) -> None:
+    """A producer could fill the memory of a worker, while others wait."""
+    append(inbox, b"x" * (MAX_READABLE_BYTES + 1000))
+    (entry,) = acquire(inbox, "run")
+    assert entry.message is not None
+    assert len(entry.message) == MAX_READABLE_BYTES + 1
 
 
 def test_a_read_is_bounded_in_bytes_but_never_empty(inbox: Inbox) -> None:

@@ -71,6 +71,17 @@ def fill(database: Servers) -> None:
         applied(repository, organization, register_execution(execution), *batches)
     repository.close()
     with database.owner() as owner:
+        owner.execute(
+            """
+            insert into tag_batches (organization_id, batch_id, digest, result_record, revisions,
+                                     event_bytes, applied_at)
+            select organization_id, gen_random_uuid(), digest, result_record, revisions,
+                   event_bytes, applied_at
+              from tag_batches, generate_series(1, 2500)
+             where (organization_id, batch_id) = (%s, %s)
+            """,
+            [OTHERS[0], batches[0].batch_id],
+        )
         owner.execute("update tag_batches set applied_at = applied_at - interval '31 days'")
         owner.execute("update tag_changes set changed_at = changed_at - interval '31 days'")
 
@@ -135,6 +146,7 @@ def test_a_purge_and_drains_take_turns(purged: Purged) -> None:
     assert order.index("drain") < order.index(last)
     once = list(dict.fromkeys(each for each in order if each != "drain"))
     assert once == [str(each) for each in OTHERS]
+    assert order.count(str(OTHERS[0])) >= 3  # it deletes 1,000 rows in a turn
     assert purged.ends() == 1
     assert not purged.redis.llen(QUEUE)
 

@@ -10,12 +10,13 @@ import pytest
 from producers.client import TagProducer
 from producers.contract.channels import inbox_key, lease_key
 from producers.contract.messages import register_execution
-from producers.inbox.drain_message import QUEUE
+from producers.inbox.drain_message import QUEUE, drain_message, organization_of, task_message
 from producers.inbox.protocol import SHARED_KEYS, WAITING, Inbox, repair_keys
 from producers.inbox.rescue import claim_rescue, rebuild_waiting, rescue
 from tests.support.servers import Servers
 from tests.support.tenant import Tenant, tagging
 from tests.support.waiting import eventually
+from worker.broker import WAKE_TASK
 
 WAKE = "task-tags:wake"
 LEASE_MS = 10_000
@@ -90,15 +91,27 @@ def test_a_claim_that_nobody_frees_is_free(quiet_redis: Any, milliseconds: int |
     assert claim_rescue(quiet_redis)
 
 
-def test_nothing_is_rescued_while_the_queue_has_a_message_for_each(quiet_redis: Any) -> None:
-    """So a queue that is long does not grow by its rescues."""
-    for _ in range(3):
-        lose_drain(quiet_redis, uuid4())
-    quiet_redis.lpush(QUEUE, *"abc")
-    assert not claim_rescue(quiet_redis)
-    quiet_redis.lpop(QUEUE)
-    quiet_redis.delete(WAKE)
-    assert claim_rescue(quiet_redis)
+def test_a_long_queue_does_not_grow_by_drains_that_it_has(quiet_redis: Any) -> None:
+    """Their leases have run out; the drain that is missing is sent, whatever else is there."""
+    redis, organizations = quiet_redis, [uuid4() for _ in range(3)]
+    for organization in organizations:
+        lose_drain(redis, organization)
+    queued = [drain_message(each, "x") for each in organizations[1:] for _ in range(2)]
+    others = [task_message(WAKE_TASK, "x", []), b"junk", b'{"headers": []}']
+    redis.lpush(QUEUE, *queued, *others)
+    rescue(redis, LEASE_MS)
+    assert redis.llen(QUEUE) == len(queued) + len(others) + 1
+    assert organization_of(redis.lindex(QUEUE, 0)) == str(organizations[0]).encode()
+    rescue(redis, LEASE_MS)
+    assert redis.llen(QUEUE) == len(queued) + len(others) + 1
+
+
+def test_a_queue_of_large_messages_is_not_read(quiet_redis: Any) -> None:
+    """A producer who may push to it could fill a worker's memory."""
+    lose_drain(quiet_redis, uuid4())
+    quiet_redis.lpush(QUEUE, b"x" * 1_000_000)
+    rescue(quiet_redis, LEASE_MS)
+    assert quiet_redis.llen(QUEUE) == 1
 
 
 def test_names_that_do_not_belong_in_the_set_are_taken_out(quiet_redis: Any) -> None:
@@ -135,6 +148,9 @@ def test_shared_keys_of_a_wrong_type_are_deleted(tenant: Tenant) -> None:
     tenant.redis.hset(QUEUE, "a", "b")
     assert repair_keys(tenant.redis)
     assert not tenant.redis.exists(QUEUE)
+    tenant.redis.set(WAITING, "x")  # which a confined producer can't mend
+    rescue(tenant.redis, LEASE_MS)
+    assert not tenant.redis.exists(WAITING)
 
 
 def test_a_queue_of_a_wrong_type_is_mended_by_a_worker(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import make_url
 
@@ -14,6 +16,8 @@ from tests.support.processes import settings_of
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.local.stack import BEAT, ENDPOINT, WORKER, command
+from worker.local.supervisor import ProcessSpec, Supervisor
+from worker.startup import wait_for
 
 
 def environment(servers: Servers, **changes: str) -> dict[str, str]:
@@ -84,3 +88,31 @@ def test_a_server_that_is_away_is_waited_for(
     finally:
         running.terminate()
         running.wait(30)
+
+
+def test_a_server_that_answers_with_any_error_is_waited_for() -> None:
+    """Only a refusal of the settings ends a process as it starts."""
+    errors = iter([psycopg.errors.InternalError_("x"), psycopg.errors.UndefinedTable("x")])
+
+    def reach() -> None:
+        if error := next(errors, None):
+            raise error
+
+    wait_for("the database", reach)
+    assert next(errors, None) is None
+
+
+def test_a_part_that_can_not_be_started_again_does_not_end_the_others(tmp_path: Path) -> None:
+    """As when there is no file or process to be had: it is tried again."""
+    logs, said = tmp_path / "logs", list[str]()
+    with Supervisor(logs) as supervisor:
+        for name, seconds in (("lasting", 60), ("short", 0)):
+            supervisor.start(ProcessSpec(name, ["sleep", str(seconds)], ready=lambda: True))
+        (_, lasting), (_, short) = supervisor.running
+        short.wait()
+        shutil.rmtree(logs)
+        supervisor.restart_ended(said.append)
+        assert "short can't be started" in said[-1]
+        assert lasting.poll() is None
+        logs.mkdir()
+        assert supervisor.running[1][1] is short

@@ -249,7 +249,7 @@ MUTANTS: Final = (
     ),
     Mutant(  # a message that fails is not kept
         _PATH,
-        "            self.inbox.add_dead_letter(dead_letter)\n",
+        "            self.inbox.add_dead_letter(admitted.entry, dead_letter)\n",
         "",
         "tests/integration/test_dead_letters.py::"
         "test_a_batch_that_fails_is_kept_with_all_that_an_operator_asks_for",
@@ -299,8 +299,8 @@ MUTANTS: Final = (
     ),
     Mutant(  # a failure of the message before counts for this one
         f"{_SCRIPTS}/count_failure.lua",
-        "redis.call('DEL', KEYS[1])\n",
-        "",
+        "if found[1] ~= ARGV[1] or not first",
+        "if not first",
         f"{_OF_INBOX}failures_are_counted_for_each_message",
     ),
     Mutant(  # an inbox of more than a page is rebuilt in part

@@ -132,7 +132,9 @@ def token(**claims: Any) -> str:
 def test_a_token_that_expired_is_noticed_before_anything_is_enqueued() -> None:
     """After asking a token function once more. What is no JWT is left to the worker."""
     assert _is_expired(token(exp=time.time() - 61))
-    for passes in ("", "no jwt", "a.b.c", token(), token(exp="x"), token(exp=time.time() - 50)):
+    deep = base64.urlsafe_b64encode(b"[" * 3000).decode()
+    others = (token(), token(exp="x"), token(exp=time.time() - 50), f"a.{deep}.c")
+    for passes in ("", "no jwt", "a.b.c", *others):
         assert not _is_expired(passes)
     asked = 0
 

@@ -37,6 +37,9 @@ MIN_SECONDS: Final = 10.0
 _OWN_ATTEMPTS: Final = 2
 _CONNECTION_CLASSES: Final = ("08", "40", "53", "57", "58")
 _STATE_CODES: Final = ("25006", "25P03", "25P04", "55P03")
+_NEVER_BLAMED: Final = ("08", "53", "57P", "58")
+"""The connection, the server's resources, an operator and the system: a small witness may succeed
+where a large message fails for the server's sake, as on a disk that is nearly full."""
 _REMEDIES: Final = {
     "42": "run task-tags-admin migrate",
     "53": "give the server more disk space, memory or connections",
@@ -55,6 +58,17 @@ def is_server_fault(error: Exception) -> bool:
     return isinstance(error, (RedisError, OSError, JwksUnavailable))
 
 
+def may_be_blamed(error: Exception) -> bool:
+    """Whether an error of a server may yet be a message's fault, if a witness succeeds."""
+    state = error.sqlstate if isinstance(error, psycopg.Error) else None
+    return state is not None and not state.startswith(_NEVER_BLAMED)
+
+
+def is_locked_out(error: Exception, repository: Repository) -> bool:
+    """Whether another worker has the organization: its row is locked."""
+    return isinstance(error, psycopg.errors.LockNotAvailable) and not repository.failed_statement
+
+
 def attempts_to_blame(
     error: Exception, entry: StreamEntry, inbox: Inbox, repository: Repository, organization: UUID
 ) -> int:
@@ -65,7 +79,7 @@ def attempts_to_blame(
     It is for an exception of our own code, and for the failure of a statement after 5 of them in
     10 s or more, each followed by a witness that succeeded.
     """
-    if is_server_fault(error):
+    if is_server_fault(error) and not may_be_blamed(error):
         return 0
     if not isinstance(error, psycopg.Error) or error.sqlstate is None:
         return _OWN_ATTEMPTS
@@ -85,6 +99,7 @@ def witness(repository: Repository, organization_id: UUID) -> bool:
             TagBatch(tags=[add(execution, "task", "type", "witness")]),
         ),
         (
+            set_task_state(execution, "task", "running"),
             TagBatch(
                 tags=[remove(execution, "task", "type", "witness")],
                 conditions=[when(execution, "task", "type")],

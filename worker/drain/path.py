@@ -29,7 +29,14 @@ from worker.auth import Authorizer
 from worker.db.repository import Repository, Transaction
 from worker.drain.admission import Admission, Admitted, Refused, Unreadable, admit, fail_admission
 from worker.drain.application import Application, apply_in_transaction
-from worker.drain.blame import attempts_to_blame, decide_failure, is_server_fault, log_wait
+from worker.drain.blame import (
+    attempts_to_blame,
+    decide_failure,
+    is_locked_out,
+    is_server_fault,
+    log_wait,
+    may_be_blamed,
+)
 from worker.jwk_set import JwksUnavailable
 from worker.snapshot import Outcome
 
@@ -188,11 +195,12 @@ class Drain:
                 if turn.waiting:
                     self.inbox.requeue(self.run_id)
                 return turn.answered
-            except psycopg.errors.LockNotAvailable:  # another worker has the organization
-                self.requeue()
-                return turn.answered
             except Exception as error:
-                if not turn.alone and not is_server_fault(error):
+                if is_locked_out(error, self.repository):
+                    self.requeue()
+                    return turn.answered
+                is_of_one = turn.size == 1 and may_be_blamed(error)
+                if not turn.alone and (is_of_one or not is_server_fault(error)):
                     self._go_on_alone(turn, error)
                     continue
                 if not is_server_fault(error) and not isinstance(error, psycopg.Error):
@@ -356,6 +364,8 @@ class Drain:
                 self.repository, self.organization_id, [admitted.message], self.new_id
             )
         except Exception as error:
+            if self.stopping():  # its time limit may be to blame
+                raise
             attempts = attempts_to_blame(
                 error, admitted.entry, self.inbox, self.repository, self.organization_id
             )
@@ -381,7 +391,7 @@ class Drain:
             if known is not None:
                 return Outcome(known.record, known.events)
             transaction.save(change_set)
-            self.inbox.add_dead_letter(dead_letter)
+            self.inbox.add_dead_letter(admitted.entry, dead_letter)
             return outcome
 
         return self.repository.transact(self.organization_id, store)

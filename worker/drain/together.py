@@ -15,11 +15,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import Final
 
-import psycopg
 from redis.exceptions import RedisError
 
 from producers.inbox.protocol import acquire_all
-from worker.drain.blame import is_server_fault
+from worker.drain.blame import is_locked_out, is_server_fault
 from worker.drain.path import Drain, Steps, run_groups
 
 MAX_OTHERS: Final = 15
@@ -72,14 +71,15 @@ class SharedTurn:
             except (RedisError, OSError):
                 self._alone += dict.fromkeys([*self._unfinished(), *new])
                 return
-            except psycopg.errors.LockNotAvailable:  # another worker has the organization
-                self._leave(self._running)
-                self._running.requeue()
             except Exception as error:
-                if self._leave(self._running):
-                    self._alone.append(self._running)
-                if is_server_fault(error):
-                    break
+                left = self._leave(self._running)
+                if is_locked_out(error, self._repository):
+                    self._running.requeue()
+                else:
+                    if left:
+                        self._alone.append(self._running)
+                    if is_server_fault(error):
+                        break
             else:
                 break
             new = self._unfinished()  # what became of their last groups is not known

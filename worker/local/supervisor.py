@@ -135,8 +135,12 @@ class Supervisor:
                 when = f" in {delay:g} s" if delay else ""
                 say(f"{child.name} ended with {process.returncode}: starting it again{when}")
             if now >= self._restart_at[process.pid]:
-                del self._restart_at[process.pid]
-                self.running[place] = child, self._spawn(child)
+                try:
+                    self.running[place] = child, self._spawn(child)
+                    del self._restart_at[process.pid]
+                except (OSError, subprocess.SubprocessError) as error:
+                    self._restart_at[process.pid] = now + _MAX_DELAY_SECONDS
+                    say(f"{child.name} can't be started, trying again in 30 s: {error}")
 
     def _spawn(self, child: ProcessSpec) -> subprocess.Popen[bytes]:
         self._started[child.name] = time.monotonic()

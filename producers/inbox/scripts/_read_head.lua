@@ -2,7 +2,11 @@
 -- inbox and renews its lease; if the inbox is empty, the run is over and the lease is freed.
 -- Reading and freeing are one step with respect to an append. A run that has messages in its hands
 -- reads what is behind the last of them, and keeps its lease.
+-- Of a value that is larger than any message that is read (MAX_READABLE_BYTES in
+-- producers/contract/encoding.py), only the beginning is returned.
 -- Returns {{id, {field, value, …}}, …}, from the head at least one message if there is any.
+local MAX_VALUE = 4 * 1024 * 1024
+
 local function read_head(inbox, lease, run, lease_ms, max_messages, max_bytes, after)
   local entries, bytes, from = {}, 0, after == '' and '-' or '(' .. after
   for _ = 1, tonumber(max_messages) do
@@ -13,8 +17,11 @@ local function read_head(inbox, lease, run, lease_ms, max_messages, max_bytes, a
     if not entry then
       break
     end
-    for _, value in ipairs(entry[2]) do
+    for i, value in ipairs(entry[2]) do
       bytes = bytes + #value
+      if #value > MAX_VALUE then
+        entry[2][i] = string.sub(value, 1, MAX_VALUE + 1)
+      end
     end
     if #entries > 0 and bytes > tonumber(max_bytes) then
       break

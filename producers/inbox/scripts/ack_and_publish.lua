@@ -5,17 +5,20 @@
 --       number of ids, id, id, …; number of publications, channel, payload, …; number of dead
 --       letters, and for each the number of fields and values, field, value, …
 -- Publishes what became of messages and removes them from the inbox. Their batches are committed,
--- so this needs no lease. What can fail (a key of a wrong type) comes before what can't be undone.
+-- so this needs no lease. What can fail comes before what can't be undone: a key of a wrong type,
+-- and a channel that this user may not publish to.
 -- Returns what comes next (_read_head.lua), or false if the lease is another's. A lease that
 -- expired and that nobody took is taken again: this drain is the one at work.
 local held = held_lease(KEYS[2])
+redis.call('XLEN', KEYS[1])
+redis.call('HLEN', KEYS[4])
 redis.call('SADD', WAITING, organization_of(KEYS[1]))
 local at = 8
 local function next_argument()
   at = at + 1
   return ARGV[at - 1]
 end
-local ids, publications = {}, {}
+local ids, publications, kept = {}, {}, {}
 for i = 1, tonumber(next_argument()) do
   ids[i] = next_argument()
 end
@@ -27,7 +30,16 @@ for _ = 1, tonumber(next_argument()) do
   for i = 1, tonumber(next_argument()) do
     fields[i] = next_argument()
   end
-  redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', unpack(fields))
+  kept[#kept + 1] = redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', unpack(fields))
+end
+for _, publication in ipairs(publications) do
+  local answer = redis.pcall('PUBLISH', publication[1], publication[2])
+  if type(answer) == 'table' and answer.err then
+    if #kept > 0 then
+      redis.call('XDEL', KEYS[3], unpack(kept))
+    end
+    return answer
+  end
 end
 for first = 1, #ids, 1000 do
   redis.call('XDEL', KEYS[1], unpack(ids, first, math.min(first + 999, #ids)))
@@ -35,9 +47,6 @@ end
 redis.call('DEL', KEYS[4])
 if ARGV[7] ~= '' then
   redis.call('SET', KEYS[5], ARGV[7])
-end
-for _, publication in ipairs(publications) do
-  redis.call('PUBLISH', publication[1], publication[2])
 end
 if held and held ~= 'running ' .. ARGV[1] then
   return false
