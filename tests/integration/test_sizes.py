@@ -6,6 +6,8 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -29,10 +31,12 @@ from producers.contract.messages import (
 )
 from producers.contract.results import Change, ResultRecord
 from tests.support.memory import max_resident
+from tests.support.processes import await_line, settings_of, started
 from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, listening
 from worker import bounds, checks, rules
 from worker.db import repository, rows
+from worker.local.stack import WORKER
 from worker.snapshot import AuthorizedMessage
 
 BIG = "x" * 7_000
@@ -363,3 +367,73 @@ def test_a_record_of_the_error_is_read_by_the_sdk() -> None:
     read = ResultRecord.decode(json.dumps(record).encode())
     assert read.error is not None
     assert read.error.code == "too_large"
+
+
+def test_executions_with_many_task_names_are_like_any_other(tenant: Tenant) -> None:
+    """Their names are not loaded whole, but where more are added; then in their order."""
+    executions = [uuid4() for _ in range(6)]
+    names = [f"{number:0200}" for number in range(1_000)]
+    tenant.send(*(register_execution(each, names) for each in executions))
+    tenant.drain()
+    first, *others = executions
+    known, unknown = names[500], "0" * 199 + "x"
+    tenant.send(
+        TagBatch(tags=[add(each, known, "type", "tag") for each in executions]),
+        TagBatch(
+            tags=[add(first, names[1], "type", "other")],
+            conditions=[unless(first, names[2], "type")],
+        ),
+        TagBatch(tags=[add(first, unknown, "type", "tag")]),
+        set_task_state(first, names[3], "running"),
+        set_task_state(first, unknown, "running"),
+        *(register_execution(each, [names[7], "new"]) for each in executions),
+        TagBatch(tags=[add(each, "new", "type", "tag") for each in others]),
+    )
+    tenant.drain()
+    assert tenant.outcomes()[6:] == [
+        *(["added"] * 6, ["added"], "not_found", ["recorded"], "not_found"),
+        *(["already_exists"] * 6),
+        ["added"] * 5,
+    ]
+    with tenant.servers.owner() as connection:
+        stored = connection.execute(
+            "select task_names from flow_executions where flow_execution_id = any(%s)",
+            [executions],
+        ).fetchall()
+    assert stored == [([*names, "new"],)] * 6
+
+
+def test_a_batch_over_executions_with_many_task_names_needs_little_memory(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """200 MB of them are not loaded, and another organization does not wait for it."""
+    organization, other = uuid4(), uuid4()
+    executions = [uuid4() for _ in range(100)]
+    url = servers.stack.redis_url.replace("?db=0", "?db=8")
+    fill_names = """
+        insert into flow_executions (organization_id, flow_execution_id, task_names, revision,
+                                     created_at, changed_at)
+        select %s, id, (select jsonb_agg(rpad(n::text, 200, 'x'))
+                          from generate_series(1, 10000) as n), 0, now(), now()
+          from unnest(%s::uuid[]) as id
+    """
+    batch = TagBatch(tags=[add(each, "1".ljust(200, "x"), "type", "tag") for each in executions])
+    with ExitStack() as stack:
+        log = tmp_path / "log"
+        worker = stack.enter_context(
+            started(WORKER, log, settings_of(servers, TASK_TAGS_REDIS_URL=url))
+        )
+        await_line(log, '"ready"')
+        first, second = (
+            stack.enter_context(
+                TagProducer(redis_url=url, organization_id=each, token=servers.token(each))
+            )
+            for each in (organization, other)
+        )
+        first.apply(register_execution(uuid4()))
+        with servers.owner() as connection:
+            connection.execute(fill_names, [organization, executions])
+        result = first.submit(batch)
+        second.apply(register_execution(uuid4()))
+        assert set(result.result(60).statuses) == {"added"}
+        assert max_resident(worker.pid) < 250

@@ -129,6 +129,7 @@ OF_WORKER: Final = {
         5 + 5, batch_ids=uuids(*range(1000, 1005)), **BOUND
     ),  # with one event each
     "LOAD_EXECUTIONS": case(5, **EXECUTIONS),
+    "LOAD_TASK_NAMES": case(5, **TASKS, long_ids=uuids(EXECUTION), whole_ids=uuids()),
     "LOAD_TAGS": case(5, **TAG_KEYS, whole=pg_arrays.bigints([1] * 5), max_rows=1000, **BOUND),
     "LOAD_TYPES": case(
         50,

@@ -313,17 +313,25 @@ class Transaction:
             head = self._row[1]
             batches, seen = rows.batches(self._rows(sent_batches))
             tags: dict[TagKey, dict[bytes, Tag]] = {}
-            executions_by_key = dict(map(rows.execution, self._rows(sent_executions)))
+            executions_by_key, long = rows.executions(self._rows(sent_executions))
             _, last_tag = rows.tags(self._rows(sent_tags), tags)
             of_types, last_type = rows.types(self._rows(sent_types), tags, names)
+            tasks = {row[:2]: Task(*row) for row in self._rows(sent_tasks)}
+            complete = rows.complete(messages, names, seen, last_tag, last_type)
+            if long:
+                whole, enough = rows.all_names_needed(messages, long)
+                complete = min(complete, enough)
+                columns = rows.task_name_columns(names, long, whole)
+                for id, name in self._rows(self._send(statements.LOAD_TASK_NAMES, **columns)):
+                    executions_by_key[id.int].task_names[name] = None
             return Snapshot(
                 batches=batches,
                 executions=executions_by_key,
                 tags=tags,
                 types=of_types,
-                tasks={row[:2]: Task(*row) for row in self._rows(sent_tasks)},
+                tasks=tasks,
                 head=head,
-                complete=rows.complete(messages, names, seen, last_tag, last_type),
+                complete=complete,
             )
 
         return read

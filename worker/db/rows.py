@@ -10,7 +10,7 @@ from uuid import UUID
 
 from msgspec import Raw
 
-from producers.contract.messages import MAX_OPERATIONS, SetTaskState
+from producers.contract.messages import MAX_OPERATIONS, RegisterExecution, SetTaskState
 from producers.contract.results import Task
 from worker.bounds import MAX_GROUP_BYTES, MAX_OF_TYPE, MAX_OF_TYPES, MAX_VARIANTS
 from worker.db import pg_arrays
@@ -40,6 +40,7 @@ whatever is missing: of the 25,000 tags that it may name, those whose metadata i
 events may hold (bounds.MAX_EVENT_BYTES).
 """
 MAX_LOADED_TAGS: Final = MAX_OF_TYPES + 1
+MAX_WHOLE_NAMES: Final = 4
 _METADATA: Final = Tag.__struct_fields__.index("tag_metadata")
 assert MAX_OPERATIONS * MAX_VARIANTS < MAX_LOADED_TAGS
 
@@ -112,9 +113,32 @@ def batches(rows: Iterable[Any]) -> tuple[dict[UUID, StoredResult], UUID | None]
     return batches, last[1] if last and last[0] >= MAX_GROUP_BYTES else None
 
 
-def execution(row: Any) -> tuple[int, Execution]:
-    id, names, any_name, *rest = row
-    return id.int, Execution(id, dict.fromkeys(names or ()), any_name, *rest)
+def executions(rows: Iterable[Any]) -> tuple[dict[int, Execution], set[int]]:
+    """Return executions by id, and those whose task names are too long to be among these rows."""
+    executions: dict[int, Execution] = {}
+    long: set[int] = set()
+    for id, names, any_name, revision, flow_id, is_long in rows:
+        executions[id.int] = Execution(id, dict.fromkeys(names or ()), any_name, revision, flow_id)
+        if is_long:
+            long.add(id.int)
+    return executions, long
+
+
+def all_names_needed(
+    messages: Sequence[AuthorizedMessage], long: set[int]
+) -> tuple[list[int], int]:
+    """Return which executions need all of their many task names: those that get more of them.
+
+    These are four at most, for their size. The second value is for how many messages, counted from
+    the first, that is enough.
+    """
+    whole: dict[int, None] = {}
+    for place, message in enumerate(each.message for each in messages):
+        if isinstance(message, RegisterExecution) and message.flow_execution_id.int in long:
+            if len(whole) == MAX_WHOLE_NAMES and message.flow_execution_id.int not in whole:
+                return list(whole), place
+            whole[message.flow_execution_id.int] = None
+    return list(whole), len(messages)
 
 
 def tags(
@@ -178,6 +202,19 @@ def type_columns(types: Sequence[tuple[TypeKey, bool]]) -> Parameters:
         "flow_execution_ids": pg_arrays.uuids(executions),
         "task_names": pg_arrays.texts(task_names),
         "tag_types": pg_arrays.texts(tag_types),
+    }
+
+
+def task_name_columns(names: Names, long: set[int], whole: Sequence[int]) -> Parameters:
+    pairs = [(key[0], key[1]) for key, _ in names.tags]
+    pairs += [(key[0], key[1]) for key, _ in names.types]
+    pairs += [(id.int, name) for id, name in names.tasks]
+    wanted = list(dict.fromkeys(pair for pair in pairs if pair[0] in long))
+    return {
+        "long_ids": pg_arrays.uuids(list(long)),
+        "whole_ids": pg_arrays.uuids(whole),
+        "flow_execution_ids": pg_arrays.uuids([id for id, _ in wanted]),
+        "task_names": pg_arrays.texts([name for _, name in wanted]),
     }
 
 

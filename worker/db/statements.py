@@ -68,13 +68,34 @@ the bound.
 """
 
 LOAD_EXECUTIONS: Final = """
-    select flow_execution_id, coalesce(task_names, given_task_names), task_names is null, revision,
-           flow_id
-      from flow_executions
-     where organization_id = %(organization_id)s
-       and flow_execution_id = any(%(flow_execution_ids)s)
+    select flow_execution_id, case when is_short then names end, task_names is null, revision,
+           flow_id, not is_short
+      from (select *, coalesce(task_names, given_task_names) as names
+              from flow_executions
+             where organization_id = %(organization_id)s
+               and flow_execution_id = any(%(flow_execution_ids)s)) as e
+     cross join lateral (
+           select case when names is null then true
+                       when pg_column_size(names) > 4096 then false
+                       else octet_length(names::text) <= 4096 end as is_short) as s
 """
-"""Returns the executions that messages name, by primary key."""
+"""Returns the executions that messages name, by primary key; without their registered task names if
+these have more than 4 KiB, because a message may name 100 executions with 8 MB each."""
+
+LOAD_TASK_NAMES: Final = """
+    select flow_execution_id, name
+      from (select flow_execution_id, coalesce(task_names, given_task_names) as names
+              from flow_executions
+             where organization_id = %(organization_id)s
+               and flow_execution_id = any(%(long_ids)s)) as e
+     cross join lateral jsonb_array_elements_text(names) with ordinality as n (name, place)
+     where flow_execution_id = any(%(whole_ids)s)
+        or (flow_execution_id, name) in (
+           select unnest(%(flow_execution_ids)s), unnest(%(task_names)s))
+     order by place
+"""
+"""Returns registered task names of executions that have many, by primary key, in their order: all
+names of some executions, and of the others those that messages name."""
 
 LOAD_TAGS: Final = """
     select number, total, metadata_digest, id, flow_execution_id, task_name, tag_type, tag,
