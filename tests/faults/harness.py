@@ -115,6 +115,11 @@ class Harness:
     ended: list[str] = field(default_factory=list)
     """What ended though nobody killed it."""
 
+    @property
+    def workers_clock(self) -> Path:
+        """A file: what the clock of the workers is ahead, in seconds (tests/faults/mutants.py)."""
+        return self.directory / "workers.clock"
+
     def pids(self, prefix: str) -> list[int]:
         return [
             process.pid
@@ -318,6 +323,7 @@ def run_harness(directory: Path, seed: int, plant: str) -> Iterator[Harness]:
             "TASK_TAGS_JWT_SECRET": load_or_create_secret(directory, "jwt"),
             "TASK_TAGS_LEASE_SECONDS": str(LEASE_SECONDS),
             "FAULTS_FAILPOINT": str(failpoint),
+            "FAULTS_CLOCK": str(directory / "workers.clock"),
         }
         settings = signing_settings(directory)
         port = free_port(0)

@@ -313,6 +313,8 @@ def _harm(proxy: str, moment: str, fault: str, codes: tuple[str, ...]) -> Inject
         harm, seconds = Harm(moment, fault, choose.choice(codes)), 0.3 + choose.random() * 2
         if proxy == "beat":
             seconds += BEAT_SECONDS
+        if moment == "purge":
+            purge(harness, choose)
         if not harness.proxies[proxy].harm(harm, seconds):
             raise OSError("there was no such request")
 
@@ -343,9 +345,18 @@ def _harms() -> Iterator[tuple[str, Injection]]:
     for moment in POSTGRES_MOMENTS:
         for fault in FAULTS:
             yield f"worker: {fault} at {moment}", _harm("database", moment, fault, SQL_STATES)
+    for fault in FAULTS:
+        yield f"purge: {fault} at purge", _harm("database", "purge", fault, SQL_STATES)
     for moment in ENDPOINT_MOMENTS:
         for fault in FAULTS:
             yield f"endpoint: {fault} at {moment}", _harm("reads", moment, fault, SQL_STATES)
+
+
+def step_workers_clock(harness: Harness, choose: random.Random) -> None:
+    """Step the clock of the workers forwards or back, and back again after some seconds."""
+    harness.workers_clock.write_text(str(choose.choice((-1, 1)) * choose.choice((2, 30, 600))))
+    time.sleep(1.0 + choose.random() * 4)
+    harness.workers_clock.write_text("0")
 
 
 INJECTIONS: dict[str, Injection] = {
@@ -373,6 +384,7 @@ INJECTIONS: dict[str, Injection] = {
     "silence endpoint-redis": _half_open("endpoint"),
     "silence endpoint-database": _half_open("reads"),
     "step the clock of valkey": step_clock,
+    "step the clock of workers": step_workers_clock,
     "demote valkey": demote_valkey,
     "demote postgresql": demote_postgresql,
     "session setting": session_setting,

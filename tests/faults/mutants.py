@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,6 +20,7 @@ from uuid import UUID
 import worker.db.rows
 import worker.db.statements
 import worker.drain.path
+import worker.tasks
 from producers.contract.cursors import Cursor
 from producers.inbox import protocol
 from producers.inbox.protocol import Acknowledged, Acquired, Inbox, StreamEntry
@@ -48,6 +50,7 @@ PLANTS = {
 
 _armed = Path(os.environ.get("FAULTS_FAILPOINT", "/nonexistent"))
 _plant = os.environ.get("FAULTS_PLANT", "")
+_clock = Path(os.environ.get("FAULTS_CLOCK", "/nonexistent"))
 
 
 def reach(failpoint: str) -> None:
@@ -62,7 +65,7 @@ _acquire, _ack_and_publish = Inbox.acquire, Inbox.ack_and_publish
 _begin, _save, _commit = Repository.begin, Transaction.save, Transaction.commit
 _take, _process, _next_group = Turn.take, Drain._process, Drain.next_group
 _following = Acknowledged.following
-_advance = BatchProcessor._advance
+_advance, _drain = BatchProcessor._advance, worker.tasks._drain
 
 
 def acquire(self: Inbox, run_id: str, **bounds: Any) -> Acquired:
@@ -107,6 +110,25 @@ def ack_and_publish(
     return sent
 
 
+def drain(*arguments: Any) -> Drain:
+    """Make a drain by the clock of the workers, which the harness steps.
+
+    Of the whole process it can't be: `time.sleep` fails with libfaketime, and nothing else of a
+    worker goes by a clock that can be set.
+    """
+    made = _drain(*arguments)
+    made.now = stepped_now
+    return made
+
+
+def stepped_now() -> datetime:
+    ahead = 0.0
+    with suppress(OSError, ValueError):
+        ahead = float(_clock.read_text())
+    return datetime.now(timezone.utc) + timedelta(seconds=ahead)
+
+
+worker.tasks._drain = drain  # type: ignore[assignment]
 protocol.QUEUE_SHARE = 2  # type: ignore[misc]  # eight organizations make no long queue
 Inbox.acquire, Inbox.ack_and_publish = acquire, ack_and_publish  # type: ignore[method-assign]
 Repository.begin, Transaction.save = begin, save  # type: ignore[method-assign]

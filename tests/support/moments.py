@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from producers.inbox.script_calls import script_sha
 
-FAULTS: Final = ("error", "hang", "lose", "answer lost")
+FAULTS: Final = ("error", "hang", "lose", "answer lost", "half an answer")
 POSTGRES_MOMENTS: Final = ("begin", "lock", "look-up", "write", "commit")
 REDIS_CODES: Final = (
     *("READONLY", "NOREPLICAS", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN", "BUSY", "MISCONF"),
@@ -151,7 +151,9 @@ def moment_of_sql(sql: bytes) -> str:
     words = sql.lower().split()
     if not words:
         return ""
-    if words[0] in (b"insert", b"update", b"delete"):
+    if words[0] == b"delete" or b"delete from" in b" ".join(words):
+        return "purge"
+    if words[0] in (b"insert", b"update"):
         return "write"
     if words[0] in (b"begin", b"commit"):
         return words[0].decode()

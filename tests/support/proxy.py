@@ -106,15 +106,15 @@ class Proxy:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        target = self.target
+        target, halve = self.target, asyncio.Event()
         self._writers.add(writer)
         upstream = None
         try:
             upstream = await asyncio.open_unix_connection(str(target))
             self._writers.add(upstream[1])
             await asyncio.gather(
-                self._pump_requests(reader, writer, upstream[1], target),
-                self._pump(upstream[0], writer),
+                self._pump_requests(reader, writer, upstream[1], target, halve),
+                self._pump(upstream[0], writer, halve),
             )
         except OSError:
             pass  # there is no server
@@ -129,6 +129,7 @@ class Proxy:
         writer: asyncio.StreamWriter,
         upstream: asyncio.StreamWriter,
         target: Path,
+        halve: asyncio.Event,
     ) -> None:
         moments = self._moments()
         with contextlib.suppress(OSError):
@@ -155,6 +156,9 @@ class Proxy:
                         writer.transport.abort()
                         upstream.close()
                         return  # nothing comes through behind what was lost
+                    elif harm.fault == "half an answer":
+                        halve.set()
+                        upstream.write(request)
                     else:  # the server does it, and its answer is lost
                         upstream.write(request)
                         await upstream.drain()
@@ -164,13 +168,17 @@ class Proxy:
         with contextlib.suppress(OSError):
             upstream.close()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, halve: asyncio.Event
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 if self.delay:
                     await asyncio.sleep(self.delay)
                 await self._open.wait()
-                writer.write(data)
+                writer.write(data[: len(data) // 2] if halve.is_set() else data)
                 await writer.drain()
+                if halve.is_set():
+                    break
         with contextlib.suppress(OSError):
             writer.close()
