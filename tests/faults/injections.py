@@ -313,8 +313,10 @@ def _harm(proxy: str, moment: str, fault: str, codes: tuple[str, ...]) -> Inject
         harm, seconds = Harm(moment, fault, choose.choice(codes)), 0.3 + choose.random() * 2
         if proxy == "beat":
             seconds += BEAT_SECONDS
-        if moment == "purge":
-            purge(harness, choose)
+        if moment == "purge":  # it comes while requests are harmed
+            seconds += 1
+            own = random.Random(choose.random())
+            threading.Timer(0.2, purge, (harness, own)).start()
         if not harness.proxies[proxy].harm(harm, seconds):
             raise OSError("there was no such request")
 
