@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from producers.batch_builder import BatchBuilder
     from producers.client import AsyncTagProducer, TagProducer
     from producers.contract.encoding import parse_message
-    from producers.contract.errors import ErrorDetail, ErrorInfo, FoundTag
+    from producers.contract.errors import ErrorDetail, ErrorInfo, FoundTag, InvalidMessage
     from producers.contract.messages import (
         ANY_METADATA, Condition, Message, RegisterExecution, SetTaskState, TagBatch, TagOperation,
         add, claim, decide, register_execution, release, remove, set_tag, set_task_state,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from producers.contract.values import batch_id_for
     from producers.errors import (
         BadRequest, BatchIdInUse, BatchRefused, ChangesRefused, ConfigurationError, Conflict,
-        Forbidden, InboxFull, InternalError, InvalidMessage, NotFound,
+        Forbidden, InboxFull, InternalError, NotFound,
         PreconditionFailed, ProducerClosed, RedisOutOfMemory, ResultTimeout, RevisionExpired,
         TaskTagsError, TokenExpired, TooLarge, Unauthorized, Unavailable, WaitTimeout
     )

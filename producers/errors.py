@@ -5,35 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from producers.contract.errors import InvalidMessage, TaskTagsError, describe
+from producers.contract.errors import TaskTagsError as TaskTagsError
+from producers.contract.errors import describe
 from producers.contract.messages import Message
 from producers.contract.results import ResultRecord, Tag
-
-__all__ = [
-    "BadRequest",
-    "BatchIdInUse",
-    "BatchRefused",
-    "ChangesRefused",
-    "ConfigurationError",
-    "Conflict",
-    "Forbidden",
-    "InboxFull",
-    "InternalError",
-    "InvalidMessage",
-    "NotFound",
-    "PreconditionFailed",
-    "ProducerClosed",
-    "RedisOutOfMemory",
-    "ResultTimeout",
-    "RevisionExpired",
-    "TaskTagsError",
-    "TokenExpired",
-    "TooLarge",
-    "Unauthorized",
-    "Unavailable",
-    "WaitTimeout",
-    "refusal",
-]
 
 
 class ConfigurationError(TaskTagsError):

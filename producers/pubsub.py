@@ -24,7 +24,6 @@ from collections.abc import (
 )
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from enum import Enum
 from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
@@ -195,12 +194,6 @@ async def first_completed(*jobs: Awaitable[Any]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class ListenEvent(Enum):
-    """What an `EventQueue` yields besides payloads."""
-
-    SUBSCRIBED = "what is published from now on arrives; what was published before may be lost"
-
-
 class EventQueue(Listener):
     """Queues what is published on a channel. A reader 32 MiB behind loses what is queued.
 
@@ -210,13 +203,11 @@ class EventQueue(Listener):
 
     def __init__(self, also: Callable[[], None] | None = None) -> None:
         self._also = also
-        self._events: list[bytes | ListenEvent] = []
+        self._events: list[bytes] = []
         self._bytes = 0
         self._arrived = asyncio.Event()
 
     def on_subscribed(self) -> None:
-        self._events.append(ListenEvent.SUBSCRIBED)
-        self._arrived.set()
         if self._also is not None:
             self._also()
 
@@ -224,11 +215,11 @@ class EventQueue(Listener):
         self._bytes += len(payload)
         if self._bytes > MAX_QUEUED_BYTES:
             logger.warning("events were dropped: the subscriber reads too slowly")
-            self._events, self._bytes = [ListenEvent.SUBSCRIBED], len(payload)
+            self._events, self._bytes = [], len(payload)
         self._events.append(payload)
         self._arrived.set()
 
-    async def take(self, seconds: float) -> Sequence[bytes | ListenEvent]:
+    async def take(self, seconds: float) -> list[bytes]:
         """Return all that has arrived; if nothing has, wait for so many seconds at most."""
         await wait_at_most(seconds, self._arrived.wait())
         self._arrived.clear()

@@ -12,7 +12,7 @@ import logging
 import re
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
@@ -24,7 +24,7 @@ from producers.contract.channels import changes_channel, results_channel
 from producers.contract.results import ChangeEvent, ResultRecord, Tag
 from producers.contract.values import REPLY_TO_PATTERN
 from producers.endpoint import client_options, execution_id, stream_changes
-from producers.pubsub import EventQueue, ListenEvent, LoopThread, PubSubMultiplexer, flatten
+from producers.pubsub import EventQueue, LoopThread, PubSubMultiplexer, flatten
 from producers.redis_client import open_async_redis, redis_unavailable
 from producers.settings import ProducerSettings, check_timeout, load_settings, token_source
 from producers.waiting import TagWaits
@@ -250,9 +250,17 @@ class Subscriber:
     async def _published(
         self, channel: str, model: type[Published], on_subscribed: Callable[[], None] | None
     ) -> AsyncGenerator[Sequence[Published], None]:
-        async with self._subscription(channel, on_subscribed) as events:
-            while not self._closed.is_set():
-                yield list(_decoded(await events.take(POLL_SECONDS), model))
+        """Yield what is published on a channel. Raises `Unavailable` if Redis can't be reached."""
+        async with open_async_redis(self._settings.redis_url.get_secret_value()) as redis:
+            try:
+                await redis.ping()
+            except (RedisError, OSError) as error:
+                raise redis_unavailable(error) from error
+            pubsub, events = PubSubMultiplexer(redis), EventQueue(on_subscribed)
+            with pubsub.listening(channel, events):
+                async with pubsub.running():
+                    while not self._closed.is_set():
+                        yield list(_decoded(await events.take(POLL_SECONDS), model))
 
     async def _stream(
         self, after: str, on_cursor: Callable[[str], None] | None, **options: Any
@@ -296,31 +304,11 @@ class Subscriber:
         token = token_source(self._token, self._settings)
         return httpx.AsyncClient(**client_options(self._settings.endpoint_url, token))
 
-    @asynccontextmanager
-    async def _subscription(
-        self, channel: str, on_subscribed: Callable[[], None] | None
-    ) -> AsyncIterator[EventQueue]:
-        """Subscribe to a channel. Raises `Unavailable` if Redis can't be reached."""
-        redis = open_async_redis(self._settings.redis_url.get_secret_value())
-        try:
-            await redis.ping()
-        except (RedisError, OSError) as error:
-            await redis.aclose()
-            raise redis_unavailable(error) from error
-        pubsub, events = PubSubMultiplexer(redis), EventQueue(on_subscribed)
-        try:
-            with pubsub.listening(channel, events):
-                async with pubsub.running():
-                    yield events
-        finally:
-            await redis.aclose()
 
-
-def _decoded(events: Sequence[bytes | ListenEvent], model: type[Published]) -> Iterator[Published]:
+def _decoded(events: Sequence[bytes], model: type[Published]) -> Iterator[Published]:
     """Yield what was published."""
     for event in events:
-        if isinstance(event, bytes):
-            try:
-                yield model.decode(event)
-            except ValidationError:
-                logger.warning("skipped a publication that is not a %s", model.__name__)
+        try:
+            yield model.decode(event)
+        except ValidationError:
+            logger.warning("skipped a publication that is not a %s", model.__name__)

@@ -77,7 +77,8 @@ class TagReader:
             follow: Go on with each task that comes or changes, without end. One that has left the
                 list comes once more, without `waiting_since`.
         """
-        query = _work_query(with_, without, task_name, state, flow_id, flow_execution_id)
+        filters = {"task_name": task_name, "state": state, "flow_id": flow_id}
+        query = _query(flow_execution_id, with_, without, **filters)
         if follow:
             return self._thread.iterate(_follow(self._options, query))
         return self._items(_TASKS, query, Page[TaskExecution])
@@ -91,7 +92,7 @@ class TagReader:
         tag: str | Sequence[str] = (),
     ) -> Iterator[Tag]:
         """Yield the active tags of an execution, the oldest first; only those that match."""
-        query = _tags_query(flow_execution_id, task_name, tag_type, tag)
+        query = _query(flow_execution_id, task_name=task_name, tag_type=tag_type, tag=tag)
         return self._items(_TAGS, query, Page[Tag])
 
     def close(self) -> None:
@@ -137,7 +138,8 @@ class AsyncTagReader:
         follow: bool = False,
     ) -> AsyncIterator[TaskExecution]:
         """Yield the tasks that have some tags and not others; see `TagReader.work_list`."""
-        query = _work_query(with_, without, task_name, state, flow_id, flow_execution_id)
+        filters = {"task_name": task_name, "state": state, "flow_id": flow_id}
+        query = _query(flow_execution_id, with_, without, **filters)
         if follow:
             return flatten(follow_work_list(self._client, query))
         return self._items(_TASKS, query, Page[TaskExecution])
@@ -151,7 +153,7 @@ class AsyncTagReader:
         tag: str | Sequence[str] = (),
     ) -> AsyncIterator[Tag]:
         """Yield the active tags of an execution, the oldest first; only those that match."""
-        query = _tags_query(flow_execution_id, task_name, tag_type, tag)
+        query = _query(flow_execution_id, task_name=task_name, tag_type=tag_type, tag=tag)
         return self._items(_TAGS, query, Page[Tag])
 
     async def close(self) -> None:
@@ -193,24 +195,6 @@ def _options(endpoint_url: str | None, token: str | Callable[[], str] | None) ->
     return client_options(settings.endpoint_url, token_source(token, settings))
 
 
-def _work_query(
-    with_: Iterable[Pair],
-    without: Iterable[Pair],
-    task_name: str | None,
-    state: TaskState | Sequence[TaskState],
-    flow_id: str | None,
-    flow_execution_id: UUID | str | None,
-) -> dict[str, Any]:
-    return _query(
-        flow_execution_id,
-        **{"with": _selectors(with_)},
-        without=_selectors(without),
-        task_name=task_name,
-        state=state,
-        flow_id=flow_id,
-    )
-
-
 def _selectors(pairs: Iterable[Pair]) -> list[str]:
     found = list(pairs)
     if any(isinstance(pair, str) for pair in (pairs, *found)):
@@ -218,16 +202,13 @@ def _selectors(pairs: Iterable[Pair]) -> list[str]:
     return [str(Selector(*pair)) for pair in found]
 
 
-def _tags_query(
-    flow_execution_id: UUID | str,
-    task_name: str | None,
-    tag_type: str | Sequence[str],
-    tag: str | Sequence[str],
+def _query(
+    flow_execution_id: UUID | str | None,
+    with_: Iterable[Pair] = (),
+    without: Iterable[Pair] = (),
+    **values: Any,
 ) -> dict[str, Any]:
-    return _query(flow_execution_id, task_name=task_name, tag_type=tag_type, tag=tag)
-
-
-def _query(flow_execution_id: UUID | str | None, **values: Any) -> dict[str, Any]:
+    selectors = {"with": _selectors(with_), "without": _selectors(without)}
     execution = None if flow_execution_id is None else str(execution_id(flow_execution_id))
-    given = {"flow_execution_id": execution, **values, "limit": _PAGE}
+    given = {"flow_execution_id": execution, **selectors, **values, "limit": _PAGE}
     return {name: value for name, value in given.items() if value is not None}

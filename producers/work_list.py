@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Final
 from uuid import UUID
 
@@ -95,12 +96,4 @@ def _tasks_of(event: ChangeEvent | None, query: dict[str, Any]) -> Iterator[_Key
 
 
 def _left(task: TaskExecution) -> TaskExecution:
-    return TaskExecution(
-        task.flow_id,
-        task.flow_execution_id,
-        task.task_name,
-        *(task.state, task.state_changed_at, task.state_changed_by),
-        tags=[],
-        waiting_since=None,
-        tags_next=None,
-    )
+    return replace(task, tags=[], waiting_since=None, tags_next=None)

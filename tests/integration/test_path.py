@@ -44,7 +44,7 @@ from producers.errors import (
 )
 from producers.inbox.drain_message import DRAIN_TASK, QUEUE
 from producers.inbox.protocol import Inbox
-from producers.pubsub import EventQueue, ListenEvent, PubSubMultiplexer
+from producers.pubsub import EventQueue, PubSubMultiplexer
 from producers.redis_client import open_async_redis, open_redis
 from producers.subscriber import Subscriber
 from tests.support.etag import revision_of
@@ -495,13 +495,12 @@ def test_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 async def _subscribe_twice(url: str) -> None:
     options = {"lib_name": None, "lib_version": None, "retry": Retry(NoBackoff(), 0)}
     async with open_async_redis(url, **options) as redis:
-        pubsub, events = PubSubMultiplexer(redis), EventQueue()
-        subscribed = 0
+        subscribed: list[None] = []
+        pubsub, events = PubSubMultiplexer(redis), EventQueue(lambda: subscribed.append(None))
         with pubsub.listening("c", events):
             async with pubsub.running():
-                while subscribed < 2:
-                    for event in await events.take(1):
-                        subscribed += event is ListenEvent.SUBSCRIBED
+                while len(subscribed) < 2:
+                    await events.take(1)
 
 
 def test_a_drain_message_that_was_lost_is_sent_again(

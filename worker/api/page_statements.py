@@ -8,14 +8,12 @@ indexes task_tags_work and task_tags_page (worker/db/tables.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 from uuid import UUID
 
 from producers.contract.cursors import Cursor
-from producers.contract.selectors import Selector
 from worker.api.change_queries import in_microseconds, read_cursor
-from worker.db.pg_arrays import decode, texts
+from worker.db.pg_arrays import decode
 
 MAX_ANSWER_BYTES: Final = 8 * 1024 * 1024
 """The most bytes of an answer that is no page."""
@@ -280,49 +278,6 @@ the place of its last tag if it has more of them, and the place where the next p
 goes by task_tags_work, `work_of_execution` by task_tags_page, `work_of_task` by task_tags_active,
 and `tasks` by the registered names, or the names in task_tags_active and task_executions.
 """
-
-
-@dataclass(frozen=True)
-class TasksQuery:
-    """Which tasks are wanted; None and empty sequences mean any."""
-
-    wanted: Sequence[Selector]
-    """Tags that they have. The oldest tags of the first give the order; without it, the names."""
-    unwanted: Sequence[Selector]
-    """Tags that they do not have."""
-    flow_execution_id: UUID | None
-    task_name: str | None
-    states: Sequence[str]
-    flow_id: str | None
-    after: str | None
-    """Where the page before ends, as `TaskPage.after` has it."""
-    limit: int
-
-    @property
-    def statement(self) -> bytes:
-        """The name of the statement that reads a page of them."""
-        if not self.wanted:
-            return b"tasks"
-        if self.flow_execution_id is None:
-            return b"work"
-        return b"work_of_execution" if self.task_name is None else b"work_of_task"
-
-    def parameters(self) -> list[bytes | None]:
-        """Return the parameters of the statement, in the binary format."""
-        selectors = [*self.wanted, *self.unwanted]
-        first, _, second = (self.after or (BEFORE_ALL if self.wanted else "0 ")).partition(" ")
-        return [
-            None if self.flow_execution_id is None else self.flow_execution_id.bytes,
-            None if self.task_name is None else self.task_name.encode(),
-            texts([selector.tag_type for selector in selectors]),
-            texts([selector.tag for selector in selectors]),
-            len(self.wanted).to_bytes(8),
-            texts(self.states) if self.states else None,
-            None if self.flow_id is None else self.flow_id.encode(),
-            first.encode(),
-            second.encode(),
-            self.limit.to_bytes(8),
-        ]
 
 
 class TaskPage(NamedTuple):

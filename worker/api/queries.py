@@ -26,7 +26,6 @@ from worker.api.page_statements import (
     PAGES,
     TAG,
     TaskPage,
-    TasksQuery,
 )
 from worker.db.connection import UnsafeRole
 from worker.db.pg_arrays import EPOCH, bigints, texts, timestamps, uuids
@@ -236,9 +235,11 @@ class Reader:
             page = _bounded(page)
         return Page(_revision(found), page, None if last is None else last.decode())
 
-    async def tasks(self, organization_id: UUID, query: TasksQuery) -> TaskPage | None:
+    async def tasks(
+        self, organization_id: UUID, statement: bytes, parameters: Sequence[bytes | None]
+    ) -> TaskPage | None:
         """Return a page of tasks; None if there is no such execution."""
-        found = await self._ask(organization_id, query.statement, query.parameters())
+        found = await self._ask(organization_id, statement, parameters)
         return None if found is None else TaskPage.read(found)
 
     async def heads(

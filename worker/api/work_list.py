@@ -20,10 +20,11 @@ from producers.contract.selectors import Selector
 from producers.contract.values import FlowId, Id, TaskName
 from worker.api.auth import Reading
 from worker.api.errors import UNKNOWN_EXECUTION, wrong_parameter
-from worker.api.page_statements import MAX_TAGS, TasksQuery
+from worker.api.page_statements import BEFORE_ALL, MAX_TAGS
 from worker.api.page_tokens import OF_NAMES, OF_TAGS, PageToken, page_token, place_of
 from worker.api.params import NoQuery, Number, TagsQuery, query
 from worker.api.responses import READ_PROBLEMS, Database
+from worker.db.pg_arrays import texts
 
 MAX_SELECTORS: Final = 10
 _PATH: Final = "/task-executions"
@@ -68,6 +69,32 @@ class WorkQuery(NoQuery):
         100, ge=1, le=1000, description="The most tasks in a page, which ends at about 1 MiB."
     )
     page: PageToken = None
+
+    @property
+    def statement(self) -> bytes:
+        """The name of the statement that reads a page of them."""
+        if not self.with_:
+            return b"tasks"
+        if self.flow_execution_id is None:
+            return b"work"
+        return b"work_of_execution" if self.task_name is None else b"work_of_task"
+
+    def parameters(self, after: str | None) -> list[bytes | None]:
+        """Return the parameters of the statement, in the binary format."""
+        selectors: Any = [*self.with_, *self.without]  # their validator makes selectors
+        first, _, second = (after or (BEFORE_ALL if self.with_ else "0 ")).partition(" ")
+        return [
+            None if self.flow_execution_id is None else self.flow_execution_id.bytes,
+            None if self.task_name is None else self.task_name.encode(),
+            texts([selector.tag_type for selector in selectors]),
+            texts([selector.tag for selector in selectors]),
+            len(self.with_).to_bytes(8),
+            texts(self.state) if self.state else None,
+            None if self.flow_id is None else self.flow_id.encode(),
+            first.encode(),
+            second.encode(),
+            self.limit.to_bytes(8),
+        ]
 
 
 def _check(query: WorkQuery) -> None:
@@ -128,17 +155,8 @@ async def read_tasks(
 ) -> Response:
     _check(query)
     about: Any = (caller.organization_id, _PATH, query)
-    wanted = TasksQuery(
-        query.with_,  # type: ignore[arg-type]  # their validator makes selectors
-        query.without,  # type: ignore[arg-type]
-        query.flow_execution_id,
-        query.task_name,
-        query.state,
-        query.flow_id,
-        place_of(query.page, OF_TAGS if query.with_ else OF_NAMES, *about),
-        query.limit,
-    )
-    found = await reader.tasks(caller.organization_id, wanted)
+    after = place_of(query.page, OF_TAGS if query.with_ else OF_NAMES, *about)
+    found = await reader.tasks(caller.organization_id, query.statement, query.parameters(after))
     if found is None:
         raise UNKNOWN_EXECUTION
     tasks = b",".join(

@@ -303,7 +303,7 @@ class Transaction:
             keys = rows.key_columns(list(names.tags))
             sent_tags = self._send(statements.LOAD_TAGS, **bounds, **keys)
         if names.types:
-            types = rows.type_columns(list(names.types))
+            types = rows.key_columns(list(names.types))
             sent_types = self._send(statements.LOAD_TYPES, **bounds, **types)
         if names.tasks:
             sent_tasks = self._send(statements.LOAD_TASKS, **rows.task_columns(list(names.tasks)))

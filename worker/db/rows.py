@@ -184,24 +184,14 @@ def types(
 # --- Objects to columns --------------------------------------------------------------------------
 
 
-def key_columns(keys: Sequence[tuple[TagKey, bool]]) -> Parameters:
-    executions, task_names, tag_types, tags = zip(*[key for key, _ in keys], strict=True)
+def key_columns(keys: Sequence[tuple[TagKey | TypeKey, bool]]) -> Parameters:
+    """Return the columns of names of tags, or of types, which have no tags."""
+    executions, *named = zip(*[key for key, _ in keys], strict=True)
+    columns = zip(("task_names", "tag_types", "tags"), named, strict=False)
     return {
         "whole": pg_arrays.bigints([whole for _, whole in keys]),
         "flow_execution_ids": pg_arrays.uuids(executions),
-        "task_names": pg_arrays.texts(task_names),
-        "tag_types": pg_arrays.texts(tag_types),
-        "tags": pg_arrays.texts(tags),
-    }
-
-
-def type_columns(types: Sequence[tuple[TypeKey, bool]]) -> Parameters:
-    executions, task_names, tag_types = zip(*[key for key, _ in types], strict=True)
-    return {
-        "whole": pg_arrays.bigints([whole for _, whole in types]),
-        "flow_execution_ids": pg_arrays.uuids(executions),
-        "task_names": pg_arrays.texts(task_names),
-        "tag_types": pg_arrays.texts(tag_types),
+        **{name: pg_arrays.texts(column) for name, column in columns},
     }
 
 
