@@ -14,11 +14,11 @@ help:  ## Show this list
 
 # Ctrl-C reaches the shell as well: it must wait for the stack to end.
 run: .venv/run  ## Start the local stack, send the sample flow, stay up until Ctrl-C; PORT=8080
-	@trap : INT; $(BIN)/python -m worker.cli demo --stay --port $(or $(PORT),8080) || \
+	@trap : INT; $(BIN)/python -m worker demo --stay --port $(or $(PORT),8080) || \
 		{ code=$$?; [ $$code -eq 130 ] || exit $$code; }
 
 demo: .venv/run  ## The same, but end with exit code 0 if all is as expected
-	@$(BIN)/python -m worker.cli demo --port 0
+	@$(BIN)/python -m worker demo --port 0
 
 # Without the plugin of hypothesis, which takes a second to load and has nothing that is used here.
 unit: .venv/ready  ## Run the tests that need no server, in less than 10 seconds

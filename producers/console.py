@@ -240,7 +240,8 @@ class _TagTable:
 def task_table(tasks: Sequence[TaskExecution]) -> RenderableType:
     """Return the tasks of a work list as a table that cuts nothing; elsewhere each is one line.
 
-    On a terminal that is too narrow the flow is below the execution, and the state below the task.
+    On a terminal that is too narrow, the flow and the time are below the execution, the state is
+    below the task, and each tag has its line.
     """
     return _TaskTable(tasks)
 
@@ -251,18 +252,23 @@ class _TaskTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         headers = ["flow", "execution", "task", "state", "waiting since", "tags"]
-        rows = [_task_cells(task) for task in self.tasks]
+        cells = [_task_cells(task) for task in self.tasks]
+        rows = [[*rest, tags.replace("\n", ", ")] for *rest, tags in cells]
         widths = [max(map(cell_len, column)) for column in zip(headers, *rows, strict=True)]
         natural = sum(widths) + 2 * (len(widths) - 1)
         fixed: Sequence[int | None] = widths
         if console.is_terminal and natural > options.max_width:
             natural = options.max_width
-            headers = ["execution", "task", "waiting since", "tags"]
+            headers = ["execution", "task", "tags"]
             rows = [
-                [f"{id}\n{flow}".strip(), f"{task}\n{state}".strip(), since, tags]
-                for flow, id, task, state, since, tags in rows
+                [
+                    "\n".join(filter(None, (id, flow, since and f"since {since}"))),
+                    f"{task}\n{state}".strip(),
+                    tags,
+                ]
+                for flow, id, task, state, since, tags in cells
             ]
-            fixed = (36, None, 20, None) if natural >= _WIDE_ENOUGH else (None,) * 4
+            fixed = (36, None, None) if natural >= _WIDE_ENOUGH else (None,) * 3
         table = Table(box=None, pad_edge=False, width=natural)
         for header, width in zip(headers, fixed, strict=True):
             table.add_column(header, width=width, overflow="fold")
@@ -273,10 +279,10 @@ class _TaskTable:
 
 def _task_cells(task: TaskExecution) -> list[str]:
     since = "" if task.waiting_since is None else f"{task.waiting_since:%Y-%m-%dT%H:%M:%SZ}"
-    tags = ", ".join(f"{tag.tag_type}: {tag.tag}" for tag in task.tags)
-    more = "" if task.tags_next is None else ", …"
+    tags = [_printable(f"{tag.tag_type}: {tag.tag}") for tag in task.tags]
+    more = [] if task.tags_next is None else ["…"]
     texts = (task.flow_id or "", str(task.flow_execution_id), task.task_name, task.state or "")
-    return [*map(_printable, texts), since, _printable(tags) + more]
+    return [*map(_printable, texts), since, "\n".join(tags + more)]
 
 
 def _cells(tag: dict[str, Any]) -> list[str]:

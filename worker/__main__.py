@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from producers.console import fail
+import signal
 
 
 def main() -> None:
-    """Run `worker.cli`, or say what to install: exit code 2."""
+    """Run `worker.cli`, or say what to install: exit code 2. Ctrl-C ends it without a traceback."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take a second
     try:
         from worker.cli import main as run
     except ModuleNotFoundError as error:
+        from producers.console import fail
+
         fail(2, f"the worker is not installed: in a clone, pip install '.[worker]' ({error})")
+    signal.signal(signal.SIGINT, before)
     run()
 
 

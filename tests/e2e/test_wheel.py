@@ -40,4 +40,4 @@ def test_an_installation_without_the_worker_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "pip install 'task-tags[worker]'" in line
+    assert "pip install '.[worker]'" in line
