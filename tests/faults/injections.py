@@ -29,7 +29,7 @@ from tests.support.moments import FAULTS, POSTGRES_MOMENTS, REDIS_CODES, SQL_STA
 from tests.support.waiting import eventually
 from worker.db.tables import ROLES
 
-ENDPOINT_MOMENTS = ("record", "changes", "revisions", "recovery")
+ENDPOINT_MOMENTS = ("record", "changes", "feed", "heads", "recovery")
 
 Injection = Callable[[Harness, random.Random], None]
 
