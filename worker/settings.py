@@ -48,8 +48,8 @@ class Settings(InboxSettings):
     group_size: int = Field(100, ge=1, le=1000)
     """The maximum number of messages that are applied in one transaction."""
     transaction_seconds: float = Field(30, ge=1, le=3600)
-    """Seconds after which a transaction is aborted and its connection closed. The limits of the role
-    hold as well: 30 s for a statement and 60 s for a transaction, as it is migrated."""
+    """Seconds after which a transaction is aborted and its connection closed. The limits of its
+    role hold as well: 30 s for a statement and 60 s for a transaction, as it is migrated."""
     drain_budget_seconds: float = Field(0.25, ge=0.001, le=60)
     """Seconds until a drain goes to the end of the queue, behind other organizations' drains."""
     retention_days: float = Field(30, ge=_MIN_DAYS, le=_MAX_DAYS)
