@@ -90,7 +90,7 @@ def main() -> None:
     except DBAPIError as error:
         fail(3, error.orig)
     except RedisError as error:
-        fail(3, f"Redis can't be used: {error}")
+        fail(3, f"Redis can't be used (TASK_TAGS_REDIS_URL): {error}")
     except OSError as error:
         fail(3, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
     except BatchRefused as error:

@@ -183,12 +183,14 @@ def _fault(raw: bytes, error: Exception) -> str:
         return "is nested too deep"
     if not raw.strip():
         return "is empty"
-    before = error.doc[: error.pos] if isinstance(error, json.JSONDecodeError) else ""
-    if isinstance(error, UnicodeDecodeError):
-        before = raw[: error.start].decode()
+    before, form = "", "JSON"
+    if isinstance(error, json.JSONDecodeError):
+        before = error.doc[: error.pos]
+    elif isinstance(error, UnicodeDecodeError):
+        before, form = raw[: error.start].decode(), "UTF-8"
     line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
     place = f"column {column}" if line == 1 else f"line {line}, column {column}"
-    return f"is not JSON in UTF-8 ({place})"
+    return f"is not {form} ({place})"
 
 
 # --- Faults in words -----------------------------------------------------------------------------
