@@ -115,14 +115,12 @@ def _end_in_time(**_: Any) -> None:
 
     A drain ends earlier by itself, but Celery waits for a Redis that hangs as long as that hangs.
     """
-    timer = Timer(STOP_SECONDS, _end_now)
-    timer.daemon = True
-    timer.start()
-
-
-def _end_now() -> None:
-    logger.warning("ending: a server does not answer")
-    os._exit(0)
+    for timer in (  # two, because the log may be what hangs
+        Timer(STOP_SECONDS, logger.warning, ["ending: a server does not answer"]),
+        Timer(STOP_SECONDS + 0.1, os._exit, [0]),
+    ):
+        timer.daemon = True
+        timer.start()
 
 
 @signals.worker_ready.connect

@@ -30,7 +30,7 @@ _MAX_MEMBER_BYTES: Final = 200
 _MAX_INBOXES: Final = 10_000
 """Of more inboxes, each turn checks a random sample, so that no turn takes long."""
 _MAX_QUEUED: Final = 20_000
-"""A longer queue is not read: nothing is sent while it is as long."""
+"""A longer queue is not read: nothing is sent while it is as long as the set of those that wait."""
 _MAX_QUEUED_BYTES: Final = 1024
 """A drain message takes half of that, with its overhead."""
 
@@ -43,9 +43,8 @@ def claim_rescue(redis: Redis) -> bool:
 def rescue(redis: Redis, lease_ms: int) -> None:
     """Send a drain for every inbox in which messages wait and none is queued or running.
 
-    In a long queue, a drain waits for longer than its lease lives. So while the queue is at least
-    as long as the set of those that wait, what is in it counts, too, and it does not grow by
-    drains that it has already.
+    In a long queue, a drain waits for longer than its lease lives. So what is in the queue counts,
+    too, and it does not grow by drains that it has already.
     """
     repair_keys(redis)
     if _is_too_large(redis):
@@ -59,12 +58,12 @@ def rescue(redis: Redis, lease_ms: int) -> None:
     }
     if strange := [name for name, found in names.items() if found is None]:
         redis.srem(WAITING, *strange)
-    if (length := redis.llen(QUEUE)) >= redis.scard(WAITING):
-        size = redis.memory_usage(QUEUE, samples=0) or 0
-        if length > _MAX_QUEUED or size > length * _MAX_QUEUED_BYTES:
-            return
+    length, size = redis.llen(QUEUE), redis.memory_usage(QUEUE, samples=0) or 0
+    if length <= _MAX_QUEUED and size <= (length + 1) * _MAX_QUEUED_BYTES:
         for message in cast("list[bytes]", redis.lrange(QUEUE, 0, -1)):
             names.pop(organization_of(message) or b"", None)
+    elif length >= redis.scard(WAITING):
+        return
     sent = rescue_some(redis, [found for found in names.values() if found], lease_ms)
     if sent:
         logger.info("sent lost drain messages again", extra={"inboxes": len(sent)})

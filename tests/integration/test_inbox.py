@@ -332,12 +332,13 @@ def test_dead_letters_that_have_reached_their_last_id_are_moved_aside(
 ) -> None:
     """Else the organization's batches would never be answered."""
     key = dead_letters_key(organization)
-    quiet_redis.xadd(key, {"message": "old"}, id=f"{2**64 - 1}-{2**64 - 1}")
-    append(inbox, b"1")
+    quiet_redis.xadd(key, {"message": "old"}, id=f"{2**64 - 1}-{2**64 - 2}")  # one more fits
+    append(inbox, b"1", b"2")
     entries = acquire(inbox, "run")
-    rejection = DeadLetter(b"1", "no id", datetime(2026, 1, 2, tzinfo=timezone.utc))
-    assert ack_and_publish(inbox, "run", entries, [], [rejection]) == []
-    assert [fields[b"message"] for _, fields in quiet_redis.xrange(key)] == [b"1"]
+    now = datetime(2026, 1, 2, tzinfo=timezone.utc)
+    rejections = [DeadLetter(each, "no id", now) for each in (b"1", b"2")]
+    assert ack_and_publish(inbox, "run", entries, [], rejections) == []
+    assert [fields[b"message"] for _, fields in quiet_redis.xrange(key)] == [b"1", b"2"]
     (aside,) = quiet_redis.keys(f"{key}:aside:*")
     assert quiet_redis.xlen(aside) == 1
 

@@ -104,6 +104,11 @@ def test_a_long_queue_does_not_grow_by_drains_that_it_has(quiet_redis: Any) -> N
     assert organization_of(redis.lindex(QUEUE, 0)) == str(organizations[0]).encode()
     rescue(redis, LEASE_MS)
     assert redis.llen(QUEUE) == len(queued) + len(others) + 1
+    running = [uuid4() for _ in range(20)]
+    redis.sadd(WAITING, *map(str, running))  # whose inboxes are empty here
+    redis.delete(*map(lease_key, organizations))
+    rescue(redis, LEASE_MS)
+    assert redis.llen(QUEUE) == len(queued) + len(others) + 1
 
 
 def test_a_queue_of_large_messages_is_not_read(quiet_redis: Any) -> None:

@@ -301,7 +301,8 @@ def _socket_url(socket: Path) -> str:
 def is_printed_by_a_stack(url: str) -> bool:
     """Whether it is the URL that a local stack prints, which runs or was killed."""
     socket = Path(unquote(urlsplit(url).path))
-    return url == _socket_url(socket) and socket.with_name("valkey.pid").exists()
+    is_ours = socket.name == "valkey.sock" and url == _socket_url(socket)
+    return is_ours and socket.with_name("valkey.pid").exists()
 
 
 # --- Helpers of both -----------------------------------------------------------------------------

@@ -19,6 +19,12 @@ local function next_argument()
   return ARGV[at - 1]
 end
 local ids, publications, kept = {}, {}, {}
+local function give_up(failure)
+  if #kept > 0 then
+    redis.call('XDEL', KEYS[3], unpack(kept))
+  end
+  return failure
+end
 for i = 1, tonumber(next_argument()) do
   ids[i] = next_argument()
 end
@@ -30,15 +36,16 @@ for _ = 1, tonumber(next_argument()) do
   for i = 1, tonumber(next_argument()) do
     fields[i] = next_argument()
   end
-  kept[#kept + 1] = redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', unpack(fields))
+  local id = redis.pcall('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', unpack(fields))
+  if type(id) == 'table' then
+    return give_up(id)
+  end
+  kept[#kept + 1] = id
 end
 for _, publication in ipairs(publications) do
   local answer = redis.pcall('PUBLISH', publication[1], publication[2])
-  if type(answer) == 'table' and answer.err then
-    if #kept > 0 then
-      redis.call('XDEL', KEYS[3], unpack(kept))
-    end
-    return answer
+  if type(answer) == 'table' then
+    return give_up(answer)
   end
 end
 for first = 1, #ids, 1000 do

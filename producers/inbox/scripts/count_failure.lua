@@ -7,7 +7,6 @@ local now = tonumber(redis.call('TIME')[1])
 local found = redis.call('HMGET', KEYS[1], 'entry', 'first', 'attempts')
 local first, attempts = tonumber(found[2]), tonumber(found[3])
 if found[1] ~= ARGV[1] or not first or not attempts then
-  redis.call('DEL', KEYS[1])
   first, attempts = now, 0
 end
 first = math.min(first, now) -- if the clock was ahead, it would take as long again
