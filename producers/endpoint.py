@@ -33,8 +33,8 @@ Answer = TypeVar("Answer", bound=BaseModel)
 _RETRY_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.1
 """Before a stream that has ended, as with its token, is opened again."""
-_SILENCE_SECONDS: Final = 45.0
-"""After so long without a ping, which comes every 15 s, a stream is lost."""
+_STREAM_TIMEOUT: Final = httpx.Timeout(10, read=45.0)
+"""After 45 s without a ping, which comes every 15 s, a stream is lost."""
 _ANOTHER_SERVER: Final = "{} is not a task tags endpoint (TASK_TAGS_ENDPOINT_URL)"
 
 
@@ -142,8 +142,8 @@ async def stream_changes(
 ) -> AsyncGenerator[tuple[str, ChangeEvent | None]]:
     """Yield the events behind a cursor without end, each with its own cursor.
 
-    None instead of an event says how far the stream has come. A lost connection is opened again, as
-    is one that ends with its token.
+    None instead of an event says how far the stream has come. A connection that is lost, or ends
+    with its token, is opened again.
 
     Args:
         flow_execution_id: Of this execution alone, and not of the organization.
@@ -154,14 +154,13 @@ async def stream_changes(
         RevisionExpired, ChangesRefused: Asking again does not help.
     """
     path, query = "/changes/events", dict[str, Any](filters or {})
-    if flow_execution_id is not None:
+    if flow_execution_id:
         path, query["flow_execution_id"] = f"/task-tags{path}", str(flow_execution_id)
-    reached, is_lost = False, False
-    timeout = httpx.Timeout(10, read=_SILENCE_SECONDS)
+    reached = is_lost = False
     while True:
         try:
             query["after"] = after
-            stream = client.stream("GET", path, params=query, timeout=timeout)
+            stream = client.stream("GET", path, params=query, timeout=_STREAM_TIMEOUT)
             with requesting():
                 async with stream as response:
                     await _check_stream(response)
@@ -174,8 +173,7 @@ async def stream_changes(
                             raise _expired(data)
                         if id:
                             event = ChangeEvent.decode(data) if kind == "change" else None
-                            after = id
-                            yield after, event
+                            yield (after := id), event
             await asyncio.sleep(_PAUSE_SECONDS)
         except (Unavailable, ValidationError) as error:
             if not reached:
