@@ -94,7 +94,8 @@ COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.1
 
 clean:  ## Remove what make and the local stack have made
 	@! command -v flock > /dev/null || ! test -e .task-tags/lock || flock -n .task-tags/lock true || \
-		{ echo "a stack is running on .task-tags: stop it first"; exit 1; }
+		{ echo "a stack is running on .task-tags; to stop it: kill $$(cut -d ' ' -f 1 .task-tags/lock)"; \
+			exit 1; }
 	rm -rf .venv .task-tags build
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
