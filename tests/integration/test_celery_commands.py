@@ -116,8 +116,8 @@ class Silent(Scheduler):
 scheduler, now = Silent(app), app.now
 scheduler.tick()
 app.now = lambda: now() - timedelta(hours=1)
-for entry in scheduler.schedule.values():
-    print(entry.is_due().next)
+for name in ("wake", "purge"):
+    print(scheduler.schedule[name].is_due().next)
 print(scheduler.tick())
 """
 
