@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 lock=$1 uv=.venv/uv/bin/uv
 
 python=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable); sys.exit(
-    sys.version_info < (3, 11) and "Python 3.11 or later is required: add PYTHON=python3.12, say, to the words of make")')
+    sys.version_info < (3, 11) and "Python 3.11 or later is required: "
+    "add PYTHON=python3.12, say, to the words of make")')
 if [ -t 2 ]; then quiet=; else quiet=--quiet; fi  # on a terminal, pip and uv show bars
 
 # Without pip, which would take seconds and 26 MB, unless this Python has none outside of .venv.

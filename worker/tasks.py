@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
 from uuid import UUID, uuid4
 
 import psycopg
@@ -30,8 +29,6 @@ from worker.drain.path import Drain
 from worker.drain.together import drain_all
 
 logger = logging.getLogger(__name__)
-
-_BEGINNING: Final = str(UUID(int=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +110,7 @@ def purge(after: str | None = None) -> None:
     Beat sends it hourly, and an hour is also how long an inbox may be missing in the set of those
     that wait.
     """
-    resources, last = _resources(), UUID(after or _BEGINNING)
+    resources, last = _resources(), UUID(int=0) if after is None else UUID(after)
     if after is None:
         rebuild_waiting(resources.redis, settings.lease_ms)
     deadline = time.monotonic() + settings.drain_budget_seconds

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.support.checkout import REPOSITORY, listed_files
 
 MOST = 100
-KINDS = {".css", ".html", ".js", ".lua", ".md", ".toml", ".yaml", ".yml", ""}
+KINDS = {".css", ".html", ".js", ".lua", ".md", ".sh", ".toml", ".yaml", ".yml", ""}
 GENERATED = {"docs/reference.md", "docs/bench.md"}
 
 

@@ -37,9 +37,6 @@ MIN_SECONDS: Final = 10.0
 _OWN_ATTEMPTS: Final = 2
 _CONNECTION_CLASSES: Final = ("08", "40", "53", "57", "58")
 _STATE_CODES: Final = ("25006", "25P03", "25P04", "55P03")
-_NEVER_BLAMED: Final = ("08", "25006", "25P03", "40", "53", "55P03", "57P", "58")
-"""A witness may succeed where a message fails for another's sake: on a disk that is nearly full, or
-at a row that another session has locked."""
 _TIMEOUTS: Final = ("25P04", "57014")
 _TIMEOUT_SECONDS: Final = 600.0
 """A server may be slow for so long, and a witness is quick all the same."""
@@ -61,10 +58,12 @@ def is_server_fault(error: Exception) -> bool:
     return isinstance(error, (RedisError, OSError, JwksUnavailable))
 
 
-def may_be_blamed(error: Exception) -> bool:
-    """Whether an error of a server may yet be a message's fault, if a witness succeeds."""
-    state = error.sqlstate if isinstance(error, psycopg.Error) else None
-    return state is not None and not state.startswith(_NEVER_BLAMED)
+def is_timeout(error: Exception) -> bool:
+    """Whether it is a server's fault that may yet be a message's, if a witness succeeds for long.
+
+    No other is: a witness also succeeds on a disk that is nearly full, or at a locked row's side.
+    """
+    return isinstance(error, psycopg.Error) and error.sqlstate in _TIMEOUTS
 
 
 def is_locked_out(error: Exception, repository: Repository) -> bool:
@@ -82,14 +81,14 @@ def attempts_to_blame(
     It is for an exception of our own code, and for the failure of a statement after 5 of them in
     10 s or more (10 min for a time-out), each followed by a witness that succeeded.
     """
-    if is_server_fault(error) and not may_be_blamed(error):
+    if is_server_fault(error) and not is_timeout(error):
         return 0
     if not isinstance(error, psycopg.Error) or error.sqlstate is None:
         return _OWN_ATTEMPTS
     if repository.failed_statement is None or not witness(repository, organization):
         return 0
     attempts, seconds = inbox.count_failure(entry, f"{error.sqlstate} {type(error).__name__}")
-    least = _TIMEOUT_SECONDS if error.sqlstate in _TIMEOUTS else MIN_SECONDS
+    least = _TIMEOUT_SECONDS if is_timeout(error) else MIN_SECONDS
     return attempts if attempts >= MIN_ATTEMPTS and seconds >= least else 0
 
 

@@ -34,8 +34,8 @@ from worker.drain.blame import (
     decide_failure,
     is_locked_out,
     is_server_fault,
+    is_timeout,
     log_wait,
-    may_be_blamed,
 )
 from worker.jwk_set import JwksUnavailable
 from worker.snapshot import Outcome
@@ -199,7 +199,7 @@ class Drain:
                 if is_locked_out(error, self.repository):
                     self.requeue()
                     return turn.answered
-                is_of_one = turn.size == 1 and may_be_blamed(error)
+                is_of_one = turn.size == 1 and is_timeout(error)
                 if not turn.alone and (is_of_one or not is_server_fault(error)):
                     self._go_on_alone(turn, error)
                     continue

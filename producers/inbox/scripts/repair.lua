@@ -17,14 +17,14 @@ end
 
 local wrong = {}
 for i, key in ipairs(KEYS) do
-  local wanted, found = ARGV[i + 1], redis.call('TYPE', key)['ok']
-  local is_stream = wanted == 'stream' or wanted == 'log'
-  local is_right = found == wanted or is_stream and found == 'stream'
-  if wanted == 'log' and found == 'stream' and is_full(key) then
-    is_right = false
-  end
-  if found ~= 'none' and not is_right then
-    redis.call(unpack(is_stream and {'RENAME', key, key .. ARGV[1]} or {'DEL', key}))
+  local is_log, found = ARGV[i + 1] == 'log', redis.call('TYPE', key)['ok']
+  local wanted = is_log and 'stream' or ARGV[i + 1]
+  if found ~= 'none' and (found ~= wanted or is_log and is_full(key)) then
+    if wanted == 'stream' then
+      redis.call('RENAME', key, key .. ARGV[1])
+    else
+      redis.call('DEL', key)
+    end
     wrong[#wrong + 1] = key
   end
 end
