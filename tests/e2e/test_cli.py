@@ -304,6 +304,20 @@ def test_changes_and_results_are_followed_until_interrupted(
     assert (follower.returncode, stderr) == (130, "")
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="/proc says what a process has loaded")
+@pytest.mark.parametrize("module", ["producers", "worker"])
+def test_an_interrupt_while_a_command_is_being_imported_leaves_no_traceback(module: str) -> None:
+    """As when somebody presses Ctrl-C at once."""
+    with subprocess.Popen(
+        [sys.executable, "-m", module, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as command:
+        maps = Path(f"/proc/{command.pid}/maps")
+        eventually(lambda: "pydantic_core" in maps.read_text())
+        command.send_signal(signal.SIGINT)
+        _, stderr = command.communicate(timeout=20)
+    assert (command.returncode, stderr) == (-signal.SIGINT, b"")
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
