@@ -12,7 +12,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from producers.contract.channels import dead_letters_key, inbox_key, lease_key
+from producers.contract.channels import dead_letters_key, inbox_key, lease_key, position_key
 from producers.contract.messages import MAX_MESSAGE_BYTES
 from producers.errors import InboxFull
 from producers.inbox.protocol import Inbox
@@ -146,20 +146,24 @@ def test_what_another_drain_has_answered_is_no_failure(
 ) -> None:
     """A worker that was stopped blames a message that took effect in the meantime."""
     batch = tagging("good")
+    decide = Application.decide
 
     def fail(*_: Any) -> Any:
         raise psycopg.errors.CheckViolation
 
     def blame(*_: Any) -> int:
         applied(tenant.repository, tenant.organization, batch)
+        monkeypatch.setattr(Application, "decide", decide)
         return 1
 
     monkeypatch.setattr(Application, "decide", fail)
     monkeypatch.setattr("worker.drain.path.attempts_to_blame", blame)
     tenant.send(batch)
-    tenant.drain(budget_seconds=0.0)
+    tenant.drain()
     assert tenant.outcomes() == [["added"]]
-    assert [event.revision for event in tenant.events()] == [1]
+    (event,) = tenant.events()
+    assert event.revision == 1
+    assert tenant.redis.get(position_key(tenant.organization)) == str(event.cursor).encode()
     assert not rejected(tenant)
 
 

@@ -242,8 +242,8 @@ MUTANTS: Final = (
     ),
     Mutant(  # a message that another drain has answered gets a failure as well
         _PATH,
-        "            if known is not None:\n                return Outcome",
-        "            if known is not None and not known.digest:\n                return Outcome",
+        "            if transaction.batches([batch_id]):",
+        "            if not transaction:",
         "tests/integration/test_dead_letters.py::"
         "test_what_another_drain_has_answered_is_no_failure",
     ),

@@ -387,9 +387,8 @@ class Drain:
         dead_letter = DeadLetter.of(admitted.entry, reason, self.now(), attempts, batch_id)
 
         def store(transaction: Transaction) -> Outcome:
-            known = transaction.batches([batch_id]).get(batch_id)
-            if known is not None:
-                return Outcome(known.record, known.events)
+            if transaction.batches([batch_id]):  # another drain applied it: the next try sees that
+                raise error
             transaction.save(change_set)
             self.inbox.add_dead_letter(admitted.entry, dead_letter)
             return outcome
