@@ -12,7 +12,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from uuid import uuid4
 
@@ -121,6 +123,33 @@ def test_up_says_what_is_ready_and_how_to_use_it_and_ctrl_c_stops_it(space: Path
         assert "Traceback" not in output
         assert time.monotonic() - begin < 15
     assert processes_of(space) == []
+
+
+class AlwaysOk(BaseHTTPRequestHandler):
+    """As another stack's endpoint, which is ready."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def test_a_stack_whose_port_is_taken_as_it_starts_says_so(space: Path) -> None:
+    """Two that are started at once: it does not take the other's endpoint for its own."""
+    port = free_port(0)
+    process = admin("up", "--data-dir", str(space), "--port", str(port))
+    assert process.stdout is not None
+    assert "starting" in process.stdout.readline()
+    assert "ready" in process.stdout.readline()  # a server, before which the port was free
+    with ThreadingHTTPServer(("127.0.0.1", port), AlwaysOk) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        output, _ = process.communicate(timeout=60)
+        other.shutdown()
+    assert process.returncode == 3
+    assert re.search(r"error: endpoint ended with 3: \[.*address already in use \(", output), output
 
 
 def test_what_up_prints_works_as_printed(space: Path) -> None:

@@ -173,11 +173,16 @@ A thread waits for the event loop about twenty times in a write, while the loop 
 
 
 class Server(uvicorn.Server):
-    """Ends the streams of Server-Sent Events at shutdown; otherwise uvicorn waits for them."""
+    """Logs that it listens. Ends streams of Server-Sent Events, for which uvicorn would wait."""
 
     def __init__(self, config: uvicorn.Config, ending: asyncio.Event) -> None:
         super().__init__(config)
         self._ending = ending
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            logger.info("ready")
 
     async def shutdown(self, sockets: Any = None) -> None:
         self._ending.set()
@@ -240,7 +245,6 @@ def create_app(settings: Settings) -> FastAPI:
             await state.reader.check()
         except (psycopg.Error, TimeoutError):
             logger.warning("the database does not answer yet: requests get 503 until it does")
-        logger.info("ready")
         yield
         for job in jobs:
             job.cancel()

@@ -129,7 +129,8 @@ def _start(
         ProcessSpec(
             name="endpoint",
             argv=[*command(ENDPOINT), "--host", "127.0.0.1", "--port", str(port)],
-            ready=lambda: _is_ready(port),
+            # What answers may be another stack's.
+            ready=lambda: _says_ready(supervisor, "endpoint") and _is_ready(port),
             environment=as_endpoint,
         ),
         say=say,
@@ -205,12 +206,12 @@ def _check_redis(url: str) -> None:
 def _celery(
     supervisor: Supervisor, name: str, argv: list[str], environment: dict[str, str]
 ) -> ProcessSpec:
-    """Return a Celery process. It is ready when its log has an entry that says so."""
+    return ProcessSpec(name, argv, lambda: _says_ready(supervisor, name), environment=environment)
 
-    def ready() -> bool:
-        return '"message": "ready"' in supervisor.log(name).read_text(errors="replace")
 
-    return ProcessSpec(name, argv, ready, environment=environment)
+def _says_ready(supervisor: Supervisor, name: str) -> bool:
+    """Return whether a child's log has an entry that says so."""
+    return '"message": "ready"' in supervisor.log(name).read_text(errors="replace")
 
 
 def _environment(role: str, owner_url: str, redis_url: str, directory: Path) -> dict[str, str]:

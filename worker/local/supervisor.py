@@ -6,12 +6,14 @@ It does not know what they are. On Linux, they end with this process, even if it
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -168,8 +170,10 @@ class Supervisor:
 
     def _failure(self, child: ProcessSpec, what: str) -> StartupError:
         log = self.log(child.name)
-        lines = log.read_text(errors="replace").strip().splitlines() or ["its log is empty"]
-        return StartupError(f"{child.name} {what}: {lines[-1]} (see {log})")
+        *_, last = log.read_text(errors="replace").strip().splitlines() or ["its log is empty"]
+        with suppress(ValueError, LookupError, TypeError):  # else it is no JSON
+            last = json.loads(last)["message"]
+        return StartupError(f"{child.name} {what}: {last} (see {log})")
 
 
 def _raise_stopped(number: int, _: object) -> None:
