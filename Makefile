@@ -92,11 +92,16 @@ lock: .venv/ready  ## Choose new versions and write the lock files
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --group build \
 	--extra worker --extra embedded --generate-hashes --no-header --no-annotate --quiet
 
+# Directories are moved before they are deleted: an interrupted `make clean` leaves no half of one.
+LOCK := import fcntl; fcntl.flock(open('.task-tags/lock'), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 clean:  ## Remove what make and the local stack have made
-	@! command -v flock > /dev/null || ! test -e .task-tags/lock || flock -n .task-tags/lock true || \
+	@! test -e .task-tags/lock || $(PYTHON) -c "$(LOCK)" 2> /dev/null || \
 		{ echo "a stack is running on .task-tags; to stop it: kill $$(cut -d ' ' -f 1 .task-tags/lock)"; \
 			exit 1; }
-	rm -rf .venv .task-tags build
+	rm -rf build && mkdir build
+	mv .venv .task-tags build 2> /dev/null || true
+	rm -rf build
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # What running needs comes first. The rest (linters, type checker, browser driver and the like) is
