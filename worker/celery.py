@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Timer
+from threading import Thread, Timer
 from typing import Any, Final
 
 from celery import Task, platforms, signals
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 STOP_SECONDS: Final = 4.5
 """After a signal, a process ends within 5 s."""
+_ENDING: Final = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 # Refused by servers that can't be written to, but not if memory is used up: drains free some.
 _NEEDS_PRIMARY: Final = "#!lua flags=allow-oom\nreturn 1"
@@ -109,12 +112,22 @@ def _ending_on_wrong_settings() -> Iterator[None]:
         raise SystemExit(2 if isinstance(error, ConfigurationError) else 1) from None
 
 
-@signals.worker_shutting_down.connect
-def _end_in_time(**_: Any) -> None:
-    """End this process after 4.5 s, whatever it waits for: what was not done is done again.
+@signals.worker_init.connect
+def _watch_for_the_end(**_: Any) -> None:
+    """End this process 4.5 s after a signal, whatever it waits for: what is not done is done again.
 
-    A drain ends earlier by itself, but Celery waits for a Redis that hangs as long as that hangs.
+    A drain ends earlier by itself. But Celery waits for a Redis or a log that hangs as long as that
+    hangs, and Python runs no handler while it waits for code in C. So a thread waits for signals.
     """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    Thread(target=_end_in_time, args=(reader, writer), name="end", daemon=True).start()
+
+
+def _end_in_time(reader: socket.socket, _: socket.socket) -> None:
+    while not _ENDING & set(reader.recv(64)):
+        pass
     for timer in (  # two, because the log may be what hangs
         Timer(STOP_SECONDS, logger.warning, ["ending: a server does not answer"]),
         Timer(STOP_SECONDS + 0.1, os._exit, [0]),

@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,8 +24,9 @@ from tests.support.processes import await_line, settings_of, started
 from tests.support.servers import Servers
 from tests.support.tenant import Tenant, tagging
 from tests.support.waiting import eventually
-from worker.db.repository import Repository
+from worker.db.repository import Repository, Transaction
 from worker.db.time_limit import TimeLimit
+from worker.drain.blame import is_timeout
 from worker.local.servers import Valkey, find_server_paths
 from worker.local.stack import WORKER, command
 from worker.local.supervisor import Supervisor
@@ -149,6 +150,62 @@ def test_a_worker_ends_soon_after_sigterm_in_a_drain(
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_what_the_limit_ended_was_a_time_out(servers: Servers) -> None:
+    """Also if the connection is lost, as when the server takes a moment to notice."""
+    repository = Repository(servers.worker_url, TimeLimit(0.3, lambda: False))
+    organization, lost = uuid4(), psycopg.OperationalError("server closed the connection")
+
+    def sleep(transaction: Transaction) -> None:
+        assert transaction.now
+        transaction._send("select pg_sleep(30)")
+        transaction.check()
+
+    with pytest.raises(psycopg.Error):
+        repository.transact(organization, sleep)
+    assert is_timeout(lost, repository)
+    assert repository.failed_statement == "select pg_sleep(30)"
+    repository.transact(organization, lambda it: it.check())
+    assert not is_timeout(lost, repository)
+    repository.close()
+
+
+def test_a_worker_ends_soon_after_sigterm_while_its_log_hangs(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """Celery's handler writes to standard output, before it does anything else."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    url = servers.stack.redis_url.replace("?db=0", "?db=1")
+    environment = {**os.environ, **settings_of(servers, TASK_TAGS_REDIS_URL=url)}
+    worker = subprocess.Popen(
+        command(WORKER), env=environment, stdout=writer, stderr=writer, cwd="/"
+    )
+    said = b""
+
+    def is_ready() -> bool:
+        nonlocal said
+        with suppress(BlockingIOError):
+            said += os.read(reader, 65536)
+        return b'"ready"' in said
+
+    try:
+        eventually(is_ready)
+        os.set_blocking(writer, False)  # that of the worker as well, so it is set back
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, b".")
+        os.set_blocking(writer, True)
+        began = time.monotonic()
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == 0
+        assert time.monotonic() - began < 15  # 5 s on a quiet machine
+    finally:
+        worker.kill()
+        worker.wait()
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_worker_ends_soon_after_sigterm_while_redis_hangs(
