@@ -17,6 +17,7 @@ from tests.support.waiting import eventually
 from worker.db import statements
 from worker.db.pg_pipeline import Pipeline
 from worker.drain.blame import witness
+from worker.rules import decide_in_parts
 
 CODES = (
     *("XX000", "XX001", "26000", "42P05", "55000", "23505", "54000", "72000", "3F000", "25P02"),
@@ -140,6 +141,21 @@ def test_an_error_of_a_statement_is_a_messages_if_the_witness_succeeds(
     assert tenant.outcomes() == [["added"], "internal_error", ["added"]]
 
 
+def test_time_outs_and_other_failures_are_counted_apart(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One failure of another kind, behind many time-outs, is the first of its kind."""
+    monkeypatch.setattr("worker.drain.blame.MIN_SECONDS", 0.0)
+    key = failing_key(tenant.organization)
+    with drained(tenant):
+        with broken_server(tenant, "57014", condition="new.tag = 'slow'"):
+            tenant.send(tagging("slow"))
+            eventually(lambda: int(tenant.redis.hget(key, "attempts_slow") or 0) > 5)
+        with broken_server(tenant, "XX000", condition="new.tag = 'slow'"):
+            eventually(lambda: tenant.redis.hget(key, "attempts"))
+    assert tenant.outcomes() == [["added"]]
+
+
 @pytest.mark.parametrize(
     "code", ["08006", "25006", "40001", "53100", "53200", "55P03", "57P01", "58030"]
 )
@@ -223,6 +239,30 @@ def test_a_dead_letter_is_kept_once_however_often_its_error_can_not_be_stored(
             eventually(lambda: int(redis.hget(key, "attempts") or 0) > 12, seconds=40)
             assert redis.xlen(dead_letters_key(tenant.organization)) == 1
         eventually(lambda: tenant.tags()[-1:] == ["behind"])
+
+
+def test_a_message_at_which_our_code_fails_is_kept_once_as_well(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its error can't be stored, no failure is counted."""
+    poison = tagging("poison")
+
+    def fail(organization: Any, messages: Any, *others: Any, **named: Any) -> Any:
+        if any(each.message.batch_id == poison.batch_id for each in messages):
+            raise ValueError("a fault of ours")
+        return decide_in_parts(organization, messages, *others, **named)
+
+    monkeypatch.setattr("worker.drain.application.decide_in_parts", fail)
+    letters = dead_letters_key(tenant.organization)
+    with drained(tenant):
+        condition = f"new.batch_id = '{poison.batch_id}'"
+        with broken_server(tenant, "XX000", "tag_batches", condition=condition):
+            tenant.send(poison, tagging("behind"))
+            eventually(lambda: tenant.redis.xlen(letters))
+            time.sleep(1.0)  # it is tried again for so long
+        eventually(lambda: tenant.tags() == ["behind"])
+    assert tenant.redis.xlen(letters) == 1
+    assert tenant.outcomes() == ["internal_error", ["added"]]
 
 
 def test_a_failing_drain_lets_others_have_a_turn(tenant: Tenant) -> None:

@@ -391,6 +391,8 @@ def test_failures_are_counted_for_each_message(inbox: Inbox, organization: UUID)
     assert [inbox.count_failure(first, "error")[0] for _ in range(3)] == [1, 2, 3]
     assert inbox.count_failure(second, "error") == (1, 0)
     assert inbox.count_failure(second, "error")[0] == 2
+    assert inbox.count_failure(second, "time-out", "_slow")[0] == 1
+    assert inbox.count_failure(second, "error")[0] == 3
     ack_and_publish(inbox, "run", [first])
     assert inbox.count_failure(second, "error")[0] == 1  # the count ends with what is acknowledged
 

@@ -299,8 +299,8 @@ MUTANTS: Final = (
     ),
     Mutant(  # a failure of the message before counts for this one
         f"{_SCRIPTS}/count_failure.lua",
-        "if found[1] ~= ARGV[1] or not first",
-        "if not first",
+        "if redis.call('HGET', KEYS[1], 'entry') ~= ARGV[1] then",
+        "if false then",
         f"{_OF_INBOX}failures_are_counted_for_each_message",
     ),
     Mutant(  # an inbox of more than a page is rebuilt in part

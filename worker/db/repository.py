@@ -66,6 +66,8 @@ class Repository:
         not answered for `SLOW_SECONDS`."""
         self.failed_statement: str | None = None
         """The statement at which the last transaction failed; None: in its begin or commit."""
+        self.was_too_long = False
+        """The last transaction failed because it lasted longer than its time limit."""
 
     def clone(self) -> Repository:
         """Return a repository of the same database, with a new connection."""
@@ -89,7 +91,7 @@ class Repository:
         """
         try:
             if not self._transactions:
-                self.failed_statement = None
+                self.failed_statement, self.was_too_long = None, False
             pipeline = self._pipeline = self._pipeline or self._connect()
             if not self._transactions:
                 self._time_limit.begin(pipeline.connection)
@@ -123,6 +125,7 @@ class Repository:
         frame = None, _BEGIN, self._scope, *locks, DISCARD_PLANS, _COMMIT
         failed = self._pipeline.unanswered if self._pipeline is not None else None
         self.failed_statement = None if failed in frame else failed
+        self.was_too_long = self._time_limit.was_exceeded
         self.close()
 
     @contextmanager

@@ -40,6 +40,8 @@ class TimeLimit:
         self._stopping = stopping
         self._lock = threading.Lock()
         self._watched: tuple[psycopg.Connection, float] | None = None
+        self.was_exceeded = False
+        """The last transaction lasted longer than `seconds`."""
         self._thread: threading.Thread | None = None
 
     @contextmanager
@@ -56,6 +58,7 @@ class TimeLimit:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="time-limit", daemon=True)
             self._thread.start()
+        self.was_exceeded = False
         self._watched = connection, time.monotonic()
 
     def end(self) -> None:
@@ -78,6 +81,7 @@ class TimeLimit:
                 if time.monotonic() > end:
                     logger.warning("a transaction took too long: its connection is closed")
                     self._watched = None
+                    self.was_exceeded = stopped_at is None
                     _give_up(connection)
 
 

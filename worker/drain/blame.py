@@ -58,12 +58,15 @@ def is_server_fault(error: Exception) -> bool:
     return isinstance(error, (RedisError, OSError, JwksUnavailable))
 
 
-def is_timeout(error: Exception) -> bool:
+def is_timeout(error: Exception, repository: Repository) -> bool:
     """Whether it is a server's fault that may yet be a message's, if a witness succeeds for long.
 
     No other is: a witness also succeeds on a disk that is nearly full, or at a locked row's side.
+    After the worker's own limit the connection is lost, unless the server answers at once.
     """
-    return isinstance(error, psycopg.Error) and error.sqlstate in _TIMEOUTS
+    if not isinstance(error, psycopg.Error):
+        return False
+    return error.sqlstate in _TIMEOUTS or (error.sqlstate is None and repository.was_too_long)
 
 
 def is_locked_out(error: Exception, repository: Repository) -> bool:
@@ -81,14 +84,16 @@ def attempts_to_blame(
     It is for an exception of our own code, and for the failure of a statement after 5 of them in
     10 s or more (10 min for a time-out), each followed by a witness that succeeded.
     """
-    if is_server_fault(error) and not is_timeout(error):
+    is_slow, statement = is_timeout(error, repository), repository.failed_statement
+    if is_server_fault(error) and not is_slow:
         return 0
-    if not isinstance(error, psycopg.Error) or error.sqlstate is None:
+    if not isinstance(error, psycopg.Error) or (error.sqlstate is None and not is_slow):
         return _OWN_ATTEMPTS
-    if repository.failed_statement is None or not witness(repository, organization):
+    if statement is None or not witness(repository, organization):
         return 0
-    attempts, seconds = inbox.count_failure(entry, f"{error.sqlstate} {type(error).__name__}")
-    least = _TIMEOUT_SECONDS if is_timeout(error) else MIN_SECONDS
+    name = f"{error.sqlstate or ''} {type(error).__name__}".strip()
+    attempts, seconds = inbox.count_failure(entry, name, "_slow" if is_slow else "")
+    least = _TIMEOUT_SECONDS if is_slow else MIN_SECONDS
     return attempts if attempts >= MIN_ATTEMPTS and seconds >= least else 0
 
 

@@ -199,7 +199,7 @@ class Drain:
                 if is_locked_out(error, self.repository):
                     self.requeue()
                     return turn.answered
-                is_of_one = turn.size == 1 and is_timeout(error)
+                is_of_one = turn.size == 1 and is_timeout(error, self.repository)
                 if not turn.alone and (is_of_one or not is_server_fault(error)):
                     self._go_on_alone(turn, error)
                     continue
