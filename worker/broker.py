@@ -8,8 +8,6 @@ chains, compression, arrival time, expiry or time limits.
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import runpy
 import time
@@ -25,7 +23,7 @@ from kombu.transport import TRANSPORT_ALIASES, redis
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from producers.inbox.drain_message import DRAIN_TASK, QUEUE, task_message
+from producers.inbox.drain_message import DRAIN_TASK, QUEUE, read_task_message, task_message
 from producers.inbox.protocol import repair_keys
 from producers.redis_client import url_options
 from worker.log import log_limited
@@ -34,8 +32,6 @@ WAKE_TASK: Final = "task_tags.wake"
 PURGE_TASK: Final = "task_tags.purge"
 _CELERY_KEYS: Final = frozenset(name for name, _ in flatten(NAMESPACES))
 _NUMBERS_OF_ARGUMENTS: Final = {DRAIN_TASK: (2,), WAKE_TASK: (0,), PURGE_TASK: (0, 1)}
-_MAX_BYTES: Final = 64 * 1024
-"""A drain message has about 600."""
 _MIN_SECONDS: Final = 0.001
 """The least time-out of a BRPOP: 0 would wait for ever."""
 _MAX_SECONDS: Final = 1.0
@@ -168,23 +164,8 @@ def screened(received: bytes) -> bytes | None:
 def _read_or_drop(received: bytes) -> tuple[str, str, list[str]] | None:
     """Return the Celery task's name, id and arguments; None, with a line in the log, if wrong."""
     try:
-        return _read(received)
+        return read_task_message(received, _NUMBERS_OF_ARGUMENTS)
     except Exception as error:  # it may be wrong in any way
         about = {"error": type(error).__name__, "reason": str(error)[:200]}
         log_limited("malformed Celery messages are dropped", **about)
         return None
-
-
-def _read(received: bytes) -> tuple[str, str, list[str]]:
-    """Return the Celery task's name, id and arguments, or raise any exception."""
-    if len(received) > _MAX_BYTES:
-        raise ValueError(f"it is longer than {_MAX_BYTES} bytes")
-    message = json.loads(received)
-    headers, body = message["headers"], message["body"]
-    task, id = headers["task"], headers["id"]
-    if message["content-type"] != "application/json" or headers.get("compression"):
-        raise ValueError("its body is not plain JSON")
-    arguments, named, _ = json.loads(base64.b64decode(body))
-    if not isinstance(id, str) or named != {} or len(arguments) not in _NUMBERS_OF_ARGUMENTS[task]:
-        raise ValueError("its id or its arguments are wrong")
-    return task, id, [str(UUID(each)) for each in arguments]

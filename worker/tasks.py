@@ -27,6 +27,7 @@ from worker.db.repository import Repository
 from worker.db.time_limit import TimeLimit
 from worker.drain.path import Drain
 from worker.drain.together import drain_all
+from worker.log import log_limited
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,16 @@ def purge(after: str | None = None) -> None:
     def is_over() -> bool:
         return time.monotonic() > deadline or _stopping()
 
-    while organizations := resources.repository.organizations(last):
+    while True:
+        try:
+            organizations = resources.repository.organizations(last)
+        except psycopg.Error as error:
+            log_limited("organizations can't be listed; retrying", error=type(error).__name__)
+            time.sleep(1.0)
+            _purge_later(last)
+            return
+        if not organizations:
+            break
         for organization_id in organizations:
             is_done = True
             try:
@@ -129,10 +139,13 @@ def purge(after: str | None = None) -> None:
             if is_done:
                 last = organization_id
             if is_over():
-                again = task_message(PURGE_TASK, str(uuid4()), [str(last)])
-                resources.redis.lpush(QUEUE, again)
+                _purge_later(last)
                 return
     logger.info("purged")
+
+
+def _purge_later(last: UUID) -> None:
+    _resources().redis.lpush(QUEUE, task_message(PURGE_TASK, str(uuid4()), [str(last)]))
 
 
 def _purge_organization(

@@ -271,12 +271,13 @@ class Inbox:
         keys = [self._dead_letters, self._failing]
         self._run("add_dead_letter", keys, [DEAD_LETTER_LIMIT, entry.id, *fields])
 
-    def count_failure(self, entry: StreamEntry, error: str) -> tuple[int, int]:
+    def count_failure(self, entry: StreamEntry, error: str, kind: str = "") -> tuple[int, int]:
         """Count a failure of an entry; return how many there were, and seconds since the first.
 
-        The count survives processes, and is gone with its entry.
+        Time-outs, the kind `_slow`, are counted apart. A count survives processes, and is gone with
+        its entry.
         """
-        attempts, seconds = self._run("count_failure", [self._failing], [entry.id, error])
+        attempts, seconds = self._run("count_failure", [self._failing], [entry.id, error, kind])
         return attempts, seconds
 
     def rebuild(self) -> int:
@@ -309,9 +310,9 @@ class Inbox:
         try:
             return run()
         except ResponseError as error:
-            is_of_key = "WRONGTYPE" in str(error) or "last possible ID" in str(error)
-            if not is_of_key or not self.repair():
+            if "WRONGTYPE" not in str(error) and "last possible ID" not in str(error):
                 raise
+            self.repair()  # another process may have done it
             return run()
 
     def repair(self) -> bool:

@@ -56,6 +56,17 @@ def test_keys_of_a_wrong_type_are_mended(tenant: Tenant, caplog: pytest.LogCaptu
     assert len([each for each in caplog.records if each.levelname == "ERROR"]) >= 2
 
 
+def test_a_key_that_another_process_repairs_first_is_no_error(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that met it go on, as they would have a moment later."""
+    repair = Inbox.repair
+    monkeypatch.setattr(Inbox, "repair", lambda inbox: (repair(inbox), repair(inbox))[1])
+    tenant.redis.delete(inbox_key(tenant.organization))
+    tenant.redis.set(inbox_key(tenant.organization), "x")
+    assert tenant.inbox.append([tagging("a").encode()], tenant.token, "lease") == 1
+
+
 def test_nothing_is_published_by_a_step_that_fails(tenant: Tenant) -> None:
     """A dead-letter stream of a wrong type: each result is published once all the same."""
     tenant.redis.set(dead_letters_key(tenant.organization), "x")

@@ -96,8 +96,9 @@ def test_a_long_queue_does_not_grow_by_drains_that_it_has(quiet_redis: Any) -> N
     redis, organizations = quiet_redis, [uuid4() for _ in range(3)]
     for organization in organizations:
         lose_drain(redis, organization)
-    queued = [drain_message(each, "x") for each in organizations[1:] for _ in range(2)]
-    others = [task_message(WAKE_TASK, "x", []), b"junk", b'{"headers": []}']
+    queued = [drain_message(each, str(uuid4())) for each in organizations[1:] * 2]
+    no_lease = drain_message(organizations[0], "x")  # workers drop it
+    others = [task_message(WAKE_TASK, "x", []), b"junk", b'{"headers": []}', no_lease]
     redis.lpush(QUEUE, *queued, *others)
     rescue(redis, LEASE_MS)
     assert redis.llen(QUEUE) == len(queued) + len(others) + 1

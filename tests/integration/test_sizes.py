@@ -408,13 +408,13 @@ def test_a_batch_over_executions_with_many_task_names_needs_little_memory(
 ) -> None:
     """200 MB of them are not loaded, and another organization does not wait for it."""
     organization, other = uuid4(), uuid4()
-    executions = [uuid4() for _ in range(100)]
+    executions, growing = [uuid4() for _ in range(100)], [uuid4() for _ in range(4)]
     url = servers.stack.redis_url.replace("?db=0", "?db=8")
     fill_names = """
         insert into flow_executions (organization_id, flow_execution_id, task_names, revision,
                                      created_at, changed_at)
-        select %s, id, (select jsonb_agg(rpad(n::text, 200, 'x'))
-                          from generate_series(1, 10000) as n), 0, now(), now()
+        select %s, id, (select jsonb_agg(rpad(n::text, 200, %s))
+                          from generate_series(1, 9900) as n), 0, now(), now()
           from unnest(%s::uuid[]) as id
     """
     batch = TagBatch(tags=[add(each, "1".ljust(200, "x"), "type", "tag") for each in executions])
@@ -432,8 +432,13 @@ def test_a_batch_over_executions_with_many_task_names_needs_little_memory(
         )
         first.apply(register_execution(uuid4()))
         with servers.owner() as connection:
-            connection.execute(fill_names, [organization, executions])
+            connection.execute(fill_names, [organization, "x", executions])
+            connection.execute(fill_names, [organization, "\N{GRINNING FACE}", growing])
         result = first.submit(batch)
         second.apply(register_execution(uuid4()))
         assert set(result.result(60).statuses) == {"added"}
         assert max_resident(worker.pid) < 250
+        more = [register_execution(each, [str(n)]) for n in range(10) for each in growing]
+        first.enqueue_many(more)
+        first.apply(register_execution(uuid4()), timeout=60)
+        assert max_resident(worker.pid) < 400

@@ -15,6 +15,7 @@ from sqlalchemy import make_url
 from tests.support.processes import settings_of
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
+from worker.local.servers import is_of_a_stack
 from worker.local.stack import BEAT, ENDPOINT, WORKER, command
 from worker.local.supervisor import ProcessSpec, Supervisor
 from worker.startup import wait_for
@@ -88,6 +89,19 @@ def test_a_server_that_is_away_is_waited_for(
     finally:
         running.terminate()
         running.wait(30)
+
+
+def test_the_server_of_another_stack_is_known_however_its_url_is_written(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """Two stacks on one server would take each other's messages; other paths are no error."""
+    path = Path(servers.redis_socket)
+    assert path.name == "valkey.sock"
+    for end in ("", "?db=00", "?db=0&client_name=x"):
+        assert is_of_a_stack(f"unix://{path.parent}/./{path.name}{end}")
+    for other in (f"{path}?db=1", tmp_path / path.name, f"/{'a' * 300}/{path.name}", "/%00/x", ""):
+        assert not is_of_a_stack(f"unix://{other}")
+    assert not is_of_a_stack("redis://[::1")
 
 
 def test_a_server_that_answers_with_any_error_is_waited_for() -> None:

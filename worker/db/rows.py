@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
@@ -40,7 +39,7 @@ whatever is missing: of the 25,000 tags that it may name, those whose metadata i
 events may hold (bounds.MAX_EVENT_BYTES).
 """
 MAX_LOADED_TAGS: Final = MAX_OF_TYPES + 1
-MAX_WHOLE_NAMES: Final = 4
+MAX_WHOLE_NAMES: Final = 3
 _METADATA: Final = Tag.__struct_fields__.index("tag_metadata")
 assert MAX_OPERATIONS * MAX_VARIANTS < MAX_LOADED_TAGS
 
@@ -129,7 +128,7 @@ def all_names_needed(
 ) -> tuple[list[int], int]:
     """Return which executions need all of their many task names: those that get more of them.
 
-    These are four at most, for their size. The second value is for how many messages, counted from
+    These are three at most, for their size. The second value is for how many messages, counted from
     the first, that is enough.
     """
     whole: dict[int, None] = {}
@@ -224,13 +223,13 @@ def state_columns(tasks: dict[TaskKey, Task]) -> Parameters:
 
 
 def registration_columns(registrations: dict[UUID, Execution]) -> Parameters:
-    named = [(each, json.dumps(list(each.task_names))) for each in registrations.values()]
+    named = [(each, encode(list(each.task_names))) for each in registrations.values()]
     return {
         "flow_execution_ids": pg_arrays.uuids([id.int for id in registrations]),
-        "task_names": pg_arrays.texts(
+        "task_names": pg_arrays.encoded_texts(
             [None if each.any_task_name else names for each, names in named]
         ),
-        "given_task_names": pg_arrays.texts(
+        "given_task_names": pg_arrays.encoded_texts(
             [names if each.any_task_name else None for each, names in named]
         ),
         "flow_ids": pg_arrays.texts([each.flow_id for each in registrations.values()]),

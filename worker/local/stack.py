@@ -30,7 +30,7 @@ from worker.local.servers import (
     Postgres,
     Valkey,
     find_server_paths,
-    is_printed_by_a_stack,
+    is_of_a_stack,
     load_or_create_secret,
     lock_directory,
 )
@@ -191,7 +191,7 @@ def _check_redis(url: str) -> None:
 
     Two stacks on one server would take each other's messages.
     """
-    if is_printed_by_a_stack(url):
+    if is_of_a_stack(url):
         raise StartupError(
             "TASK_TAGS_REDIS_URL is the server of another local stack, which needs it for itself: "
             "unset TASK_TAGS_REDIS_URL"
