@@ -19,6 +19,7 @@ from producers.inbox.protocol import Inbox
 from tests.support.commands import run
 from tests.support.tenant import Tenant, applied, broken_for, killed, tagging
 from worker.auth import READ
+from worker.db import rows
 from worker.drain.application import Application
 from worker.drain.dead_letters import (
     DeadLetterEntry,
@@ -146,14 +147,12 @@ def test_what_another_drain_has_answered_is_no_failure(
 ) -> None:
     """A worker that was stopped blames a message that took effect in the meantime."""
     batch = tagging("good")
-    decide = Application.decide
 
     def fail(*_: Any) -> Any:
         raise psycopg.errors.CheckViolation
 
     def blame(*_: Any) -> int:
         applied(tenant.repository, tenant.organization, batch)
-        monkeypatch.setattr(Application, "decide", decide)
         return 1
 
     monkeypatch.setattr(Application, "decide", fail)
@@ -165,6 +164,31 @@ def test_what_another_drain_has_answered_is_no_failure(
     assert event.revision == 1
     assert tenant.redis.get(position_key(tenant.organization)) == str(event.cursor).encode()
     assert not rejected(tenant)
+
+
+def test_a_failure_that_comes_again_is_answered_as_before(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if its look-ups fail whenever they are tried: those behind it do not wait for ever."""
+    poison, read = tagging("poison"), rows.tags
+
+    def fail(found: Any, tags: Any) -> Any:
+        if "poison" in str(found):
+            raise ValueError("a fault of ours")
+        return read(found, tags)
+
+    tenant.send(poison)
+    tenant.drain()
+    monkeypatch.setattr("worker.db.rows.tags", fail)
+    again = tagging("poison")
+    tenant.send(again, tagging("after"))
+    tenant.drain()
+    tenant.send(again, poison, tagging("last"))
+    tenant.drain()
+    answers = [["added"], "internal_error", ["added"], "internal_error", ["added"], ["added"]]
+    assert tenant.outcomes() == answers
+    assert [each.message for each in rejected(tenant)] == [again.encode()]
+    assert tenant.tags() == ["poison", "after", "last"]
 
 
 def test_a_message_at_whose_reading_the_worker_fails_holds_nobody_up(

@@ -242,10 +242,17 @@ MUTANTS: Final = (
     ),
     Mutant(  # a message that another drain has answered gets a failure as well
         _PATH,
-        "            if transaction.batches([batch_id]):",
-        "            if not transaction:",
+        "            if known.batches:",
+        "            if not known:",
         "tests/integration/test_dead_letters.py::"
         "test_what_another_drain_has_answered_is_no_failure",
+    ),
+    Mutant(  # a connection that the worker's limit closed is a message's fault at once
+        "worker/drain/blame.py",
+        "(error.sqlstate is None and not is_slow)",
+        "error.sqlstate is None",
+        "tests/integration/test_blame.py::"
+        "test_a_connection_that_the_workers_limit_closed_is_counted_as_a_time_out",
     ),
     Mutant(  # a message that fails is not kept
         _PATH,

@@ -274,6 +274,11 @@ class Transaction:
         return self._row[0]
 
     @property
+    def head(self) -> Cursor:
+        """The organization's last change event."""
+        return self._row[1]
+
+    @property
     def _row(self) -> tuple[datetime, Cursor]:
         """What the lock returned: the time, and the organization's last change event."""
         if self._found is None:
@@ -313,7 +318,7 @@ class Transaction:
         self._pipeline.ask()
 
         def read() -> Snapshot:
-            head = self._row[1]
+            head = self.head
             batches, seen = rows.batches(self._rows(sent_batches))
             tags: dict[TagKey, dict[bytes, Tag]] = {}
             executions_by_key, long = rows.executions(self._rows(sent_executions))

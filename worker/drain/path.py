@@ -23,7 +23,7 @@ from redis.exceptions import RedisError
 from producers.contract.channels import changes_channel, positions_channel, results_channel
 from producers.contract.cursors import BEGINNING, Cursor
 from producers.contract.results import encode_position
-from producers.contract.values import Uuid7
+from producers.contract.values import Uuid7, uuid7
 from producers.inbox.protocol import Acquired, DeadLetter, Inbox, StreamEntry
 from worker.auth import Authorizer
 from worker.db.repository import Repository, Transaction
@@ -38,7 +38,8 @@ from worker.drain.blame import (
     log_wait,
 )
 from worker.jwk_set import JwksUnavailable
-from worker.snapshot import Outcome
+from worker.rules import decide
+from worker.snapshot import Outcome, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -371,13 +372,15 @@ class Drain:
             )
             if not attempts:
                 raise
-            return [self._fail(admitted, error, attempts)], BEGINNING
+            outcome, head = self._fail(admitted, error, attempts)
+            return [outcome], head
 
-    def _fail(self, admitted: Admitted, error: Exception, attempts: int) -> Outcome:
+    def _fail(self, admitted: Admitted, error: Exception, attempts: int) -> tuple[Outcome, Cursor]:
         """Store `internal_error` as the answer to the message to blame, and keep a dead letter.
 
-        The dead letter is written before the commit: after a crash in between, the message would be
-        found answered and never kept.
+        If another drain has answered it, or this one before a crash, that is the answer, also to a
+        message for which look-ups always fail. The dead letter is written before the commit: after
+        a crash in between, the message would be found answered and never kept.
         """
         batch_id = admitted.message.message.batch_id
         logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
@@ -386,12 +389,15 @@ class Drain:
         reason = f"internal_error: {type(error).__name__}"
         dead_letter = DeadLetter.of(admitted.entry, reason, self.now(), attempts, batch_id)
 
-        def store(transaction: Transaction) -> Outcome:
-            if transaction.batches([batch_id]):  # another drain applied it: the next try sees that
-                raise error
+        def store(transaction: Transaction) -> tuple[Outcome, Cursor]:
+            now, known = transaction.now, Snapshot(batches=transaction.batches([batch_id]))
+            if known.batches:
+                message = [admitted.message]
+                again = decide(self.organization_id, message, known, now=now, new_id=uuid7)
+                return again.outcomes[0], transaction.head
             transaction.save(change_set)
             self.inbox.add_dead_letter(admitted.entry, dead_letter)
-            return outcome
+            return outcome, BEGINNING
 
         return self.repository.transact(self.organization_id, store)
 
