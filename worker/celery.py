@@ -72,12 +72,45 @@ def _configure_logs(**_: Any) -> None:
 
 
 @signals.worker_init.connect
+def _watch_for_the_end(**_: Any) -> None:
+    """End this process 4.5 s after a signal, whatever it waits for: what is not done is done again.
+
+    A drain ends earlier by itself. But Celery waits for a Redis or a log that hangs as long as that
+    hangs, and Python runs no handler while it waits for code in C. So a thread waits for signals.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    Thread(target=_end_in_time, args=(reader, writer), name="end", daemon=True).start()
+
+
+def _end_in_time(reader: socket.socket, _writer: socket.socket) -> None:
+    """Wait for signals as long as the process lives: both sockets stay open."""
+    is_ending = False
+    while numbers := set(reader.recv(64)):
+        if is_ending or not numbers & _ENDING:
+            continue
+        is_ending = True
+        for timer in (  # two, because the log may be what hangs
+            Timer(STOP_SECONDS, logger.warning, ["ending: something does not answer"]),
+            Timer(STOP_SECONDS + 0.1, os._exit, [0]),
+        ):
+            timer.daemon = True
+            timer.start()
+
+
+@signals.worker_init.connect
 def _check_worker(**_: Any) -> None:
     """End on settings that can't work or an unsafe role; wait for servers that can't be used."""
+    platforms.signals.update(SIGTERM=_end, SIGINT=_end)  # Celery sets its own later
     with _ending_on_wrong_settings():
         Authorizer(settings)
         wait_for("the database", partial(check_database, settings))
         wait_for("Redis", partial(ping, settings, _use_redis))
+
+
+def _end(*_: object) -> None:
+    raise SystemExit
 
 
 def _use_redis(redis: Any) -> None:
@@ -110,30 +143,6 @@ def _ending_on_wrong_settings() -> Iterator[None]:
     except Exception as error:  # Celery would log it and go on
         logger.critical(str(error))
         raise SystemExit(2 if isinstance(error, ConfigurationError) else 1) from None
-
-
-@signals.worker_init.connect
-def _watch_for_the_end(**_: Any) -> None:
-    """End this process 4.5 s after a signal, whatever it waits for: what is not done is done again.
-
-    A drain ends earlier by itself. But Celery waits for a Redis or a log that hangs as long as that
-    hangs, and Python runs no handler while it waits for code in C. So a thread waits for signals.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    Thread(target=_end_in_time, args=(reader, writer), name="end", daemon=True).start()
-
-
-def _end_in_time(reader: socket.socket, _: socket.socket) -> None:
-    while not _ENDING & set(reader.recv(64)):
-        pass
-    for timer in (  # two, because the log may be what hangs
-        Timer(STOP_SECONDS, logger.warning, ["ending: a server does not answer"]),
-        Timer(STOP_SECONDS + 0.1, os._exit, [0]),
-    ):
-        timer.daemon = True
-        timer.start()
 
 
 @signals.worker_ready.connect

@@ -119,16 +119,7 @@ def purge(after: str | None = None) -> None:
     def is_over() -> bool:
         return time.monotonic() > deadline or _stopping()
 
-    while True:
-        try:
-            organizations = resources.repository.organizations(last)
-        except psycopg.Error as error:
-            log_limited("organizations can't be listed; retrying", error=type(error).__name__)
-            time.sleep(1.0)
-            _purge_later(last)
-            return
-        if not organizations:
-            break
+    while organizations := _list_organizations(resources.repository, last):
         for organization_id in organizations:
             is_done = True
             try:
@@ -139,13 +130,21 @@ def purge(after: str | None = None) -> None:
             if is_done:
                 last = organization_id
             if is_over():
-                _purge_later(last)
+                again = task_message(PURGE_TASK, str(uuid4()), [str(last)])
+                resources.redis.lpush(QUEUE, again)
                 return
     logger.info("purged")
 
 
-def _purge_later(last: UUID) -> None:
-    _resources().redis.lpush(QUEUE, task_message(PURGE_TASK, str(uuid4()), [str(last)]))
+def _list_organizations(repository: Repository, after: UUID) -> list[UUID]:
+    """Return the next organizations; the server may be starting again, so it is tried 3 times."""
+    for pause in (1.0, 2.0):
+        try:
+            return repository.organizations(after)
+        except psycopg.Error as error:
+            log_limited("organizations can't be listed; retrying", error=type(error).__name__)
+            time.sleep(0 if _stopping() else pause)
+    return repository.organizations(after)
 
 
 def _purge_organization(

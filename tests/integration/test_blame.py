@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import pytest
 
 from producers.contract.channels import dead_letters_key, failing_key, inbox_key
@@ -16,7 +17,7 @@ from tests.support.tenant import EXECUTION, Tenant, broken_for, tagging
 from tests.support.waiting import eventually
 from worker.db import statements
 from worker.db.pg_pipeline import Pipeline
-from worker.drain.blame import witness
+from worker.drain.blame import attempts_to_blame, witness
 from worker.rules import decide_in_parts
 
 CODES = (
@@ -146,14 +147,38 @@ def test_time_outs_and_other_failures_are_counted_apart(
 ) -> None:
     """One failure of another kind, behind many time-outs, is the first of its kind."""
     monkeypatch.setattr("worker.drain.blame.MIN_SECONDS", 0.0)
+    monkeypatch.setattr("worker.drain.blame.MIN_ATTEMPTS", 8)
     key = failing_key(tenant.organization)
     with drained(tenant):
         with broken_server(tenant, "57014", condition="new.tag = 'slow'"):
             tenant.send(tagging("slow"))
-            eventually(lambda: int(tenant.redis.hget(key, "attempts_slow") or 0) > 5)
+            eventually(lambda: int(tenant.redis.hget(key, "attempts_slow") or 0) > 8)
         with broken_server(tenant, "XX000", condition="new.tag = 'slow'"):
             eventually(lambda: tenant.redis.hget(key, "attempts"))
     assert tenant.outcomes() == [["added"]]
+
+
+def test_a_connection_that_the_workers_limit_closed_is_counted_as_a_time_out(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other lost connection says nothing of a message."""
+    monkeypatch.setattr("worker.drain.blame.MIN_SECONDS", 0.0)
+    tenant.send(tagging("a"))
+    (entry,) = tenant.inbox.acquire("run", max_messages=1).entries
+    lost, repository = psycopg.OperationalError("lost"), tenant.repository
+
+    def attempts() -> int:
+        return attempts_to_blame(lost, entry, tenant.inbox, repository, tenant.organization)
+
+    repository.failed_statement = statements.SAVE_ADDED
+    assert attempts() == 0
+    assert not tenant.redis.exists(failing_key(tenant.organization))
+    repository.was_too_long = True
+    for number in range(1, 7):
+        assert attempts() == 0  # for ten minutes
+        assert int(tenant.redis.hget(failing_key(tenant.organization), "attempts_slow")) == number
+    tenant.redis.hincrby(failing_key(tenant.organization), "first_slow", -600)
+    assert attempts() == 7
 
 
 @pytest.mark.parametrize(

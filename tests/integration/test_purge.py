@@ -177,10 +177,12 @@ def test_the_next_purge_makes_up_for_what_failed(purged: Purged) -> None:
 
 def test_a_purge_waits_until_organizations_can_be_listed(purged: Purged) -> None:
     """It would otherwise end until the next hour."""
-    purged.owner.execute("revoke select on organizations from task_tags_worker")
     ends, said = purged.ends(), "organizations can't be listed; retrying"
-    send_purge(purged.redis)
-    eventually(lambda: [each for each in purged.entries() if each["message"] == said])
-    assert purged.ends() == ends
-    purged.owner.execute("grant select on organizations to task_tags_worker")
+    purged.owner.execute("revoke select on organizations from task_tags_worker")
+    try:
+        send_purge(purged.redis)
+        eventually(lambda: [each for each in purged.entries() if each["message"] == said])
+        assert purged.ends() == ends
+    finally:
+        purged.owner.execute("grant select on organizations to task_tags_worker")
     eventually(lambda: purged.ends() > ends)

@@ -91,6 +91,25 @@ def test_a_server_that_is_away_is_waited_for(
         running.wait(30)
 
 
+@pytest.mark.parametrize("process", [WORKER, BEAT])
+def test_a_process_that_waits_for_a_server_ends_at_sigterm(
+    servers: Servers, process: Any, tmp_path: Path
+) -> None:
+    """By a handler: as the first process of a container, it would not end by default."""
+    log = tmp_path / "log"
+    variables = environment(servers, TASK_TAGS_REDIS_URL=f"unix://{tmp_path}/none?db=2")
+    with log.open("wb") as output:
+        running = subprocess.Popen(command(process), env=variables, stderr=output, cwd="/")
+    try:
+        eventually(lambda: "waiting for Redis" in log.read_text())
+        running.terminate()
+        assert running.wait(30) == 0
+        assert "Traceback" not in log.read_text()
+    finally:
+        running.kill()
+        running.wait()
+
+
 def test_the_server_of_another_stack_is_known_however_its_url_is_written(
     servers: Servers, tmp_path: Path
 ) -> None:

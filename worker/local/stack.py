@@ -221,12 +221,15 @@ def _environment(role: str, owner_url: str, redis_url: str, directory: Path) -> 
     """
     password = load_or_create_secret(directory, role)
     database_url = make_url(owner_url).set(username=role, password=password)
+    level = "TASK_TAGS_LOG_LEVEL"
     others = ("ALGORITHMS", "PUBLIC_KEY", "JWKS_URL", "AUDIENCE", "ISSUER")
     return {
         "TASK_TAGS_DATABASE_URL": database_url.render_as_string(hide_password=False),
         "TASK_TAGS_REDIS_URL": redis_url,
         "TASK_TAGS_JWT_SECRET": load_or_create_secret(directory, "jwt"),
         **{f"TASK_TAGS_JWT_{name}": "" for name in others},
+        # `_says_ready` reads what is logged at INFO.
+        level: "DEBUG" if os.environ.get(level, "").upper() == "DEBUG" else "INFO",
     }
 
 
