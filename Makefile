@@ -93,15 +93,21 @@ COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.1
 	--extra worker --extra embedded --generate-hashes --no-header --no-annotate --quiet
 
 # Directories are moved before they are deleted: an interrupted `make clean` leaves no half of one.
-LOCK := import fcntl; fcntl.flock(open('.task-tags/lock'), fcntl.LOCK_EX | fcntl.LOCK_NB)
+define CHECK_LOCK
+import fcntl, sys
+lock = open(".task-tags/lock")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit("a stack is running on .task-tags; to stop it: kill " + lock.read().split()[0])
+endef
+export CHECK_LOCK
 
 clean:  ## Remove what make and the local stack have made
-	@! test -e .task-tags/lock || $(PYTHON) -c "$(LOCK)" 2> /dev/null || \
-		{ echo "a stack is running on .task-tags; to stop it: kill $$(cut -d ' ' -f 1 .task-tags/lock)"; \
-			exit 1; }
+	@! test -e .task-tags/lock || $(PYTHON) -c "$$CHECK_LOCK"
 	rm -rf build && mkdir build
 	mv .venv .task-tags build 2> /dev/null || true
-	rm -rf build
+	rm -rf .venv .task-tags build
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # What running needs comes first. The rest (linters, type checker, browser driver and the like) is

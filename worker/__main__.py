@@ -7,7 +7,9 @@ import signal
 
 def main() -> None:
     """Run `worker.cli`, or say what to install: exit code 2. Ctrl-C ends it without a traceback."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take a second
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # the imports take a second
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         from worker.cli import main as run
     except ModuleNotFoundError as error:
