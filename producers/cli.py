@@ -138,13 +138,17 @@ def enqueue(
     block: Block = None,
     ids_from: IdsFrom = None,
     unchecked: Annotated[
-        bool, typer.Option("--unchecked", help="Send lines unchanged; the worker checks them.")
+        bool,
+        typer.Option(
+            "--unchecked", help="Send lines unchanged, with all fields; the worker checks them."
+        ),
     ] = False,
     as_json: console.AsJson = False,
 ) -> None:
     """Enqueue the messages of a file, in order. Nothing is sent if a line is wrong.
 
-    A line may omit schema_version, kind and batch_id. A new batch id is printed.
+    A line may omit schema_version, kind and batch_id; a new batch id is printed. None of this holds
+    with --unchecked.
     """
     if unchecked and (wait or ids_from):
         console.fail(WRONG, "--unchecked can't be combined with --wait or --ids-from")
@@ -215,7 +219,7 @@ def find(
     limit: Annotated[int, typer.Option(min=1, help="The most tasks to print.")] = 100,
     as_json: console.AsJson = False,
 ) -> None:
-    """Read the tasks of all executions that have a tag, or those of one execution.
+    """Find the tasks that have a tag, in all executions; or read the tasks of one execution.
 
     In TYPE, write a backslash before : and \\.
     """
@@ -256,9 +260,9 @@ def watch(
         str | None,
         typer.Option(
             metavar="PLACE",
-            help="Print all changes after this revision, or with --all after this cursor, without "
-            "gaps; 0 is the beginning, with --all latest is the end. Missed changes are read from "
-            "the endpoint.",
+            help="Print all changes behind this place, without gaps, from the endpoint: a revision "
+            "or <revision>-<t>, with --all a cursor. 0 is the beginning; with --all, latest is the "
+            "end.",
         ),
     ] = None,
     as_json: console.AsJson = False,

@@ -245,7 +245,7 @@ class TagProducer:
         for _ in range(2):
             if not _is_expired(token := self._token()):
                 return token
-        raise TokenExpired("the token has expired: nothing was enqueued")
+        raise TokenExpired("the token has expired more than a minute ago: get a new one")
 
     def close(self) -> None:
         """Close all connections; futures that still wait fail with `ProducerClosed`."""

@@ -40,9 +40,9 @@ class InboxFull(TaskTagsError):
 
 
 class RevisionExpired(TaskTagsError):
-    """The changes behind this place are not stored. Read the tags again, and continue from there.
+    """The changes behind this place are not stored. Read the tags again; continue from `cursor`.
 
-    They were purged, or a restore has replaced them. `cursor` is the place to continue from.
+    They were purged, or a restore has replaced them.
     """
 
     def __init__(self, message: str, cursor: str | None = None) -> None:
@@ -98,7 +98,7 @@ class ResultTimeout(TaskTagsError):
         if waiting is None or lease is None:
             text += ", and Redis can't be reached to check the inbox"
         elif waiting == 0:
-            text += ", and the inbox is empty: the result was lost; send the batch again"
+            text += ", and the inbox is empty: message or result was lost; send the batch again"
         else:
             text += f", and {waiting} message(s) wait in the inbox: {_LEASES[lease]}"
         super().__init__(text)
@@ -107,7 +107,10 @@ class ResultTimeout(TaskTagsError):
 
 
 class TokenExpired(TaskTagsError):
-    """The token expired more than a minute ago; nothing was enqueued. Get a new one."""
+    """The token expired more than a minute ago. Get a new one, and enqueue the same batches again.
+
+    Those that were accepted before do not take effect twice.
+    """
 
 
 class ProducerClosed(TaskTagsError):
@@ -130,7 +133,7 @@ class BatchRefused(TaskTagsError):
 
 
 class BadRequest(BatchRefused):
-    """The message breaks the contract. Correct it and send it under a new batch id."""
+    """The message breaks the contract. Correct it; nothing is stored under its batch id."""
 
 
 class Unauthorized(BatchRefused):
@@ -149,23 +152,27 @@ class NotFound(BatchRefused):
 
 
 class Conflict(BatchRefused):
-    """The batch id was used for another batch. Send this one under a new id."""
+    """The batch id was used for another batch: send this one under a new id.
+
+    Or `record.error.details` names `flow_id`: the execution was registered with another one, or
+    with none (docs/concepts/contract.md#rule-15).
+    """
 
 
 class PreconditionFailed(BatchRefused):
     """A condition of the batch did not hold, so nothing of it took effect.
 
-    `record.error.details` lists which, and the tags that are active instead, if the token has the
+    `record.error.details` lists which, and the active tags that are the cause, if the token has the
     scope `task-tags:read`. The same id gets the same error again
     (docs/concepts/contract.md#rule-18).
     """
 
 
 class TooLarge(BatchRefused):
-    """The batch would change more than a batch may. Split it, and send the parts under new ids.
+    """The message exceeds a limit of what one may change, or of what a task or execution has.
 
-    `record.error.details` names what exceeds a limit. The same id gets the same error again
-    (docs/concepts/contract.md#rule-17).
+    `record.error.details` names the limit. Split the batch, or remove tags first; the same id gets
+    the same error again (docs/concepts/contract.md#rule-17).
     """
 
 

@@ -1,4 +1,4 @@
-"""Waits for tags: all waits of a process share one stream of the organization's changes."""
+"""Waits for tags: all waits of a subscriber share one stream of the organization's changes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _Wait:
 
 
 class TagWaits:
-    """The waits of a process, in one event loop. The stream is open while there is one.
+    """The waits of a subscriber, in one event loop. The stream is open while there is one.
 
     Args:
         open_client: Returns a new client of the endpoint.

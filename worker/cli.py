@@ -123,7 +123,10 @@ def _stack(data_dir: Path, port: int, workers: int) -> Iterator[Stack]:
 
 @app.command()
 def up(data_dir: DataDir = Path(".task-tags"), port: Port = 8080, workers: Workers = 1) -> None:
-    """Start PostgreSQL, Valkey, a worker, beat and the endpoint, and run them until Ctrl-C."""
+    """Start PostgreSQL, Valkey, a worker, beat and the endpoint, and run them until Ctrl-C.
+
+    With TASK_TAGS_DATABASE_URL or TASK_TAGS_REDIS_URL, that server is used, and none is started.
+    """
     with _stack(data_dir, port, workers) as stack:
         stack.supervisor.wait(say)
         _tell(stack, SAMPLE_EXECUTION, "review", register_execution(SAMPLE_EXECUTION))
@@ -187,7 +190,8 @@ def migrate_command(
 def _actor(value: str) -> str:
     if not is_actor(value):
         raise typer.BadParameter(
-            "must have 1 to 200 characters, no control characters, and not begin with task-tags:"
+            "must have 1 to 200 characters, no control or bidirectional ones, and not begin with "
+            "task-tags:"
         )
     return value
 
@@ -200,7 +204,8 @@ def token(
     sub: Annotated[
         str,
         typer.Option(
-            callback=_actor, help="The actor: at most 200 characters, no control characters."
+            callback=_actor,
+            help="The actor: at most 200 characters, no control or bidirectional ones.",
         ),
     ] = "developer",
     scope: Annotated[
@@ -239,7 +244,7 @@ def endpoint(
     host: Annotated[
         str, typer.Option(callback=_host, help="The address to listen on.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8080,
 ) -> None:
     """Serve the endpoint: reading, watching, writing, and the live page."""
     from worker.api.app import serve

@@ -185,7 +185,7 @@ class BatchProcessor:
         if digest == known.digest:
             return Outcome(known.record, known.events)
         error = ErrorInfo(
-            code="conflict", message="this batch id was used for another request", details=[]
+            code="conflict", message="this batch id was used for another message", details=[]
         )
         return Outcome(self._error(batch_id, error))
 

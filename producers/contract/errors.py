@@ -85,6 +85,8 @@ def describe(detail: ErrorDetail) -> str:
     where += [detail.field] if detail.field is not None else []
     if detail.field == CONDITIONS and detail.index is not None:
         where = [f"condition {detail.index}"]
+    if detail.field in ("task_names", "clear") and detail.index is not None:
+        where = [f"{detail.field}, item {detail.index}"]
     tags = ", ".join(
         f"{each.tag_type} {each.tag} of {each.created_by}" for each in detail.found or ()
     )

@@ -202,7 +202,7 @@ def test_the_limit_of_a_message_is_that_of_the_contract() -> None:
 
 def test_the_number_of_faults_that_are_listed_is_that_of_the_contract() -> None:
     contract = (REPOSITORY / "docs" / "concepts" / "contract.md").read_text("utf-8")
-    assert f"up to {MAX_DETAILS} faults" in contract
+    assert f"at most {MAX_DETAILS} faults" in contract
 
 
 def test_schemas_are_those_that_the_models_have() -> None:

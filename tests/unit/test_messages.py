@@ -159,6 +159,14 @@ def test_all_faults_are_listed_not_the_first() -> None:
     }
 
 
+def test_a_fault_in_a_list_names_its_item() -> None:
+    """A registration has no operations."""
+    sent = {**message(), "kind": "flow_execution", "flow_execution_id": str(uuid4())}
+    del sent["tags"]
+    (fault,) = refused({**sent, "task_names": ["a", ""]}).details
+    assert describe(fault) == "task_names, item 1: must have at least 1 character(s)"
+
+
 def test_what_was_sent_is_never_in_the_error() -> None:
     """An error can be logged and shown: neither values nor odd field names are in it."""
     secret = "s3cr3t value"

@@ -24,7 +24,7 @@ from producers.pubsub import Listener, PubSubMultiplexer, wait_at_most
 from worker.api.errors import ApiError, invalid_body
 from worker.api.queries import READ_ERRORS, Reader
 
-CONFLICT: Final = ApiError(409, "conflict", "this batch id was used for another request")
+CONFLICT: Final = ApiError(409, "conflict", "this batch id was used for another message")
 INBOX_FULL: Final = ApiError(429, "inbox_full", "the organization's inbox is full; try again later")
 _SUBSCRIBE_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 1.0

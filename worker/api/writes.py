@@ -284,7 +284,7 @@ _OF_REGISTRATION: Final = documented(
     ApiError(
         409,
         "conflict",
-        "this batch id was used for another request, or the execution was registered with another "
+        "this batch id was used for another message, or the execution was registered with another "
         "flow_id, or none",
         [ErrorDetail(field="flow_id", message="is not that of the execution")],
     ),
