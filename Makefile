@@ -92,17 +92,17 @@ lock: .venv/ready  ## Choose new versions and write the lock files
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --group build \
 	--extra worker --extra embedded --generate-hashes --no-header --no-annotate --quiet
 
-# Directories are moved before they are deleted: an interrupted `make clean` leaves no half of one.
 define CHECK_LOCK
 import fcntl, sys
 lock = open(".task-tags/lock")
 try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
-    sys.exit("a stack is running on .task-tags; to stop it: kill " + lock.read().split()[0])
+    sys.exit("a stack is running on .task-tags; to stop it: kill " + lock.read().partition(" ")[0])
 endef
 export CHECK_LOCK
 
+# Directories are moved before they are deleted: an interrupted `make clean` leaves no half of one.
 clean:  ## Remove what make and the local stack have made
 	@! test -e .task-tags/lock || $(PYTHON) -c "$$CHECK_LOCK"
 	rm -rf build && mkdir build

@@ -139,16 +139,14 @@ def enqueue(
     ids_from: IdsFrom = None,
     unchecked: Annotated[
         bool,
-        typer.Option(
-            "--unchecked", help="Send lines unchanged, with all fields; the worker checks them."
-        ),
+        typer.Option("--unchecked", help="Send lines unchanged; the worker checks them."),
     ] = False,
     as_json: console.AsJson = False,
 ) -> None:
     """Enqueue the messages of a file, in order. Nothing is sent if a line is wrong.
 
-    A line may omit schema_version, kind and batch_id; a new batch id is printed. None of this holds
-    with --unchecked.
+    A line may omit schema_version, kind and batch_id; a new batch id is printed. With --unchecked,
+    lines are not checked, and must have all fields.
     """
     if unchecked and (wait or ids_from):
         console.fail(WRONG, "--unchecked can't be combined with --wait or --ids-from")

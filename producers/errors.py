@@ -171,8 +171,8 @@ class PreconditionFailed(BatchRefused):
 class TooLarge(BatchRefused):
     """The message exceeds a limit of what one may change, or of what a task or execution has.
 
-    `record.error.details` names the limit. Split the batch, or remove tags first; the same id gets
-    the same error again (docs/concepts/contract.md#rule-17).
+    `record.error.details` names the limit. Split the batch, remove tags first, or register fewer
+    names; the same id gets the same error again (docs/concepts/contract.md#rule-17).
     """
 
 

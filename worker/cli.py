@@ -125,7 +125,7 @@ def _stack(data_dir: Path, port: int, workers: int) -> Iterator[Stack]:
 def up(data_dir: DataDir = Path(".task-tags"), port: Port = 8080, workers: Workers = 1) -> None:
     """Start PostgreSQL, Valkey, a worker, beat and the endpoint, and run them until Ctrl-C.
 
-    With TASK_TAGS_DATABASE_URL or TASK_TAGS_REDIS_URL, that server is used, and none is started.
+    If TASK_TAGS_DATABASE_URL or TASK_TAGS_REDIS_URL leads to another server, that is used instead.
     """
     with _stack(data_dir, port, workers) as stack:
         stack.supervisor.wait(say)

@@ -106,7 +106,7 @@ def purge(after: str | None = None) -> None:
     """Delete results and changes beyond their retention, of the organizations after an id.
 
     A purge goes to the end of the Celery queue when its time is up, as a drain does, and goes on
-    where it ended. What fails for one organization is tried again an hour later.
+    where it ended. What fails for an organization, or for their list, is tried again an hour later.
 
     Beat sends it hourly, and an hour is also how long an inbox may be missing in the set of those
     that wait.
@@ -142,8 +142,10 @@ def _list_organizations(repository: Repository, after: UUID) -> list[UUID]:
         try:
             return repository.organizations(after)
         except psycopg.Error as error:
+            if _stopping():
+                raise
             log_limited("organizations can't be listed; retrying", error=type(error).__name__)
-            time.sleep(0 if _stopping() else pause)
+            time.sleep(pause)
     return repository.organizations(after)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -29,7 +30,7 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from redis import Redis
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from producers.contract.channels import (
     dead_letters_key,
@@ -320,6 +321,8 @@ class Inbox:
 
         A producer whose rights end at its own keys can't do that: a worker does, at a rescue.
         """
+        with suppress(RedisError):
+            self.redis.sadd(WAITING, str(self._organization_id))
         types = {
             self._lease: "string",
             self._failing: "hash",

@@ -316,11 +316,15 @@ def test_an_interrupt_while_a_command_is_being_imported_leaves_no_traceback(
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as command:
         assert command.stdout is not None
-        assert command.stdout.readline() == b"importing\n"
-        command.send_signal(signal.SIGINT)
-        _, stderr = command.communicate(timeout=20)
+        try:
+            assert command.stdout.readline() == b"importing\n"
+            command.send_signal(signal.SIGINT)
+            _, stderr = command.communicate(timeout=20)
+        finally:
+            command.kill()
     assert (command.returncode, stderr) == (-signal.SIGINT, b"")
 
 

@@ -154,7 +154,7 @@ def test_a_stack_whose_port_is_taken_as_it_starts_says_so(space: Path) -> None:
 
 def test_what_up_prints_works_as_printed(space: Path) -> None:
     """Each command, in another directory and with nothing of this environment."""
-    with up(space, PATH=os.defpath) as (_, said):
+    with up(space, PATH=os.defpath, TASK_TAGS_LOG_LEVEL="ERROR") as (_, said):
         output = run_as_printed(said)
         assert "registered" in output
         assert_the_page_shows_what_changed(said, output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -13,7 +14,13 @@ import pytest
 from redis.exceptions import NoPermissionError
 
 from producers.client import TagProducer
-from producers.contract.channels import dead_letters_key, inbox_key, position_key, results_channel
+from producers.contract.channels import (
+    dead_letters_key,
+    inbox_key,
+    lease_key,
+    position_key,
+    results_channel,
+)
 from producers.contract.messages import TagBatch, add, register_execution
 from producers.contract.results import ResultRecord
 from producers.errors import Unavailable
@@ -61,6 +68,26 @@ def test_a_confined_producer_can_do_its_work(
     with TagProducer(redis_url=urls["producer"], organization_id=organization, token=token) as it:
         assert it.apply(register_execution(uuid4())).flow_execution is not None
     assert "late" not in caplog.text  # the drain was sent, and beat did not have to help
+
+
+@pytest.mark.parametrize("key_of", [inbox_key, lease_key])
+def test_a_key_that_a_producer_may_not_repair_is_repaired_by_a_worker(
+    urls: dict[str, str], organization: UUID, token: str, redis: Any, key_of: Any
+) -> None:
+    """At the next rescue, though no message could make the organization one that waits."""
+    redis.lpush(key_of(organization), "x")
+
+    def is_enqueued() -> bool:
+        with suppress(Unavailable):
+            producer.enqueue(register_execution(uuid4()))
+            return True
+        return False
+
+    with TagProducer(
+        redis_url=urls["producer"], organization_id=organization, token=token
+    ) as producer:
+        assert not is_enqueued()
+        eventually(is_enqueued)
 
 
 def test_it_can_do_nothing_to_another_organization(

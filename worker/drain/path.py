@@ -383,7 +383,6 @@ class Drain:
         a crash in between, the message would be found answered and never kept.
         """
         batch_id = admitted.message.message.batch_id
-        logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
         text = "the worker failed at this batch; it had no effect"
         outcome, change_set = decide_failure(self.organization_id, admitted.message, text)
         reason = f"internal_error: {type(error).__name__}"
@@ -395,6 +394,7 @@ class Drain:
                 message = [admitted.message]
                 again = decide(self.organization_id, message, known, now=now, new_id=uuid7)
                 return again.outcomes[0], transaction.head
+            logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
             transaction.save(change_set)
             self.inbox.add_dead_letter(admitted.entry, dead_letter)
             return outcome, BEGINNING

@@ -4,6 +4,7 @@
 -- Sends a drain if messages wait and no drain of this inbox is queued or running.
 -- Returns 1 if it did.
 if redis.call('XLEN', KEYS[1]) == 0 then
+  redis.call('GET', KEYS[2]) -- an error if it has a wrong type, which a producer may not mend
   redis.call('SREM', WAITING, organization_of(KEYS[1]))
   return 0
 end
