@@ -138,8 +138,7 @@ def enqueue(
     block: Block = None,
     ids_from: IdsFrom = None,
     unchecked: Annotated[
-        bool,
-        typer.Option("--unchecked", help="Send lines unchanged; the worker checks them."),
+        bool, typer.Option("--unchecked", help="Send lines unchanged; the worker checks them.")
     ] = False,
     as_json: console.AsJson = False,
 ) -> None:

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from tests.support.processes import settings_of
+from tests.support.processes import settings_of, started
 from tests.support.servers import Servers
 from tests.support.waiting import eventually
 from worker.local.servers import is_of_a_stack
@@ -78,17 +78,11 @@ def test_a_server_that_is_away_is_waited_for(
     """It is said once, and the process goes on once the server is there."""
     log, late = tmp_path / "log", Path(servers.redis_socket)
     link = tmp_path / "valkey.sock"
-    variables = environment(servers, TASK_TAGS_REDIS_URL=f"unix://{link}?db=2")
-    with log.open("wb") as output:
-        running = subprocess.Popen(command(process), env=variables, stderr=output, cwd="/")
-    try:
+    with started(process, log, environment(servers, TASK_TAGS_REDIS_URL=f"unix://{link}?db=2")):
         eventually(lambda: "waiting for Redis" in log.read_text())
         link.symlink_to(late)
         eventually(lambda: '"ready"' in log.read_text())
         assert log.read_text().count("waiting for Redis") == 1
-    finally:
-        running.terminate()
-        running.wait(30)
 
 
 @pytest.mark.parametrize("process", [WORKER, BEAT])
@@ -98,16 +92,11 @@ def test_a_process_that_waits_for_a_server_ends_at_sigterm(
     """By a handler: as the first process of a container, it would not end by default."""
     log = tmp_path / "log"
     variables = environment(servers, TASK_TAGS_REDIS_URL=f"unix://{tmp_path}/none?db=2")
-    with log.open("wb") as output:
-        running = subprocess.Popen(command(process), env=variables, stderr=output, cwd="/")
-    try:
+    with started(process, log, variables) as running:
         eventually(lambda: "waiting for Redis" in log.read_text())
         running.terminate()
         assert running.wait(30) == 0
         assert "Traceback" not in log.read_text()
-    finally:
-        running.kill()
-        running.wait()
 
 
 def test_the_server_of_another_stack_is_known_however_its_url_is_written(
