@@ -102,11 +102,15 @@ except BlockingIOError:
 endef
 export CHECK_LOCK
 
+# As in worker/local/servers.py.
+OUTSIDE := /var/lib/task-tags
+
 # Directories are moved before they are deleted: an interrupted `make clean` leaves no half of one.
 clean:  ## Remove what make and the local stack have made
 	@! test -e .task-tags/lock || $(PYTHON) -c "$$CHECK_LOCK"
 	rm -rf build && mkdir build
 	mv .venv .task-tags build 2> /dev/null || true
+	@data=$$(readlink build/.task-tags/servers); case "$$data" in $(OUTSIDE)/*) rm -rf "$$data"; esac
 	rm -rf .venv .task-tags build
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 

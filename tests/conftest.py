@@ -7,6 +7,7 @@ worker must not help uses Valkey's database 1, which that worker does not read.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.support.servers import RUNNING_STACK, Servers, attached_stack, server
 from tests.support.tenant import EXECUTION, Tenant, listening
 from worker.auth import Authorizer
 from worker.db.repository import Repository
+from worker.local.servers import OUTSIDE
 from worker.local.stack import run_stack
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -37,6 +39,15 @@ for name in [name for name in os.environ if name.startswith("TASK_TAGS_")]:
         name != "TASK_TAGS_NO_BROWSER"
     ):  # says what can't be tested here; see tests/support/browser.py
         del os.environ[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Delete the servers' data at the end, where root's is not in the directories of the tests."""
+    yield
+    for link in tmp_path_factory.getbasetemp().rglob("servers"):
+        if link.is_symlink() and OUTSIDE in link.readlink().parents:
+            shutil.rmtree(link.readlink(), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -365,6 +365,25 @@ def test_another_user_than_root_can_run_it() -> None:
         shutil.rmtree(directory)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")
+def test_a_state_directory_that_is_made_again_has_no_data_of_the_earlier_one(
+    tmp_path: Path,
+) -> None:
+    """Where the servers can't reach it: their data has its secrets, which are gone."""
+    tmp_path.chmod(0o700)
+    found = []
+    for _ in range(2):
+        state = tmp_path / "state"
+        state.mkdir()
+        found.append(find_server_paths(state).data)
+        assert find_server_paths(state).data == found[-1]
+        shutil.rmtree(state)
+    for data in found:
+        assert state not in data.parents
+        shutil.rmtree(data)
+    assert found[0] != found[1]
+
+
 def test_the_demonstration_ends_with_its_summary(space: Path) -> None:
     """`make demo`: exit code 0, the promised last line, each result as expected."""
     process = admin("demo", "--data-dir", str(space), "--port", "0")

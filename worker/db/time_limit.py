@@ -1,8 +1,9 @@
 """Bounds how long a transaction waits for a server that hangs with a live connection.
 
 PostgreSQL's own time-outs do not help when the server, or the network, is silent. A thread watches
-the clock, cancels the statement at the server, whose locks would be held otherwise, and ends the
-connection: what follows is what follows a lost connection.
+the clock and cancels the statement at the server, whose locks would be held otherwise. If the
+server does not answer that soon, the thread ends the connection: what follows is what follows a
+lost connection.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Final
 
 import psycopg
@@ -24,7 +26,18 @@ DEFAULT_SECONDS: Final = 30.0
 _STOP_SECONDS: Final = 1.0
 """How long a wait may go on once the process is to end."""
 _CANCEL_SECONDS: Final = 1.5
+_ANSWER_SECONDS: Final = 2.0
+"""How long a cancelled statement may take to end: until then, its transaction holds its locks."""
 _POLL_SECONDS: Final = 0.2
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A transaction under way."""
+
+    connection: psycopg.Connection
+    began: float
+    end: float
 
 
 class TimeLimit:
@@ -39,7 +52,7 @@ class TimeLimit:
         self._seconds = seconds
         self._stopping = stopping
         self._lock = threading.Lock()
-        self._watched: tuple[psycopg.Connection, float] | None = None
+        self._watched: _Watched | None = None
         self.was_exceeded = False
         """The last transaction lasted longer than `seconds`."""
         self._thread: threading.Thread | None = None
@@ -59,7 +72,8 @@ class TimeLimit:
             self._thread = threading.Thread(target=self._run, name="time-limit", daemon=True)
             self._thread.start()
         self.was_exceeded = False
-        self._watched = connection, time.monotonic()
+        now = time.monotonic()
+        self._watched = _Watched(connection, now, now + self._seconds)
 
     def end(self) -> None:
         with self._lock:  # the thread may be ending it just now
@@ -72,22 +86,29 @@ class TimeLimit:
             if stopped_at is None and self._stopping():
                 stopped_at = time.monotonic()
             with self._lock:
-                if self._watched is None:
+                watched = self._watched
+                if watched is None:
                     continue
-                connection, began = self._watched
-                end = began + self._seconds
+                end = watched.end
                 if stopped_at is not None:
-                    end = min(end, max(began, stopped_at) + _STOP_SECONDS)
+                    end = min(end, max(watched.began, stopped_at) + _STOP_SECONDS)
                 if time.monotonic() > end:
-                    logger.warning("a transaction took too long: its connection is closed")
-                    self._watched = None
-                    self.was_exceeded = stopped_at is None
-                    _give_up(connection)
+                    self._give_up(watched, is_stopping=stopped_at is not None)
 
+    def _give_up(self, watched: _Watched, *, is_stopping: bool) -> None:
+        """Cancel a transaction, the first time; shut its connection down, the second time.
 
-def _give_up(connection: psycopg.Connection) -> None:
-    """Cancel what a connection waits for at the server, as far as it answers, and shut it down."""
-    with suppress(Exception):
-        connection.cancel_safe(timeout=_CANCEL_SECONDS)
-    with suppress(OSError), socket.socket(fileno=os.dup(connection.pgconn.socket)) as raw:
-        raw.shutdown(socket.SHUT_RDWR)
+        If the process is to end, or the server can't be reached, the first time is the last one.
+        """
+        if not self.was_exceeded:
+            logger.warning("a transaction took too long: it is cancelled")
+            self.was_exceeded = not is_stopping
+            with suppress(Exception):
+                watched.connection.cancel_safe(timeout=_CANCEL_SECONDS)
+                if not is_stopping:
+                    watched.end = time.monotonic() + _ANSWER_SECONDS
+                    return
+        self._watched = None
+        pgconn = watched.connection.pgconn
+        with suppress(OSError), socket.socket(fileno=os.dup(pgconn.socket)) as raw:
+            raw.shutdown(socket.SHUT_RDWR)

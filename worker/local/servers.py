@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, TextIO
 from urllib.parse import quote
+from uuid import uuid4
 
 import psycopg
 from redis import Redis, RedisError
@@ -34,6 +35,8 @@ from worker.local.supervisor import ProcessSpec, StartupError
 
 _LONGEST_SOCKET_PATH: Final = 100
 _UNPRIVILEGED: Final = "nobody"
+OUTSIDE: Final = Path("/var/lib/task-tags")
+"""Where root's data is if that user can't reach the state directory. `make clean` knows it, too."""
 
 
 @contextmanager
@@ -135,8 +138,8 @@ class ServerPaths:
 def find_server_paths(directory: Path) -> ServerPaths:
     """Choose the servers' directories: in the state directory, if the servers' user can reach it.
 
-    For root, that user is `nobody`. If it can't reach the state directory, the data is in
-    /var/lib/task-tags, and the state directory has a link to it.
+    For root, that user is `nobody`. If it can't reach the state directory, the data is in a
+    directory of /var/lib/task-tags, and the state directory has a link to it.
 
     Raises:
         StartupError: The directory of the sockets belongs to another user.
@@ -144,13 +147,7 @@ def find_server_paths(directory: Path) -> ServerPaths:
     user = pwd.getpwnam(_UNPRIVILEGED) if os.geteuid() == 0 else None
     data = directory
     if user is not None and not _reachable(directory):
-        data = Path("/var/lib/task-tags") / _digest(directory)
-        for part in (data.parent, data):
-            part.mkdir(exist_ok=True)
-            part.chmod(0o755)  # whatever the umask is: the servers' user needs access
-        link = directory / "servers"
-        if not link.is_symlink():
-            link.symlink_to(data)
+        data = _linked_data(directory / "servers")
     sockets = data / "run"
     if len(str(sockets)) > _LONGEST_SOCKET_PATH - len("/.s.PGSQL.5432.lock"):
         sockets = _short_sockets(directory)
@@ -160,6 +157,22 @@ def find_server_paths(directory: Path) -> ServerPaths:
     home = ServerPaths(data, sockets, user)
     home.own(sockets)
     return home
+
+
+def _linked_data(link: Path) -> Path:
+    """Return the directory that a link leads to; make both for a new state directory.
+
+    It never gets the data of an earlier one, whose secrets it does not have.
+    """
+    if link.is_symlink():
+        data = link.readlink()
+    else:
+        data = OUTSIDE / uuid4().hex[:12]
+        link.symlink_to(data)
+    for part in (data.parent, data):
+        part.mkdir(exist_ok=True)
+        part.chmod(0o755)  # whatever the umask is: the servers' user needs access
+    return data
 
 
 def _digest(directory: Path) -> str:
