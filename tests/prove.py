@@ -1,4 +1,5 @@
-"""make prove [SECONDS=600] [SEED=n]: the long proofs, one after the other, with one seed.
+"""make prove [SECONDS=600] [SEED=n]: the long proofs, one after the other, with one seed
+(a planted bug that is not found is tried with two more).
 
 Random faults; each planted bug, which the fault harness must find; claims and decisions while
 workers are killed; work lists that are followed while writers go on; random messages, read both

@@ -142,10 +142,10 @@ def _list_organizations(repository: Repository, after: UUID) -> list[UUID]:
         try:
             return repository.organizations(after)
         except psycopg.Error as error:
-            if _stopping():
-                raise
             log_limited("organizations can't be listed; retrying", error=type(error).__name__)
             time.sleep(pause)
+            if _stopping():
+                raise
     return repository.organizations(after)
 
 

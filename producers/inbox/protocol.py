@@ -30,7 +30,7 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from redis import Redis
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from producers.contract.channels import (
     dead_letters_key,
@@ -293,6 +293,10 @@ class Inbox:
         """Close the connections, so that the next one goes through the URL and its names again."""
         self.redis.connection_pool.disconnect(inuse_connections=False)
 
+    def renew(self, run_id: str) -> None:
+        """Keep the lease for its full time from now on, unless it is another's."""
+        self._run("renew", [self._lease], [run_id, self._lease_ms])
+
     def requeue(self, run_id: str) -> None:
         """Send the drain to the end of the queue, with the lease, unless that is another's."""
         drain = drain_message(self._organization_id, run_id)
@@ -321,7 +325,7 @@ class Inbox:
 
         A producer whose rights end at its own keys can't do that: a worker does, at a rescue.
         """
-        with suppress(RedisError):
+        with suppress(ResponseError):
             self.redis.sadd(WAITING, str(self._organization_id))
         types = {
             self._lease: "string",

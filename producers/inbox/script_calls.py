@@ -15,6 +15,7 @@ _INCLUDES: Final = {
     "append": ("_lease", "_shared"),
     "acquire": ("_lease", "_shared", "_read_head"),
     "ack_and_publish": ("_lease", "_shared", "_read_head"),
+    "renew": ("_lease",),
     "requeue": ("_lease", "_shared"),
     "rescue": ("_lease", "_shared"),
     "claim_rescue": ("_shared",),

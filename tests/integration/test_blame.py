@@ -17,8 +17,6 @@ from tests.support.tenant import EXECUTION, Tenant, broken_for, tagging
 from tests.support.waiting import eventually
 from worker.db import statements
 from worker.db.pg_pipeline import Pipeline
-from worker.db.repository import Repository
-from worker.db.time_limit import TimeLimit
 from worker.drain.blame import attempts_to_blame, witness
 from worker.rules import decide_in_parts
 
@@ -142,40 +140,6 @@ def test_an_error_of_a_statement_is_a_messages_if_the_witness_succeeds(
         with drained(tenant):
             eventually(lambda: "behind" in tenant.tags(), seconds=40)
     assert tenant.outcomes() == [["added"], "internal_error", ["added"]]
-
-
-def test_a_message_is_to_blame_for_a_transaction_that_is_slow_to_be_cancelled(
-    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its statement notices that late, and holds the organization's row until then."""
-    monkeypatch.setattr("worker.drain.blame.MIN_ATTEMPTS", 2)
-    monkeypatch.setattr("worker.drain.blame._TIMEOUT_SECONDS", 0.0)
-    name = f"slow_{tenant.organization.hex}"
-    repository = Repository(tenant.servers.worker_url, TimeLimit(0.5, lambda: False))
-    tenant.send(tagging("slow"), tagging("behind"))
-    with tenant.servers.owner() as connection:
-        connection.execute(
-            f"""
-            create function {name}() returns trigger language plpgsql as $$
-            declare long text = repeat('x', 20000000);
-            begin
-                if new.tag = 'slow' then
-                    for each in 1..100 loop perform translate(long, 'y', 'z'); end loop;
-                end if;
-                return new;
-            end $$;
-            create trigger {name} before insert on task_tags
-            for each row execute function {name}()
-            """.encode()
-        )
-        try:
-            deadline = time.monotonic() + 60
-            while "behind" not in tenant.tags() and time.monotonic() < deadline:
-                tenant.drain(repository=repository, budget_seconds=0.25)
-        finally:
-            connection.execute(f"drop function {name} cascade".encode())
-            repository.close()
-    assert tenant.outcomes() == ["internal_error", ["added"]]
 
 
 def test_time_outs_and_other_failures_are_counted_apart(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -150,6 +150,112 @@ def test_a_worker_ends_soon_after_sigterm_in_a_drain(
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_a_transaction_that_was_cancelled_has_not_succeeded(servers: Servers) -> None:
+    """Whatever PostgreSQL says, as of a commit that no longer waits for a standby."""
+    repository = Repository(servers.worker_url, TimeLimit(0.5, lambda: False))
+
+    def ignore(transaction: Transaction) -> None:
+        assert transaction.now
+        transaction._send(
+            "do $$ begin perform pg_sleep(20); exception when query_canceled then null; end $$"
+        )
+
+    with pytest.raises(psycopg.OperationalError, match="was cancelled"):
+        repository.transact(uuid4(), ignore)
+    repository.close()
+
+
+def test_the_row_is_free_once_a_cancelled_transaction_has_failed(servers: Servers) -> None:
+    """Also if its statement is slow to notice; else a drain would find it locked, and hand over."""
+    repository = Repository(servers.worker_url, TimeLimit(0.5, lambda: False))
+    other, organization = repository.clone(), uuid4()
+
+    def be_slow(transaction: Transaction) -> None:
+        assert transaction.now
+        deaf = "length(translate(repeat('x', 50000000), 'y', 'z'))"  # for about a second
+        transaction._send(f"select {deaf} from generate_series(1, 30 + pg_backend_pid() * 0)")
+        transaction.check()
+
+    for _ in range(2):
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            repository.transact(organization, be_slow)
+        other.transact(organization, lambda it: it.check())
+    repository.close()
+    other.close()
+
+
+def test_a_statement_is_cancelled_again_before_its_connection_is_closed(servers: Servers) -> None:
+    """It may have been sent after the first time, which found the server idle."""
+    repository = Repository(servers.worker_url, TimeLimit(0.5, lambda: False))
+    organization, limit = uuid4(), repository._time_limit
+
+    def begin_late(transaction: Transaction) -> None:
+        assert transaction.now
+        eventually(lambda: limit.was_exceeded)
+        with limit._lock:  # the first request is through
+            transaction._send("select pg_sleep(20)")
+        transaction.check()
+
+    with pytest.raises(psycopg.Error):
+        repository.transact(organization, begin_late)
+    eventually(lambda: _has_lock(repository, organization), seconds=8)
+    repository.close()
+
+
+def _has_lock(repository: Repository, organization: UUID) -> bool:
+    try:
+        repository.transact(organization, lambda it: it.check())
+    except psycopg.errors.LockNotAvailable:
+        return False
+    return True
+
+
+def test_the_limit_holds_after_a_connection_that_was_lost(servers: Servers) -> None:
+    """libpq has no socket of it any more."""
+    limit = TimeLimit(0.5, lambda: False)
+    with psycopg.connect(servers.worker_url) as lost:
+        limit.begin(lost)
+        lost.close()
+        eventually(lambda: limit.was_exceeded)
+        limit.end()
+    repository = Repository(servers.worker_url, limit)
+    began = time.monotonic()
+    with pytest.raises(psycopg.Error):
+        repository._execute(uuid4(), "select pg_sleep(30)")
+    assert time.monotonic() - began < 15
+    repository.close()
+
+
+def test_a_drain_keeps_its_lease_while_postgresql_works_for_it(tenant: Tenant) -> None:
+    """Else another one would wait for the row, and begin with a full group if this one fails."""
+    name = f"slow_{tenant.organization.hex}"
+    inbox = Inbox(tenant.redis, tenant.organization, lease_ms=600)
+    with tenant.servers.owner() as connection:
+        connection.execute(
+            f"""
+            create function {name}() returns trigger language plpgsql as $$ begin
+                perform pg_sleep(3) where new.organization_id = '{tenant.organization}';
+                return new;
+            end $$;
+            create trigger {name} before insert on tag_batches
+            for each row execute function {name}()
+            """.encode()
+        )
+        try:
+            tenant.send(tagging("a"))
+            drain = threading.Thread(target=tenant.drain, kwargs={"inbox": inbox})
+            drain.start()
+            key: Any = lease_key(tenant.organization)
+            eventually(lambda: tenant.redis.get(key) == b"running run")
+            while drain.is_alive():
+                assert not inbox.acquire("another", max_messages=1).entries
+                time.sleep(0.05)
+        finally:
+            drain.join()
+            connection.execute(f"drop function {name} cascade".encode())
+    assert tenant.outcomes() == [["added"]]
 
 
 def test_what_the_limit_ended_was_a_time_out(servers: Servers) -> None:

@@ -400,9 +400,11 @@ class Pipeline:
         """Send all that libpq holds. Results are taken in meanwhile: the server may wait for it."""
         while self._libpq.flush():
             self._poll.modify(self._libpq.socket, select.POLLIN | select.POLLOUT)
-            ((_, ready),) = self._poll.poll()
+            found = self._poll.poll(SLOW_SECONDS * 1000)
             self._poll.modify(self._libpq.socket, select.POLLIN)
-            if ready & select.POLLIN:
+            if not found:
+                self._on_slow()
+            elif found[0][1] & select.POLLIN:
                 self._libpq.consume_input()
 
 

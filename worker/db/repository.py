@@ -64,6 +64,10 @@ class Repository:
         self.on_slow: Callable[[], None] | None = None
         """While this is set, transactions do not wait for a lock; it is called when PostgreSQL has
         not answered for `SLOW_SECONDS`."""
+        self.on_wait: Callable[[], None] | None = None
+        """It is called as often while the organization's row is locked."""
+        self.is_locked = False
+        """A transaction holds the lock of its organization's row."""
         self.failed_statement: str | None = None
         """The statement at which the last transaction failed; None: in its begin or commit."""
         self.was_too_long = False
@@ -109,8 +113,10 @@ class Repository:
     def end(self) -> None:
         """Take note that the transaction that began first has ended; the next one has its time."""
         assert self._pipeline is not None
+        if self._time_limit.end():
+            raise psycopg.OperationalError("the transaction was cancelled")
         self._transactions -= 1
-        self._time_limit.end()
+        self.is_locked = False
         if self._transactions:
             self._time_limit.begin(self._pipeline.connection)
 
@@ -199,6 +205,7 @@ class Repository:
 
     def close(self) -> None:
         pipeline, self._pipeline, self._transactions = self._pipeline, None, 0
+        self.is_locked = False
         self._time_limit.end()
         if pipeline is not None:
             pipeline.connection.close()
@@ -243,6 +250,8 @@ class Repository:
     def _note_slow(self) -> None:
         if self.on_slow is not None:
             self.on_slow()
+        if self.on_wait is not None and self.is_locked:
+            self.on_wait()
 
 
 class Transaction:
@@ -289,6 +298,7 @@ class Transaction:
             self._values["now"] = pg_arrays.timestamp(microseconds(now))
             at = None if changed_at is None else microseconds(changed_at)
             self._found = now, Cursor(position, at)
+            self._repository.is_locked = True
         return self._found
 
     def load(self, messages: Sequence[AuthorizedMessage]) -> Snapshot:

@@ -38,6 +38,8 @@ class _Watched:
     connection: psycopg.Connection
     began: float
     end: float
+    is_cancelled: bool = False
+    is_closed: bool = False
 
 
 class TimeLimit:
@@ -75,9 +77,15 @@ class TimeLimit:
         now = time.monotonic()
         self._watched = _Watched(connection, now, now + self._seconds)
 
-    def end(self) -> None:
+    def end(self) -> bool:
+        """Watch no longer; return whether the transaction was cancelled.
+
+        Then its success is not to be relied on: PostgreSQL also says so of a commit for which it no
+        longer waits until a standby has it.
+        """
         with self._lock:  # the thread may be ending it just now
-            self._watched = None
+            watched, self._watched = self._watched, None
+        return watched is not None and watched.is_cancelled
 
     def _run(self) -> None:
         stopped_at: float | None = None
@@ -92,23 +100,29 @@ class TimeLimit:
                 end = watched.end
                 if stopped_at is not None:
                     end = min(end, max(watched.began, stopped_at) + _STOP_SECONDS)
-                if time.monotonic() > end:
-                    self._give_up(watched, is_stopping=stopped_at is not None)
+                if watched.is_closed or time.monotonic() <= end:
+                    continue
+                self._give_up(watched, is_stopping=stopped_at is not None)
+            what = "its connection is closed" if watched.is_closed else "it is cancelled"
+            logger.warning(f"a transaction took too long: {what}")
 
     def _give_up(self, watched: _Watched, *, is_stopping: bool) -> None:
-        """Cancel a transaction, the first time; shut its connection down, the second time.
+        """Cancel what a connection waits for; close it, if that was not the first time.
 
-        If the process is to end, or the server can't be reached, the first time is the last one.
+        It is closed at once if the process is to end, or the server can't be reached.
         """
-        if not self.was_exceeded:
-            logger.warning("a transaction took too long: it is cancelled")
-            self.was_exceeded = not is_stopping
-            with suppress(Exception):
-                watched.connection.cancel_safe(timeout=_CANCEL_SECONDS)
-                if not is_stopping:
-                    watched.end = time.monotonic() + _ANSWER_SECONDS
-                    return
-        self._watched = None
-        pgconn = watched.connection.pgconn
-        with suppress(OSError), socket.socket(fileno=os.dup(pgconn.socket)) as raw:
-            raw.shutdown(socket.SHUT_RDWR)
+        watched.is_closed = watched.is_cancelled or is_stopping
+        watched.is_cancelled = True
+        self.was_exceeded |= not is_stopping
+        try:
+            watched.connection.cancel_safe(timeout=_CANCEL_SECONDS)
+        except Exception:
+            watched.is_closed = True
+        watched.end = time.monotonic() + _ANSWER_SECONDS
+        if watched.is_closed:
+            pgconn = watched.connection.pgconn
+            with (
+                suppress(OSError, psycopg.Error),  # libpq has closed it already
+                socket.socket(fileno=os.dup(pgconn.socket)) as raw,
+            ):
+                raw.shutdown(socket.SHUT_RDWR)

@@ -62,7 +62,7 @@ def is_timeout(error: Exception, repository: Repository) -> bool:
     """Whether it is a server's fault that may yet be a message's, if a witness succeeds for long.
 
     No other is: a witness also succeeds on a disk that is nearly full, or at a locked row's side.
-    After the worker's own limit the connection is lost, unless the server answers at once.
+    After the worker's own limit the connection is lost, unless the server answers in 2 s.
     """
     if not isinstance(error, psycopg.Error):
         return False

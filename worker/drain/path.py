@@ -187,6 +187,7 @@ class Drain:
         the budget is used up; then the drain goes to the end of the queue: others have a turn.
         """
         turn = self.turn
+        self.repository.on_wait = self.renew
         while True:
             try:
                 if not is_acquired:
@@ -200,14 +201,20 @@ class Drain:
                 if is_locked_out(error, self.repository):
                     self.requeue()
                     return turn.answered
-                is_of_one = turn.size == 1 and is_timeout(error, self.repository)
-                if not turn.alone and (is_of_one or not is_server_fault(error)):
+                is_slow = is_timeout(error, self.repository) and not self.stopping()
+                if not turn.alone and ((is_slow and turn.size == 1) or not is_server_fault(error)):
                     self._go_on_alone(turn, error)
                     continue
                 if not is_server_fault(error) and not isinstance(error, psycopg.Error):
                     raise
                 if self._ends_turn(turn, error):
                     return turn.answered
+
+    def renew(self) -> None:
+        """Keep the lease while PostgreSQL works for this run: no other one could do anything."""
+        if not self.stopping():
+            with suppress(RedisError, OSError):
+                self.inbox.renew(self.run_id)
 
     def requeue(self) -> None:
         """Go to the end of the queue. If Redis can't be used, the lease expires."""
@@ -394,12 +401,14 @@ class Drain:
                 message = [admitted.message]
                 again = decide(self.organization_id, message, known, now=now, new_id=uuid7)
                 return again.outcomes[0], transaction.head
-            logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
             transaction.save(change_set)
             self.inbox.add_dead_letter(admitted.entry, dead_letter)
             return outcome, BEGINNING
 
-        return self.repository.transact(self.organization_id, store)
+        stored = self.repository.transact(self.organization_id, store)
+        if stored[0] is outcome:
+            logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
+        return stored
 
 
 def run_groups(next_group: Callable[[Steps | None], Steps | None], repository: Repository) -> None:

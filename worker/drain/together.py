@@ -103,6 +103,7 @@ class SharedTurn:
         with closing(steps):
             while True:
                 self._running = drain
+                self._repository.on_wait = drain.renew
                 try:
                     next(steps)
                 except StopIteration:
