@@ -102,15 +102,21 @@ except BlockingIOError:
 endef
 export CHECK_LOCK
 
-# As in worker/local/servers.py.
+# As in worker/local/servers.py; a link that was copied from elsewhere leads to another's data.
 OUTSIDE := /var/lib/task-tags
+define REMOVE_DATA
+digest=$$(printf %s "$$PWD/.task-tags" | sha256sum | cut -c 1-12)
+name=$$(basename "$$(readlink build/.task-tags/servers)")
+case "$$name" in "$$digest"*) rm -rf "$(OUTSIDE)/$$name"; esac
+endef
+export REMOVE_DATA
 
 # Directories are moved before they are deleted: an interrupted `make clean` leaves no half of one.
 clean:  ## Remove what make and the local stack have made
 	@! test -e .task-tags/lock || $(PYTHON) -c "$$CHECK_LOCK"
 	rm -rf build && mkdir build
 	mv .venv .task-tags build 2> /dev/null || true
-	@data=$$(readlink build/.task-tags/servers); case "$$data" in $(OUTSIDE)/*) rm -rf "$$data"; esac
+	@test ! -L build/.task-tags/servers || eval "$$REMOVE_DATA"
 	rm -rf .venv .task-tags build
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 

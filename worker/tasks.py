@@ -143,7 +143,8 @@ def _list_organizations(repository: Repository, after: UUID) -> list[UUID]:
             return repository.organizations(after)
         except psycopg.Error as error:
             log_limited("organizations can't be listed; retrying", error=type(error).__name__)
-            time.sleep(pause)
+            if not _stopping():
+                time.sleep(pause)
             if _stopping():
                 raise
     return repository.organizations(after)

@@ -174,8 +174,9 @@ def test_the_row_is_free_once_a_cancelled_transaction_has_failed(servers: Server
 
     def be_slow(transaction: Transaction) -> None:
         assert transaction.now
-        deaf = "length(translate(repeat('x', 50000000), 'y', 'z'))"  # for about a second
-        transaction._send(f"select {deaf} from generate_series(1, 30 + pg_backend_pid() * 0)")
+        length = "20000000 + 0 * pg_backend_pid()"  # which no plan can compute before
+        deaf = f"length(translate(repeat('x', {length}), 'y', 'z'))"  # for a third of a second
+        transaction._send(f"select {deaf} from generate_series(1, 100)")
         transaction.check()
 
     for _ in range(2):
@@ -231,7 +232,7 @@ def test_the_limit_holds_after_a_connection_that_was_lost(servers: Servers) -> N
 def test_a_drain_keeps_its_lease_while_postgresql_works_for_it(tenant: Tenant) -> None:
     """Else another one would wait for the row, and begin with a full group if this one fails."""
     name = f"slow_{tenant.organization.hex}"
-    inbox = Inbox(tenant.redis, tenant.organization, lease_ms=600)
+    inbox = Inbox(tenant.redis, tenant.organization, lease_ms=1500)
     with tenant.servers.owner() as connection:
         connection.execute(
             f"""

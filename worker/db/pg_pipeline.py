@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 import select
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -293,10 +294,13 @@ class Pipeline:
     of psycopg the connection must be closed. All methods raise `psycopg.Error`.
 
     Args:
-        on_slow: Called when the server has not answered for `SLOW_SECONDS`, each time again.
+        on_slow: Called each `SLOW_SECONDS` for which the server has not answered, with the seconds
+            since it was waited for.
     """
 
-    def __init__(self, connection: psycopg.Connection[Any], on_slow: Callable[[], None]) -> None:
+    def __init__(
+        self, connection: psycopg.Connection[Any], on_slow: Callable[[float], None]
+    ) -> None:
         self.connection = connection
         self._on_slow = on_slow
         self._libpq = connection.pgconn
@@ -384,12 +388,13 @@ class Pipeline:
         self._awaited.popleft().result = result
 
     def _next_result(self) -> pq.abc.PGresult:
+        began = time.monotonic()
         while True:
             while self._libpq.is_busy():
                 if self._poll.poll(SLOW_SECONDS * 1000):
                     self._libpq.consume_input()
                 else:
-                    self._on_slow()
+                    self._on_slow(time.monotonic() - began)
             result = self._libpq.get_result()
             if result is not None:
                 return result
@@ -398,12 +403,13 @@ class Pipeline:
 
     def _flush(self) -> None:
         """Send all that libpq holds. Results are taken in meanwhile: the server may wait for it."""
+        began = time.monotonic()
         while self._libpq.flush():
             self._poll.modify(self._libpq.socket, select.POLLIN | select.POLLOUT)
             found = self._poll.poll(SLOW_SECONDS * 1000)
             self._poll.modify(self._libpq.socket, select.POLLIN)
             if not found:
-                self._on_slow()
+                self._on_slow(time.monotonic() - began)
             elif found[0][1] & select.POLLIN:
                 self._libpq.consume_input()
 

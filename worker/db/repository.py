@@ -47,6 +47,8 @@ class UnknownOrganization(Exception):
     """The organization has no row yet, and nothing was written: add the row and begin again."""
 
 
+_MAX_STATEMENT_SECONDS: Final = 35.0
+"""The session's limit is 30 s: a server that is there answers before."""
 _BEGIN: Final = "begin isolation level read committed read write not deferrable"
 _COMMIT: Final = "commit"
 
@@ -247,10 +249,11 @@ class Repository:
         self._scope, self._uses = scope_statement("%(organization_id)s", schema), 0
         return Pipeline(connection, self._note_slow)
 
-    def _note_slow(self) -> None:
+    def _note_slow(self, seconds: float) -> None:
+        """Take note that PostgreSQL has not answered for so long; it may no longer be there."""
         if self.on_slow is not None:
             self.on_slow()
-        if self.on_wait is not None and self.is_locked:
+        if self.on_wait is not None and self.is_locked and seconds < _MAX_STATEMENT_SECONDS:
             self.on_wait()
 
 

@@ -111,11 +111,12 @@ class TimeLimit:
 
         It is closed at once if the process is to end, or the server can't be reached.
         """
-        watched.is_closed = watched.is_cancelled or is_stopping
-        watched.is_cancelled = True
+        was_cancelled, watched.is_cancelled = watched.is_cancelled, True
+        watched.is_closed = was_cancelled or is_stopping
         self.was_exceeded |= not is_stopping
         try:
-            watched.connection.cancel_safe(timeout=_CANCEL_SECONDS)
+            if not (was_cancelled and is_stopping):
+                watched.connection.cancel_safe(timeout=_CANCEL_SECONDS)
         except Exception:
             watched.is_closed = True
         watched.end = time.monotonic() + _ANSWER_SECONDS

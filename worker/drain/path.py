@@ -211,7 +211,7 @@ class Drain:
                     return turn.answered
 
     def renew(self) -> None:
-        """Keep the lease while PostgreSQL works for this run: no other one could do anything."""
+        """Keep the lease while PostgreSQL works for this run: another one would find it locked."""
         if not self.stopping():
             with suppress(RedisError, OSError):
                 self.inbox.renew(self.run_id)
@@ -401,14 +401,12 @@ class Drain:
                 message = [admitted.message]
                 again = decide(self.organization_id, message, known, now=now, new_id=uuid7)
                 return again.outcomes[0], transaction.head
+            logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
             transaction.save(change_set)
             self.inbox.add_dead_letter(admitted.entry, dead_letter)
             return outcome, BEGINNING
 
-        stored = self.repository.transact(self.organization_id, store)
-        if stored[0] is outcome:
-            logger.error("a batch failed", exc_info=error, extra={"batch_id": str(batch_id)})
-        return stored
+        return self.repository.transact(self.organization_id, store)
 
 
 def run_groups(next_group: Callable[[Steps | None], Steps | None], repository: Repository) -> None:

@@ -147,7 +147,7 @@ def find_server_paths(directory: Path) -> ServerPaths:
     user = pwd.getpwnam(_UNPRIVILEGED) if os.geteuid() == 0 else None
     data = directory
     if user is not None and not _reachable(directory):
-        data = _linked_data(directory / "servers")
+        data = _data_outside(directory)
     sockets = data / "run"
     if len(str(sockets)) > _LONGEST_SOCKET_PATH - len("/.s.PGSQL.5432.lock"):
         sockets = _short_sockets(directory)
@@ -159,15 +159,17 @@ def find_server_paths(directory: Path) -> ServerPaths:
     return home
 
 
-def _linked_data(link: Path) -> Path:
-    """Return the directory that a link leads to; make both for a new state directory.
+def _data_outside(directory: Path) -> Path:
+    """Return the directory that the state directory's link leads to; make both if it is new.
 
-    It never gets the data of an earlier one, whose secrets it does not have.
+    It never gets the data of an earlier one at the same path, whose secrets it does not have, or
+    of one that it is a copy of.
     """
-    if link.is_symlink():
-        data = link.readlink()
-    else:
-        data = OUTSIDE / uuid4().hex[:12]
+    link, digest = directory / "servers", _digest(directory)
+    data = link.readlink() if link.is_symlink() else link
+    if data.parent != OUTSIDE or not data.name.startswith(digest):
+        link.unlink(missing_ok=True)
+        data = OUTSIDE / f"{digest}-{uuid4().hex[:12]}"
         link.symlink_to(data)
     for part in (data.parent, data):
         part.mkdir(exist_ok=True)
