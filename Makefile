@@ -105,9 +105,8 @@ export CHECK_LOCK
 # As in worker/local/servers.py; a link that was copied from elsewhere leads to another's data.
 OUTSIDE := /var/lib/task-tags
 define REMOVE_DATA
-digest=$$(printf %s "$$PWD/.task-tags" | sha256sum | cut -c 1-12)
-name=$$(basename "$$(readlink build/.task-tags/servers)")
-case "$$name" in "$$digest"*) rm -rf "$(OUTSIDE)/$$name"; esac
+own=$$(stat -c %i build/.task-tags) && name=$$(basename "$$(readlink build/.task-tags/servers)")
+case "$$name" in "$$own"-?*) rm -rf "$(OUTSIDE)/$$name"; esac
 endef
 export REMOVE_DATA
 

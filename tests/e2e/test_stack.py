@@ -377,8 +377,10 @@ def test_a_state_directory_never_gets_the_data_of_another_one(tmp_path: Path) ->
         assert find_server_paths(state).data == found[-1]
         copy = shutil.copytree(state, tmp_path / "copy", symlinks=True)
         found.append(find_server_paths(copy).data)
-        shutil.rmtree(state)
         shutil.rmtree(copy)
+        moved = state.rename(tmp_path / "moved")
+        assert find_server_paths(moved).data == found[-2]
+        shutil.rmtree(moved)
     for data in found:
         assert state not in data.parents
         shutil.rmtree(data)

@@ -47,8 +47,8 @@ class UnknownOrganization(Exception):
     """The organization has no row yet, and nothing was written: add the row and begin again."""
 
 
-_MAX_STATEMENT_SECONDS: Final = 35.0
-"""The session's limit is 30 s: a server that is there answers before."""
+_MAX_WAIT_SECONDS: Final = 65.0
+"""The role's limit of a transaction is 60 s: a server that is there answers before."""
 _BEGIN: Final = "begin isolation level read committed read write not deferrable"
 _COMMIT: Final = "commit"
 
@@ -67,9 +67,7 @@ class Repository:
         """While this is set, transactions do not wait for a lock; it is called when PostgreSQL has
         not answered for `SLOW_SECONDS`."""
         self.on_wait: Callable[[], None] | None = None
-        """It is called as often while the organization's row is locked."""
-        self.is_locked = False
-        """A transaction holds the lock of its organization's row."""
+        """It is called as often, while a transaction is under way: by then, it has its lock."""
         self.failed_statement: str | None = None
         """The statement at which the last transaction failed; None: in its begin or commit."""
         self.was_too_long = False
@@ -118,7 +116,6 @@ class Repository:
         if self._time_limit.end():
             raise psycopg.OperationalError("the transaction was cancelled")
         self._transactions -= 1
-        self.is_locked = False
         if self._transactions:
             self._time_limit.begin(self._pipeline.connection)
 
@@ -207,7 +204,6 @@ class Repository:
 
     def close(self) -> None:
         pipeline, self._pipeline, self._transactions = self._pipeline, None, 0
-        self.is_locked = False
         self._time_limit.end()
         if pipeline is not None:
             pipeline.connection.close()
@@ -253,7 +249,7 @@ class Repository:
         """Take note that PostgreSQL has not answered for so long; it may no longer be there."""
         if self.on_slow is not None:
             self.on_slow()
-        if self.on_wait is not None and self.is_locked and seconds < _MAX_STATEMENT_SECONDS:
+        if self.on_wait is not None and self._transactions and seconds < _MAX_WAIT_SECONDS:
             self.on_wait()
 
 
@@ -301,7 +297,6 @@ class Transaction:
             self._values["now"] = pg_arrays.timestamp(microseconds(now))
             at = None if changed_at is None else microseconds(changed_at)
             self._found = now, Cursor(position, at)
-            self._repository.is_locked = True
         return self._found
 
     def load(self, messages: Sequence[AuthorizedMessage]) -> Snapshot:

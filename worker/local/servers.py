@@ -142,7 +142,8 @@ def find_server_paths(directory: Path) -> ServerPaths:
     directory of /var/lib/task-tags, and the state directory has a link to it.
 
     Raises:
-        StartupError: The directory of the sockets belongs to another user.
+        StartupError: The directory of the sockets belongs to another user, or a file is where the
+            link should be.
     """
     user = pwd.getpwnam(_UNPRIVILEGED) if os.geteuid() == 0 else None
     data = directory
@@ -163,13 +164,16 @@ def _data_outside(directory: Path) -> Path:
     """Return the directory that the state directory's link leads to; make both if it is new.
 
     It never gets the data of an earlier one at the same path, whose secrets it does not have, or
-    of one that it is a copy of.
+    of one that it is a copy of; it keeps its data when it is moved.
     """
-    link, digest = directory / "servers", _digest(directory)
+    link, own = directory / "servers", f"{directory.stat().st_ino}-"
+    if link.exists() and not link.is_symlink():
+        raise StartupError(f"{link} is in the way: it would be a link to the servers' data")
     data = link.readlink() if link.is_symlink() else link
-    if data.parent != OUTSIDE or not data.name.startswith(digest):
+    former = data.name == _digest(directory)  # how it was named before
+    if data.parent != OUTSIDE or not (data.name.startswith(own) or former):
         link.unlink(missing_ok=True)
-        data = OUTSIDE / f"{digest}-{uuid4().hex[:12]}"
+        data = OUTSIDE / f"{own}{uuid4().hex[:12]}"
         link.symlink_to(data)
     for part in (data.parent, data):
         part.mkdir(exist_ok=True)
