@@ -47,6 +47,27 @@ def stopped(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
+@contextmanager
+def slow_batches(tenant: Tenant, seconds: float) -> Iterator[None]:
+    """Let PostgreSQL take so long for each batch of this organization."""
+    name = f"slow_{tenant.organization.hex}"
+    with tenant.servers.owner() as connection:
+        connection.execute(
+            f"""
+            create function {name}() returns trigger language plpgsql as $$ begin
+                perform pg_sleep({seconds}) where new.organization_id = '{tenant.organization}';
+                return new;
+            end $$;
+            create trigger {name} before insert on tag_batches
+            for each row execute function {name}()
+            """.encode()
+        )
+        try:
+            yield
+        finally:
+            connection.execute(f"drop function {name} cascade".encode())
+
+
 def test_a_transaction_on_a_silent_server_is_given_up(tenant: Tenant) -> None:
     """On the client's side; the next one is on a new connection, and what waits is applied."""
     repository = Repository(tenant.servers.worker_url, TimeLimit(1.0, lambda: False))
@@ -61,28 +82,14 @@ def test_a_transaction_on_a_silent_server_is_given_up(tenant: Tenant) -> None:
 
 def test_a_group_that_takes_longer_than_a_transaction_may_is_made_smaller(tenant: Tenant) -> None:
     """Else it would begin again for ever; a turn is too short to find the size by halves."""
-    name = f"slow_{tenant.organization.hex}"
     repository = Repository(tenant.servers.worker_url, TimeLimit(1.0, lambda: False))
     tags = [f"{number:02}" for number in range(60)]
-    with tenant.servers.owner() as connection:
-        connection.execute(
-            f"""
-            create function {name}() returns trigger language plpgsql as $$ begin
-                perform pg_sleep(0.05) where new.organization_id = '{tenant.organization}';
-                return new;
-            end $$;
-            create trigger {name} before insert on tag_batches
-            for each row execute function {name}()
-            """.encode()
-        )
-        try:
-            tenant.send(*map(tagging, tags))
-            deadline = time.monotonic() + 60
-            while len(tenant.outcomes()) < len(tags) and time.monotonic() < deadline:
-                tenant.drain(repository=repository, budget_seconds=0.1)
-        finally:
-            connection.execute(f"drop function {name} cascade".encode())
-            repository.close()
+    with slow_batches(tenant, 0.05):
+        tenant.send(*map(tagging, tags))
+        deadline = time.monotonic() + 60
+        while len(tenant.outcomes()) < len(tags) and time.monotonic() < deadline:
+            tenant.drain(repository=repository, budget_seconds=0.1)
+    repository.close()
     assert tenant.outcomes() == [["added"]] * len(tags)
     assert tenant.tags() == tags
 
@@ -231,31 +238,19 @@ def test_the_limit_holds_after_a_connection_that_was_lost(servers: Servers) -> N
 
 def test_a_drain_keeps_its_lease_while_postgresql_works_for_it(tenant: Tenant) -> None:
     """Else another one would wait for the row, and begin with a full group if this one fails."""
-    name = f"slow_{tenant.organization.hex}"
     inbox = Inbox(tenant.redis, tenant.organization, lease_ms=1500)
-    with tenant.servers.owner() as connection:
-        connection.execute(
-            f"""
-            create function {name}() returns trigger language plpgsql as $$ begin
-                perform pg_sleep(3) where new.organization_id = '{tenant.organization}';
-                return new;
-            end $$;
-            create trigger {name} before insert on tag_batches
-            for each row execute function {name}()
-            """.encode()
-        )
+    drain = threading.Thread(target=tenant.drain, kwargs={"inbox": inbox})
+    key: Any = lease_key(tenant.organization)
+    tenant.send(tagging("a"))
+    with slow_batches(tenant, 3):
+        drain.start()
         try:
-            tenant.send(tagging("a"))
-            drain = threading.Thread(target=tenant.drain, kwargs={"inbox": inbox})
-            drain.start()
-            key: Any = lease_key(tenant.organization)
             eventually(lambda: tenant.redis.get(key) == b"running run")
             while drain.is_alive():
                 assert not inbox.acquire("another", max_messages=1).entries
                 time.sleep(0.05)
         finally:
             drain.join()
-            connection.execute(f"drop function {name} cascade".encode())
     assert tenant.outcomes() == [["added"]]
 
 

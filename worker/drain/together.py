@@ -54,10 +54,11 @@ class SharedTurn:
 
     def run(self) -> None:
         self._repository.on_slow = lambda: self._requeue_others(self._running)
+        self._repository.on_wait = lambda: self._running.renew()
         try:
             self._take(list(self._others))
         finally:
-            self._repository.on_slow = None
+            self._repository.on_slow = self._repository.on_wait = None
         with ExitStack() as stack:  # each runs, whatever another one raises
             for drain in reversed(self._alone):
                 stack.callback(drain.run)
@@ -103,7 +104,6 @@ class SharedTurn:
         with closing(steps):
             while True:
                 self._running = drain
-                self._repository.on_wait = drain.renew
                 try:
                     next(steps)
                 except StopIteration:
