@@ -102,11 +102,13 @@ except BlockingIOError:
 endef
 export CHECK_LOCK
 
-# As in worker/local/servers.py; a link that was copied from elsewhere leads to another's data.
-OUTSIDE := /var/lib/task-tags
+# The data name their state directory (worker/local/servers.py): this one may be a copy.
 define REMOVE_DATA
-own=$$(stat -c %i build/.task-tags) && name=$$(basename "$$(readlink build/.task-tags/servers)")
-case "$$name" in "$$own"-?*) rm -rf "$(OUTSIDE)/$$name"; esac
+data=$$(readlink build/.task-tags/servers)
+owner=$$(cat "$$data/state-directory" 2> /dev/null)
+case "$$data" in /var/lib/task-tags/*)
+	test "$$owner" != "$$(pwd -P)/.task-tags" || rm -rf "$$data"
+esac
 endef
 export REMOVE_DATA
 

@@ -387,6 +387,44 @@ def test_a_state_directory_never_gets_the_data_of_another_one(tmp_path: Path) ->
     assert len(set(found)) == 4
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")
+def test_a_state_directory_keeps_its_data(tmp_path: Path) -> None:
+    """When it is moved to another disk, restored from a backup, or was made by an older version."""
+    tmp_path.chmod(0o700)
+    state, backup = tmp_path / "state", tmp_path / "backup"
+    state.mkdir()
+    data = find_server_paths(state).data
+    shutil.copytree(state, backup, symlinks=True)  # as `mv` does it to another disk
+    shutil.rmtree(state)
+    assert find_server_paths(backup).data == data
+    shutil.copytree(backup, state, symlinks=True)
+    shutil.rmtree(backup)
+    assert find_server_paths(state).data == data
+    older = data.rename(data.with_name(f"{state.stat().st_ino}-0123456789ab"))
+    (older / "state-directory").unlink()
+    (state / "servers").unlink()
+    (state / "servers").symlink_to(older)
+    assert find_server_paths(state).data == older
+    assert find_server_paths(state.rename(backup)).data == older
+    shutil.rmtree(older)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")
+def test_make_clean_deletes_the_data_of_its_own_state_directory_alone(tmp_path: Path) -> None:
+    """Not those of one that it is a copy of."""
+    tmp_path.chmod(0o700)
+    project, copy = tmp_path / "a project", tmp_path / "a copy"
+    project.mkdir()
+    shutil.copy(REPOSITORY / "Makefile", project)
+    (project / ".task-tags").mkdir()
+    data = find_server_paths(project / ".task-tags").data
+    shutil.copytree(project, copy, symlinks=True)
+    for directory, is_left in ((copy, True), (project, False)):
+        subprocess.run(["make", "clean"], cwd=directory, check=True, capture_output=True)
+        assert not (directory / ".task-tags").exists()
+        assert data.exists() == is_left
+
+
 def test_the_demonstration_ends_with_its_summary(space: Path) -> None:
     """`make demo`: exit code 0, the promised last line, each result as expected."""
     process = admin("demo", "--data-dir", str(space), "--port", "0")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 from uuid import UUID, uuid4
 
 import psycopg
@@ -22,7 +22,7 @@ from producers.contract.messages import register_execution
 from producers.inbox.protocol import Inbox
 from tests.support.processes import await_line, settings_of, started
 from tests.support.servers import Servers
-from tests.support.tenant import Tenant, tagging
+from tests.support.tenant import EXECUTION, Tenant, tagging
 from tests.support.waiting import eventually
 from worker.db.repository import Repository, Transaction
 from worker.db.time_limit import TimeLimit
@@ -30,6 +30,8 @@ from worker.drain.blame import is_timeout
 from worker.local.servers import Valkey, find_server_paths
 from worker.local.stack import WORKER, command
 from worker.local.supervisor import Supervisor
+
+TALKING: Final = "for i in 1..30 loop perform pg_sleep(0.1); raise notice 'working'; end loop"
 
 
 def backend(repository: Repository) -> int:
@@ -48,20 +50,28 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 @contextmanager
-def slow_batches(tenant: Tenant, seconds: float) -> Iterator[None]:
-    """Let PostgreSQL take so long for each batch of this organization."""
-    name = f"slow_{tenant.organization.hex}"
-    with tenant.servers.owner() as connection:
-        connection.execute(
-            f"""
+def slow(tenant: Tenant, work: str, statement: Literal["look-up", "write"]) -> Iterator[None]:
+    """Let PostgreSQL do some work for each batch of this organization."""
+    name, of_tenant = f"slow_{tenant.organization.hex}", f"= '{tenant.organization}'"
+    sql = {
+        "write": f"""
             create function {name}() returns trigger language plpgsql as $$ begin
-                perform pg_sleep({seconds}) where new.organization_id = '{tenant.organization}';
+                if new.organization_id {of_tenant} then {work}; end if;
                 return new;
             end $$;
             create trigger {name} before insert on tag_batches
             for each row execute function {name}()
-            """.encode()
-        )
+        """,
+        "look-up": f"""
+            create function {name}() returns boolean language plpgsql as $$ begin
+                {work}; return true;
+            end $$;
+            create policy {name} on flow_executions as restrictive for select to task_tags_worker
+            using (case when organization_id {of_tenant} then {name}() else true end)
+        """,
+    }
+    with tenant.servers.owner() as connection:
+        connection.execute(sql[statement].encode())
         try:
             yield
         finally:
@@ -84,7 +94,7 @@ def test_a_group_that_takes_longer_than_a_transaction_may_is_made_smaller(tenant
     """Else it would begin again for ever; a turn is too short to find the size by halves."""
     repository = Repository(tenant.servers.worker_url, TimeLimit(1.0, lambda: False))
     tags = [f"{number:02}" for number in range(60)]
-    with slow_batches(tenant, 0.05):
+    with slow(tenant, "perform pg_sleep(0.05)", "write"):
         tenant.send(*map(tagging, tags))
         deadline = time.monotonic() + 60
         while len(tenant.outcomes()) < len(tags) and time.monotonic() < deadline:
@@ -236,13 +246,20 @@ def test_the_limit_holds_after_a_connection_that_was_lost(servers: Servers) -> N
     repository.close()
 
 
-def test_a_drain_keeps_its_lease_while_postgresql_works_for_it(tenant: Tenant) -> None:
+@pytest.mark.parametrize("statement", ["look-up", "write"])
+@pytest.mark.parametrize("talking", [False, True], ids=["silent", "talking"])
+def test_a_drain_keeps_its_lease_while_postgresql_works_for_it(
+    tenant: Tenant, statement: Literal["look-up", "write"], talking: bool
+) -> None:
     """Else another one would wait for the row, and begin with a full group if this one fails."""
     inbox = Inbox(tenant.redis, tenant.organization, lease_ms=1500)
     drain = threading.Thread(target=tenant.drain, kwargs={"inbox": inbox})
     key: Any = lease_key(tenant.organization)
+    tenant.send(register_execution(EXECUTION))
+    tenant.drain()
+    tenant.published.clear()
     tenant.send(tagging("a"))
-    with slow_batches(tenant, 3):
+    with slow(tenant, TALKING if talking else "perform pg_sleep(3)", statement):
         drain.start()
         try:
             eventually(lambda: tenant.redis.get(key) == b"running run")
@@ -252,6 +269,24 @@ def test_a_drain_keeps_its_lease_while_postgresql_works_for_it(tenant: Tenant) -
         finally:
             drain.join()
     assert tenant.outcomes() == [["added"]]
+
+
+def test_a_silent_connection_keeps_no_lease(tenant: Tenant) -> None:
+    """PostgreSQL never answered that it has the lock; another worker's connection may be well."""
+    silent = Repository(tenant.servers.worker_url, TimeLimit(60.0, lambda: False))
+    inbox = Inbox(tenant.redis, tenant.organization, lease_ms=1500)
+    arguments = {"inbox": inbox, "repository": silent, "run_id": "silent"}
+    tenant.send(tagging("a"))
+    pid = backend(silent)
+    drain = threading.Thread(target=tenant.drain, kwargs=arguments)
+    with stopped(pid):
+        drain.start()
+        key: Any = lease_key(tenant.organization)
+        eventually(lambda: tenant.redis.get(key) == b"running silent")
+        eventually(lambda: tenant.drain() == 1, seconds=20)
+        assert tenant.tags() == ["a"]
+    drain.join()
+    silent.close()
 
 
 def test_what_the_limit_ended_was_a_time_out(servers: Servers) -> None:

@@ -227,6 +227,19 @@ def test_a_lease_that_runs_out_is_free_and_its_old_holder_must_stop(
     assert messages(acquire(inbox, "woken")) == [b"2"]
 
 
+@pytest.mark.parametrize("held", [None, "queued run", "running another", "running run"])
+def test_a_run_renews_no_lease_but_its_own(
+    inbox: Inbox, quiet_redis: Any, organization: UUID, held: str | None
+) -> None:
+    """Neither a free one, nor one that waits in the queue, nor another run's."""
+    key = lease_key(organization)
+    if held is not None:
+        quiet_redis.set(key, held, px=500)
+    inbox.renew("run")
+    assert quiet_redis.get(key) == (None if held is None else held.encode())
+    assert (quiet_redis.pttl(key) > 500) == (held == "running run")
+
+
 def test_a_drain_whose_lease_ran_out_unnoticed_goes_on(
     quiet_redis: Any, organization: UUID
 ) -> None:

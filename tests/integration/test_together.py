@@ -40,6 +40,7 @@ class Organizations:
     authorizer: Authorizer
     ids: list[UUID] = field(default_factory=list)
     sent: dict[UUID, int] = field(default_factory=dict)
+    lease_ms: int = LEASE_MS
 
     def send(self, organization: UUID, count: int = 1, tag: str = "tag") -> None:
         """Enqueue batches; the first ones add a tag to the tasks 0, 1, 2, …"""
@@ -77,7 +78,7 @@ class Organizations:
 
     def drain(self, repository: Repository, organization: UUID, **changes: Any) -> Drain:
         arguments: dict[str, Any] = {
-            "inbox": Inbox(self.redis, organization),
+            "inbox": Inbox(self.redis, organization, lease_ms=self.lease_ms),
             "organization_id": organization,
             "run_id": str(uuid4()),
             "repository": repository,
@@ -233,6 +234,38 @@ def test_nobody_waits_for_one_that_is_locked_failing_or_slow(
         eventually(lambda: all(map(organizations.is_done, organizations.ids)), 60)
     for each in organizations.ids:
         assert organizations.applied(each) == ["0"]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "perform pg_sleep(6)",
+        "for i in 1..60 loop perform pg_sleep(0.1); raise notice 'working'; end loop",
+    ],
+    ids=["silent", "talking"],
+)
+def test_the_others_of_a_turn_do_not_wait_while_postgresql_works_for_one(
+    organizations: Organizations, repository: Repository, work: str
+) -> None:
+    """Also if it sends something meanwhile; and no other worker takes the slow one's lease."""
+    (slow,) = organizations.new(1, tag="slow")
+    others = organizations.new(60)
+    for each in organizations.ids:
+        Repository.add(repository, each)
+    organizations.lease_ms = 1500
+    redis: Any = organizations.redis
+    with trigger(organizations.servers, "slow", work):
+        turn = threading.Thread(target=organizations.take_turn, args=(repository,))
+        turn.start()
+        eventually(lambda: (redis.get(lease_key(slow)) or b"").startswith(b"running"))
+        with organizations.worker():
+            eventually(lambda: all(map(organizations.is_done, others)), 30)
+            assert not organizations.applied(slow)
+        inbox = Inbox(organizations.redis, slow)
+        while turn.is_alive():
+            assert not inbox.acquire("another", max_messages=1).entries
+            time.sleep(0.05)
+    assert organizations.applied(slow) == ["0"]
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,12 @@ MUTANTS: Final = (
         "if held and string.sub(held, 1, 8) ~= 'running ' then",
         f"{_OF_INBOX}a_lease_that_runs_out_is_free_and_its_old_holder_must_stop",
     ),
+    Mutant(  # a drain that was superseded keeps the lease of the one that runs alive
+        f"{_SCRIPTS}/renew.lua",
+        "if held_lease(KEYS[1]) ~= 'running ' .. ARGV[1] then",
+        "if not held_lease(KEYS[1]) then",
+        f"{_OF_INBOX}a_run_renews_no_lease_but_its_own",
+    ),
     Mutant(  # a lease without a time to live holds an inbox for ever
         f"{_SCRIPTS}/_lease.lua",
         "if left < 0 or left > 60000 then",

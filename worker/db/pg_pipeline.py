@@ -294,8 +294,8 @@ class Pipeline:
     of psycopg the connection must be closed. All methods raise `psycopg.Error`.
 
     Args:
-        on_slow: Called each `SLOW_SECONDS` for which the server has not answered, with the seconds
-            since it was waited for.
+        on_slow: Called each `SLOW_SECONDS` for which a transaction has waited for the server, with
+            the seconds of all its waits.
     """
 
     def __init__(
@@ -313,6 +313,7 @@ class Pipeline:
         self._awaited: deque[Sent] = deque()
         self._is_asked = True
         """Whether the results of all that was sent were requested."""
+        self._waited, self._slow_at = 0.0, SLOW_SECONDS
 
     @property
     def unanswered(self) -> str | None:
@@ -385,16 +386,16 @@ class Pipeline:
         result = self._next_result()
         if result.status not in _SUCCESSES:
             raise psycopg.errors.error_from_result(result)
-        self._awaited.popleft().result = result
+        sent = self._awaited.popleft()
+        sent.result = result
+        if sent.statement is _END:
+            self._waited, self._slow_at = 0.0, SLOW_SECONDS
 
     def _next_result(self) -> pq.abc.PGresult:
-        began = time.monotonic()
         while True:
             while self._libpq.is_busy():
-                if self._poll.poll(SLOW_SECONDS * 1000):
+                if self._poll_server():
                     self._libpq.consume_input()
-                else:
-                    self._on_slow(time.monotonic() - began)
             result = self._libpq.get_result()
             if result is not None:
                 return result
@@ -403,15 +404,26 @@ class Pipeline:
 
     def _flush(self) -> None:
         """Send all that libpq holds. Results are taken in meanwhile: the server may wait for it."""
-        began = time.monotonic()
         while self._libpq.flush():
             self._poll.modify(self._libpq.socket, select.POLLIN | select.POLLOUT)
-            found = self._poll.poll(SLOW_SECONDS * 1000)
+            events = self._poll_server()
             self._poll.modify(self._libpq.socket, select.POLLIN)
-            if not found:
-                self._on_slow(time.monotonic() - began)
-            elif found[0][1] & select.POLLIN:
+            if events & select.POLLIN:
                 self._libpq.consume_input()
+
+    def _poll_server(self) -> int:
+        """Wait for the server; return the events of its socket, or 0.
+
+        An answer may come in many small pieces, so it is the sum of a transaction's waits that
+        makes it slow.
+        """
+        began = time.monotonic()
+        found = self._poll.poll(max(1, (self._slow_at - self._waited) * 1000))
+        self._waited += time.monotonic() - began
+        if self._waited >= self._slow_at:
+            self._slow_at = self._waited + SLOW_SECONDS
+            self._on_slow(self._waited)
+        return found[0][1] if found else 0
 
 
 _END: Final = "end"

@@ -5,6 +5,7 @@ The statements are in worker/db/statements.py. The endpoint reads by worker/api/
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -48,7 +49,7 @@ class UnknownOrganization(Exception):
 
 
 _MAX_WAIT_SECONDS: Final = 65.0
-"""The role's limit of a transaction is 60 s: a server that is there answers before."""
+"""The role's limit of a transaction is 60 s, from PostgreSQL 17 on."""
 _BEGIN: Final = "begin isolation level read committed read write not deferrable"
 _COMMIT: Final = "commit"
 
@@ -62,12 +63,12 @@ class Repository:
         self._pipeline: Pipeline | None = None
         self._scope = ""
         self._uses = 0
-        self._transactions = 0
+        self._under_way: deque[Transaction] = deque()
         self.on_slow: Callable[[], None] | None = None
-        """While this is set, transactions do not wait for a lock; it is called when PostgreSQL has
-        not answered for `SLOW_SECONDS`."""
+        """While this is set, transactions do not wait for a lock; it is called each `SLOW_SECONDS`
+        for which one of them waits for PostgreSQL."""
         self.on_wait: Callable[[], None] | None = None
-        """It is called as often, while a transaction is under way: by then, it has its lock."""
+        """It is called as often, if PostgreSQL has answered that the transaction has its lock."""
         self.failed_statement: str | None = None
         """The statement at which the last transaction failed; None: in its begin or commit."""
         self.was_too_long = False
@@ -75,7 +76,9 @@ class Repository:
 
     def clone(self) -> Repository:
         """Return a repository of the same database, with a new connection."""
-        return Repository(self._database_url, self._time_limit)
+        clone = Repository(self._database_url, self._time_limit)
+        clone.on_wait = self.on_wait
+        return clone
 
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
@@ -94,15 +97,16 @@ class Repository:
         between this and the end, also elsewhere, must be followed by `abandon`.
         """
         try:
-            if not self._transactions:
+            if not self._under_way:
                 self.failed_statement, self.was_too_long = None, False
             pipeline = self._pipeline = self._pipeline or self._connect()
-            if not self._transactions:
+            if not self._under_way:
                 self._time_limit.begin(pipeline.connection)
-            self._transactions += 1
+            transaction = Transaction(self, pipeline, organization_id)
+            self._under_way.append(transaction)
             self._uses += 1
             lock = statements.LOCK if self.on_slow is None else statements.LOCK_NOW
-            transaction = Transaction(self, pipeline, organization_id, self._scope, lock)
+            transaction.begin(self._scope, lock)
             if should_discard_plans(self._uses):
                 pipeline.send(DISCARD_PLANS, {})
             return transaction
@@ -115,8 +119,8 @@ class Repository:
         assert self._pipeline is not None
         if self._time_limit.end():
             raise psycopg.OperationalError("the transaction was cancelled")
-        self._transactions -= 1
-        if self._transactions:
+        self._under_way.popleft()
+        if self._under_way:
             self._time_limit.begin(self._pipeline.connection)
 
     def abandon(self) -> None:
@@ -124,7 +128,7 @@ class Repository:
 
         After an error of the server's state, the next connection may lead to another server.
         """
-        if not self._transactions:
+        if not self._under_way:
             return
         locks = statements.LOCK, statements.LOCK_NOW
         frame = None, _BEGIN, self._scope, *locks, DISCARD_PLANS, _COMMIT
@@ -203,7 +207,8 @@ class Repository:
         return self.transact(organization_id, lambda it: it.forget_failure(batch_id))
 
     def close(self) -> None:
-        pipeline, self._pipeline, self._transactions = self._pipeline, None, 0
+        pipeline, self._pipeline = self._pipeline, None
+        self._under_way.clear()
         self._time_limit.end()
         if pipeline is not None:
             pipeline.connection.close()
@@ -246,32 +251,37 @@ class Repository:
         return Pipeline(connection, self._note_slow)
 
     def _note_slow(self, seconds: float) -> None:
-        """Take note that PostgreSQL has not answered for so long; it may no longer be there."""
+        """Take note that a transaction has waited for so long; the server may be gone."""
         if self.on_slow is not None:
             self.on_slow()
-        if self.on_wait is not None and self._transactions and seconds < _MAX_WAIT_SECONDS:
+        is_locked = bool(self._under_way) and self._under_way[0].is_locked
+        if self.on_wait is not None and is_locked and seconds < _MAX_WAIT_SECONDS:
             self.on_wait()
 
 
 class Transaction:
     """What happens between the lock and the commit."""
 
-    def __init__(
-        self,
-        repository: Repository,
-        pipeline: Pipeline,
-        organization_id: UUID,
-        scope: str,
-        lock: str,
-    ) -> None:
+    def __init__(self, repository: Repository, pipeline: Pipeline, organization_id: UUID) -> None:
         self._repository = repository
         self._pipeline = pipeline
         self._values: rows.Parameters = {"organization_id": pg_arrays.uuid(organization_id)}
+        self._locked: Sent | None = None
+        self._found: tuple[datetime, Cursor] | None = None
+        self._end: Sent | None = None
+
+    def begin(self, scope: str, lock: str) -> None:
+        """Send the begin and the lock, whose answer comes before those to slow look-ups."""
         self._send(_BEGIN)
         self._send(scope)
         self._locked = self._send(lock)
-        self._found: tuple[datetime, Cursor] | None = None
-        self._end: Sent | None = None
+        self._pipeline.ask()
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether PostgreSQL has answered that the lock is held."""
+        locked = None if self._locked is None else self._locked.result
+        return locked is not None and locked.ntuples > 0
 
     @property
     def now(self) -> datetime:
@@ -290,7 +300,7 @@ class Transaction:
     def _row(self) -> tuple[datetime, Cursor]:
         """What the lock returned: the time, and the organization's last change event."""
         if self._found is None:
-            found = self._pipeline.rows(self._locked)
+            found = self._rows(self._locked)
             if not found:
                 raise UnknownOrganization
             ((now, position, changed_at),) = found

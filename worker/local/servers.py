@@ -37,6 +37,8 @@ _LONGEST_SOCKET_PATH: Final = 100
 _UNPRIVILEGED: Final = "nobody"
 OUTSIDE: Final = Path("/var/lib/task-tags")
 """Where root's data is if that user can't reach the state directory. `make clean` knows it, too."""
+_OWNER: Final = "state-directory"
+"""The file in the data that has the path of its state directory."""
 
 
 @contextmanager
@@ -166,19 +168,32 @@ def _data_outside(directory: Path) -> Path:
     It never gets the data of an earlier one at the same path, whose secrets it does not have, or
     of one that it is a copy of; it keeps its data when it is moved.
     """
-    link, own = directory / "servers", f"{directory.stat().st_ino}-"
+    link = directory / "servers"
     if link.exists() and not link.is_symlink():
         raise StartupError(f"{link} is in the way: it would be a link to the servers' data")
     data = link.readlink() if link.is_symlink() else link
-    former = data.name == _digest(directory)  # how it was named before
-    if data.parent != OUTSIDE or not (data.name.startswith(own) or former):
+    if data.parent != OUTSIDE or not _is_own(data, directory):
         link.unlink(missing_ok=True)
-        data = OUTSIDE / f"{own}{uuid4().hex[:12]}"
+        data = OUTSIDE / uuid4().hex
         link.symlink_to(data)
     for part in (data.parent, data):
         part.mkdir(exist_ok=True)
         part.chmod(0o755)  # whatever the umask is: the servers' user needs access
+    (data / _OWNER).write_text(str(directory.resolve()))
     return data
+
+
+def _is_own(data: Path, directory: Path) -> bool:
+    """Whether the data that a state directory links to is its own, or that of one it was copied of.
+
+    The data names its state directory. If that one no longer links to the data, it was moved.
+    """
+    owner = data / _OWNER
+    if not owner.exists():  # as it was before, when the name said whose data it is
+        return data.name.partition("-")[0] in (_digest(directory), str(directory.stat().st_ino))
+    link = Path(owner.read_text()) / "servers"
+    is_there = link.is_symlink() and link.readlink() == data
+    return not is_there or link.parent == directory.resolve()
 
 
 def _digest(directory: Path) -> str:
