@@ -102,12 +102,14 @@ except BlockingIOError:
 endef
 export CHECK_LOCK
 
-# The data name their state directory (worker/local/servers.py): this one may be a copy.
+# The data name their state directory (worker/local/servers.py): this one may be a copy of it.
 define REMOVE_DATA
 data=$$(readlink build/.task-tags/servers)
-owner=$$(cat "$$data/state-directory" 2> /dev/null)
+{ IFS= read -r owner && read -r inode; } 2> /dev/null < "$$data/state-directory" || exit 0
 case "$$data" in /var/lib/task-tags/*)
-	test "$$owner" != "$$(pwd -P)/.task-tags" || rm -rf "$$data"
+	is_there=$$(readlink "$$owner/servers")$$(stat -c %i "$$owner" 2> /dev/null)
+	test "$$inode" != "$$(stat -c %i build/.task-tags)" ||
+		test "$$is_there" = "$$data$$inode" || rm -rf "$$data"
 esac
 endef
 export REMOVE_DATA

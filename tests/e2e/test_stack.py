@@ -30,6 +30,7 @@ from tests.support.servers import Servers
 from tests.support.terminal import in_terminal
 from tests.support.waiting import eventually
 from worker.local.servers import (
+    OUTSIDE,
     Postgres,
     find_server_paths,
     load_or_create_secret,
@@ -37,6 +38,7 @@ from worker.local.servers import (
     wait_for_orphan,
 )
 from worker.local.stack import free_port
+from worker.local.supervisor import StartupError
 
 REPOSITORY = Path(__file__).parents[2]
 LOCKS = [path.name for path in REPOSITORY.glob("requirements*.lock")]
@@ -388,38 +390,57 @@ def test_a_state_directory_never_gets_the_data_of_another_one(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")
-def test_a_state_directory_keeps_its_data(tmp_path: Path) -> None:
-    """When it is moved to another disk, restored from a backup, or was made by an older version."""
+def test_a_state_directory_that_may_be_a_copy_gets_no_data_until_somebody_says(
+    tmp_path: Path,
+) -> None:
+    """After a move to another disk, a restored backup, or a copy whose original was moved."""
     tmp_path.chmod(0o700)
-    state, backup = tmp_path / "state", tmp_path / "backup"
+    original, moved, copy = (tmp_path / name for name in ("original", "moved", "copy"))
+    original.mkdir()
+    data = find_server_paths(original).data
+    shutil.copytree(original, copy, symlinks=True)
+    original.rename(moved)
+    with pytest.raises(StartupError, match="if it is a copy, delete"):
+        find_server_paths(copy)
+    shutil.copytree(copy, original, symlinks=True)
+    with pytest.raises(StartupError, match="if it is that directory, restored"):
+        find_server_paths(original)
+    assert find_server_paths(moved).data == data
+    new = find_server_paths(original).data  # now it is known to be a copy
+    assert new != data
+    shutil.rmtree(moved)
+    (data / "state-directory").unlink()
+    assert find_server_paths(copy).data == data
+    shutil.rmtree(data)
+    shutil.rmtree(new)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")
+def test_a_state_directory_of_an_older_version_keeps_its_data(tmp_path: Path) -> None:
+    """Its name said whose it is."""
+    tmp_path.chmod(0o700)
+    state, copy = tmp_path / "state", tmp_path / "copy"
     state.mkdir()
-    data = find_server_paths(state).data
-    shutil.copytree(state, backup, symlinks=True)  # as `mv` does it to another disk
-    shutil.rmtree(state)
-    assert find_server_paths(backup).data == data
-    shutil.copytree(backup, state, symlinks=True)
-    shutil.rmtree(backup)
-    assert find_server_paths(state).data == data
-    older = data.rename(data.with_name(f"{state.stat().st_ino}-0123456789ab"))
-    (older / "state-directory").unlink()
-    (state / "servers").unlink()
-    (state / "servers").symlink_to(older)
-    assert find_server_paths(state).data == older
-    assert find_server_paths(state.rename(backup)).data == older
-    shutil.rmtree(older)
+    data = OUTSIDE / f"{state.stat().st_ino}-0123456789ab"
+    (state / "servers").symlink_to(data)
+    shutil.copytree(state, copy, symlinks=True)
+    new = find_server_paths(copy).data
+    assert find_server_paths(state).data == data != new
+    shutil.rmtree(data)
+    shutil.rmtree(new)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")
 def test_make_clean_deletes_the_data_of_its_own_state_directory_alone(tmp_path: Path) -> None:
-    """Not those of one that it is a copy of."""
+    """Also if the project was renamed; not those of one that it is a copy of."""
     tmp_path.chmod(0o700)
-    project, copy = tmp_path / "a project", tmp_path / "a copy"
+    project, copy, renamed = (tmp_path / name for name in ("a project", "a copy", "renamed"))
     project.mkdir()
     shutil.copy(REPOSITORY / "Makefile", project)
     (project / ".task-tags").mkdir()
     data = find_server_paths(project / ".task-tags").data
     shutil.copytree(project, copy, symlinks=True)
-    for directory, is_left in ((copy, True), (project, False)):
+    for directory, is_left in ((copy, True), (project.rename(renamed), False)):
         subprocess.run(["make", "clean"], cwd=directory, check=True, capture_output=True)
         assert not (directory / ".task-tags").exists()
         assert data.exists() == is_left

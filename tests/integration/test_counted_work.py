@@ -39,7 +39,8 @@ ROWS_READ = """
       from pg_stat_user_tables
        where relname = any('{flow_executions, task_tags, tag_batches, tag_changes}')
 """
-WAIT = "(wait for what was found)"
+ASKED = "(the answers up to here are asked for)"
+PIECES = [*[False] * 3, True, *[False] * 3, True, *[False] * 5]
 Work = tuple[list[str], list[str]]
 
 
@@ -81,7 +82,7 @@ def counted(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
 def counting(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return what drains messages, and returns the SQL statements and Redis calls of that.
 
-    The waits between the statements are among them.
+    Where the answers are asked for is among them.
     Each Redis call is a round trip. The statement that discards plans is left out: it is executed
     in the 2nd, 4th, 8th … transaction of a connection.
     """
@@ -95,7 +96,7 @@ def counting(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
         return send(self, statement, values)
 
     def ask_counted(self: Pipeline) -> None:
-        statements.append(WAIT)
+        statements.append(ASKED)
         ask(self)
 
     def call_counted(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -119,18 +120,21 @@ def counting(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_drain_is_the_same_work_for_one_operation_and_for_a_thousand(counted: Any) -> None:
-    """For any number: eleven statements, with begin and commit, in two pieces; two Redis calls."""
+    """For any number: eleven statements, with begin and commit, in three pieces; two Redis calls.
+
+    The pieces are the lock, the look-ups and the writes.
+    """
     sizes = [(1, 1), (1, 100), (25, 1), (25, 40)]
     adding = [counted(batches(*size, name=f"{size}")) for size in sizes]
     for statements, calls in adding:
         assert statements == adding[0][0]
         assert calls == ["EVALSHA", "EVALSHA"]
-        assert [each == WAIT for each in statements] == [*[False] * 6, True, *[False] * 5]
+        assert [each == ASKED for each in statements] == PIECES
     removing = [counted(removals(batches(*size, name=f"{size}"))) for size in sizes]
     for statements, calls in removing:
         assert statements == removing[0][0]
         assert calls == ["EVALSHA", "EVALSHA"]
-        assert [each == WAIT for each in statements] == [*[False] * 6, True, *[False] * 5]
+        assert [each == ASKED for each in statements] == PIECES
 
 
 def test_a_large_group_is_saved_in_parts(counted: Any) -> None:
@@ -146,7 +150,7 @@ def test_batches_that_come_again_are_looked_up_at_once(counted: Any) -> None:
     counted(sent)
     (one, _), (many, _) = counted(sent[:1]), counted(sent)
     assert one == many
-    assert len(one) == 8
+    assert len(one) == 9
 
 
 # --- A database that was just made ----------------------------------------------------------------

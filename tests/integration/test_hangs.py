@@ -22,7 +22,7 @@ from producers.contract.messages import register_execution
 from producers.inbox.protocol import Inbox
 from tests.support.processes import await_line, settings_of, started
 from tests.support.servers import Servers
-from tests.support.tenant import EXECUTION, Tenant, tagging
+from tests.support.tenant import EXECUTION, Tenant, large_batch, slow, tagging
 from tests.support.waiting import eventually
 from worker.db.repository import Repository, Transaction
 from worker.db.time_limit import TimeLimit
@@ -49,35 +49,6 @@ def stopped(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-@contextmanager
-def slow(tenant: Tenant, work: str, statement: Literal["look-up", "write"]) -> Iterator[None]:
-    """Let PostgreSQL do some work for each batch of this organization."""
-    name, of_tenant = f"slow_{tenant.organization.hex}", f"= '{tenant.organization}'"
-    sql = {
-        "write": f"""
-            create function {name}() returns trigger language plpgsql as $$ begin
-                if new.organization_id {of_tenant} then {work}; end if;
-                return new;
-            end $$;
-            create trigger {name} before insert on tag_batches
-            for each row execute function {name}()
-        """,
-        "look-up": f"""
-            create function {name}() returns boolean language plpgsql as $$ begin
-                {work}; return true;
-            end $$;
-            create policy {name} on flow_executions as restrictive for select to task_tags_worker
-            using (case when organization_id {of_tenant} then {name}() else true end)
-        """,
-    }
-    with tenant.servers.owner() as connection:
-        connection.execute(sql[statement].encode())
-        try:
-            yield
-        finally:
-            connection.execute(f"drop function {name} cascade".encode())
-
-
 def test_a_transaction_on_a_silent_server_is_given_up(tenant: Tenant) -> None:
     """On the client's side; the next one is on a new connection, and what waits is applied."""
     repository = Repository(tenant.servers.worker_url, TimeLimit(1.0, lambda: False))
@@ -94,7 +65,7 @@ def test_a_group_that_takes_longer_than_a_transaction_may_is_made_smaller(tenant
     """Else it would begin again for ever; a turn is too short to find the size by halves."""
     repository = Repository(tenant.servers.worker_url, TimeLimit(1.0, lambda: False))
     tags = [f"{number:02}" for number in range(60)]
-    with slow(tenant, "perform pg_sleep(0.05)", "write"):
+    with slow(tenant.servers, tenant.organization, "perform pg_sleep(0.05)", "write"):
         tenant.send(*map(tagging, tags))
         deadline = time.monotonic() + 60
         while len(tenant.outcomes()) < len(tags) and time.monotonic() < deadline:
@@ -259,7 +230,8 @@ def test_a_drain_keeps_its_lease_while_postgresql_works_for_it(
     tenant.drain()
     tenant.published.clear()
     tenant.send(tagging("a"))
-    with slow(tenant, TALKING if talking else "perform pg_sleep(3)", statement):
+    work = TALKING if talking else "perform pg_sleep(3)"
+    with slow(tenant.servers, tenant.organization, work, statement):
         drain.start()
         try:
             eventually(lambda: tenant.redis.get(key) == b"running run")
@@ -269,6 +241,25 @@ def test_a_drain_keeps_its_lease_while_postgresql_works_for_it(
         finally:
             drain.join()
     assert tenant.outcomes() == [["added"]]
+
+
+def test_a_drain_keeps_its_lease_while_it_still_sends_its_look_ups(tenant: Tenant) -> None:
+    """They are larger than what a socket holds, and PostgreSQL works on the first of them."""
+    inbox = Inbox(tenant.redis, tenant.organization, lease_ms=1500)
+    tenant.send(register_execution(EXECUTION))
+    tenant.drain()
+    tenant.send(*map(large_batch, range(4)))
+    drain = threading.Thread(target=tenant.drain, kwargs={"inbox": inbox})
+    key: Any = lease_key(tenant.organization)
+    with slow(tenant.servers, tenant.organization, "perform pg_sleep(1.5)", "look-up"):
+        drain.start()
+        try:
+            eventually(lambda: tenant.redis.get(key) == b"running run")
+            while drain.is_alive():
+                assert not inbox.acquire("another", max_messages=1).entries
+                time.sleep(0.05)
+        finally:
+            drain.join()
 
 
 def test_a_silent_connection_keeps_no_lease(tenant: Tenant) -> None:

@@ -20,13 +20,13 @@ from producers.inbox.drain_message import QUEUE, drain_message, task_message
 from producers.inbox.protocol import LEASE_MS, Inbox
 from producers.inbox.rescue import claim_rescue, rescue
 from tests.support.servers import Servers
-from tests.support.tenant import EXECUTION
+from tests.support.tenant import EXECUTION, large_batch, slow
 from tests.support.waiting import eventually
 from worker.auth import Authorizer
 from worker.broker import WAKE_TASK, drains_among, next_drain
 from worker.db.repository import Repository
 from worker.drain.path import Drain
-from worker.drain.together import MAX_OTHERS, drain_all
+from worker.drain.together import MAX_OTHERS, SharedTurn, drain_all
 
 SLOW_SECONDS = 6.0
 
@@ -266,6 +266,30 @@ def test_the_others_of_a_turn_do_not_wait_while_postgresql_works_for_one(
             assert not inbox.acquire("another", max_messages=1).entries
             time.sleep(0.05)
     assert organizations.applied(slow) == ["0"]
+
+
+def test_an_inbox_does_not_wait_until_the_look_ups_of_the_next_one_are_sent(
+    organizations: Organizations, repository: Repository
+) -> None:
+    """They are sent behind its commit, do not fit into a socket, and PostgreSQL is slow at them."""
+    fast, slow_one = organizations.new(2)
+    redis, servers = organizations.redis, organizations.servers
+    while organizations.take_turn(repository):
+        pass
+    token = servers.token(slow_one)
+    Inbox(redis, slow_one).append([large_batch(0).encode()], token, str(uuid4()))
+    organizations.send(fast)
+    first, other = (organizations.drain(repository, each) for each in (fast, slow_one))
+    first.acquire()
+    turn = threading.Thread(target=SharedTurn(first, [other]).run)
+    with slow(servers, slow_one, "perform pg_sleep(4)", "look-up"):
+        turn.start()
+        try:
+            eventually(lambda: organizations.is_done(fast))
+            assert not organizations.is_done(slow_one)
+        finally:
+            turn.join()
+    assert organizations.is_done(slow_one)
 
 
 @pytest.mark.parametrize(

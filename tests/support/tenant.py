@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 from producers.contract.channels import lease_key
-from producers.contract.messages import Message, TagBatch, add
+from producers.contract.messages import Message, TagBatch, add, when
 from producers.contract.results import ChangeEvent, ResultRecord
 from producers.contract.values import Uuid7
 from producers.inbox.drain_message import QUEUE
@@ -135,6 +135,51 @@ def broken_for(tenant: Tenant, tag: str) -> Iterator[None]:
             yield
         finally:
             connection.execute("alter table task_tags drop constraint broken")
+
+
+@contextmanager
+def slow(
+    servers: Servers, organization: UUID, work: str, statement: Literal["look-up", "write"]
+) -> Iterator[None]:
+    """Let PostgreSQL do some work for each batch of an organization, or for its executions."""
+    name, of_this = f"slow_{organization.hex}", f"= '{organization}'"
+    sql = {
+        "write": f"""
+            create function {name}() returns trigger language plpgsql as $$ begin
+                if new.organization_id {of_this} then {work}; end if;
+                return new;
+            end $$;
+            create trigger {name} before insert on tag_batches
+            for each row execute function {name}()
+        """,
+        "look-up": f"""
+            create function {name}() returns boolean language plpgsql as $$ begin
+                {work}; return true;
+            end $$;
+            create policy {name} on flow_executions as restrictive for select to task_tags_worker
+            using (case when organization_id {of_this} then {name}() else true end)
+        """,
+    }
+    with servers.owner() as connection:
+        connection.execute(sql[statement].encode())
+        try:
+            yield
+        finally:
+            connection.execute(f"drop function {name} cascade".encode())
+
+
+def large_batch(number: int) -> TagBatch:
+    """Return a batch of 400 kB, as its look-ups are: names of characters that take four bytes."""
+    face = "\U0001f600"
+
+    def key(name: str) -> tuple[str, str, str]:
+        return f"{face * 180}{name}{number}", face * 90, face * 180
+
+    names = [f"{each:03}" for each in range(100)]
+    return TagBatch(
+        tags=[add(EXECUTION, *key(f"t{name}")) for name in names],
+        conditions=[when(EXECUTION, *key(f"c{name}")) for name in names],
+    )
 
 
 def tagging(tag: str, **fields: Any) -> TagBatch:

@@ -373,8 +373,10 @@ class Pipeline:
         return end
 
     def wait(self, sent: Sent) -> None:
-        """Wait until a statement, and all before it, has succeeded, or a transaction has ended."""
-        self._flush()
+        """Wait until a statement, and all before it, has succeeded, or a transaction has ended.
+
+        What is behind it need not be sent by then.
+        """
         while sent.result is None:
             self._read()
 
@@ -394,7 +396,7 @@ class Pipeline:
     def _next_result(self) -> pq.abc.PGresult:
         while True:
             while self._libpq.is_busy():
-                if self._poll_server():
+                if self._poll_server() & ~select.POLLOUT:
                     self._libpq.consume_input()
             result = self._libpq.get_result()
             if result is not None:
@@ -402,23 +404,19 @@ class Pipeline:
             if self._libpq.status == pq.ConnStatus.BAD:
                 raise psycopg.OperationalError("the connection is lost")
 
-    def _flush(self) -> None:
-        """Send all that libpq holds. Results are taken in meanwhile: the server may wait for it."""
-        while self._libpq.flush():
-            self._poll.modify(self._libpq.socket, select.POLLIN | select.POLLOUT)
-            events = self._poll_server()
-            self._poll.modify(self._libpq.socket, select.POLLIN)
-            if events & select.POLLIN:
-                self._libpq.consume_input()
-
     def _poll_server(self) -> int:
-        """Wait for the server; return the events of its socket, or 0.
+        """Send what the server takes, wait for it, and return the events of its socket, or 0.
 
         An answer may come in many small pieces, so it is the sum of a transaction's waits that
         makes it slow.
         """
+        has_more = self._libpq.flush()
+        if has_more:
+            self._poll.modify(self._libpq.socket, select.POLLIN | select.POLLOUT)
         began = time.monotonic()
         found = self._poll.poll(max(1, (self._slow_at - self._waited) * 1000))
+        if has_more:
+            self._poll.modify(self._libpq.socket, select.POLLIN)
         self._waited += time.monotonic() - began
         if self._waited >= self._slow_at:
             self._slow_at = self._waited + SLOW_SECONDS

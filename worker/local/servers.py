@@ -38,7 +38,7 @@ _UNPRIVILEGED: Final = "nobody"
 OUTSIDE: Final = Path("/var/lib/task-tags")
 """Where root's data is if that user can't reach the state directory. `make clean` knows it, too."""
 _OWNER: Final = "state-directory"
-"""The file in the data that has the path of its state directory."""
+"""The file in the data that has the path and the inode of its state directory."""
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def _data_outside(directory: Path) -> Path:
     """Return the directory that the state directory's link leads to; make both if it is new.
 
     It never gets the data of an earlier one at the same path, whose secrets it does not have, or
-    of one that it is a copy of; it keeps its data when it is moved.
+    of one that it is a copy of; it keeps its data when it is renamed.
     """
     link = directory / "servers"
     if link.exists() and not link.is_symlink():
@@ -174,26 +174,38 @@ def _data_outside(directory: Path) -> Path:
     data = link.readlink() if link.is_symlink() else link
     if data.parent != OUTSIDE or not _is_own(data, directory):
         link.unlink(missing_ok=True)
-        data = OUTSIDE / uuid4().hex
+        data = OUTSIDE / f"data-{uuid4().hex[:12]}"
         link.symlink_to(data)
     for part in (data.parent, data):
         part.mkdir(exist_ok=True)
         part.chmod(0o755)  # whatever the umask is: the servers' user needs access
-    (data / _OWNER).write_text(str(directory.resolve()))
+    draft = data / f"{_OWNER}.new"
+    draft.write_text(f"{directory.resolve()}\n{directory.stat().st_ino}\n")
+    draft.rename(data / _OWNER)
     return data
 
 
 def _is_own(data: Path, directory: Path) -> bool:
-    """Whether the data that a state directory links to is its own, or that of one it was copied of.
+    """Whether the data that a state directory links to is its own, or of one that it is a copy of.
 
-    The data names its state directory. If that one no longer links to the data, it was moved.
+    Raises:
+        StartupError: Nobody can tell: it may be a copy, or have been moved to another disk.
     """
-    owner = data / _OWNER
-    if not owner.exists():  # as it was before, when the name said whose data it is
-        return data.name.partition("-")[0] in (_digest(directory), str(directory.stat().st_ino))
-    link = Path(owner.read_text()) / "servers"
-    is_there = link.is_symlink() and link.readlink() == data
-    return not is_there or link.parent == directory.resolve()
+    own, owner = str(directory.stat().st_ino), data / _OWNER
+    if not owner.exists():  # older names said whose data it is
+        return data.name.partition("-")[0] in ("data", own, _digest(directory))
+    path, _, inode = owner.read_text().strip().rpartition("\n")
+    link = Path(path) / "servers"
+    has_link = link.is_symlink() and link.readlink() == data
+    if has_link and str(link.parent.stat().st_ino) == inode and link.parent != directory.resolve():
+        return False
+    if inode != own:
+        raise StartupError(
+            f"{directory} has a link to the servers' data of {path}: if it is that directory, "
+            f"restored or moved to another disk, delete {owner}; if it is a copy, delete "
+            f"{directory / 'servers'}, and it gets new data"
+        )
+    return True
 
 
 def _digest(directory: Path) -> str:
