@@ -403,13 +403,13 @@ def test_a_state_directory_that_may_be_a_copy_gets_no_data_until_somebody_says(
     with pytest.raises(StartupError, match="if it is a copy, delete"):
         find_server_paths(copy)
     shutil.copytree(copy, original, symlinks=True)
-    with pytest.raises(StartupError, match="if it is that directory, restored"):
+    with pytest.raises(StartupError, match="if it is that one, restored"):
         find_server_paths(original)
     assert find_server_paths(moved).data == data
     new = find_server_paths(original).data  # now it is known to be a copy
     assert new != data
     shutil.rmtree(moved)
-    (data / "state-directory").unlink()
+    (data / "state-directory").write_text("")  # as the error says
     assert find_server_paths(copy).data == data
     shutil.rmtree(data)
     shutil.rmtree(new)
@@ -417,17 +417,23 @@ def test_a_state_directory_that_may_be_a_copy_gets_no_data_until_somebody_says(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")
 def test_a_state_directory_of_an_older_version_keeps_its_data(tmp_path: Path) -> None:
-    """Its name said whose it is."""
+    """Its name said whose it is, until the directory is restored from a backup."""
     tmp_path.chmod(0o700)
     state, copy = tmp_path / "state", tmp_path / "copy"
     state.mkdir()
     data = OUTSIDE / f"{state.stat().st_ino}-0123456789ab"
+    data.mkdir(parents=True)
     (state / "servers").symlink_to(data)
     shutil.copytree(state, copy, symlinks=True)
-    new = find_server_paths(copy).data
-    assert find_server_paths(state).data == data != new
+    with pytest.raises(StartupError):
+        find_server_paths(copy)
+    assert find_server_paths(state).data == data
+    shutil.rmtree(state)
+    with pytest.raises(StartupError):
+        find_server_paths(copy)
+    (data / "state-directory").write_text("")
+    assert find_server_paths(copy).data == data
     shutil.rmtree(data)
-    shutil.rmtree(new)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")

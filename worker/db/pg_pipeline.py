@@ -411,6 +411,8 @@ class Pipeline:
         makes it slow.
         """
         has_more = self._libpq.flush()
+        if has_more and not self._libpq.is_busy():  # it has read the answer
+            return 0
         if has_more:
             self._poll.modify(self._libpq.socket, select.POLLIN | select.POLLOUT)
         began = time.monotonic()

@@ -13,6 +13,7 @@ import json
 import os
 import pwd
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -191,19 +192,22 @@ def _is_own(data: Path, directory: Path) -> bool:
     Raises:
         StartupError: Nobody can tell: it may be a copy, or have been moved to another disk.
     """
+    if not data.exists():
+        return False
     own, owner = str(directory.stat().st_ino), data / _OWNER
     if not owner.exists():  # older names said whose data it is
-        return data.name.partition("-")[0] in ("data", own, _digest(directory))
-    path, _, inode = owner.read_text().strip().rpartition("\n")
-    link = Path(path) / "servers"
-    has_link = link.is_symlink() and link.readlink() == data
-    if has_link and str(link.parent.stat().st_ino) == inode and link.parent != directory.resolve():
+        path, inode = "/", data.name.partition("-")[0].replace(_digest(directory), own)
+    else:
+        path, _, inode = owner.read_text().strip().rpartition("\n")
+    other = Path(path or "/")
+    has_link = (other / "servers").is_symlink() and (other / "servers").readlink() == data
+    if has_link and str(other.stat().st_ino) == inode and other != directory.resolve():
         return False
-    if inode != own:
+    if inode not in (own, ""):
         raise StartupError(
-            f"{directory} has a link to the servers' data of {path}: if it is that directory, "
-            f"restored or moved to another disk, delete {owner}; if it is a copy, delete "
-            f"{directory / 'servers'}, and it gets new data"
+            f"{directory} has a link to the servers' data of another directory ({path}): if it is "
+            f"that one, restored or moved to another disk, run : > {shlex.quote(str(owner))} and "
+            f"begin again; if it is a copy, delete {directory / 'servers'}, and it gets new data"
         )
     return True
 
