@@ -119,7 +119,9 @@ def test_two_producers_and_a_drain_never_leave_a_message_with_nobody_on_the_way(
             inbox.append([b"%d-%d" % (name, number)], TOKEN, lease_id)
 
     def drain() -> None:
-        while quiet_redis.rpop(QUEUE) or not done.is_set():
+        is_last = False
+        while quiet_redis.rpop(QUEUE) or not is_last:
+            is_last = done.is_set()  # what was appended before has its message in the queue
             entries = acquire(inbox, "run", max_messages=7)
             while entries:
                 seen.extend(entry.message or b"" for entry in entries)
