@@ -105,11 +105,11 @@ export CHECK_LOCK
 # The data name their state directory (worker/local/servers.py): this one may be a copy of it.
 define REMOVE_DATA
 data=$$(readlink build/.task-tags/servers)
-{ IFS= read -r owner && read -r inode; } 2> /dev/null < "$$data/state-directory" || exit 0
+{ IFS= read -r owner && read -r identity; } 2> /dev/null < "$$data/state-directory" || exit 0
 case "$$data" in /var/lib/task-tags/*)
-	is_there=$$(readlink "$$owner/servers")$$(stat -c %i "$$owner" 2> /dev/null)
-	test "$$inode" != "$$(stat -c %i build/.task-tags)" ||
-		test "$$is_there" = "$$data$$inode" || rm -rf "$$data"
+	is_there=$$(readlink "$$owner/servers")$$(stat -c %d:%i "$$owner" 2> /dev/null)
+	test "$$identity" != "$$(stat -c %d:%i build/.task-tags)" ||
+		test "$$is_there" = "$$data$$identity" || rm -rf "$$data"
 esac
 endef
 export REMOVE_DATA

@@ -39,7 +39,7 @@ _UNPRIVILEGED: Final = "nobody"
 OUTSIDE: Final = Path("/var/lib/task-tags")
 """Where root's data is if that user can't reach the state directory. `make clean` knows it, too."""
 _OWNER: Final = "state-directory"
-"""The file in the data that has the path and the inode of its state directory."""
+"""The file in the data that has the path of its state directory, and its disk and inode."""
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def _data_outside(directory: Path) -> Path:
         part.mkdir(exist_ok=True)
         part.chmod(0o755)  # whatever the umask is: the servers' user needs access
     draft = data / f"{_OWNER}.new"
-    draft.write_text(f"{directory.resolve()}\n{directory.stat().st_ino}\n")
+    draft.write_text(f"{directory.resolve()}\n{_identity(directory)}\n")
     draft.rename(data / _OWNER)
     return data
 
@@ -194,22 +194,29 @@ def _is_own(data: Path, directory: Path) -> bool:
     """
     if not data.exists():
         return False
-    own, owner = str(directory.stat().st_ino), data / _OWNER
+    own, owner = _identity(directory), data / _OWNER
     if not owner.exists():  # older names said whose data it is
-        path, inode = "/", data.name.partition("-")[0].replace(_digest(directory), own)
+        is_named = data.name.startswith((f"{directory.stat().st_ino}-", _digest(directory)))
+        path, identity = "/", own if is_named else "another's"
     else:
-        path, _, inode = owner.read_text().strip().rpartition("\n")
+        path, _, identity = owner.read_text().strip().rpartition("\n")
     other = Path(path or "/")
     has_link = (other / "servers").is_symlink() and (other / "servers").readlink() == data
-    if has_link and str(other.stat().st_ino) == inode and other != directory.resolve():
+    if has_link and _identity(other) == identity and other != directory.resolve():
         return False
-    if inode not in (own, ""):
+    if other == directory.resolve():  # the number of a disk may change when it is mounted
+        own, identity = own.partition(":")[2], identity.partition(":")[2]
+    if identity not in (own, ""):
         raise StartupError(
             f"{directory} has a link to the servers' data of another directory ({path}): if it is "
             f"that one, restored or moved to another disk, run : > {shlex.quote(str(owner))} and "
             f"begin again; if it is a copy, delete {directory / 'servers'}, and it gets new data"
         )
     return True
+
+
+def _identity(directory: Path) -> str:
+    return "{0.st_dev}:{0.st_ino}".format(directory.stat())
 
 
 def _digest(directory: Path) -> str:
