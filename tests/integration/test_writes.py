@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 from uuid import UUID, uuid4
 
@@ -561,7 +562,8 @@ def test_many_large_bodies_at_once_need_little_memory(
     large = b'{"tags": [' + b"{}," * 349_000 + b"{}]}"
     before = max_resident(endpoint_of(servers))
     with ThreadPoolExecutor(30) as threads:
-        futures = [threads.submit(http.patch, "/task-tags", content=large) for _ in range(30)]
+        send = partial(http.patch, "/task-tags", content=large, timeout=120)
+        futures = [threads.submit(send) for _ in range(30)]
         assert statuses(patch(http, adding(execution, "a"))) == ["added"]
         assert not all(future.done() for future in futures)
         assert {future.result().status_code for future in futures} == {400}
