@@ -217,49 +217,44 @@ def test_the_limit_holds_after_a_connection_that_was_lost(servers: Servers) -> N
     repository.close()
 
 
+def drain_keeping_the_lease(tenant: Tenant) -> None:
+    """Drain with a lease of 1.5 s, and assert that no other run gets it until the drain ends."""
+    inbox = Inbox(tenant.redis, tenant.organization, lease_ms=1500)
+    drain = threading.Thread(target=tenant.drain, kwargs={"inbox": inbox})
+    key: Any = lease_key(tenant.organization)
+    drain.start()
+    try:
+        eventually(lambda: tenant.redis.get(key) == b"running run")
+        while drain.is_alive():
+            assert not inbox.acquire("another", max_messages=1).entries
+            time.sleep(0.05)
+    finally:
+        drain.join()
+
+
 @pytest.mark.parametrize("statement", ["look-up", "write"])
 @pytest.mark.parametrize("talking", [False, True], ids=["silent", "talking"])
 def test_a_drain_keeps_its_lease_while_postgresql_works_for_it(
     tenant: Tenant, statement: Literal["look-up", "write"], talking: bool
 ) -> None:
     """Else another one would wait for the row, and begin with a full group if this one fails."""
-    inbox = Inbox(tenant.redis, tenant.organization, lease_ms=1500)
-    drain = threading.Thread(target=tenant.drain, kwargs={"inbox": inbox})
-    key: Any = lease_key(tenant.organization)
     tenant.send(register_execution(EXECUTION))
     tenant.drain()
     tenant.published.clear()
     tenant.send(tagging("a"))
     work = TALKING if talking else "perform pg_sleep(3)"
     with slow(tenant.servers, tenant.organization, work, statement):
-        drain.start()
-        try:
-            eventually(lambda: tenant.redis.get(key) == b"running run")
-            while drain.is_alive():
-                assert not inbox.acquire("another", max_messages=1).entries
-                time.sleep(0.05)
-        finally:
-            drain.join()
+        drain_keeping_the_lease(tenant)
     assert tenant.outcomes() == [["added"]]
 
 
 def test_a_drain_keeps_its_lease_while_it_still_sends_its_look_ups(tenant: Tenant) -> None:
     """They are larger than what a socket holds, and PostgreSQL works on the first of them."""
-    inbox = Inbox(tenant.redis, tenant.organization, lease_ms=1500)
     tenant.send(register_execution(EXECUTION))
     tenant.drain()
     tenant.send(*map(large_batch, range(4)))
-    drain = threading.Thread(target=tenant.drain, kwargs={"inbox": inbox})
-    key: Any = lease_key(tenant.organization)
     with slow(tenant.servers, tenant.organization, "perform pg_sleep(1.5)", "look-up"):
-        drain.start()
-        try:
-            eventually(lambda: tenant.redis.get(key) == b"running run")
-            while drain.is_alive():
-                assert not inbox.acquire("another", max_messages=1).entries
-                time.sleep(0.05)
-        finally:
-            drain.join()
+        drain_keeping_the_lease(tenant)
 
 
 def test_a_silent_connection_keeps_no_lease(tenant: Tenant) -> None:
