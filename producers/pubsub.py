@@ -28,7 +28,7 @@ from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
 from redis import asyncio as async_redis
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, ResponseError
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ class PubSubMultiplexer:
     """Subscribes to each channel that has a listener, on one connection. `run` does the work.
 
     It is a plain connection, not redis-py's PubSub, which reconnects silently in the middle of a
-    read. A server that does not answer a ping in time counts as lost.
+    read. A server that does not answer a ping in time counts as lost, and so does one that has
+    become a replica: it may receive nothing more. A second connection asks for its role, since one
+    that subscribes may not.
     """
 
     def __init__(self, redis: async_redis.Redis) -> None:
@@ -102,12 +104,16 @@ class PubSubMultiplexer:
             if not self._listeners:
                 await self._changed.wait()
             pool: Any = self._redis.connection_pool
-            connection = pool.make_connection()
+            asking, connection = pool.make_connection(), pool.make_connection()
             try:
+                await asking.connect()  # first: it must not be the one that leads to a newer server
                 await connection.connect()
                 self._received_at = _now()
                 await first_completed(
-                    self._receive(connection), self._subscribe(connection), self._ping(connection)
+                    self._receive(connection),
+                    self._subscribe(connection),
+                    self._ping(connection),
+                    self._watch_role(asking),
                 )
             except Exception as error:  # whatever it is, the listeners would wait for ever
                 failures = 0 if self._confirmed else failures + 1
@@ -117,6 +123,7 @@ class PubSubMultiplexer:
                     logger.warning(f"{what}; connecting again", extra=about)
             finally:
                 self._confirmed.clear()
+                await asking.disconnect(nowait=True)
                 await connection.disconnect(nowait=True)
             await asyncio.sleep(min(0.05 * 2 ** min(failures, 10), MAX_BACKOFF_SECONDS))
 
@@ -151,6 +158,18 @@ class PubSubMultiplexer:
             if silent >= PING_SECONDS:
                 await connection.send_command("PING")
 
+    async def _watch_role(self, asking: Any) -> None:
+        """Raise `ConnectionError` once the server has become a replica.
+
+        The connections of the pool lead to it as well, so they are closed.
+        """
+        was_replica = await _is_replica(asking)
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            if await _is_replica(asking) and not was_replica:
+                await self._redis.connection_pool.disconnect(inuse_connections=False)
+                raise ConnectionError("the server has become a replica")
+
     def _dispatch(self, kind: bytes, channel: bytes, payload: Any) -> None:
         listeners = self._listeners.get(channel, [])
         if kind == b"subscribe" and listeners:
@@ -163,6 +182,19 @@ class PubSubMultiplexer:
                     listener.on_event(payload)
             except Exception:  # the other listeners still depend on this connection
                 logger.exception("a listener failed")
+
+
+async def _is_replica(connection: Any) -> bool:
+    """Ask with HELLO, which any user may; false if the server does not know it.
+
+    See https://valkey.io/commands/hello/
+    """
+    await connection.send_command("HELLO", 2)
+    try:
+        answer = await connection.read_response(timeout=SILENCE_SECONDS)
+    except ResponseError:
+        return False
+    return b"replica" in answer
 
 
 def _now() -> float:

@@ -58,20 +58,21 @@ class BehindProxies:
             assert process.poll() is None, f"{child.name}: {self.log(child.name)[-3000:]}"
         assert "Traceback" not in self.log("endpoint"), self.log("endpoint")[-3000:]
 
-    def demote(self) -> None:
+    def demote(self, *, is_cut_off: bool = False) -> None:
         """Let primary and replica change places; connections to both stay open.
 
         Writes wait until the replica has all that was acknowledged; then the old primary refuses
-        them.
+        them. If it is cut off, it can't reach the new one.
         """
         primary, replica = self.valkeys
         with open_redis(primary.url) as old, open_redis(replica.url) as new:
+            new.replicaof("127.0.0.1", _config(old, "port"))  # unless it was cut off
             old.client_pause(10_000, all=False)
             eventually(lambda: _is_replicated(old, new))
             new.replicaof("NO", "ONE")
             for party in PARTIES:
                 self.proxies[party].target = replica.socket
-            old.replicaof("127.0.0.1", _config(new, "port"))
+            old.replicaof("127.0.0.1", 1 if is_cut_off else _config(new, "port"))
             old.client_unpause()
         self.valkeys.reverse()
 
