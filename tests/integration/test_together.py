@@ -290,6 +290,30 @@ def test_an_inbox_does_not_wait_until_the_look_ups_of_the_next_one_are_sent(
             turn.join()
 
 
+def test_an_inbox_that_left_the_turn_is_left_to_others(
+    organizations: Organizations, repository: Repository
+) -> None:
+    """Also if its lease expired before what was under way of it was answered."""
+    slow_one, other = organizations.new(2)
+    while organizations.take_turn(repository):
+        pass
+    for each in (slow_one, other):
+        organizations.send(each, count=4)
+    organizations.lease_ms = 500
+    first, second = (
+        organizations.drain(repository, each, group_size=1) for each in (slow_one, other)
+    )
+    first.acquire()
+    with slow(organizations.servers, slow_one, "perform pg_sleep(3)", "write"):
+        SharedTurn(first, [second]).run()
+    assert organizations.applied(other) == ["0", "1"]
+    lease: Any = organizations.redis.get(lease_key(other))
+    assert lease.startswith(b"queued ")
+    with organizations.worker():
+        eventually(lambda: all(map(organizations.is_done, organizations.ids)), 30)
+    assert organizations.applied(other) == ["0", "1", "2", "3", "4"]
+
+
 @pytest.mark.parametrize(
     "cut",
     [

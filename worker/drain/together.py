@@ -51,9 +51,11 @@ class SharedTurn:
         self._repository = first.repository
         self._drains = deque([first, *others])
         self._alone: list[Drain] = []
+        self._requeued: list[Drain] = []
+        """Drains that left while PostgreSQL was slow; what is under way of them is finished."""
 
     def run(self) -> None:
-        self._repository.on_slow = lambda: self._requeue_others(self._running)
+        self._repository.on_slow = self._be_slow
         self._repository.on_wait = lambda: self._running.renew()
         try:
             self._take(list(self._others))
@@ -84,7 +86,13 @@ class SharedTurn:
             else:
                 break
             new = self._unfinished()  # what became of their last groups is not known
-        self._requeue_others()
+        self._end()
+
+    def _end(self) -> None:
+        """Send what is not done to the end of the queue."""
+        for drain in (*self._unfinished(), *self._requeued):
+            if not drain.turn.is_over:  # one that left may have taken its lease again
+                drain.requeue()
 
     def _next_group(self, before: Steps | None) -> Steps | None:
         """Return the next group of the inbox that has waited longest, unless the turn is over."""
@@ -113,14 +121,15 @@ class SharedTurn:
     def _unfinished(self) -> list[Drain]:
         return [drain for drain in self._drains if not drain.turn.is_over]
 
-    def _requeue_others(self, running: Drain | None = None) -> None:
+    def _be_slow(self) -> None:
         """Send drains to the end of the queue, but for the one that is running.
 
         What is under way of one is finished: that does no harm (docs/concepts/inbox-protocol.md).
         """
         for drain in self._unfinished():
-            if drain is not running:
+            if drain is not self._running:
                 self._leave(drain)
+                self._requeued.append(drain)
                 drain.requeue()
 
     def _leave(self, drain: Drain) -> bool:
