@@ -108,8 +108,12 @@ data=$$(readlink build/.task-tags/servers)
 { IFS= read -r owner && read -r identity; } 2> /dev/null < "$$data/state-directory" || exit 0
 case "$$data" in /var/lib/task-tags/*)
 	is_there=$$(readlink "$$owner/servers")$$(stat -c %d:%i "$$owner" 2> /dev/null)
-	test "$$identity" != "$$(stat -c %d:%i build/.task-tags)" ||
-		test "$$is_there" = "$$data$$identity" || rm -rf "$$data"
+	if test "$$identity" = "$$(stat -c %d:%i build/.task-tags)" &&
+		test "$$is_there" != "$$data$$identity"; then
+		rm -rf "$$data"
+	else
+		echo "not deleted, for it may be another directory's: $$data"
+	fi
 esac
 endef
 export REMOVE_DATA

@@ -80,20 +80,21 @@ def ping(settings: Settings, then: Callable[[Any], None] = lambda _: None) -> No
 
 
 def wait_for(what: str, reach: Callable[[], Any]) -> None:
-    """Retry until a server answers, with a backoff of up to a second; log it once.
+    """Retry until a server answers, with a backoff of up to a second; log each new cause.
 
     Raises `ConfigurationError` if its first answer is a refusal. One that has just come up may
     refuse for a while, until its database and roles are made.
     """
-    seconds = 0.05
+    seconds, cause = 0.05, ""
     while True:
         try:
             reach()
             return
         except (psycopg.Error, RedisError, ConfigurationError) as error:
-            if seconds == 0.05:
-                if isinstance(error, ConfigurationError):
-                    raise
-                logger.warning(f"waiting for {what}: {error}")
+            if not cause and isinstance(error, ConfigurationError):
+                raise
+            if (text := str(error) or type(error).__name__) != cause:
+                cause = text
+                logger.warning(f"waiting for {what}: {cause}")
             time.sleep(seconds)
             seconds = min(seconds * 2, 1.0)

@@ -416,6 +416,58 @@ def test_a_state_directory_that_may_be_a_copy_gets_no_data_until_somebody_says(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")
+@pytest.mark.parametrize("name", ["state", os.fsdecode(b"\xff\xfe")])
+def test_a_first_start_that_was_killed_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Wherever that was: the next one makes the data, and keeps them."""
+    tmp_path.chmod(0o700)
+    state, found = tmp_path / name, set[Path]()
+    before = set(OUTSIDE.glob("data-*"))
+    for step in ("mkdir", "chmod", "write_bytes", "rename", "symlink_to"):
+        state.mkdir()
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                find_server_paths(state)
+        data = find_server_paths(state).data
+        assert find_server_paths(state).data == data
+        found.add(data)
+        shutil.rmtree(state)
+    assert len(found) == 5
+    for data in set(OUTSIDE.glob("data-*")) - before:
+        shutil.rmtree(data)
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")
+@pytest.mark.parametrize("path", [b"/elsewhere", b"/" + b"x" * 5000, b"\xff", b"\0"])
+def test_a_directory_on_another_disk_is_another_one_whatever_its_inode(
+    tmp_path: Path, path: bytes
+) -> None:
+    """What the data name may be of any kind: only an error says so."""
+    tmp_path.chmod(0o700)
+    state = tmp_path / "state"
+    state.mkdir()
+    data = find_server_paths(state).data
+    found = state.stat()
+    owner = data / "state-directory"
+    assert owner.read_text() == f"{state}\n{found.st_dev}:{found.st_ino}\n"
+    owner.write_bytes(b"%b\n%d:%d\n" % (path, found.st_dev + 1, found.st_ino))
+    with pytest.raises(StartupError, match="of another directory"):
+        find_server_paths(state)
+    owner.write_text(f"{state}\n{found.st_dev + 1}:{found.st_ino}\n")  # it was mounted again
+    assert find_server_paths(state).data == data
+    owner.write_text(f"{state}\n{found.st_ino + 1}\n")  # an older form
+    with pytest.raises(StartupError, match="of another directory"):
+        find_server_paths(state)
+    shutil.rmtree(data)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the servers run as another user for root alone")
 def test_a_state_directory_of_an_older_version_keeps_its_data(tmp_path: Path) -> None:
     """Its name said whose it is, until the directory is restored from a backup."""
     tmp_path.chmod(0o700)
@@ -447,9 +499,11 @@ def test_make_clean_deletes_the_data_of_its_own_state_directory_alone(tmp_path: 
     data = find_server_paths(project / ".task-tags").data
     shutil.copytree(project, copy, symlinks=True)
     for directory, is_left in ((copy, True), (project.rename(renamed), False)):
-        subprocess.run(["make", "clean"], cwd=directory, check=True, capture_output=True)
+        done = subprocess.run(["make", "clean"], cwd=directory, capture_output=True, text=True)
+        assert done.returncode == 0
         assert not (directory / ".task-tags").exists()
         assert data.exists() == is_left
+        assert (f"not deleted, for it may be another directory's: {data}" in done.stdout) == is_left
 
 
 def test_the_demonstration_ends_with_its_summary(space: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 from uuid import UUID, uuid4
@@ -16,14 +17,18 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from redis import Redis
+from sqlalchemy import make_url
 
 from producers.contract.channels import inbox_key, lease_key
 from producers.contract.messages import register_execution
 from producers.inbox.protocol import Inbox
+from tests.support.moments import Harm, PostgresMoments
 from tests.support.processes import await_line, settings_of, started
+from tests.support.proxy import Proxy
 from tests.support.servers import Servers
 from tests.support.tenant import EXECUTION, Tenant, large_batch, slow, tagging
 from tests.support.waiting import eventually
+from worker.api import queries
 from worker.db.repository import Repository, Transaction
 from worker.db.time_limit import TimeLimit
 from worker.drain.blame import is_timeout
@@ -47,6 +52,57 @@ def stopped(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+class FirstStatements(PostgresMoments):
+    """Tells the statement that checks the role, and the commit that psycopg sends by itself."""
+
+    def _moment(self, message: bytes) -> str:
+        if b"pg_has_role" in message:
+            return "check"
+        return "commit" if b"COMMIT" in message else ""
+
+
+@contextmanager
+def hanging(url: str, directory: Path, moment: str) -> Iterator[str]:
+    """Yield the URL of a proxy that passes on what comes before a moment."""
+    parts = make_url(url)
+    listen = directory / ".s.PGSQL.5432"
+    proxy = Proxy(listen, Path(str(parts.query["host"])) / listen.name, FirstStatements)
+    with proxy.harming(Harm(moment, "hang", "", seconds=60)):
+        yield parts.set(query={"host": str(directory)}).render_as_string(hide_password=False)
+    proxy.close()
+
+
+def test_the_check_of_the_role_commits_nothing_without_a_limit(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """psycopg would commit behind the check, and wait for ever for a server that hangs."""
+    with (
+        hanging(servers.worker_url, tmp_path, "commit") as url,
+        closing(Repository(url)) as repository,
+    ):
+        checking = threading.Thread(target=repository.check, daemon=True)
+        checking.start()
+        checking.join(30)
+        assert not checking.is_alive()
+
+
+def test_a_read_waits_no_longer_than_it_may_for_a_connection_either(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psycopg would wait 10 s more for the server once it was cancelled."""
+    monkeypatch.setattr(queries, "READ_SECONDS", 0.5)
+
+    async def read(url: str) -> None:
+        with closing(queries.Reader(url, 1)) as reader:
+            await reader.check()
+
+    with hanging(servers.endpoint_url, tmp_path, "check") as url:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            asyncio.run(read(url))
+        assert time.monotonic() - began < 5
 
 
 def test_a_transaction_on_a_silent_server_is_given_up(tenant: Tenant) -> None:

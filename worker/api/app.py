@@ -172,6 +172,9 @@ A thread waits for the event loop about twenty times in a write, while the loop 
 """
 
 
+_FIRST_CHECK_SECONDS: Final = 2.0
+
+
 class Server(uvicorn.Server):
     """Logs that it listens. Ends streams of Server-Sent Events, for which uvicorn would wait."""
 
@@ -242,7 +245,8 @@ def create_app(settings: Settings) -> FastAPI:
         jobs = [asyncio.create_task(job) for job in running]
         await asyncio.to_thread(state.authorizer.fetch_keys)
         try:
-            await state.reader.check()
+            async with asyncio.timeout(_FIRST_CHECK_SECONDS):  # until then, signals wait
+                await state.reader.check()
         except (psycopg.Error, TimeoutError):
             logger.warning("the database does not answer yet: requests get 503 until it does")
         yield

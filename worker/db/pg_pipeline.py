@@ -23,6 +23,7 @@ import psycopg
 from psycopg import pq
 from psycopg.adapt import Transformer
 
+from producers.pubsub import first_completed
 from worker.db.connection import (
     CONNECT_ARGUMENTS,
     DISCARD_PLANS,
@@ -155,7 +156,10 @@ class PipelinedConnection:
                 if self._connection is None:
                     async with self._connecting:
                         if self._connection is None:
-                            self._connection = await self._open()
+                            # Cancelled once, psycopg waits for the server for up to 10 s.
+                            await first_completed(self._open())
+                if self._connection is None:
+                    raise psycopg.OperationalError("the connection is lost")
                 return self._connection.pgconn
             except BaseException:
                 self._room.release()
@@ -163,7 +167,7 @@ class PipelinedConnection:
         finally:
             self._waiting.remove(organization_id)
 
-    async def _open(self) -> psycopg.AsyncConnection[Any]:
+    async def _open(self) -> None:
         arguments = {**self._arguments, **CONNECT_ARGUMENTS}
         connection = await psycopg.AsyncConnection.connect(autocommit=True, **arguments)
         try:
@@ -183,7 +187,7 @@ class PipelinedConnection:
         connection.pgconn.enter_pipeline_mode()
         self._socket = connection.pgconn.socket
         asyncio.get_running_loop().add_reader(self._socket, self._read)
-        return connection
+        self._connection = connection
 
     def close(self, error: psycopg.Error) -> None:
         """Close the connection, if there is one; whatever is awaited fails with this error."""

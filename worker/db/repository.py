@@ -83,8 +83,8 @@ class Repository:
     def check(self) -> None:
         """Connect, and raise `UnsafeRole` if the role sees through row-level security."""
         with (
-            psycopg.connect(**self._arguments) as connection,
-            self._time_limit.watch(connection),
+            psycopg.connect(autocommit=True, **self._arguments) as connection,
+            self._time_limit.watch(connection),  # which a commit behind it would outlast
         ):
             found = connection.execute(ROLE_CHECK, TABLES).fetchall()
         assert_safe_role(found)

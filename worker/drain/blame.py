@@ -12,7 +12,7 @@ from typing import Any, Final
 from uuid import UUID, uuid4
 
 import psycopg
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from producers.contract.errors import ErrorInfo
 from producers.contract.messages import (
@@ -44,8 +44,12 @@ _REMEDIES: Final = {
     "42": "run task-tags-admin migrate",
     "53": "give the server more disk space, memory or connections",
     "25006": "the server is read-only: the URL must lead to the primary server",
-    "28": "correct the credentials in TASK_TAGS_DATABASE_URL",
+    "ReadOnlyError": "the server is a replica: TASK_TAGS_REDIS_URL must lead to the primary server",
+    "NoPermissionError": "give the user its rights (docker/redis-users.acl)",
+    "OutOfMemoryError": "raise the server's maxmemory",
 }
+"""By SQLSTATE, its class, or the name of redis-py's exception."""
+_UNREACHABLE: Final = "check that the URL leads to the server, and that the server runs"
 
 
 def is_server_fault(error: Exception) -> bool:
@@ -151,11 +155,14 @@ def log_wait(what: str, organization_id: UUID, error: Exception) -> None:
 def described(organization_id: UUID, error: Exception) -> dict[str, Any]:
     """Return the log fields of an error: of its text the first line, which quotes no row."""
     cause = str(error).partition("\n")[0][:200]
-    fields = {"organization": str(organization_id), "error": type(error).__name__, "cause": cause}
-    state = getattr(error, "sqlstate", None)
-    if state is not None:
-        remedy = _REMEDIES.get(state) or _REMEDIES.get(state[:2])
-        fields |= {"sqlstate": state, "remedy": remedy or "see the server's log"}
+    name, state = type(error).__name__, getattr(error, "sqlstate", None)
+    fields = {"organization": str(organization_id), "error": name, "cause": cause}
+    if state:
+        fields["sqlstate"] = state
+    if state or is_server_fault(error):
+        has_answered = state or isinstance(error, ResponseError)
+        usual = "see the server's log" if has_answered else _UNREACHABLE
+        fields["remedy"] = _REMEDIES.get(state or name) or _REMEDIES.get((state or "")[:2], usual)
     return fields
 
 

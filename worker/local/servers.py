@@ -173,16 +173,18 @@ def _data_outside(directory: Path) -> Path:
     if link.exists() and not link.is_symlink():
         raise StartupError(f"{link} is in the way: it would be a link to the servers' data")
     data = link.readlink() if link.is_symlink() else link
-    if data.parent != OUTSIDE or not _is_own(data, directory):
-        link.unlink(missing_ok=True)
+    is_new = data.parent != OUTSIDE or not _is_own(data, directory)
+    if is_new:
         data = OUTSIDE / f"data-{uuid4().hex[:12]}"
-        link.symlink_to(data)
     for part in (data.parent, data):
         part.mkdir(exist_ok=True)
         part.chmod(0o755)  # whatever the umask is: the servers' user needs access
     draft = data / f"{_OWNER}.new"
-    draft.write_text(f"{directory.resolve()}\n{_identity(directory)}\n")
+    draft.write_bytes(os.fsencode(f"{directory.resolve()}\n{_identity(directory)}\n"))
     draft.rename(data / _OWNER)
+    if is_new:  # last: a link to data of an unknown owner would be ambiguous
+        link.unlink(missing_ok=True)
+        link.symlink_to(data)
     return data
 
 
@@ -195,20 +197,22 @@ def _is_own(data: Path, directory: Path) -> bool:
     if not data.exists():
         return False
     own, owner = _identity(directory), data / _OWNER
-    if not owner.exists():  # older names said whose data it is
+    if owner.exists():
+        path, _, identity = os.fsdecode(owner.read_bytes()).strip().rpartition("\n")
+    else:  # older names said whose data it is
         is_named = data.name.startswith((f"{directory.stat().st_ino}-", _digest(directory)))
-        path, identity = "/", own if is_named else "another's"
-    else:
-        path, _, identity = owner.read_text().strip().rpartition("\n")
+        path, identity = "", own if is_named else "another's"
     other = Path(path or "/")
-    has_link = (other / "servers").is_symlink() and (other / "servers").readlink() == data
-    if has_link and _identity(other) == identity and other != directory.resolve():
-        return False
+    with suppress(OSError, ValueError):  # there is no such path any more
+        has_link = (other / "servers").readlink() == data
+        if has_link and _identity(other) == identity and other != directory.resolve():
+            return False
     if other == directory.resolve():  # the number of a disk may change when it is mounted
-        own, identity = own.partition(":")[2], identity.partition(":")[2]
+        own, identity = own.rpartition(":")[2], identity.rpartition(":")[2]
     if identity not in (own, ""):
+        of = f" ({path})" if path else ""
         raise StartupError(
-            f"{directory} has a link to the servers' data of another directory ({path}): if it is "
+            f"{directory} has a link to the servers' data of another directory{of}: if it is "
             f"that one, restored or moved to another disk, run : > {shlex.quote(str(owner))} and "
             f"begin again; if it is a copy, delete {directory / 'servers'}, and it gets new data"
         )
