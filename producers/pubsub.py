@@ -55,8 +55,8 @@ class PubSubMultiplexer:
     """Subscribes to each channel that has a listener, on one connection. `run` does the work.
 
     It is a plain connection, not redis-py's PubSub, which reconnects silently in the middle of a
-    read. A server that does not answer a ping in time counts as lost, and so does one that has
-    become a replica: it may receive nothing more. A second connection asks for its role, since one
+    read. A server that does not answer a ping in time counts as lost, and so does a replica where
+    a primary was: it may receive nothing more. A second connection asks for its role, since one
     that subscribes may not.
     """
 
@@ -67,6 +67,7 @@ class PubSubMultiplexer:
         """The channels that Redis has confirmed."""
         self._changed = asyncio.Event()
         self._received_at = 0.0
+        self._had_primary = False
 
     def __len__(self) -> int:
         return len(self._listeners)
@@ -159,16 +160,18 @@ class PubSubMultiplexer:
                 await connection.send_command("PING")
 
     async def _watch_role(self, asking: Any) -> None:
-        """Raise `ConnectionError` once the server has become a replica.
+        """Raise `ConnectionError` while the server is a replica, if it or another was a primary.
 
-        The connections of the pool lead to it as well, so they are closed.
+        The URL may lead to it for a while. The pool's connections are closed as well.
         """
-        was_replica = await _is_replica(asking)
+        is_replica = await _is_replica(asking)
         while True:
+            self._had_primary |= is_replica is False
             await asyncio.sleep(PING_SECONDS)
-            if await _is_replica(asking) and not was_replica:
+            is_replica = await _is_replica(asking)
+            if is_replica and self._had_primary:
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
-                raise ConnectionError("the server has become a replica")
+                raise ConnectionError("the server is a replica, where a primary was")
 
     def _dispatch(self, kind: bytes, channel: bytes, payload: Any) -> None:
         listeners = self._listeners.get(channel, [])
@@ -184,16 +187,16 @@ class PubSubMultiplexer:
                 logger.exception("a listener failed")
 
 
-async def _is_replica(connection: Any) -> bool:
-    """Ask with HELLO, which any user may; false if the server does not know it.
+async def _is_replica(connection: Any) -> bool | None:
+    """Ask with HELLO, which any user may; None if the server does not know it.
 
     See https://valkey.io/commands/hello/
     """
     await connection.send_command("HELLO", 2)
     try:
-        answer = await connection.read_response(timeout=SILENCE_SECONDS)
+        answer = await connection.read_response(timeout=SILENCE_SECONDS + PING_SECONDS)
     except ResponseError:
-        return False
+        return None
     return b"replica" in answer
 
 

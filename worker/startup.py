@@ -85,16 +85,16 @@ def wait_for(what: str, reach: Callable[[], Any]) -> None:
     Raises `ConfigurationError` if its first answer is a refusal. One that has just come up may
     refuse for a while, until its database and roles are made.
     """
-    seconds, cause = 0.05, ""
+    seconds, causes = 0.05, set[str]()
     while True:
         try:
             reach()
             return
         except (psycopg.Error, RedisError, ConfigurationError) as error:
-            if not cause and isinstance(error, ConfigurationError):
+            if not causes and isinstance(error, ConfigurationError):
                 raise
-            if (text := str(error) or type(error).__name__) != cause:
-                cause = text
+            if (cause := str(error) or type(error).__name__) not in causes:
+                causes.add(cause)
                 logger.warning(f"waiting for {what}: {cause}")
             time.sleep(seconds)
             seconds = min(seconds * 2, 1.0)

@@ -69,9 +69,9 @@ def hanging(url: str, directory: Path, moment: str) -> Iterator[str]:
     parts = make_url(url)
     listen = directory / ".s.PGSQL.5432"
     proxy = Proxy(listen, Path(str(parts.query["host"])) / listen.name, FirstStatements)
-    with proxy.harming(Harm(moment, "hang", "", seconds=60)):
+    with closing(proxy), proxy.harming(Harm(moment, "hang", "", seconds=60)):
         yield parts.set(query={"host": str(directory)}).render_as_string(hide_password=False)
-    proxy.close()
+        assert proxy.harmed or proxy.passed[proxy.target, "check"]
 
 
 def test_the_check_of_the_role_commits_nothing_without_a_limit(

@@ -24,7 +24,10 @@ from tests.support.inbox_model import HAND, NEW, NO_BUGS, Faults, State, Step, s
 
 STEPS: Final = 10_000
 MANY_FAULTS: Final = Faults(*[3] * len(Faults._fields))
-RARE: Final = {"crash", "expire", "lose", "deliver_again", "forget", "junk", "requeue"}
+RARE: Final = {
+    *("crash", "expire", "lose", "deliver_again", "forget", "junk", "requeue"),
+    "requeue: a group is under way",
+}
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Path:
                 self.acquire(self.last)
             case "acquire again" | "acquire again: refused":
                 self.acquire(step.actor)
-            case "requeue" | "requeue: lease lost":
+            case "requeue" | "requeue: lease lost" | "requeue: a group is under way":
                 self.inbox.requeue(str(step.actor))
             case "commit" | "crash":
                 pass  # neither changes Redis

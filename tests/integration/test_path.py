@@ -6,13 +6,13 @@ import asyncio
 import json
 import os
 import re
-import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -461,35 +461,29 @@ def test_another_applications_celery_settings_are_not_ours(servers: Servers, spa
     assert re.match(r"task-tags \[\{.*pong", done.stdout), done.stderr
 
 
+class Silent(socketserver.BaseRequestHandler):
+    """Confirms a subscription and says nothing any more; it knows no HELLO."""
+
+    def handle(self) -> None:
+        while request := self.request.recv(4096):
+            if b"SUBSCRIBE" in request:
+                self.request.sendall(b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n")
+            elif b"HELLO" in request:
+                self.request.sendall(b"-ERR unknown command\r\n")
+
+
 def test_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that keeps the connection and says nothing any more: the listener connects again."""
     monkeypatch.setattr("producers.pubsub.PING_SECONDS", 0.2)
     monkeypatch.setattr("producers.pubsub.SILENCE_SECONDS", 0.6)
-    connections: list[socket.socket] = []
-    stop = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.1)
-
-        def answer_once() -> None:
-            while not stop.is_set():
-                with suppress(TimeoutError):
-                    connection, _ = server.accept()
-                    connections.append(connection)
-                    connection.settimeout(0.5)
-                    with suppress(TimeoutError):
-                        while b"SUBSCRIBE" not in connection.recv(4096):
-                            connection.sendall(b"+OK\r\n")
-                        connection.sendall(b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n")
-
-        thread = threading.Thread(target=answer_once)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Silent) as server:
+        thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        port = server.getsockname()[1]
-        asyncio.run(_subscribe_twice(f"redis://127.0.0.1:{port}"))
-        stop.set()
-        thread.join()
-    for connection in connections:
-        connection.close()
-    assert len(connections) >= 2
+        try:
+            asyncio.run(_subscribe_twice(f"redis://127.0.0.1:{server.server_address[1]}"))
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 async def _subscribe_twice(url: str) -> None:

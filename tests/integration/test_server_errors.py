@@ -254,11 +254,11 @@ def test_who_watches_is_closed_or_goes_on(
 
 # --- A demotion ----------------------------------------------------------------------------------
 
-CUT_OFF: Final = pytest.mark.parametrize("is_cut_off", [False, True], ids=["", "cut off"])
-"""Whether the old primary gets nothing from the new one, so that publications do not reach it."""
+DEMOTIONS: Final = pytest.mark.parametrize("how", ["", "cut off", "late"])
+"""In the last two, the old primary gets no publications from the new one."""
 
 
-@CUT_OFF
+@DEMOTIONS
 def test_all_find_the_new_primary_by_themselves(
     behind: BehindProxies,
     client: httpx.Client,
@@ -266,11 +266,11 @@ def test_all_find_the_new_primary_by_themselves(
     organization: UUID,
     execution: UUID,
     token: str,
-    is_cut_off: bool,
+    how: str,
 ) -> None:
     """Also those that were idle, on connections to a server that now is a replica and lives on."""
     assert client.patch("/task-tags", json=body(execution, "before")).status_code == 200
-    behind.demote(is_cut_off=is_cut_off)
+    behind.demote(how)
     beat = behind.proxies["beat"]
     await_more(lambda: beat.passed[beat.target, "send"], 1)
     eventually(lambda: client.get("/readyz").status_code == 200)
@@ -286,13 +286,13 @@ def test_all_find_the_new_primary_by_themselves(
     behind.assert_alive()
 
 
-@CUT_OFF
+@DEMOTIONS
 def test_nothing_that_was_replicated_is_lost_or_applied_twice(
     behind: BehindProxies,
     client: httpx.Client,
     runner: TagProducer,
     execution: UUID,
-    is_cut_off: bool,
+    how: str,
 ) -> None:
     """Under load: batches take effect in their order, and a watcher sees each change."""
     watched = f"{behind.endpoint_url}{READS['changes'].format(execution)}".replace("http", "ws", 1)
@@ -314,7 +314,7 @@ def test_nothing_that_was_replicated_is_lost_or_applied_twice(
         enqueuing = threading.Thread(target=enqueue)
         enqueuing.start()
         await_more(lambda: len(tags), 100)
-        behind.demote(is_cut_off=is_cut_off)
+        behind.demote(how)
         await_more(lambda: len(tags), len(tags) + 100)
         demoted.set()
         enqueuing.join()

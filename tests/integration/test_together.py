@@ -236,6 +236,34 @@ def test_nobody_waits_for_one_that_is_locked_failing_or_slow(
         assert organizations.applied(each) == ["0"]
 
 
+def test_thirteen_of_a_turn_wait_for_none_of_the_other_three(
+    organizations: Organizations, repository: Repository
+) -> None:
+    """One of these is locked, one fails, and PostgreSQL is slow at one; usually it takes 0.3 s."""
+    (held,) = organizations.new(1)
+    (failing,) = organizations.new(1, tag="failing")
+    (slow_one,) = organizations.new(1, tag="slow")
+    rest = organizations.new(MAX_OTHERS + 1 - 3)
+    for each in organizations.ids:
+        Repository.add(repository, each)
+    with ExitStack() as stack:
+        stack.enter_context(trigger(organizations.servers, "failing", "raise exception 'it fails'"))
+        stack.enter_context(
+            trigger(organizations.servers, "slow", f"perform pg_sleep({SLOW_SECONDS})")
+        )
+        stack.enter_context(locked(organizations.servers, held))
+        ids = [*rest[:6], slow_one, held, failing, *rest[6:]]
+        first, *others = (organizations.drain(repository, each) for each in ids)
+        first.acquire()
+        turn = threading.Thread(target=SharedTurn(first, others).run)
+        began = time.monotonic()
+        turn.start()
+        with organizations.worker():
+            eventually(lambda: all(map(organizations.is_done, rest)), SLOW_SECONDS)
+            assert time.monotonic() - began < SLOW_SECONDS / 2
+            turn.join()
+
+
 @pytest.mark.parametrize(
     "work",
     [
@@ -299,16 +327,16 @@ def test_an_inbox_that_left_the_turn_is_left_to_others(
         pass
     for each in (slow_one, other):
         organizations.send(each, count=4)
-    organizations.lease_ms = 500
+    organizations.lease_ms = 2000
     first, second = (
         organizations.drain(repository, each, group_size=1) for each in (slow_one, other)
     )
     first.acquire()
     with slow(organizations.servers, slow_one, "perform pg_sleep(3)", "write"):
         SharedTurn(first, [second]).run()
-    assert organizations.applied(other) == ["0", "1"]
-    lease: Any = organizations.redis.get(lease_key(other))
+        lease: Any = organizations.redis.get(lease_key(other))
     assert lease.startswith(b"queued ")
+    assert organizations.applied(other) == ["0", "1"]
     with organizations.worker():
         eventually(lambda: all(map(organizations.is_done, organizations.ids)), 30)
     assert organizations.applied(other) == ["0", "1", "2", "3", "4"]

@@ -58,11 +58,12 @@ class BehindProxies:
             assert process.poll() is None, f"{child.name}: {self.log(child.name)[-3000:]}"
         assert "Traceback" not in self.log("endpoint"), self.log("endpoint")[-3000:]
 
-    def demote(self, *, is_cut_off: bool = False) -> None:
+    def demote(self, how: str = "") -> None:
         """Let primary and replica change places; connections to both stay open.
 
         Writes wait until the replica has all that was acknowledged; then the old primary refuses
-        them. If it is cut off, it can't reach the new one.
+        them. If it is "cut off", it can't reach the new one; if that is found "late", subscribers
+        come back to it before.
         """
         primary, replica = self.valkeys
         with open_redis(primary.url) as old, open_redis(replica.url) as new:
@@ -70,9 +71,13 @@ class BehindProxies:
             old.client_pause(10_000, all=False)
             eventually(lambda: _is_replicated(old, new))
             new.replicaof("NO", "ONE")
+            old.replicaof("127.0.0.1", 1 if how else _config(new, "port"))
+            if how == "late":
+                runner = self.proxies["runner"]
+                seen = runner.passed[primary.socket, "subscribe"]
+                eventually(lambda: runner.passed[primary.socket, "subscribe"] > seen, 30)
             for party in PARTIES:
                 self.proxies[party].target = replica.socket
-            old.replicaof("127.0.0.1", 1 if is_cut_off else _config(new, "port"))
             old.client_unpause()
         self.valkeys.reverse()
 

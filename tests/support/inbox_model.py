@@ -36,14 +36,24 @@ class Faults(NamedTuple):
     forget: int = 0
     junk: int = 0
     old: int = 0
+    slow: int = 0
+    """How often a run goes back to the queue although a group is under way, because PostgreSQL is
+    slow at another inbox of its turn. No fault of this inbox, but it may lead to two runs."""
 
 
 NO_FAULTS: Final = Faults()
 ONE_OF_EACH: Final = Faults(*[1] * len(Faults._fields))
-ALL_FAULTS: Final = ONE_OF_EACH._replace(expire=2, forget=0, junk=0, old=0)
+ALL_FAULTS: Final = ONE_OF_EACH._replace(expire=2, forget=0, junk=0, old=0, slow=0)
 """What happens to processes and messages."""
 KEY_FAULTS: Final = Faults(crash=1, expire=1, forget=1, junk=1, old=1)
 """What happens to keys: the set of those that wait is lost, a lease is set that nobody frees."""
+TURN_FAULTS: Final = Faults(crash=1, expire=1, again=1, slow=2)
+"""What else happens to an inbox that shares a turn with others.
+
+Of two inboxes no step touches the keys, messages or transactions of both, and each may fail or wait
+at any step. So whatever the others do is in the states of one: its run fails and begins again, or
+it goes back to the queue with a group under way.
+"""
 
 
 class Run(NamedTuple):
@@ -239,6 +249,7 @@ def turn(state: State, run: Run, bugs: Bugs) -> Turns:
             yield from ack_and_publish(state, run, bugs)
         else:
             yield from requeue(state, run)
+        yield from requeue_under_way(state, run)
         yield from acquire_again(state, run)
 
 
@@ -324,6 +335,15 @@ def requeue(state: State, run: Run) -> Turns:
         yield "requeue", queued(state._replace(waiting=waiting), run.id), None
     else:
         yield "requeue: lease lost", state, None
+
+
+def requeue_under_way(state: State, run: Run) -> Turns:
+    """An inbox leaves a shared turn (`SharedTurn`); what is under way of it is finished."""
+    if state.left.slow and is_mine_or_free(state, run):
+        left = state.left._replace(slow=state.left.slow - 1)
+        waiting = state.waiting or bool(state.inbox)
+        after = queued(state._replace(left=left, waiting=waiting), run.id)
+        yield "requeue: a group is under way", after, run
 
 
 # --- Faults --------------------------------------------------------------------------------------

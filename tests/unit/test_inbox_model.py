@@ -16,6 +16,7 @@ from tests.support.inbox_model import (
     MESSAGES,
     NO_BUGS,
     NO_FAULTS,
+    TURN_FAULTS,
     Bugs,
     Faults,
     Graph,
@@ -32,14 +33,16 @@ from tests.support.inbox_model import (
     two_at_work,
 )
 
-EVERYTHING = pytest.mark.parametrize("faults", [ALL_FAULTS, KEY_FAULTS], ids=["processes", "keys"])
+EVERYTHING = pytest.mark.parametrize(
+    "faults", [ALL_FAULTS, KEY_FAULTS, TURN_FAULTS], ids=["processes", "keys", "a shared turn"]
+)
 
 
 def test_the_search_sees_what_it_is_meant_to_see() -> None:
-    """57,051 states with faults of processes, 38,397 with faults of keys, 34 without."""
-    faulty, harmed = everything(ALL_FAULTS), everything(KEY_FAULTS)
-    counts = [len(graph.states) for graph in (faulty, harmed, everything(NO_FAULTS))]
-    assert counts == [57_051, 38_397, 34]
+    """57,051 states with faults of processes, 38,397 of keys, 32,147 of a shared turn."""
+    faulty, harmed, shared = map(everything, (ALL_FAULTS, KEY_FAULTS, TURN_FAULTS))
+    counts = [len(graph.states) for graph in (faulty, harmed, shared, everything(NO_FAULTS))]
+    assert counts == [57_051, 38_397, 32_147, 34]
     common = {
         *("append", "commit", "rescue", "crash", "expire"),
         *("acquire", "acquire: refused", "acquire: nothing there"),
@@ -47,6 +50,7 @@ def test_the_search_sees_what_it_is_meant_to_see() -> None:
         *("requeue", "requeue: lease lost"),
     }
     again = {"acquire again", "acquire again: refused"}
+    assert names(shared) == common | again | {"requeue: a group is under way"}
     assert names(faulty) == common | again | {"lose", "deliver_again"}
     assert names(harmed) == common | {"rebuild", "forget", "junk", "append by an older one"}
     assert faulty.way_to(two_at_work)
@@ -81,7 +85,9 @@ def test_without_faults_no_wake_up_is_lost_and_no_rescue_is_needed() -> None:
 
 
 @pytest.mark.parametrize(
-    "faults", [NO_FAULTS, ALL_FAULTS, KEY_FAULTS], ids=["none", "processes", "keys"]
+    "faults",
+    [NO_FAULTS, ALL_FAULTS, KEY_FAULTS, TURN_FAULTS],
+    ids=["none", "processes", "keys", "a shared turn"],
 )
 def test_nothing_is_stuck_for_ever(faults: Faults) -> None:
     """From every state, on every way: once faults cease, the inbox empties, the lease is free."""
@@ -144,6 +150,12 @@ def test_the_first_drain_message_to_arrive_drains() -> None:
             ["commit", "acquire again", "commit"],
         ),
         (
+            Bugs(forget_batch_ids=True),
+            Faults(slow=1),
+            out_of_order,
+            ["requeue: a group is under way", "acquire", "commit"],
+        ),
+        (
             Bugs(acquire_from_the_running=True),
             Faults(deliver_again=1),
             two_at_work,
@@ -160,6 +172,7 @@ def test_the_first_drain_message_to_arrive_drains() -> None:
         "batch ids not looked at, after a crash",
         "batch ids not looked at, with two drains",
         "batch ids not looked at, after a lost answer",
+        "batch ids not looked at, with a group under way in a shared turn",
         "acquire from a drain that is running",
     ],
 )

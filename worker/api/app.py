@@ -248,7 +248,7 @@ def create_app(settings: Settings) -> FastAPI:
             async with asyncio.timeout(_FIRST_CHECK_SECONDS):  # until then, signals wait
                 await state.reader.check()
         except (psycopg.Error, TimeoutError):
-            logger.warning("the database does not answer yet: requests get 503 until it does")
+            logger.warning("the database has not answered yet; until it does, requests get 503")
         yield
         for job in jobs:
             job.cancel()

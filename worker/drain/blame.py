@@ -47,6 +47,9 @@ _REMEDIES: Final = {
     "ReadOnlyError": "the server is a replica: TASK_TAGS_REDIS_URL must lead to the primary server",
     "NoPermissionError": "give the user its rights (docker/redis-users.acl)",
     "OutOfMemoryError": "raise the server's maxmemory",
+    "AuthenticationError": "correct the credentials in TASK_TAGS_REDIS_URL",
+    "BusyLoadingError": "wait until the server has loaded its data",
+    "MaxConnectionsError": "raise the server's maxclients",
 }
 """By SQLSTATE, its class, or the name of redis-py's exception."""
 _UNREACHABLE: Final = "check that the URL leads to the server, and that the server runs"
@@ -160,7 +163,7 @@ def described(organization_id: UUID, error: Exception) -> dict[str, Any]:
     if state:
         fields["sqlstate"] = state
     if state or is_server_fault(error):
-        has_answered = state or isinstance(error, ResponseError)
+        has_answered = state or isinstance(error, ResponseError) or "FATAL:" in cause
         usual = "see the server's log" if has_answered else _UNREACHABLE
         fields["remedy"] = _REMEDIES.get(state or name) or _REMEDIES.get((state or "")[:2], usual)
     return fields

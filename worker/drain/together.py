@@ -73,7 +73,7 @@ class SharedTurn:
                 run_groups(self._next_group, self._repository)
             except (RedisError, OSError):
                 self._alone += dict.fromkeys([*self._unfinished(), *new])
-                return
+                break
             except Exception as error:
                 left = self._leave(self._running)
                 if is_locked_out(error, self._repository):
@@ -91,7 +91,8 @@ class SharedTurn:
     def _end(self) -> None:
         """Send what is not done to the end of the queue."""
         for drain in (*self._unfinished(), *self._requeued):
-            if not drain.turn.is_over:  # one that left may have taken its lease again
+            # One that left may have taken its lease again.
+            if not drain.turn.is_over and drain not in self._alone:
                 drain.requeue()
 
     def _next_group(self, before: Steps | None) -> Steps | None:
@@ -129,6 +130,7 @@ class SharedTurn:
         for drain in self._unfinished():
             if drain is not self._running:
                 self._leave(drain)
+                drain.turn.drop()
                 self._requeued.append(drain)
                 drain.requeue()
 
