@@ -160,18 +160,23 @@ class PubSubMultiplexer:
                 await connection.send_command("PING")
 
     async def _watch_role(self, asking: Any) -> None:
-        """Raise `ConnectionError` while the server is a replica, if it or another was a primary.
+        """Raise `ConnectionError` if the server is a replica where a primary was, or may be now.
 
-        The URL may lead to it for a while. The pool's connections are closed as well.
+        The URL may lead to it for a while, so a replica is asked for on new connections. Those of
+        the pool are closed as well.
         """
         is_replica = await _is_replica(asking)
         while True:
             self._had_primary |= is_replica is False
             await asyncio.sleep(PING_SECONDS)
-            is_replica = await _is_replica(asking)
-            if is_replica and self._had_primary:
+            if is_replica:
+                await asking.disconnect(nowait=True)
+                await asking.connect()
+            was_replica, is_replica = is_replica, await _is_replica(asking)
+            has_moved = was_replica and is_replica is False
+            if has_moved or (is_replica and self._had_primary):
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
-                raise ConnectionError("the server is a replica, where a primary was")
+                raise ConnectionError("the server is a replica, and the URL led to a primary")
 
     def _dispatch(self, kind: bytes, channel: bytes, payload: Any) -> None:
         listeners = self._listeners.get(channel, [])

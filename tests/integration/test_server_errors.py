@@ -267,7 +267,15 @@ def test_all_find_the_new_primary_by_themselves(
 ) -> None:
     """Also those that were idle, on connections to a server that now is a replica and lives on."""
     assert client.patch("/task-tags", json=body(execution, "before")).status_code == 200
-    behind.demote(how)
+    newcomer = TagProducer(
+        redis_url=behind.redis_url("runner"), organization_id=organization, token=token
+    )
+
+    def subscribe() -> None:
+        with pytest.raises(Unavailable):
+            newcomer.apply(tagging(execution, "early"), 10)
+
+    behind.demote(how, subscribe)
     beat = behind.proxies["beat"]
     await_more(lambda: beat.passed[beat.target, "send"], 1)
     eventually(lambda: client.get("/readyz").status_code == 200)

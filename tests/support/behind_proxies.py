@@ -7,7 +7,7 @@ servers at each `/readyz`, so that a test sees many of both in little time.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -58,12 +58,12 @@ class BehindProxies:
             assert process.poll() is None, f"{child.name}: {self.log(child.name)[-3000:]}"
         assert "Traceback" not in self.log("endpoint"), self.log("endpoint")[-3000:]
 
-    def demote(self, how: str = "") -> None:
+    def demote(self, how: str = "", meanwhile: Callable[[], None] = lambda: None) -> None:
         """Let primary and replica change places; connections to both stay open.
 
         Writes wait until the replica has all that was acknowledged; then the old primary refuses
         them. If it is "cut off", it can't reach the new one; if that is found "late", subscribers
-        come back to it before.
+        come back to it before, and something else may be done.
         """
         primary, replica = self.valkeys
         with open_redis(primary.url) as old, open_redis(replica.url) as new:
@@ -76,6 +76,7 @@ class BehindProxies:
                 runner = self.proxies["runner"]
                 seen = runner.passed[primary.socket, "subscribe"]
                 eventually(lambda: runner.passed[primary.socket, "subscribe"] > seen, 30)
+                meanwhile()
             for party in PARTIES:
                 self.proxies[party].target = replica.socket
             old.client_unpause()

@@ -49,7 +49,6 @@ _REMEDIES: Final = {
     "OutOfMemoryError": "raise the server's maxmemory",
     "AuthenticationError": "correct the credentials in TASK_TAGS_REDIS_URL",
     "BusyLoadingError": "wait until the server has loaded its data",
-    "MaxConnectionsError": "raise the server's maxclients",
 }
 """By SQLSTATE, its class, or the name of redis-py's exception."""
 _UNREACHABLE: Final = "check that the URL leads to the server, and that the server runs"
@@ -163,10 +162,15 @@ def described(organization_id: UUID, error: Exception) -> dict[str, Any]:
     if state:
         fields["sqlstate"] = state
     if state or is_server_fault(error):
-        has_answered = state or isinstance(error, ResponseError) or "FATAL:" in cause
+        has_answered = state or isinstance(error, ResponseError) or _is_refusal(cause)
         usual = "see the server's log" if has_answered else _UNREACHABLE
         fields["remedy"] = _REMEDIES.get(state or name) or _REMEDIES.get((state or "")[:2], usual)
     return fields
+
+
+def _is_refusal(cause: str) -> bool:
+    """Whether a server's answer to a connection is quoted."""
+    return "FATAL:" in cause or "max number of clients" in cause
 
 
 def decide_failure(

@@ -72,7 +72,8 @@ class SharedTurn:
                 acquire_together(new)
                 run_groups(self._next_group, self._repository)
             except (RedisError, OSError):
-                self._alone += dict.fromkeys([*self._unfinished(), *new])
+                here = (each for each in new if each not in self._requeued)
+                self._alone += dict.fromkeys([*self._unfinished(), *here])
                 break
             except Exception as error:
                 left = self._leave(self._running)
@@ -130,7 +131,8 @@ class SharedTurn:
         for drain in self._unfinished():
             if drain is not self._running:
                 self._leave(drain)
-                drain.turn.drop()
+                if not drain.turn.under_way:
+                    drain.turn.drop()
                 self._requeued.append(drain)
                 drain.requeue()
 
