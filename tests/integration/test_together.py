@@ -357,7 +357,7 @@ def test_a_lost_connection_loses_no_inbox(
     cut: Callable[[Any, Any], None],
 ) -> None:
     """Whatever was under way is done again, once."""
-    ids = organizations.new(320, count=2)
+    ids = organizations.new(160, count=2)
     original, calls = Inbox.ack_and_publish, iter(range(1_000_000))
 
     def cut_sometimes(self: Inbox, *arguments: Any, **options: Any) -> Any:
