@@ -170,9 +170,8 @@ _SWITCH_SECONDS: Final = 0.0001
 
 A thread waits for the event loop about twenty times in a write, while the loop is busy with others.
 """
-
-
 _FIRST_CHECK_SECONDS: Final = 2.0
+"""How long a start waits for the database; signals are handled only after it."""
 
 
 class Server(uvicorn.Server):
@@ -245,7 +244,7 @@ def create_app(settings: Settings) -> FastAPI:
         jobs = [asyncio.create_task(job) for job in running]
         await asyncio.to_thread(state.authorizer.fetch_keys)
         try:
-            async with asyncio.timeout(_FIRST_CHECK_SECONDS):  # until then, signals wait
+            async with asyncio.timeout(_FIRST_CHECK_SECONDS):
                 await state.reader.check()
         except (psycopg.Error, TimeoutError):
             logger.warning("the database has not answered yet; until it does, requests get 503")
